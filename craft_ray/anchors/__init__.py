@@ -1,0 +1,1 @@
+"""The anchor cache: the teacher's hidden states and tokens on anchors, in Parquet, with an identity."""

@@ -1,0 +1,425 @@
+"""The experiment as frozen models: every knob once, with its unit and its default.
+
+`load_config` reads YAML, applies dotted overrides (`craft.lambda_lr=0.05`) and validates once, at the edge.
+Nothing here imports torch or ray, so that a mistake is told in milliseconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from craft_ray.errors import ConfigError
+
+RetentionMode = Literal["hidden", "token_ce"]
+Arm = Literal["baseline", "token_ce", "hidden"]
+Precision = Literal["fp32", "bf16"]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+POSITIONS = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token", "all", "every_N", "suffix")
+
+
+def _position(name: str) -> str:
+    if name in POSITIONS and name != "every_N" or re.fullmatch(r"every_[1-9]\d*", name):
+        return name
+    raise ValueError(f"'{name}' is no anchor position; the positions are {', '.join(POSITIONS)} (N a number)")
+
+
+def _distinct(items: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    if items is not None and (not items or len(set(items)) != len(items)):
+        raise ValueError(f"{list(items)} must name each entry once, and at least one")
+    return items
+
+
+Position = Annotated[str, AfterValidator(_position)]
+Positions = Annotated[tuple[Position, ...] | None, AfterValidator(_distinct)]
+Layers = Annotated[tuple[int, ...] | None, AfterValidator(_distinct)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The model: the teacher before fine-tuning, the student after."""
+
+    kind: Literal["vision_language", "causal_lm"] = "causal_lm"
+    """`vision_language` loads AutoModelForImageTextToText, `causal_lm` loads AutoModelForCausalLM."""
+    path: str
+    """A local folder or a hub name."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights. Keep float32 for training; `train.precision` chooses the type of the arithmetic."""
+    max_length: int = Field(512, ge=2)
+    """Longest sequence in tokens, images and suffix included. A longer sample is an error, never a cut."""
+    chat_template: bool = False
+    """Format prompts with the model's own chat template."""
+    append_eos: bool = True
+    """Whether a response ends with the end-of-sequence token. Off for running text."""
+    disable_dropout: bool = True
+    """Anchors compare student and teacher; dropout would be counted as forgetting."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class Columns(Section):
+    """Names of the columns of a data source. A column that is not named is not read."""
+
+    id: str | None = None
+    """Unique name of a sample; the row number where it is not named."""
+    image: str | None = None
+    """A path, encoded bytes (PNG, JPEG), a `{bytes, path}` pair or an array of uint8 (height, width[, channel])."""
+    prompt: str | None = "prompt"
+    """What the model is given."""
+    response: str | None = None
+    """What the model shall answer. Anchors need none."""
+    choices: str | None = None
+    """The answers among which `metric: choice` decides."""
+
+
+class DataConfig(Section):
+    """A place that samples are read from."""
+
+    path: str
+    """A file, a folder, a glob pattern of text files, or a hub name."""
+    format: Literal["auto", "jsonl", "parquet", "dataset", "text"] = "auto"
+    """`auto` goes by the ending: .jsonl/.json, .parquet, .txt/.md/.py, otherwise a Hugging Face dataset."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    revision: str | None = None
+    """Commit or tag of a hub dataset."""
+    columns: Columns = Columns()
+    limit: int | None = Field(None, ge=1)
+    """Read only the first rows."""
+    chunk_chars: int = Field(512, ge=1)
+    """Length of a chunk of a plain text file, in characters. A text source has the one column `text`."""
+
+
+class AnchorsConfig(Section):
+    """What the teacher is run over, and what of it is kept."""
+
+    source: DataConfig
+    modes: Annotated[tuple[RetentionMode, ...], AfterValidator(_distinct)] = ("hidden", "token_ce")
+    """`hidden` stores hidden states, `token_ce` the teacher's own greedily generated suffix tokens."""
+    positions: Positions = None
+    """Token positions whose hidden states are kept. Default: `text_last` for vision-language models, `all` for
+    language models, which measured best (docs/anchors.md)."""
+    layers: Layers = (-2, -1)
+    """Indices into the hidden states: 0 is the embeddings, k the output of block k, the last one after the final
+    norm. Negative ones count from the end."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Storage type. float16 refuses values that overflow."""
+    max_new_tokens: int = Field(16, ge=1)
+    """Longest suffix that the teacher generates."""
+    suffix_from: Literal["teacher", "response"] = "teacher"
+    """Suffix tokens are the teacher's own, or the data's responses."""
+    batch_size: int = Field(32, ge=1)
+    """Samples in one forward pass of the teacher, where samples are padded."""
+    pack_tokens: int | None = Field(None, ge=1)
+    """Language models: concatenate prompts up to this many tokens instead of padding them. None pads."""
+    rows_per_shard: int = Field(1024, ge=1)
+    """Rows of a shard: the unit of work, and of what is redone after an interruption."""
+    actors: int = Field(1, ge=1)
+    """Teachers that run at once."""
+    cpus_per_actor: float = Field(1.0, ge=0)
+    gpus_per_actor: float = Field(0.0, ge=0)
+    """Graphics processors of one teacher; a fraction shares one."""
+    threads_per_actor: int = Field(1, ge=1)
+
+
+class CraftConfig(Section):
+    """The method: minimise L_task subject to L_ret <= epsilon."""
+
+    enabled: bool = True
+    """Off is the baseline arm: plain fine-tuning."""
+    anchor_cache_dir: str | None = None
+    """Folder that `craft-ray anchors build` wrote."""
+    anchor_batch_size: int = Field(32, ge=1)
+    """Anchors in one retention step, over all workers."""
+    anchor_holdout: Fraction = 0.2
+    """Part of the anchors that training never sees; feasibility is judged on it."""
+    retention_freq: int = Field(1, ge=1)
+    """K: the retention gradient is taken every K-th step (docs/method.md)."""
+    retention_mode: RetentionMode = "hidden"
+    loss_type: Literal["relative_mse", "mse", "cosine", "l1"] = "relative_mse"
+    """Distance of hidden states. `relative_mse` divides by the teacher's mean square, so that epsilon is relative."""
+    positions: Positions = None
+    """Which of the cache's positions to anchor. Default: all that it holds."""
+    layers: Layers = None
+    """Which of the cache's layers to anchor. Default: all that it holds."""
+
+    initial_lambda: float = Field(1.0, ge=0)
+    lambda_lr: float = Field(0.5, ge=0)
+    """Step of dual ascent on the violation."""
+    lambda_max: float = Field(100.0, gt=0)
+    lambda_kp: float = Field(0.0, ge=0)
+    """Proportional gain beside the integral `lambda_lr` (a PI controller); 0 is plain dual ascent."""
+    violation: Literal["relative", "absolute"] = "relative"
+    """`relative`: mean L_ret / epsilon - 1; `absolute`: mean L_ret - epsilon."""
+    violation_clip: float | None = Field(1.0, gt=0)
+    """Bound on the size of one violation, so that lambda moves at a bounded rate. None: unbounded."""
+    retention_ema: Fraction = 0.9
+    """Decay of the running mean of L_ret that the multiplier follows; 0 follows the last value."""
+
+    epsilon_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    epsilon_start: float = Field(0.03, gt=0)
+    """The retention budget (at the start, where a schedule tightens it)."""
+    epsilon_end: float | None = Field(None, gt=0)
+    """The budget at the end of the schedule, which is the one that is certified. Default: epsilon_start."""
+    epsilon_decay_steps: int = Field(0, ge=0)
+    """Steps until epsilon_end is reached; 0 is the whole run."""
+
+    use_grad_projection: bool = True
+    """Remove from the task gradient what opposes the retention gradient, when they conflict."""
+    conflict_threshold: float = Field(-0.1, ge=-1, le=1)
+    """Cosine below which the gradients conflict."""
+    projection_gate: Literal["always", "violated"] = "violated"
+    """`violated` projects only while the mean of L_ret is over the budget (docs/method.md)."""
+    projection_mode: Literal["weighted", "equal", "task_priority"] = "weighted"
+    """How gradients merge: g_t + lambda g_r | (g_t + g_r)/2 | g_t + min(lambda, 1) g_r."""
+
+    @property
+    def epsilon_final(self) -> float:
+        return self.epsilon_start if self.epsilon_end is None else self.epsilon_end
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.epsilon_final > self.epsilon_start:
+            raise ValueError(
+                f"epsilon_end {self.epsilon_end} is above epsilon_start {self.epsilon_start}: a budget only tightens"
+            )
+        if self.epsilon_schedule == "constant" and self.epsilon_final != self.epsilon_start:
+            raise ValueError(
+                f"epsilon_schedule constant has one epsilon, but epsilon_start is {self.epsilon_start} and "
+                f"epsilon_end {self.epsilon_end}: leave epsilon_end out or choose linear, cosine or exponential"
+            )
+        if self.initial_lambda > self.lambda_max:
+            raise ValueError(f"initial_lambda {self.initial_lambda} is above lambda_max {self.lambda_max}")
+        return self
+
+
+class TrainConfig(Section):
+    """The optimisation. AdamW over all trainable parameters."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(32, ge=1)
+    """Samples of one step, over all workers and micro-batches."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches whose gradients make one step."""
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after the warm-up; linear and cosine end at zero."""
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Norm that the merged gradient is clipped to; None clips nothing."""
+    precision: Precision = "fp32"
+    """Arithmetic of the forward passes; bf16 is autocast, weights and losses stay in float32."""
+    log_every: int = Field(1, ge=1)
+    """Steps between lines of the log. Losses are looked at this often, and a non-finite one stops the run."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 writes one at the end."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Latest checkpoints that stay on disk."""
+    prefetch: int = Field(2, ge=1)
+    """Batches that are made ready ahead of the step."""
+
+
+class EvalSet(Section):
+    """Held-out samples of one skill and how they are scored."""
+
+    data: DataConfig
+    metric: Literal["exact_match", "choice", "perplexity"] = "exact_match"
+    """exact_match: greedy answer equals the response; choice: the response is the likeliest of the choices;
+    perplexity: of the response, per token (lower is better)."""
+    batch_size: int = Field(64, ge=1)
+    max_new_tokens: int = Field(16, ge=1)
+
+
+class EvaluationConfig(Section):
+    """Held-out data of the skill to keep and of the skill to learn."""
+
+    old: EvalSet | None = None
+    new: EvalSet | None = None
+
+
+class WorkersConfig(Section):
+    """Processes of a run."""
+
+    num_workers: int = Field(1, ge=0)
+    """Workers of Ray Train; 0 trains in this process, without a cluster."""
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(1.0, gt=0)
+    resources_per_worker: dict[str, float] = {}
+    """Further resources of Ray that a worker takes, e.g. `{GPU: 0.5}`."""
+    threads: int = Field(1, ge=1)
+    """Threads of torch in each worker, where it computes on processors."""
+    max_failures: int = Field(2, ge=0)
+    """Times that a lost worker is replaced; the run goes on from its last checkpoint."""
+
+
+class CompareConfig(Section):
+    """The three arms on one cache, over seeds."""
+
+    arms: Annotated[tuple[Arm, ...], AfterValidator(_distinct)] = ("baseline", "token_ce", "hidden")
+    seeds: Annotated[tuple[int, ...], AfterValidator(_distinct)] = (0, 1, 2)
+    token_ce: dict[str, Any] = {}
+    """`craft` settings of the token_ce arm where they differ, e.g. `{epsilon_start: 0.1}`: nats, not relative squares."""
+
+
+class Experiment(Section):
+    """One experiment: everything that decides its numbers, and where it runs."""
+
+    name: str = "run"
+    seed: int = Field(0, ge=0)
+    output_dir: str = "runs"
+    """Folder that run directories are made in."""
+    model: ModelConfig
+    task: DataConfig
+    """Training data of the new skill."""
+    anchors: AnchorsConfig | None = None
+    craft: CraftConfig = CraftConfig()
+    train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    workers: WorkersConfig = WorkersConfig()
+    compare: CompareConfig = CompareConfig()
+
+    @property
+    def arm(self) -> Arm:
+        return self.craft.retention_mode if self.craft.enabled else "baseline"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        parts = max(self.workers.num_workers, 1) * self.train.accumulate
+        if self.train.batch_size % parts:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} does not divide over {self.workers.num_workers} workers "
+                f"times {self.train.accumulate} micro-batches"
+            )
+        if self.craft.enabled and self.craft.anchor_batch_size % parts:
+            raise ValueError(
+                f"craft.anchor_batch_size {self.craft.anchor_batch_size} does not divide over "
+                f"{self.workers.num_workers} workers times {self.train.accumulate} micro-batches"
+            )
+        if self.train.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}"
+            )
+        return self
+
+    def with_(self, **changes: Any) -> Experiment:
+        """A copy with dotted keys changed (`craft__enabled=False`), validated again."""
+        tree = self.model_dump()
+        for key, value in changes.items():
+            _set(tree, key.replace("__", "."), value)
+        return Experiment.model_validate(tree)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment in a YAML file with `key=value` overrides. Paths in it become absolute.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, a key is unknown, or a value is out of range.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no config at {path}: name a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, a config is a mapping of sections")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{override}' is no override: write key=value, e.g. craft.lambda_lr=0.05")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"the value of '{override}' is no YAML") from None
+        _set(tree, key, value)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str) -> Experiment:
+    """A mapping as an experiment, every mistake in one line that names `where` and the key."""
+    try:
+        return absolute(Experiment.model_validate(tree))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def absolute(config: Experiment) -> Experiment:
+    """The same experiment with local paths absolute: workers have another working directory."""
+    tree = config.model_dump()
+
+    def fix(section: dict[str, Any], key: str, always: bool = False) -> None:
+        value = section[key]
+        if value is not None and (always or value.startswith(("~", "./", "../")) or Path(value).exists()):
+            section[key] = str(Path(value).expanduser().absolute())
+
+    fix(tree, "output_dir", always=True)
+    fix(tree["model"], "path")
+    fix(tree["task"], "path")
+    fix(tree["craft"], "anchor_cache_dir", always=True)
+    if tree["anchors"]:
+        fix(tree["anchors"]["source"], "path")
+    for skill in ("old", "new"):
+        if tree["evaluation"][skill]:
+            fix(tree["evaluation"][skill]["data"], "path")
+    return Experiment.model_validate(tree)
+
+
+def dump_config(config: Experiment) -> str:
+    """The resolved experiment as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key}: {parent} is no section")
+    tree[leaf] = value
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as `key: what is wrong`, with a guess where a key is misspelt."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _fields(location[:-1]), 1, 0.5)
+        guess = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
+        return f"unknown key {key}{guess}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (it is {error['input']!r})" if error["type"] != "value_error" else f"{key}: {message}"
+
+
+def _fields(location: Sequence[str]) -> list[str]:
+    """The keys of the section at `location`."""
+    section: Any = Experiment
+    for part in location:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)

@@ -1,0 +1,17 @@
+"""One sample: what every stage passes on, whether it trains, anchors or evaluates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question with its answer, if there is one."""
+
+    id: str
+    prompt: str
+    image: bytes | None = None
+    """An encoded image (PNG, JPEG)."""
+    response: str | None = None
+    choices: tuple[str, ...] | None = None

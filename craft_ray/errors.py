@@ -1,0 +1,45 @@
+"""What a user can be told. Each error is one line: both sides of what does not match, and the remedy.
+
+A programmer's mistake is an assertion; what a user can cause and mend is one of these.
+"""
+
+
+class CraftError(Exception):
+    """Anything that ends a command with a sentence instead of a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+
+class ConfigError(CraftError):
+    """The command line or the configuration cannot mean anything."""
+
+    exit_code = 2
+
+
+class CacheRefused(CraftError):
+    """The anchor cache is not the one that this model and configuration need, or it is damaged."""
+
+    exit_code = 4
+
+
+class DataError(CraftError):
+    """A sample, an image or a loss that cannot be used."""
+
+
+class ModelError(CraftError):
+    """A model folder that does not load completely, or a model that cannot do what is asked."""
+
+
+class StorageError(CraftError):
+    """A file that could not be written; what was complete before is untouched."""
+
+
+NOT_MET = 3
+"""Exit code of a command that finished, but whose retention budget was not met."""

@@ -1,0 +1,177 @@
+"""The two gradients in flat memory, and what the method asks of them: dot, cosine, norms.
+
+Row 0 of a buffer is the task gradient g_t, row 1 the retention gradient g_r; every parameter's `.grad` is a view
+into one of the rows. So both are paired by position by construction, a parameter that only one loss reaches has
+zeros in the other row, and a comparison is one pass over contiguous memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+TASK, RETENTION = 0, 1
+
+BLOCK = 1024
+"""Elements of a partial sum. Partial sums are added in float64: a plain float32 dot product of 5e7 elements was
+off by 2e-3 in the cosine."""
+
+SLAB = 1 << 26
+"""Elements that are widened to float32 at once where gradients are stored in a shorter type."""
+
+
+class Counted(Protocol):
+    """A micro-batch that knows over how many terms (tokens, samples) its mean loss runs."""
+
+    @property
+    def count(self) -> int: ...
+
+
+class AllReduce(Protocol):
+    """Sums a tensor over the workers, in place. With one worker there is nothing to do."""
+
+    world_size: int
+
+    def all_reduce(self, tensor: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Angle:
+    """Scalars (float64, on the device) that compare g_t and g_r before surgery."""
+
+    dot: Tensor
+    task_sq: Tensor
+    retention_sq: Tensor
+
+    @property
+    def cos(self) -> Tensor:
+        """<g_t, g_r> / (|g_t| |g_r|); NaN where a gradient is zero, which is never below a threshold."""
+        return self.dot / (self.task_sq * self.retention_sq).sqrt()
+
+
+class GradientPair:
+    """The task and the retention gradient of `parameters`, in one flat [2, P] buffer for each type of number.
+
+    The memory beyond ordinary training is one copy of the gradients, the second row. `with_retention=False`
+    leaves it out (the baseline arm).
+
+    Args:
+        parameters: named parameters; those that do not require a gradient are passed over.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], *, with_retention: bool = True) -> None:
+        named = [(name, p) for name, p in parameters if p.requires_grad]
+        assert named, "no parameter requires a gradient"
+        self.names = [name for name, _ in named]
+        self.parameters = [p for _, p in named]
+        rows = 2 if with_retention else 1
+        self.buffers: list[Tensor] = []
+        views: dict[int, list[Tensor]] = {}
+        for dtype in dict.fromkeys(p.dtype for p in self.parameters):
+            group = [i for i, p in enumerate(self.parameters) if p.dtype == dtype]
+            size = sum(self.parameters[i].numel() for i in group)
+            padded = -(-size // BLOCK) * BLOCK
+            buffer = torch.zeros(rows, padded, dtype=dtype, device=self.parameters[group[0]].device)
+            self.buffers.append(buffer)
+            start = 0
+            for i in group:
+                p = self.parameters[i]
+                views[i] = [buffer[row, start : start + p.numel()].view_as(p) for row in range(rows)]
+                start += p.numel()
+        self.views = [[views[i][row] for i in range(len(named))] for row in range(rows)]
+        self._reached = [False] * len(named)
+        self._handles = [
+            p.register_post_accumulate_grad_hook(self._marker(i)) for i, p in enumerate(self.parameters)
+        ]
+        self._agreed: list[bool] | None = None
+
+    def _marker(self, index: int) -> Callable[[Tensor], None]:
+        def mark(_: Tensor) -> None:
+            self._reached[index] = True
+
+        return mark
+
+    def close(self) -> None:
+        """Give the parameters back without hooks and gradients."""
+        for handle in self._handles:
+            handle.remove()
+        for p in self.parameters:
+            p.grad = None
+
+    def backward(
+        self, row: int, loss_of: Callable[[Any], Tensor], micro_batches: Sequence[Counted], workers: AllReduce
+    ) -> Tensor:
+        """Fill a row with the gradient of the mean loss over all micro-batches of all workers.
+
+        Each micro-batch's mean is weighted by its number of terms, so that neither accumulation nor the number
+        of workers changes the loss that is minimised.
+
+        Returns:
+            That mean loss, a detached float32 scalar on the device.
+        """
+        for buffer in self.buffers:
+            buffer[row].zero_()
+        for p, view in zip(self.parameters, self.views[row], strict=True):
+            p.grad = view
+        total = sum(batch.count for batch in micro_batches)
+        losses = []
+        for batch in micro_batches:
+            loss = loss_of(batch)
+            if len(micro_batches) > 1:
+                loss = loss * (batch.count / total)
+            loss.backward()
+            losses.append(loss.detach().float())
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return self._mean_over_workers(row, loss, total, workers)
+
+    def _mean_over_workers(self, row: int, loss: Tensor, count: int, workers: AllReduce) -> Tensor:
+        if workers.world_size == 1:
+            return loss
+        sums = torch.stack([loss.double() * count, loss.new_full((), count, dtype=torch.float64)])
+        workers.all_reduce(sums)
+        for buffer in self.buffers:
+            buffer[row].mul_((count / sums[1]).to(buffer.dtype))
+            workers.all_reduce(buffer[row])
+        return (sums[0] / sums[1]).float()
+
+    def compare(self) -> Angle:
+        """Dot product and squared norms of the two gradients, in one pass."""
+        gram = torch.zeros(2, 2, dtype=torch.float64, device=self.buffers[0].device)
+        for buffer in self.buffers:
+            for slab in buffer.split(SLAB, dim=1) if buffer.dtype != torch.float32 else (buffer,):
+                blocks_NB2 = slab.float().view(2, -1, BLOCK).permute(1, 2, 0)
+                gram += torch.bmm(blocks_NB2.transpose(1, 2), blocks_NB2).sum(0, dtype=torch.float64)
+        return Angle(dot=gram[0, 1], task_sq=gram[0, 0], retention_sq=gram[1, 1])
+
+    def combine(self, task: Tensor | float, retention: Tensor) -> None:
+        """Row 0 <- task * g_t + retention * g_r, in place."""
+        for buffer in self.buffers:
+            if not isinstance(task, float) or task != 1.0:
+                buffer[TASK].mul_(task)
+            buffer[TASK].addcmul_(buffer[RETENTION], retention.to(buffer.dtype))
+
+    def give(self, workers: AllReduce) -> None:
+        """Hand row 0 to the optimiser. A parameter that no loss has reached keeps no gradient, as in a plain loop."""
+        self._agree(workers)
+        for p, view, reached in zip(self.parameters, self.views[TASK], self._reached, strict=True):
+            p.grad = view if reached else None
+
+    def _agree(self, workers: AllReduce) -> None:
+        """Which parameters are trained is settled at the first step, by all workers together."""
+        if workers.world_size == 1:
+            return
+        if self._agreed is None:
+            flags = torch.tensor(self._reached, dtype=torch.float32, device=self.buffers[0].device)
+            workers.all_reduce(flags)
+            self._reached = [bool(flag) for flag in flags.tolist()]
+            self._agreed = list(self._reached)
+        elif self._agreed != self._reached:
+            late = [n for n, a, r in zip(self.names, self._agreed, self._reached, strict=True) if a != r]
+            raise RuntimeError(
+                f"{late[0]} had no gradient in the first step and has one now: with several workers the trained "
+                f"parameters must be the same at every step; freeze it, or use one worker"
+            )

@@ -1,0 +1,156 @@
+"""Anchor positions: which token positions of a sequence become the vectors that are compared.
+
+Shapes: B samples, S tokens, L layers, D width, V vectors a sample (padded to the batch's most).
+
+    vision_mean   one vector, the mean over image tokens
+    text_last     the last text token of the prompt
+    masked_mean   one vector, the mean over all tokens of the prompt
+    first_token   the first token of the prompt;  last_token  its last, image or text
+    all           every token of the prompt;      every_N     every N-th: tokens N-1, 2N-1, ...
+    suffix        the positions at which the suffix tokens are predicted: the last prompt token, and every suffix
+                  token but the last. They feed the vocabulary projection
+
+All but `suffix` are positions of the prompt, so a suffix behind it does not change them (its tokens are not seen by
+the prompt). Positions are found on the host while batches are made; on the device pooling is gathering and a
+weighted sum, which wait for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from craft_ray.errors import DataError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the tokens of one sequence are."""
+
+    length: int
+    prompt_length: int
+    image_tokens: tuple[int, ...] = ()
+    """Indices of the image tokens within the prompt."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Hidden states at anchor positions."""
+
+    values_BLVD: Tensor
+    valid_BV: Tensor
+    """False where a sample has fewer vectors than the batch's most."""
+
+
+def token_positions(layout: Layout, position: str) -> list[int]:
+    """The tokens that a position names: one vector each, or one vector in all where it is a mean.
+
+    Raises:
+        DataError: the sequence has no such token.
+    """
+    prompt = range(layout.prompt_length)
+    if position == "vision_mean":
+        tokens = list(layout.image_tokens)
+    elif position == "text_last":
+        image = set(layout.image_tokens)
+        tokens = [t for t in prompt if t not in image][-1:]
+    elif position in ("masked_mean", "all"):
+        tokens = list(prompt)
+    elif position == "first_token":
+        tokens = list(prompt[:1])
+    elif position == "last_token":
+        tokens = list(prompt[-1:])
+    elif position == "suffix":
+        tokens = list(range(layout.prompt_length - 1, layout.length - 1)) if layout.prompt_length else []
+    elif position.startswith("every_"):
+        stride = int(position.removeprefix("every_"))
+        tokens = list(prompt[stride - 1 :: stride]) or list(prompt[-1:])
+    else:
+        raise ValueError(f"unknown anchor position '{position}'")
+    if not tokens:
+        raise DataError(
+            f"anchor position '{position}' names no token of a sequence with {layout.prompt_length} prompt tokens, "
+            f"{len(layout.image_tokens)} image tokens and {layout.length - layout.prompt_length} suffix tokens: "
+            f"choose another position, or anchors that have it"
+        )
+    return tokens
+
+
+def is_mean(position: str) -> bool:
+    return position in ("vision_mean", "masked_mean")
+
+
+def vector_count(layout: Layout, position: str) -> int:
+    """Vectors that a position yields for one sequence."""
+    return 1 if is_mean(position) else len(token_positions(layout, position))
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """A plan, made on the host, that takes hidden states to vectors by gathering tokens and by weighted sums.
+
+    The order of vectors is the order of positions, each padded to the batch's most.
+    """
+
+    index_BV: Tensor
+    """Token of each vector; 0 where there is none."""
+    valid_BV: Tensor
+    mean_BVS: Tensor | None
+    """Weights of the vectors that are means, [B, V, S], or None where no position is one."""
+    is_mean_V: Tensor | None
+
+    @classmethod
+    def plan(cls, layouts: Sequence[Layout], positions: Sequence[str], width: int) -> Pooling:
+        """The plan for a right-padded batch of `width` tokens."""
+        columns_index, columns_valid, columns_mean, mean_flags = [], [], [], []
+        for position in positions:
+            tokens = [token_positions(layout, position) for layout in layouts]
+            if is_mean(position):
+                weights = torch.zeros(len(layouts), 1, width)
+                for row, chosen in enumerate(tokens):
+                    weights[row, 0, chosen] = 1.0 / len(chosen)
+                columns_index.append(torch.zeros(len(layouts), 1, dtype=torch.long))
+                columns_valid.append(torch.ones(len(layouts), 1, dtype=torch.bool))
+                columns_mean.append(weights)
+                mean_flags.append(torch.ones(1, dtype=torch.bool))
+                continue
+            most = max(map(len, tokens))
+            index = torch.zeros(len(layouts), most, dtype=torch.long)
+            valid = torch.zeros(len(layouts), most, dtype=torch.bool)
+            for row, chosen in enumerate(tokens):
+                index[row, : len(chosen)] = torch.tensor(chosen)
+                valid[row, : len(chosen)] = True
+            columns_index.append(index)
+            columns_valid.append(valid)
+            columns_mean.append(torch.zeros(len(layouts), most, width))
+            mean_flags.append(torch.zeros(most, dtype=torch.bool))
+        has_mean = any(map(is_mean, positions))
+        return cls(
+            index_BV=torch.cat(columns_index, 1),
+            valid_BV=torch.cat(columns_valid, 1),
+            mean_BVS=torch.cat(columns_mean, 1) if has_mean else None,
+            is_mean_V=torch.cat(mean_flags) if has_mean else None,
+        )
+
+    def __call__(self, hidden_BSD: Sequence[Tensor]) -> Vectors:
+        """Pool the hidden states of each layer; layers become the second dimension."""
+        layers = []
+        for hidden in hidden_BSD:
+            values = hidden.gather(1, self.index_BV[:, :, None].expand(-1, -1, hidden.shape[-1]))
+            if self.mean_BVS is not None and self.is_mean_V is not None:
+                means = torch.bmm(self.mean_BVS, hidden.float()).to(values.dtype)
+                values = torch.where(self.is_mean_V[None, :, None], means, values)
+            layers.append(values)
+        return Vectors(torch.stack(layers, 1), self.valid_BV)
+
+    def to(self, device: torch.device) -> Pooling:
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        index, valid = move(self.index_BV), move(self.valid_BV)
+        assert index is not None
+        assert valid is not None
+        return Pooling(index, valid, move(self.mean_BVS), move(self.is_mean_V))

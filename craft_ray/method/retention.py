@@ -1,0 +1,55 @@
+"""Retention losses: how far the student has moved from the teacher on anchors. Computed in float32.
+
+    hidden     mean over samples, of the mean over layers and vectors, of a distance d(student, teacher):
+                 relative_mse   |s - t|^2 / |t|^2          the teacher's own size is the unit, so is epsilon's
+                 mse            |s - t|^2 / D
+                 cosine         1 - <s, t> / (|s| |t|)
+                 l1             |s - t|_1 / D
+    token_ce   cross-entropy of the teacher's own greedy suffix tokens, in nats a token
+
+Every sample weighs the same however many vectors it has, so the mean over workers is the mean over the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from craft_ray.method.pooling import Vectors
+
+TINY = 1e-12
+"""Keeps the distance to an all-zero vector finite."""
+
+
+def hidden_loss(student: Vectors, teacher: Vectors, loss_type: str = "relative_mse") -> Tensor:
+    """Distance of the student's vectors from the teacher's, a float32 scalar.
+
+    Raises:
+        ValueError: the shapes differ, or the name of the loss is unknown.
+    """
+    s, t = student.values_BLVD, teacher.values_BLVD
+    if s.shape != t.shape:
+        raise ValueError(
+            f"the student's vectors are {tuple(s.shape)} (sample, layer, vector, dim), "
+            f"the cached ones {tuple(t.shape)}: the cache is of another model, other layers or other positions"
+        )
+    s, t = s.float(), t.float()
+    if loss_type == "relative_mse":
+        distance_BLV = (s - t).square().sum(-1) / t.square().sum(-1).clamp(min=TINY)
+    elif loss_type == "mse":
+        distance_BLV = (s - t).square().mean(-1)
+    elif loss_type == "cosine":
+        distance_BLV = 1 - cosine_similarity(s, t, dim=-1, eps=TINY)
+    elif loss_type == "l1":
+        distance_BLV = (s - t).abs().mean(-1)
+    else:
+        raise ValueError(f"unknown loss_type '{loss_type}': relative_mse, mse, cosine or l1")
+    valid_BV = teacher.valid_BV
+    per_vector_BV = torch.where(valid_BV, distance_BLV.mean(1), 0.0)
+    return (per_vector_BV.sum(1) / valid_BV.sum(1)).mean()
+
+
+def token_loss(logits_NV: Tensor, targets_N: Tensor, count: int) -> Tensor:
+    """Mean cross-entropy of N target tokens of which `count` are real and the others are -100, in nats, float32."""
+    return cross_entropy(logits_NV.float(), targets_N, ignore_index=-100, reduction="sum") / count

@@ -1,0 +1,134 @@
+"""One step of CRaFT.
+
+    minimise L_task(theta)   subject to   L_ret(theta) <= epsilon_t
+
+    g_t, g_r = grad L_task, grad L_ret                       each the mean over all workers, once
+    L        = running mean of L_ret
+    if cos(g_t, g_r) < tau and the gate is open:
+        g_t <- g_t - (<g_t, g_r>/|g_r|^2) g_r                one-sided projection
+    theta   <- AdamW(theta, clip(merge(g_t, g_r, lambda)))
+    lambda  <- clip(lambda + eta (L/epsilon_t - 1), 0, lambda_max)
+
+Every number of the step stays on the device; the caller looks at them when it writes its log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from craft_ray.config import CraftConfig
+from craft_ray.method import surgery
+from craft_ray.method.dual import DualState
+from craft_ray.method.gradients import RETENTION, TASK, AllReduce, Counted, GradientPair
+
+Loss = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Scalars on the device. What a step without retention does not have is NaN."""
+
+    task_loss: Tensor
+    grad_norm: Tensor
+    retention_loss: Tensor
+    multiplier: Tensor
+    """lambda as it was used in this step."""
+    dot: Tensor
+    cos: Tensor
+    conflict: Tensor
+
+
+def task_step(
+    task_loss: Loss,
+    task: Sequence[Counted],
+    *,
+    optimizer: Optimizer,
+    gradients: GradientPair,
+    workers: AllReduce,
+    max_norm: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Plain fine-tuning: the baseline arm, and the steps between two retention steps.
+
+    Returns:
+        The loss and the gradient's norm before clipping.
+    """
+    loss = gradients.backward(TASK, task_loss, task, workers)
+    gradients.give(workers)
+    norm = clip_grad_norm_(gradients.parameters, torch.inf if max_norm is None else max_norm)
+    optimizer.step()
+    return loss, norm
+
+
+def craft_step(
+    task_loss: Loss,
+    task: Sequence[Counted],
+    retention_loss: Loss,
+    anchors: Sequence[Counted] | None,
+    state: DualState,
+    epsilon: float,
+    *,
+    craft: CraftConfig,
+    optimizer: Optimizer,
+    gradients: GradientPair,
+    workers: AllReduce,
+    max_norm: float | None,
+    noise_floor: float = 0.0,
+) -> tuple[DualState, StepMetrics]:
+    """One step of the constrained problem above.
+
+    Args:
+        task_loss, retention_loss: from a micro-batch to its mean loss.
+        task, anchors: the micro-batches of this worker; `anchors` is None between two retention steps.
+        epsilon: the budget at this step.
+        max_norm: the merged gradient is clipped to it, once.
+        noise_floor: L_ret up to this is the cache's rounding, and a gradient of it has no direction to compare.
+
+    Returns:
+        The multiplier's next state, and what happened.
+    """
+    if anchors is None:
+        loss, norm = task_step(
+            task_loss, task, optimizer=optimizer, gradients=gradients, workers=workers, max_norm=max_norm
+        )
+        nan = loss.new_full((), torch.nan)
+        return state, StepMetrics(loss, norm, nan, state.multiplier, nan, nan, nan)
+
+    loss = gradients.backward(TASK, task_loss, task, workers)
+    l_ret = gradients.backward(RETENTION, retention_loss, anchors, workers)
+    state = state.observe(l_ret, craft)
+
+    angle = gradients.compare()
+    cos = torch.where(l_ret > noise_floor, angle.cos, torch.nan)
+    conflict = cos < craft.conflict_threshold
+
+    removed = surgery.projection(angle, conflict & gate(state, epsilon, craft))
+    a, b = surgery.merge(craft.projection_mode, state.multiplier)
+    c = b - a * removed
+    norm = surgery.merged_norm(angle, a, c)
+    scale = surgery.clip_factor(norm, max_norm)
+    gradients.combine(scale * a, scale * c)
+
+    gradients.give(workers)
+    optimizer.step()
+    metrics = StepMetrics(loss, norm, l_ret, state.multiplier, angle.dot, cos, conflict)
+    return state.ascend(epsilon, craft), metrics
+
+
+def gate(state: DualState, epsilon: float, craft: CraftConfig) -> Tensor:
+    """Whether a conflict is projected away.
+
+    At an active constraint the two gradients are exactly opposed, and a projection that is always on deletes what
+    lambda has to balance; `violated` projects only while the budget is exceeded.
+    """
+    if not craft.use_grad_projection:
+        return torch.zeros_like(state.multiplier, dtype=torch.bool)
+    if craft.projection_gate == "always":
+        return torch.ones_like(state.multiplier, dtype=torch.bool)
+    return state.mean_loss > epsilon

@@ -1,0 +1,45 @@
+"""Gradient surgery: one-sided projection and the merge, as two coefficients.
+
+    if cos < tau and the gate is open:   g_t <- g_t - (<g_t, g_r> / |g_r|^2) g_r       PCGrad, one-sided
+                                                                                       (Yu et al., arXiv 2001.06782)
+    g = a g_t + b g_r                    weighted a=1, b=lambda | equal a=b=1/2 | task_priority a=1, b=min(lambda, 1)
+
+Both steps and the clipping are linear, so they collapse to g = a g_t + c g_r with c = b - a <g_t, g_r>/|g_r|^2, and
+|g|^2 = a^2 |g_t|^2 + 2 a c <g_t, g_r> + c^2 |g_r|^2 needs no further pass over the gradients.
+Everything is a scalar on the device; nothing waits for it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, where
+
+from craft_ray.method.gradients import Angle
+
+
+def projection(angle: Angle, conflict: Tensor) -> Tensor:
+    """How much of g_r to take from g_t: <g_t, g_r>/|g_r|^2 where the gradients conflict, else 0."""
+    return where(conflict, angle.dot / angle.retention_sq, 0.0)
+
+
+def merge(mode: str, multiplier: Tensor) -> tuple[float, Tensor]:
+    """The coefficients (a, b) of g = a g_t + b g_r."""
+    if mode == "weighted":
+        return 1.0, multiplier
+    if mode == "equal":
+        return 0.5, multiplier.new_full((), 0.5)
+    if mode == "task_priority":
+        return 1.0, multiplier.clamp(max=1.0)
+    raise ValueError(f"unknown projection_mode '{mode}': weighted, equal or task_priority")
+
+
+def merged_norm(angle: Angle, task: Tensor | float, retention: Tensor) -> Tensor:
+    """|task * g_t + retention * g_r|, from the three numbers of the comparison."""
+    square = task**2 * angle.task_sq + 2 * task * retention * angle.dot + retention**2 * angle.retention_sq
+    return square.clamp(min=0.0).sqrt()
+
+
+def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor | float:
+    """The factor that brings a gradient of this norm down to `max_norm`; the formula of torch's own clipping."""
+    if max_norm is None:
+        return 1.0
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,31 @@
+"""Models: what one must offer (`base.Model`), and who offers it."""
+
+from __future__ import annotations
+
+import torch
+
+from craft_ray.config import ModelConfig, Precision
+from craft_ray.models.base import Model
+
+
+def load_model(
+    config: ModelConfig, precision: Precision, device: torch.device | str = "cpu", weights: str | None = None
+) -> Model:
+    """The model of a configuration, in training mode.
+
+    Args:
+        precision: arithmetic of its forward passes; teacher and student must run in the same.
+        weights: another folder to take the weights from (a checkpoint); processor and limits stay the config's.
+
+    Raises:
+        ConfigError: nothing loads from the path.
+        ModelError: its weights do not load completely.
+    """
+    from craft_ray.models.huggingface import CausalLM, VisionLanguageModel
+
+    kinds = {"causal_lm": CausalLM, "vision_language": VisionLanguageModel}
+    return kinds[config.kind](config, precision, torch.device(device), weights)
+
+
+DEFAULT_POSITIONS = {"causal_lm": ("all",), "vision_language": ("text_last",)}
+"""The anchor positions that measured best for each kind of model (docs/anchors.md)."""

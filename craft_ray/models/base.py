@@ -1,0 +1,182 @@
+"""What a model must offer to be trained under a retention budget.
+
+A sample goes through `preprocess` (host, one sample, deterministic) and `collate` (host, a batch); the batch goes to
+the device and into a loss, into hidden states, or into `generate`. Teacher, student, task and anchors all take this
+one way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from craft_ray.data.sample import Sample
+from craft_ray.method.pooling import Layout, Pooling
+
+IGNORE = -100
+"""Target of a token that is not predicted."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """One preprocessed sample, on the host."""
+
+    tokens: dict[str, Tensor]
+    """Per token, each [S]: input_ids, attention_mask, and what else the model wants."""
+    images: dict[str, Tensor]
+    """Per image, concatenated along dimension 0 in a batch."""
+    layout: Layout
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for part in (self.tokens, self.images) for t in part.values())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded samples as the model takes them. B samples, S tokens, P positions whose logits are needed."""
+
+    inputs: dict[str, Tensor]
+    keep_P: Tensor
+    """Positions (of any row) whose next token is a target."""
+    targets_BP: Tensor
+    """The token after each such position; IGNORE where that row has none there."""
+    tokens: int
+    """Target tokens in all, known on the host."""
+    samples: int
+    pooling: Pooling | None = None
+
+    @property
+    def count(self) -> int:
+        """Terms of the mean of the token loss."""
+        return self.tokens
+
+    def to(self, device: torch.device) -> Batch:
+        def move(tensor: Tensor) -> Tensor:
+            if device.type == "cuda":
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            inputs={name: move(t) for name, t in self.inputs.items()},
+            keep_P=move(self.keep_P),
+            targets_BP=move(self.targets_BP),
+            pooling=None if self.pooling is None else self.pooling.to(device),
+        )
+
+
+class Model(Protocol):
+    """A policy, a vision-language model or a language model."""
+
+    module: nn.Module
+    device: torch.device
+    kind: str
+    hidden_size: int
+    num_hidden_states: int
+    """Entries of the hidden states: the embeddings and the output of every block."""
+
+    def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
+        """One sample as tensors: its prompt, and `suffix` tokens behind it, if any.
+
+        Raises:
+            DataError: its image does not decode, or it is longer than `max_length`.
+        """
+        ...
+
+    def response_tokens(self, sample: Sample) -> list[int]:
+        """The response as suffix tokens, closed by the end-of-sequence token where the config says so."""
+        ...
+
+    def collate(self, features: Sequence[Features], positions: Sequence[str] | None = None) -> Batch:
+        """A right-padded batch on the host; with `positions`, the plan that pools its hidden states."""
+        ...
+
+    def task_loss(self, batch: Batch) -> Tensor:
+        """What fine-tuning minimises: a float32 scalar, the mean over the batch's `count` terms."""
+        ...
+
+    def token_loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the suffix tokens, in nats, float32."""
+        ...
+
+    def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target token and whether it is the likeliest, each [B, P]; 0 and True where
+        there is no target."""
+        ...
+
+    def hidden_states(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
+        """Hidden states [B, S, D] at each of `layers` (resolved, not negative), without the vocabulary projection."""
+        ...
+
+    def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
+        """Greedy suffix tokens of each prompt, the end-of-sequence token included where it came."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Suffix tokens as text, without special tokens."""
+        ...
+
+    def weights_fingerprint(self) -> str:
+        """Hash of the names, types, shapes and values of all weights."""
+        ...
+
+    def preprocessor_fingerprint(self) -> str:
+        """Hash of everything that decides how a sample becomes tensors."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `from_pretrained` loads."""
+        ...
+
+
+def resolve_layers(layers: Sequence[int], num_hidden_states: int) -> tuple[int, ...]:
+    """Layer indices without negative ones; -1 is the last hidden state.
+
+    Raises:
+        ValueError: an index is out of range, or two name the same layer.
+    """
+    resolved = tuple(k + num_hidden_states if k < 0 else k for k in layers)
+    for asked, index in zip(layers, resolved, strict=True):
+        if not 0 <= index < num_hidden_states:
+            raise ValueError(
+                f"layer {asked} is out of range: the model has hidden states 0 (embeddings) to "
+                f"{num_hidden_states - 1} (after the final norm)"
+            )
+    if len(set(resolved)) != len(resolved):
+        raise ValueError(f"layers {list(layers)} name a hidden state twice")
+    return resolved
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """Set every dropout probability to zero, in layers and in the attributes that functional dropout reads."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name in ("attention_dropout", "dropout", "dropout_prob"):
+            if isinstance(part.__dict__.get(name), float):
+                setattr(part, name, 0.0)
+
+
+def clip_suffix(tokens: Sequence[int], stop: int | None) -> list[int]:
+    """Tokens up to and including the first `stop`."""
+    tokens = list(tokens)
+    return tokens[: tokens.index(stop) + 1] if stop is not None and stop in tokens else tokens
+
+
+def targets(layouts: Sequence[Layout], input_ids_BS: Tensor) -> tuple[Tensor, Tensor, int]:
+    """(keep_P, targets_BP, count) for next-token prediction of every sample's suffix."""
+    spans = [range(max(layout.prompt_length, 1), layout.length) for layout in layouts]
+    keep = sorted({t - 1 for span in spans for t in span})
+    place = {position: column for column, position in enumerate(keep)}
+    result = torch.full((len(layouts), len(keep)), IGNORE)
+    for row, span in enumerate(spans):
+        if span:
+            columns = torch.tensor([place[t - 1] for t in span])
+            result[row, columns] = input_ids_BS[row, span.start : span.stop]
+    return torch.tensor(keep, dtype=torch.long), result, sum(map(len, spans))

@@ -1,0 +1,45 @@
+"""Identity of weights and of preprocessing, as hashes that do not depend on where files lie."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import nn
+
+LOCATION_KEYS = ("name_or_path", "_name_or_path", "processor_class", "tokenizer_file", "_commit_hash")
+"""Settings that say where something came from, not what it does."""
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Hash over names, types, shapes and bytes of the state; the same however the folder was sharded."""
+    digest = blake3(max_threads=blake3.AUTO)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()[:32]
+
+
+def json_fingerprint(value: Any) -> str:
+    """Hash of a JSON-like value, its keys sorted."""
+    return blake3(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def tokenizer_identity(tokenizer: Any) -> Any:
+    """What a tokenizer does: its complete state where it is a fast one, otherwise vocabulary and special tokens.
+
+    Padding and truncation are left out: they are set anew by each call.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [tokenizer.get_vocab(), tokenizer.special_tokens_map]
+    state = json.loads(backend.to_str())
+    state.pop("padding"), state.pop("truncation")
+    return [state, tokenizer.special_tokens_map]
+
+
+def without_locations(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in LOCATION_KEYS}

@@ -1,0 +1,295 @@
+"""Any causal language model and any image-text-to-text model of transformers, behind one interface.
+
+Hidden states are indexed as in transformers' `output_hidden_states`: 0 is the embeddings, k the output of block k,
+and the last one is taken after the final norm (it is not the raw output of the last block). The student's retention
+pass and the teacher run the base model only; the vocabulary projection is left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from craft_ray.config import ModelConfig, Precision
+from craft_ray.data.images import decode_image
+from craft_ray.data.sample import Sample
+from craft_ray.errors import ConfigError, DataError, ModelError
+from craft_ray.method.pooling import Layout, Pooling
+from craft_ray.method.retention import token_loss
+from craft_ray.models.base import IGNORE, Batch, Features, clip_suffix, disable_dropout, targets
+from craft_ray.models.fingerprint import (
+    json_fingerprint,
+    tokenizer_identity,
+    weights_fingerprint,
+    without_locations,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class HuggingFaceModel:
+    """What causal language models and vision-language models share; a subclass says how a prompt is encoded."""
+
+    kind: ClassVar[str]
+    auto_class: ClassVar[Any]
+    processor_class: ClassVar[Any]
+
+    def __init__(
+        self, config: ModelConfig, precision: Precision, device: torch.device, weights: str | None = None
+    ) -> None:
+        self.config = config
+        self.precision = precision
+        self.device = device
+        self.processor = self._load_processor()
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.module = self._load_module(weights or config.path).to(device).train()
+        if config.disable_dropout:
+            disable_dropout(self.module)
+        if config.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+        text = self.module.config.get_text_config()
+        self.hidden_size: int = text.hidden_size
+        self.num_hidden_states: int = text.num_hidden_layers + 1
+        self._eos: int | None = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id
+        self._pad: int = pad if pad is not None else (self._eos or 0)
+        self._takes_keep = "logits_to_keep" in inspect.signature(self.module.forward).parameters
+
+    # -- loading
+
+    def _options(self) -> dict[str, Any]:
+        return {"revision": self.config.revision, "trust_remote_code": self.config.trust_remote_code}
+
+    def _load_processor(self) -> Any:
+        try:
+            return self.processor_class.from_pretrained(self.config.path, **self._options())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.path {self.config.path}: no processor or tokenizer loads from it ({_first(error)}): name a "
+                f"folder or a hub model that has one"
+            ) from None
+
+    def _load_module(self, path: str) -> Any:
+        try:
+            module, info = self.auto_class.from_pretrained(
+                path, dtype=DTYPES[self.config.dtype], output_loading_info=True, **self._options()
+            )
+        except (SafetensorError, RuntimeError, EOFError) as error:
+            raise ModelError(f"model {path}: its weights are damaged ({_first(error)}): fetch or save it again") from None
+        except (OSError, ValueError) as error:
+            if "afetensor" in str(error) or "header" in str(error):
+                raise ModelError(f"model {path}: its weights are damaged ({_first(error)})") from None
+            raise ConfigError(
+                f"model.path {path}: no {self.auto_class.__name__} loads from it ({_first(error)})"
+            ) from None
+        missing = sorted(info["missing_keys"])
+        mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
+        if missing or mismatched:
+            wrong = f"{len(missing)} weights are missing" if missing else f"{len(mismatched)} have another shape"
+            raise ModelError(
+                f"model {path} did not load completely: {wrong} (e.g. {(missing or mismatched)[0]}), they would be "
+                f"random; save the folder again or choose the right model.kind (it is {self.kind})"
+            )
+        return module
+
+    # -- host side: samples to batches
+
+    def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
+        """The model's inputs for a prompt alone, with a batch dimension of one."""
+        raise NotImplementedError
+
+    def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
+        """Indices of image tokens in a prompt."""
+        return ()
+
+    suffix_type = 0
+    """token_type_ids of suffix tokens, where the model has them."""
+
+    def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
+        encoded = self.encode_prompt(sample)
+        prompt = encoded["input_ids"]
+        tokens = {name: t[0] for name, t in encoded.items() if t.shape == prompt.shape}
+        images = {name: t for name, t in encoded.items() if t.shape != prompt.shape}
+        tokens.setdefault("attention_mask", torch.ones_like(tokens["input_ids"]))
+        added = {"input_ids": torch.tensor(list(suffix or []), dtype=torch.long)}
+        for name, tensor in tokens.items():
+            fill = {"attention_mask": 1, "token_type_ids": self.suffix_type}.get(name, 0)
+            tail = added.get(name, torch.full((len(suffix or []),), fill))
+            tokens[name] = torch.cat([tensor, tail.to(tensor.dtype)])
+        length = len(tokens["input_ids"])
+        if length > self.config.max_length:
+            raise DataError(
+                f"sample {sample.id} has {length} tokens, model.max_length is {self.config.max_length}: raise it, "
+                f"or shorten the sample"
+            )
+        if length == 0:
+            raise DataError(f"sample {sample.id} is empty: it has neither a prompt nor a response")
+        return Features(tokens, images, Layout(length, prompt.shape[1], self.image_tokens(prompt[0])))
+
+    def response_tokens(self, sample: Sample) -> list[int]:
+        if sample.response is None:
+            raise DataError(f"sample {sample.id} has no response: name the column that holds it (columns.response)")
+        ids: list[int] = self.tokenizer(sample.response, add_special_tokens=False)["input_ids"]
+        return [*ids, self._eos] if self.config.append_eos and self._eos is not None else ids
+
+    def collate(self, features: Sequence[Features], positions: Sequence[str] | None = None) -> Batch:
+        inputs = self._pad_batch(features, left=False)
+        layouts = [f.layout for f in features]
+        keep, wanted, count = targets(layouts, inputs["input_ids"])
+        pooling = None
+        if positions is not None:
+            pooling = Pooling.plan(layouts, positions, inputs["input_ids"].shape[1])
+        return Batch(inputs, keep, wanted, count, len(features), pooling)
+
+    def _pad_batch(self, features: Sequence[Features], left: bool) -> dict[str, Tensor]:
+        width = max(f.layout.length for f in features)
+        batch: dict[str, Tensor] = {}
+        for name in features[0].tokens:
+            fill = self._pad if name == "input_ids" else 0
+            rows = features[0].tokens[name].new_full((len(features), width), fill)
+            for row, f in zip(rows, features, strict=True):
+                length = f.layout.length
+                (row[width - length :] if left else row[:length]).copy_(f.tokens[name])
+            batch[name] = rows
+        for name in features[0].images:
+            batch[name] = torch.cat([f.images[name] for f in features])
+        return batch
+
+    # -- device side
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits [B, P, vocabulary] at the positions that predict a target, through the model's own head."""
+        with self.autocast():
+            if self._takes_keep:
+                return self.module(**batch.inputs, use_cache=False, logits_to_keep=batch.keep_P).logits
+            return self.module(**batch.inputs, use_cache=False).logits[:, batch.keep_P]
+
+    def task_loss(self, batch: Batch) -> Tensor:
+        return self.token_loss(batch)
+
+    def token_loss(self, batch: Batch) -> Tensor:
+        return token_loss(self.logits(batch).flatten(0, 1), batch.targets_BP.flatten(), batch.tokens)
+
+    def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits_BPV = self.logits(batch).float()
+        log_probs = -cross_entropy(
+            logits_BPV.flatten(0, 1), batch.targets_BP.flatten(), ignore_index=IGNORE, reduction="none"
+        ).view_as(batch.targets_BP)
+        likeliest = (logits_BPV.argmax(-1) == batch.targets_BP) | (batch.targets_BP == IGNORE)
+        return log_probs, likeliest
+
+    def hidden_states(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
+        with self.autocast():
+            states = self.module.base_model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states
+        assert len(states) == self.num_hidden_states
+        return [states[k] for k in layers]
+
+    @torch.inference_mode()
+    def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
+        inputs = {k: v.to(self.device) for k, v in self._pad_batch(features, left=True).items()}
+        settings = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._eos, pad_token_id=self._pad
+        )
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with self.autocast():
+                output = self.module.generate(**inputs, generation_config=settings)
+        finally:
+            self.module.train(was_training)
+        new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [clip_suffix(tokens, self._eos) for tokens in new_tokens]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    # -- identity and storage
+
+    def weights_fingerprint(self) -> str:
+        return weights_fingerprint(self.module)
+
+    def preprocessor_fingerprint(self) -> str:
+        settings = self.config.model_dump(include={"max_length", "chat_template", "append_eos"})
+        template = getattr(self.processor, "chat_template", None) if self.config.chat_template else None
+        return json_fingerprint([self.kind, settings, template, tokenizer_identity(self.tokenizer), self._image_identity()])
+
+    def _image_identity(self) -> Any:
+        return None
+
+    def save(self, folder: Path) -> None:
+        self.module.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+class CausalLM(HuggingFaceModel):
+    """A language model: AutoModelForCausalLM with its tokenizer."""
+
+    kind = "causal_lm"
+    auto_class = transformers.AutoModelForCausalLM
+    processor_class = transformers.AutoTokenizer
+
+    def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
+        if self.config.chat_template:
+            messages = [{"role": "user", "content": sample.prompt}]
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        else:
+            ids = self.tokenizer(sample.prompt)["input_ids"]
+        return {"input_ids": torch.tensor([ids], dtype=torch.long)}
+
+
+class VisionLanguageModel(HuggingFaceModel):
+    """An image-text-to-text model: AutoModelForImageTextToText with its processor."""
+
+    kind = "vision_language"
+    auto_class = transformers.AutoModelForImageTextToText
+    processor_class = transformers.AutoProcessor
+
+    @property
+    def suffix_type(self) -> int:  # type: ignore[override]
+        """PaliGemma marks its suffix 1 (causal attention); Gemma 3 marks images 1, and others have no types."""
+        return 1 if self.module.config.model_type == "paligemma" else 0
+
+    def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
+        if sample.image is None:
+            raise DataError(f"sample {sample.id} has no image: name the column that holds it (columns.image)")
+        image = decode_image(sample.image, f"sample {sample.id}")
+        if self.config.chat_template:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": sample.prompt}]
+            encoded = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        else:
+            mark = self.processor.image_token
+            text = sample.prompt if mark in sample.prompt else mark + sample.prompt
+            encoded = self.processor(images=[image], text=[text], return_tensors="pt")
+        return {name: tensor for name, tensor in encoded.items() if name != "labels"}
+
+    def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
+        config = self.module.config
+        mark = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
+        return tuple(torch.nonzero(input_ids_S == mark).flatten().tolist())
+
+    def _image_identity(self) -> Any:
+        processor = self.processor.image_processor
+        # The class is part of it: two backends of one processor resize differently.
+        return [type(processor).__name__, without_locations(processor.to_dict())]
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

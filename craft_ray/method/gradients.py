@@ -95,6 +95,16 @@ class GradientPair:
 
         return mark
 
+    @property
+    def reached(self) -> list[bool]:
+        """Which parameters have had a gradient so far; part of a checkpoint."""
+        return list(self._reached)
+
+    def restore_reached(self, reached: Sequence[bool]) -> None:
+        assert len(reached) == len(self._reached)
+        self._reached = list(reached)
+        self._agreed = list(reached)
+
     def close(self) -> None:
         """Give the parameters back without hooks and gradients."""
         for handle in self._handles:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +88,12 @@ class Model(Protocol):
         Raises:
             DataError: its image does not decode, or it is longer than `max_length`.
         """
+        ...
+
+    def from_tensors(
+        self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None, suffix: Sequence[int] | None = None
+    ) -> Features:
+        """Features of an anchor that came as tensors (an imported cache)."""
         ...
 
     def response_tokens(self, sample: Sample) -> list[int]:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -115,24 +116,36 @@ class HuggingFaceModel:
     """token_type_ids of suffix tokens, where the model has them."""
 
     def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
-        encoded = self.encode_prompt(sample)
+        return self._features(self.encode_prompt(sample), suffix or (), sample.id)
+
+    def from_tensors(
+        self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None, suffix: Sequence[int] | None = None
+    ) -> Features:
+        encoded = {"input_ids": torch.tensor(input_ids_S, dtype=torch.long)[None]}
+        if pixel_values is not None:
+            encoded["pixel_values"] = torch.tensor(pixel_values)[None]
+            encoded["token_type_ids"] = torch.zeros_like(encoded["input_ids"])
+        return self._features(encoded, suffix or (), "of an imported cache")
+
+    def _features(self, encoded: dict[str, Tensor], suffix: Sequence[int], sample_id: str) -> Features:
+        """A prompt with its suffix behind it."""
         prompt = encoded["input_ids"]
         tokens = {name: t[0] for name, t in encoded.items() if t.shape == prompt.shape}
         images = {name: t for name, t in encoded.items() if t.shape != prompt.shape}
         tokens.setdefault("attention_mask", torch.ones_like(tokens["input_ids"]))
-        added = {"input_ids": torch.tensor(list(suffix or []), dtype=torch.long)}
+        added = {"input_ids": torch.tensor(list(suffix), dtype=torch.long)}
         for name, tensor in tokens.items():
             fill = {"attention_mask": 1, "token_type_ids": self.suffix_type}.get(name, 0)
-            tail = added.get(name, torch.full((len(suffix or []),), fill))
+            tail = added.get(name, torch.full((len(suffix),), fill))
             tokens[name] = torch.cat([tensor, tail.to(tensor.dtype)])
         length = len(tokens["input_ids"])
         if length > self.config.max_length:
             raise DataError(
-                f"sample {sample.id} has {length} tokens, model.max_length is {self.config.max_length}: raise it, "
+                f"sample {sample_id} has {length} tokens, model.max_length is {self.config.max_length}: raise it, "
                 f"or shorten the sample"
             )
         if length == 0:
-            raise DataError(f"sample {sample.id} is empty: it has neither a prompt nor a response")
+            raise DataError(f"sample {sample_id} is empty: it has neither a prompt nor a response")
         return Features(tokens, images, Layout(length, prompt.shape[1], self.image_tokens(prompt[0])))
 
     def response_tokens(self, sample: Sample) -> list[int]:

@@ -1,0 +1,154 @@
+"""Building a cache, without Ray: its identity, its estimated size, one shard, and the manifest at the end.
+
+`pipelines.anchors` runs `build_shard` in parallel; everything that decides content stands here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from craft_ray.anchors.manifest import (
+    FORMAT,
+    SHARDS,
+    Identity,
+    Manifest,
+    Plan,
+    Shard,
+    write_manifest,
+)
+from craft_ray.anchors.schema import NUMPY, ROW_GROUP, CacheSchema, hidden_column
+from craft_ray.anchors.teacher import Teacher
+from craft_ray.config import AnchorsConfig, Experiment
+from craft_ray.data.source import Source
+from craft_ray.errors import CacheRefused, ConfigError
+from craft_ray.files import checksum, new_file
+from craft_ray.method.pooling import vector_count
+from craft_ray.models import DEFAULT_POSITIONS
+from craft_ray.models.base import Model, resolve_layers
+
+ESTIMATE_ROWS = 32
+
+
+def identity_of(experiment: Experiment, model: Model, source: Source) -> Identity:
+    """The identity of the cache that this experiment builds."""
+    anchors = experiment.anchors
+    assert anchors is not None
+    try:
+        layers = resolve_layers(anchors.layers or (-2, -1), model.num_hidden_states)
+    except ValueError as error:
+        raise ConfigError(f"anchors.layers: {error}") from None
+    return Identity(
+        teacher=model.weights_fingerprint(),
+        kind=model.kind,
+        preprocessor=model.preprocessor_fingerprint(),
+        precision=experiment.train.precision,
+        modes=anchors.modes,
+        layers=layers,
+        num_hidden_states=model.num_hidden_states,
+        positions=anchors.positions or DEFAULT_POSITIONS[model.kind],
+        hidden_size=model.hidden_size,
+        dtype=anchors.dtype,
+        inputs="raw",
+        suffix_from=anchors.suffix_from,
+        max_new_tokens=anchors.max_new_tokens,
+        source=source.fingerprint,
+        rows=len(source),
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected size of a cache, from its first rows."""
+
+    bytes: int
+    vectors_per_row: float
+
+
+def estimate(model: Model, source: Source, schema: CacheSchema, anchors: AnchorsConfig) -> Estimate:
+    """Bytes of the finished cache, before anything is written. Suffixes are taken at their longest."""
+    rows = min(ESTIMATE_ROWS, len(source))
+    # Spread over the source: data are often sorted, and the first rows alike.
+    samples = [source[i * len(source) // rows] for i in range(rows)]
+    suffix = [0] * anchors.max_new_tokens if schema.has_suffix else []
+    counts, size = 0, 0
+    for sample in samples:
+        layout = model.preprocess(sample, suffix).layout
+        if schema.has_hidden:
+            counts += sum(vector_count(layout, position) for position in schema.positions)
+        size += len(sample.image or b"") + len(sample.prompt.encode()) + len(sample.id) + 4 * len(suffix)
+    size += counts * schema.vector_size * NUMPY[schema.dtype].itemsize
+    return Estimate(bytes=round(size / rows * len(source)), vectors_per_row=counts / rows)
+
+
+def build_shard(teacher: Teacher, source: Source, rows: Sequence[int], path: Path) -> None:
+    """Run the teacher over some rows and write them as one Parquet file, which appears when it is complete."""
+    schema = teacher.schema.arrow()
+    columns = [f"{c}.list.element.list.element" for c in map(hidden_column, teacher.schema.positions)]
+    with (
+        new_file(path) as temporary,
+        pq.ParquetWriter(
+            temporary,
+            schema,
+            compression={"image": "none", "prompt": "zstd", "id": "zstd", "suffix": "zstd", **dict.fromkeys(columns, "none")},
+            use_dictionary=False,  # hidden states do not repeat; a dictionary and statistics only cost
+            write_statistics=False,
+        ) as writer,
+    ):
+        for start in range(0, len(rows), ROW_GROUP):
+            samples = [source[row] for row in rows[start : start + ROW_GROUP]]
+            writer.write_table(teacher.table(samples))
+
+
+def finished_shards(folder: Path, plan: Plan, ids: Sequence[str]) -> dict[str, Shard]:
+    """The shards of a plan that are complete in the folder; what is not of the plan is refused."""
+    done = {}
+    for name, rows in plan.shards():
+        path = folder / SHARDS / name
+        if not path.exists():
+            continue
+        try:
+            found = pq.read_table(path, columns=["id"])["id"].to_pylist()
+        except (OSError, ValueError) as error:
+            raise CacheRefused(f"{path} is damaged ({error}): delete it and build again") from None
+        if found != list(ids[rows.start : rows.stop]):
+            raise CacheRefused(f"{path} holds other rows than the plan says: delete it and build again")
+        done[name] = Shard(name=name, rows=len(rows), bytes=path.stat().st_size, blake3=checksum(path))
+    return done
+
+
+def finish(folder: Path, plan: Plan, ids: Sequence[str]) -> Manifest:
+    """Check that every row is there once, and write the manifest."""
+    shards = finished_shards(folder, plan, ids)
+    missing = [name for name, _ in plan.shards() if name not in shards]
+    if missing:
+        raise CacheRefused(f"{len(missing)} shards of {folder} are missing (e.g. {missing[0]}): build again")
+    manifest = Manifest(
+        format=FORMAT,
+        fingerprint=plan.identity.fingerprint,
+        identity=plan.identity,
+        shards=tuple(shards[name] for name, _ in plan.shards()),
+        vectors=_count_vectors(folder, plan),
+        written_by={p: importlib.metadata.version(p) for p in ("craft-ray", "torch", "transformers", "pyarrow")},
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _count_vectors(folder: Path, plan: Plan) -> int:
+    schema = plan.identity.schema
+    if not schema.has_hidden:
+        return 0
+    total = 0
+    for name, _ in plan.shards():
+        metadata = pq.read_metadata(folder / SHARDS / name)
+        for group in range(metadata.num_row_groups):
+            for column in range(metadata.num_columns):
+                chunk = metadata.row_group(group).column(column)
+                if chunk.path_in_schema.startswith("hidden_"):
+                    total += chunk.num_values // schema.vector_size
+    return total

@@ -1,0 +1,152 @@
+"""The manifest: the identity of a cache, and a checksum of every shard. Written last, so it means complete.
+
+Identity is what decides the numbers: teacher, preprocessor, arithmetic, layers, positions, storage type, source and
+selection. Paths, hosts and numbers of workers decide nothing and are not part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from craft_ray.anchors.schema import CacheSchema
+from craft_ray.errors import CacheRefused
+from craft_ray.files import write_atomically
+from craft_ray.models.fingerprint import json_fingerprint
+
+FORMAT = 1
+LAYER_DEFINITION = (
+    "index into the hidden states: 0 = embeddings, k = output of block k, the last one after the final norm"
+)
+MANIFEST, PLAN, SHARDS = "manifest.json", "plan.json", "shards"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Identity(_Frozen):
+    """What decides the numbers in a cache."""
+
+    teacher: str
+    """Hash of the teacher's weights."""
+    kind: str
+    preprocessor: str
+    precision: str
+    modes: tuple[str, ...]
+    layers: tuple[int, ...]
+    """Resolved indices, none negative."""
+    num_hidden_states: int
+    layer_definition: str = LAYER_DEFINITION
+    positions: tuple[str, ...]
+    hidden_size: int
+    dtype: str
+    inputs: Literal["raw", "tensors"]
+    pixel_shape: tuple[int, ...] | None = None
+    """Shape of one sample's pixel_values, where inputs are tensors."""
+    suffix_from: str
+    max_new_tokens: int
+    source: str
+    """Hash of the anchor inputs."""
+    rows: int
+
+    @property
+    def fingerprint(self) -> str:
+        return json_fingerprint(self.model_dump(mode="json"))
+
+    @property
+    def schema(self) -> CacheSchema:
+        return CacheSchema(self.modes, self.positions, self.layers, self.hidden_size, self.dtype, self.inputs)
+
+
+class Shard(_Frozen):
+    name: str
+    rows: int
+    bytes: int
+    blake3: str
+
+
+class Manifest(_Frozen):
+    format: int
+    fingerprint: str
+    identity: Identity
+    shards: tuple[Shard, ...]
+    vectors: int
+    """Vectors in all, over rows and positions."""
+    written_by: dict[str, str]
+    """Versions of the libraries that built it."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def content(self) -> str:
+        """Hash of identity and content: what a copy of the cache is keyed by."""
+        return json_fingerprint([self.fingerprint, [shard.blake3 for shard in self.shards]])
+
+
+class Plan(_Frozen):
+    """What a build that has begun is building; lies in the folder from the start, so that it can be resumed."""
+
+    identity: Identity
+    rows_per_shard: int
+
+    def shards(self) -> list[tuple[str, range]]:
+        """Name and rows of every shard."""
+        size, rows = self.rows_per_shard, self.identity.rows
+        return [
+            (f"shard-{number:05d}.parquet", range(start, min(start + size, rows)))
+            for number, start in enumerate(range(0, rows, size))
+        ]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2))
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    write_atomically(folder / PLAN, plan.model_dump_json(indent=2))
+
+
+def read_plan(folder: Path) -> Plan | None:
+    try:
+        return Plan.model_validate_json((folder / PLAN).read_text())
+    except FileNotFoundError:
+        return None
+    except (ValidationError, ValueError):
+        raise CacheRefused(f"{folder / PLAN} is damaged: delete the folder and build the cache again") from None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a complete cache.
+
+    Raises:
+        CacheRefused: there is none, it is half-written, of another format, or damaged.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        if (folder / PLAN).exists():
+            raise CacheRefused(
+                f"the anchor cache in {folder} is half-written: its shards are there, its manifest is not; run "
+                f"'craft-ray anchors build' again, it goes on where it stopped"
+            )
+        raise CacheRefused(f"there is no anchor cache in {folder}: build one with 'craft-ray anchors build'")
+    try:
+        tree: dict[str, Any] = json.loads(path.read_text())
+        if tree.get("format") != FORMAT:
+            raise CacheRefused(
+                f"{path} has format {tree.get('format')}, this version reads format {FORMAT}: build the cache again"
+            )
+        manifest = Manifest.model_validate(tree)
+    except (ValidationError, ValueError, AttributeError):
+        raise CacheRefused(f"{path} is damaged: delete the folder and build the cache again") from None
+    if manifest.identity.fingerprint != manifest.fingerprint:
+        raise CacheRefused(
+            f"{path} was changed by hand: its identity hashes to {manifest.identity.fingerprint[:12]}, it says "
+            f"{manifest.fingerprint[:12]}; build the cache again"
+        )
+    return manifest

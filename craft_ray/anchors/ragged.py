@@ -1,0 +1,49 @@
+"""Rows of different length in two memory-mapped files: the flat data, and where each row starts.
+
+Parquet is the archive; a random batch from it costs a hundred times a gather from memory. So a cache is expanded
+once on each node into these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+class Ragged:
+    """`rows[i]` is row i, [n_i, width] (or [n_i] where width is 1), a view into the mapped file."""
+
+    def __init__(self, path: Path, dtype: np.dtype, width: int = 1) -> None:
+        self.offsets: np.ndarray = np.load(path.with_suffix(".offsets.npy"), mmap_mode="r")
+        total = int(self.offsets[-1])
+        shape = (total,) if width == 1 else (total, width)
+        empty = total == 0  # an empty file cannot be mapped
+        self.data: np.ndarray = (
+            np.empty(shape, dtype) if empty else np.memmap(path.with_suffix(".bin"), dtype, "r", shape=shape)
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.data[self.offsets[row] : self.offsets[row + 1]]
+
+    def gather(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows padded to the longest: values [B, V, width] and which are real [B, V]. One gather."""
+        chosen = np.asarray(rows)
+        starts, counts = self.offsets[chosen], self.offsets[chosen + 1] - self.offsets[chosen]
+        places = np.arange(counts.max(initial=0))
+        valid = places < counts[:, None]
+        return self.data[np.where(valid, starts[:, None] + places, starts[:, None])], valid
+
+
+def write_ragged(path: Path, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write chunks of (flat data, lengths of rows) one after the other."""
+    lengths = [np.zeros(1, np.int64)]
+    with path.with_suffix(".bin").open("wb") as file:
+        for data, counts in chunks:
+            file.write(memoryview(np.ascontiguousarray(data)).cast("B") if data.size else b"")
+            lengths.append(counts.astype(np.int64))
+    np.save(path.with_suffix(".offsets.npy"), np.cumsum(np.concatenate(lengths)))

@@ -1,0 +1,193 @@
+"""Reading a cache: refuse what is damaged or does not match, expand it once a node, and hand out anchors by row."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from blake3 import blake3
+
+from craft_ray.anchors.manifest import SHARDS, Identity, Manifest, read_manifest
+from craft_ray.anchors.ragged import Ragged, write_ragged
+from craft_ray.anchors.schema import NUMPY, hidden_column
+from craft_ray.data.sample import Sample
+from craft_ray.errors import CacheRefused
+from craft_ray.files import checksum, new_folder
+
+BYTES = np.dtype("u1")
+INT32 = np.dtype("<i4")
+
+
+def check_shards(folder: Path, manifest: Manifest) -> None:
+    """Size and checksum of every shard.
+
+    Raises:
+        CacheRefused: a shard is missing, cut off, or differs in a single bit.
+    """
+    for shard in manifest.shards:
+        path = folder / SHARDS / shard.name
+        if not path.exists():
+            raise CacheRefused(f"{path} is missing, the manifest names it: build the cache again")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise CacheRefused(
+                f"{path} has {size} bytes, the manifest says {shard.bytes}: delete it and run 'craft-ray anchors build'"
+            )
+        found = checksum(path)
+        if found != shard.blake3:
+            raise CacheRefused(
+                f"{path} is damaged: its checksum is {found[:12]}, the manifest says {shard.blake3[:12]}; delete it "
+                f"and run 'craft-ray anchors build', which writes this shard again"
+            )
+
+
+def check_identity(folder: Path, found: Identity, expected: Identity) -> None:
+    """Refuse a cache that is not the one an experiment would build, and name both sides of the first difference.
+
+    The source and the selection are compared by `craft-ray anchors build` only: training needs none of the
+    anchors' files, they are in the cache.
+    """
+    remedy = f"build the cache again for this model, or name the one that belongs to it (it is {folder})"
+    for what, key in (
+        ("teacher (hash of its weights)", "teacher"),
+        ("kind of model", "kind"),
+        ("preprocessor (hash)", "preprocessor"),
+        ("arithmetic of the forward pass", "precision"),
+        ("hidden states of the model", "num_hidden_states"),
+        ("width", "hidden_size"),
+        ("definition of layers", "layer_definition"),
+    ):
+        ours, theirs = getattr(expected, key), getattr(found, key)
+        if ours != theirs:
+            raise CacheRefused(f"the cache was built with another {what}: cache {theirs}, this run {ours}; {remedy}")
+
+
+def check_contains(folder: Path, found: Identity, what: str, wanted: Sequence[object], held: Sequence[object]) -> None:
+    """Refuse a cache that lacks a mode, a layer or a position."""
+    lacking = [w for w in wanted if w not in held]
+    if lacking:
+        raise CacheRefused(
+            f"the cache in {folder} holds {what} {_listed(held)}, this run asks for {_listed(wanted)}: change the "
+            f"config, or build a cache with {_listed(lacking)}"
+        )
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items)) or "none"
+
+
+class AnchorSet:
+    """The anchors of a complete, matching cache, by row. Open it with `open_anchors`."""
+
+    def __init__(self, folder: Path, manifest: Manifest, expanded: Path) -> None:
+        self.folder = folder
+        self.identity = manifest.identity
+        self.fingerprint = manifest.fingerprint
+        schema = manifest.identity.schema
+        self._ids = Ragged(expanded / "id", BYTES)
+        self._inputs = {
+            name: Ragged(expanded / name, INT32 if name == "input_ids" else BYTES)
+            for name in (("image", "prompt") if schema.inputs == "raw" else ("input_ids", "pixel_values"))
+        }
+        self._suffix = Ragged(expanded / "suffix", INT32) if schema.has_suffix else None
+        self._hidden = {
+            position: Ragged(expanded / hidden_column(position), NUMPY[schema.dtype], schema.vector_size)
+            for position in (schema.positions if schema.has_hidden else ())
+        }
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def id(self, row: int) -> str:
+        return self._ids[row].tobytes().decode()
+
+    def sample(self, row: int) -> Sample:
+        """The raw input of an anchor."""
+        image = self._inputs["image"][row]
+        prompt = self._inputs["prompt"][row].tobytes().decode()
+        return Sample(id=self.id(row), prompt=prompt, image=image.tobytes() if len(image) else None)
+
+    def tensors(self, row: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """input_ids and pixel_values of an imported anchor, which has no raw input."""
+        pixels = self._inputs["pixel_values"][row]
+        shape = self.identity.pixel_shape
+        return self._inputs["input_ids"][row], pixels.view("<f4").reshape(shape) if shape else None
+
+    def suffix(self, row: int) -> list[int]:
+        assert self._suffix is not None, "a cache without suffix tokens"
+        return [int(token) for token in self._suffix[row]]
+
+    def vectors(self, rows: Sequence[int], position: str) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors of some rows, [B, V, L, D] in the storage type, and which are real, [B, V]."""
+        values, valid = self._hidden[position].gather(rows)
+        return values.reshape(*values.shape[:2], len(self.identity.layers), -1), valid
+
+    def split(self, holdout: float, seed: int = 0) -> tuple[list[int], list[int]]:
+        """Rows to train on and rows held out, decided by a hash of each id: they stay what they are when anchors
+        are added, and do not depend on the order of shards.
+
+        Raises:
+            CacheRefused: one of the two parts would be empty.
+        """
+        order = sorted(range(len(self)), key=lambda row: blake3(f"{seed} {self.id(row)}".encode()).digest())
+        count = round(holdout * len(self))
+        if holdout > 0 and count == 0 or count == len(self):
+            raise CacheRefused(
+                f"the cache in {self.folder} has {len(self)} anchors; holding out {holdout:.0%} leaves "
+                f"{len(self) - count} to train on and {count} to judge by: add anchors, or change craft.anchor_holdout"
+            )
+        return sorted(order[count:]), sorted(order[:count])
+
+
+def open_anchors(folder: Path, manifest: Manifest | None = None) -> AnchorSet:
+    """Expand the cache on this node if it is not yet, checking every byte while reading, and map it."""
+    manifest = manifest or read_manifest(folder)
+    if not manifest.identity.rows:
+        raise CacheRefused(f"the anchor cache in {folder} has no anchor: build it from a source that has some")
+    target = expansion_root() / manifest.content
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / f".{target.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of one node expand it once
+            if not target.exists():
+                check_shards(folder, manifest)
+                _expand(folder, manifest, target)
+    return AnchorSet(folder, manifest, target)
+
+
+def expansion_root() -> Path:
+    """Where this node keeps expanded caches: $CRAFT_RAY_CACHE, or a folder of this user among temporary files."""
+    default = Path(tempfile.gettempdir()) / f"craft-ray-{os.getuid()}"
+    return Path(os.environ.get("CRAFT_RAY_CACHE", default))
+
+
+def _expand(folder: Path, manifest: Manifest, target: Path) -> None:
+    schema = manifest.identity.schema.arrow()
+    with new_folder(target) as temporary:
+        for name in schema.names:
+            write_ragged(temporary / name, _chunks(folder, manifest, name))
+
+
+def _chunks(folder: Path, manifest: Manifest, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """One column as flat data and lengths, a row group at a time."""
+    for shard in manifest.shards:
+        with pq.ParquetFile(folder / SHARDS / shard.name) as file:
+            for batch in file.iter_batches(columns=[column]):
+                yield _flat(batch.column(0))
+
+
+def _flat(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    if pa.types.is_string(array.type) or pa.types.is_binary(array.type):
+        cells = [cell or b"" for cell in array.cast(pa.binary()).to_pylist()]
+        return np.frombuffer(b"".join(cells), BYTES), np.array([len(cell) for cell in cells], dtype=np.int64)
+    offsets = array.offsets.to_numpy()
+    values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
+    while pa.types.is_fixed_size_list(values.type):
+        values = values.flatten()
+    return values.to_numpy(zero_copy_only=False), np.diff(offsets)

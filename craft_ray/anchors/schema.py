@@ -1,0 +1,86 @@
+"""What a row of the cache holds, as an Arrow schema that every Parquet reader understands.
+
+    id              string
+    image, prompt   the raw input                                           (inputs: raw)
+    input_ids, pixel_values                                                 (inputs: tensors, imported caches)
+    suffix          list<int32>, the suffix tokens                          (token_ce, or the position `suffix`)
+    hidden_<pos>    list<fixed_size_list<float16|float32>[L * D]>, one entry for each vector of that position;
+                    an entry is the vector at each cached layer, one after the other
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+ROW_GROUP = 256
+"""Rows that the teacher works on at once: sorted by length, run, written as one row group. Bounds memory."""
+
+ARROW = {"float16": pa.float16(), "float32": pa.float32()}
+NUMPY = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+
+STEP0_TOLERANCE = {
+    ("float16", "fp32"): 1e-6,
+    ("float32", "fp32"): 1e-8,
+    ("float16", "bf16"): 1e-2,
+    ("float32", "bf16"): 1e-2,
+}
+"""Largest relative mean square between teacher and untouched student, by (storage, arithmetic). float16 rounds by
+4e-8. In bf16 a batch of another shape adds up in another order; the same model gave up to 1e-3."""
+
+NOISE_FLOOR = {"float16": 1e-7, "float32": 1e-12}
+"""L_ret below which its gradient is that of the storage's rounding."""
+
+
+def hidden_column(position: str) -> str:
+    return f"hidden_{position}"
+
+
+@dataclass(frozen=True)
+class CacheSchema:
+    """The columns of a cache."""
+
+    modes: tuple[str, ...]
+    positions: tuple[str, ...]
+    layers: tuple[int, ...]
+    hidden_size: int
+    dtype: str
+    inputs: str
+    """`raw` or `tensors`."""
+
+    @property
+    def has_hidden(self) -> bool:
+        return "hidden" in self.modes
+
+    @property
+    def has_suffix(self) -> bool:
+        return "token_ce" in self.modes or (self.has_hidden and "suffix" in self.positions)
+
+    @property
+    def vector_size(self) -> int:
+        """Numbers of one vector: all cached layers together."""
+        return len(self.layers) * self.hidden_size
+
+    def arrow(self) -> pa.Schema:
+        fields = [pa.field("id", pa.string(), nullable=False)]
+        if self.inputs == "raw":
+            fields += [pa.field("image", pa.binary()), pa.field("prompt", pa.string())]
+        else:
+            fields += [pa.field("input_ids", pa.list_(pa.int32())), pa.field("pixel_values", pa.binary())]
+        if self.has_suffix:
+            fields.append(pa.field("suffix", pa.list_(pa.int32())))
+        if self.has_hidden:
+            vector = pa.list_(ARROW[self.dtype], self.vector_size)
+            fields += [pa.field(hidden_column(p), pa.list_(vector)) for p in self.positions]
+        return pa.schema(fields)
+
+
+def vectors_array(rows: Sequence[np.ndarray], size: int, dtype: str) -> pa.Array:
+    """Rows of vectors, each [n, size], as list<fixed_size_list[size]>."""
+    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
+    flat = np.concatenate(rows).astype(NUMPY[dtype], copy=False).reshape(-1)
+    inner = pa.FixedSizeListArray.from_arrays(pa.array(flat, type=ARROW[dtype]), size)
+    return pa.ListArray.from_arrays(pa.array(offsets), inner)

@@ -1,0 +1,112 @@
+"""The student against the cache: does it match, does it start at zero, and where does it end on held-out anchors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from craft_ray.anchors.batches import AnchorBatches
+from craft_ray.anchors.manifest import LAYER_DEFINITION, read_manifest
+from craft_ray.anchors.reader import check_contains, check_identity, open_anchors
+from craft_ray.anchors.schema import STEP0_TOLERANCE
+from craft_ray.config import Experiment
+from craft_ray.errors import CacheRefused
+from craft_ray.models import DEFAULT_POSITIONS
+from craft_ray.models.base import Model, resolve_layers
+from craft_ray.workers import Workers
+
+
+def open_for_student(config: Experiment, model: Model, teacher_weights: str | None) -> AnchorBatches:
+    """The cache of a run, after every check that its identity allows.
+
+    Args:
+        teacher_weights: hash of the untouched student's weights; None on resume, where it is no longer the teacher
+            and the checkpoint names the cache instead.
+
+    Raises:
+        CacheRefused: the cache is of another teacher or preprocessor, or lacks what the config asks for.
+    """
+    craft = config.craft
+    assert craft.anchor_cache_dir is not None
+    folder = Path(craft.anchor_cache_dir)
+    manifest = read_manifest(folder)
+    found = manifest.identity
+    expected = found.model_copy(
+        update={
+            "teacher": teacher_weights or found.teacher,
+            "kind": model.kind,
+            "preprocessor": model.preprocessor_fingerprint(),
+            "precision": config.train.precision,
+            "num_hidden_states": model.num_hidden_states,
+            "hidden_size": model.hidden_size,
+            "layer_definition": LAYER_DEFINITION,
+        }
+    )
+    check_identity(folder, found, expected)
+    check_contains(folder, found, "mode", [craft.retention_mode], found.modes)
+    layers, positions = found.layers, found.positions
+    if craft.retention_mode == "hidden":
+        layers = _wanted_layers(config, found.layers, model)
+        positions = craft.positions or (config.anchors and config.anchors.positions) or positions
+        check_contains(folder, found, "layers", layers, found.layers)
+        check_contains(folder, found, "positions", positions, found.positions)
+    return AnchorBatches(model, open_anchors(folder, manifest), craft.retention_mode, layers, positions)
+
+
+def _wanted_layers(config: Experiment, held: tuple[int, ...], model: Model) -> tuple[int, ...]:
+    asked = config.craft.layers or (config.anchors and config.anchors.layers)
+    if not asked:
+        return held
+    try:
+        return resolve_layers(asked, model.num_hidden_states)
+    except ValueError as error:
+        raise CacheRefused(str(error)) from None
+
+
+@torch.no_grad()
+def check_untouched(anchors: AnchorBatches, rows: Sequence[int], workers: Workers) -> None:
+    """Step 0 is a test: an untouched student gives what the teacher gave, within the storage's precision.
+
+    It runs in the mode in which training runs, so dropout that is left on is found here.
+
+    Raises:
+        CacheRefused: it does not; preprocessing, dropout, layers or the teacher differ.
+    """
+    batch = anchors.batch(rows).to(workers.device)
+    identity = anchors.anchors.identity
+    if batch.teacher is None:
+        _, likeliest = anchors.model.token_log_probs(batch.inputs)
+        agreement = likeliest.double().mean().item()
+        if identity.suffix_from == "teacher" and agreement < 0.99:
+            raise CacheRefused(
+                f"the untouched student agrees with only {agreement:.1%} of the teacher's cached tokens: preprocessing, "
+                f"dropout or the teacher is not what the cache was built with; run 'craft-ray anchors verify --reforward 32'"
+            )
+        return
+    loss = anchors.loss(batch, "relative_mse").item()
+    tolerance = STEP0_TOLERANCE[identity.dtype, identity.precision]
+    if not loss <= tolerance:
+        raise CacheRefused(
+            f"the untouched student is {loss:.2e} away from the cached teacher (relative mean square), {identity.dtype} "
+            f"storage explains {tolerance:.0e}: preprocessing, dropout, layers or the teacher is not what the cache was "
+            f"built with; run 'craft-ray anchors verify --reforward 32'"
+        )
+
+
+@torch.inference_mode()
+def heldout_loss(
+    anchors: AnchorBatches, rows: Sequence[int], batch_size: int, loss_type: str, workers: Workers
+) -> float:
+    """L_ret over `rows`, each worker taking its share."""
+    was_training = anchors.model.module.training
+    anchors.model.module.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=workers.device)
+    mine = rows[workers.rank :: workers.world_size]
+    for start in range(0, len(mine), batch_size):
+        batch = anchors.batch(mine[start : start + batch_size]).to(workers.device)
+        sums += torch.stack([anchors.loss(batch, loss_type).double() * batch.count, sums.new_tensor(batch.count)])
+    anchors.model.module.train(was_training)
+    workers.all_reduce(sums)
+    return float(sums[0] / sums[1])

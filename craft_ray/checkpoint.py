@@ -1,0 +1,84 @@
+"""Checkpoints: `step_NNNNNN/model` loads with `from_pretrained`, `step_NNNNNN/training_state` goes on bit for bit.
+
+A checkpoint is written to a temporary folder and appears when it is complete; then the link `last` moves to it. What
+is random in a step is seeded by (seed, step, rank), and the sampler is a function of (seed, step), so neither has a
+state to save.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from craft_ray.errors import StorageError
+from craft_ray.files import new_folder
+from craft_ray.method.dual import DualState
+from craft_ray.models.base import Model
+
+LAST = "last"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything but the weights that the next step depends on."""
+
+    step: int
+    """Steps done."""
+    optimizer: dict[str, Any]
+    dual: DualState | None
+    reached: list[bool]
+    """Which parameters have had a gradient so far."""
+    cache: str | None
+    """Fingerprint of the anchor cache."""
+
+
+def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int) -> Path:
+    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`."""
+    target = folder / f"step_{state.step:06d}"
+    with new_folder(target) as temporary:
+        try:
+            model.save(temporary / "model")
+            (temporary / "training_state").mkdir()
+            torch.save(
+                {
+                    "step": state.step,
+                    "optimizer": state.optimizer,
+                    "dual": None if state.dual is None else state.dual.state_dict(),
+                    "reached": state.reached,
+                    "cache": state.cache,
+                },
+                temporary / "training_state" / "state.pt",
+            )
+        except (RuntimeError, ValueError, OSError) as error:  # torch and safetensors wrap the system's error
+            raise StorageError(
+                f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): free space or choose another "
+                f"output_dir, then go on with --resume; earlier checkpoints are untouched"
+            ) from error
+    _point_last(folder, target.name)
+    for old in sorted(folder.glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    link = folder / LAST
+    return link.resolve() if link.exists() else None
+
+
+def load_training_state(checkpoint: Path, device: torch.device) -> TrainingState:
+    state = torch.load(checkpoint / "training_state" / "state.pt", map_location="cpu", weights_only=True)
+    dual = None if state["dual"] is None else DualState.from_state_dict(state["dual"], device)
+    return TrainingState(state["step"], state["optimizer"], dual, state["reached"], state["cache"])
+
+
+def _point_last(folder: Path, name: str) -> None:
+    temporary = folder / f".{LAST}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    os.replace(temporary, folder / LAST)

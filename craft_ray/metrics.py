@@ -1,0 +1,125 @@
+"""What a step tells: numbers gathered on the device, looked at every few steps, written and shown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craft_ray.errors import DataError
+from craft_ray.method.step import StepMetrics
+
+Record = dict[str, Any]
+"""One line of metrics.jsonl."""
+
+FIELDS = (
+    "train/loss",
+    "train/grad_norm",
+    "craft/retention_loss",
+    "craft/lambda",
+    "craft/grad_dot",
+    "craft/grad_cos",
+    "craft/conflict",
+)
+
+
+@dataclass(frozen=True)
+class HostSide:
+    """What the host knows of a step without asking the device."""
+
+    step: int
+    lr: float
+    epsilon: float
+    step_s: float
+    data_s: float
+
+
+class MetricsBuffer:
+    """Numbers of the last steps; `flush` is the one place where the host waits for the device."""
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self._device: list[Tensor] = []
+        self._host: list[HostSide] = []
+
+    def add(self, metrics: StepMetrics, host: HostSide) -> None:
+        numbers = (
+            metrics.task_loss, metrics.grad_norm, metrics.retention_loss, metrics.multiplier,
+            metrics.dot, metrics.cos, metrics.conflict,
+        )  # fmt: skip
+        self._device.append(torch.stack([number.detach().double() for number in numbers]))
+        self._host.append(host)
+
+    def flush(self) -> list[Record]:
+        """One record for each step since the last flush.
+
+        Raises:
+            DataError: a loss or gradient of one of these steps is not finite.
+        """
+        if not self._device:
+            return []
+        rows = torch.stack(self._device).tolist()
+        host, self._device, self._host = self._host, [], []
+        return [self._record(row, side) for row, side in zip(rows, host, strict=True)]
+
+    def _record(self, row: list[float], host: HostSide) -> Record:
+        numbers = dict(zip(FIELDS, row, strict=True))
+        for key, name in (("train/loss", "task loss"), ("train/grad_norm", "norm of the merged gradient")):
+            if not math.isfinite(numbers[key]):
+                raise DataError(
+                    f"the {name} is {numbers[key]} at step {host.step}: look for NaN in that step's samples, or lower "
+                    f"train.learning_rate; the last checkpoint is from before it"
+                )
+        retained = self.mode != "baseline"
+        measured = not math.isnan(numbers["craft/retention_loss"])
+        return {
+            "step": host.step,
+            "train/loss": numbers["train/loss"],
+            "train/grad_norm": numbers["train/grad_norm"],
+            "train/lr": host.lr,
+            "craft/retention_loss": numbers["craft/retention_loss"] if measured else None,
+            "craft/lambda": numbers["craft/lambda"] if retained else None,
+            "craft/epsilon": host.epsilon if retained else None,
+            "craft/grad_dot": numbers["craft/grad_dot"] if measured else None,
+            "craft/grad_cos": _or_none(numbers["craft/grad_cos"]),
+            "craft/conflict": bool(numbers["craft/conflict"]) if measured else None,
+            "perf/step_s": host.step_s,
+            "perf/data_s": host.data_s,
+        }
+
+
+def _or_none(number: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(number) else number
+
+
+def console_line(record: Record, steps: int, mode: str) -> str:
+    """A step as one line. Steps between two retention steps show what is known."""
+
+    def number(key: str, form: str = ".3f") -> str:
+        value = record[key]
+        return "nan" if value is None else format(value, form)
+
+    parts = [
+        f"Step {record['step']}/{steps}",
+        f"loss={number('train/loss')}",
+        f"grdn={number('train/grad_norm')}",
+        f"lr={number('train/lr', '.1e')}",
+        f"updt_s={number('perf/step_s')}",
+        f"data_s={number('perf/data_s')}",
+        f"mode={mode}",
+    ]
+    if record["craft/retention_loss"] is not None:
+        parts.append(f"L_ret={number('craft/retention_loss', '.3f' if record['craft/retention_loss'] > 0.01 else '.2e')}")
+    if record["craft/lambda"] is not None:
+        parts += [f"λ={number('craft/lambda')}", f"ε={number('craft/epsilon')}"]
+    if record["craft/conflict"] is not None:
+        parts += [
+            f"conflict={'✓' if record['craft/conflict'] else '✗'}",
+            f"dot={number('craft/grad_dot')}",
+            f"cos={number('craft/grad_cos')}",
+        ]
+    return " | ".join(parts)

@@ -1,0 +1,39 @@
+"""The numbers of a run as TensorBoard events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch.utils.tensorboard import SummaryWriter
+
+from craft_ray.metrics import Record
+from craft_ray.training import Observer
+
+
+class TensorBoardObserver:
+    """Writes each record as events, and passes everything on to another observer."""
+
+    def __init__(self, folder: Path, inner: Observer, enabled: bool) -> None:
+        self.inner = inner
+        self._writer = SummaryWriter(str(folder)) if enabled else None
+
+    def note(self, text: str) -> None:
+        self.inner.note(text)
+
+    def steps(self, records: Sequence[Record]) -> None:
+        if self._writer is not None:
+            for record in records:
+                for key, value in record.items():
+                    if key != "step" and value is not None:
+                        self._writer.add_scalar(key, float(value), record["step"])
+        self.inner.steps(records)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._writer is not None:
+            self._writer.close()

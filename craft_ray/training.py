@@ -1,0 +1,372 @@
+"""One run: load, check, train, evaluate, certify. The same loop in this process, on one worker, or on many.
+
+A run that is started again in the same folder goes on from its last checkpoint: that is all a lost worker or a
+killed driver needs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.optim import AdamW, Optimizer
+
+from craft_ray.anchors.batches import AnchorBatch, AnchorBatches, FeatureCache
+from craft_ray.anchors.schema import NOISE_FLOOR
+from craft_ray.anchors.student import check_untouched, heldout_loss, open_for_student
+from craft_ray.checkpoint import TrainingState, last_checkpoint, load_training_state, save_checkpoint
+from craft_ray.config import Experiment, TrainConfig
+from craft_ray.data.prefetch import prefetch
+from craft_ray.data.sampler import StepSampler
+from craft_ray.data.source import open_source
+from craft_ray.errors import CacheRefused, ConfigError
+from craft_ray.evaluation import Score, evaluate, open_eval_set, ratio
+from craft_ray.files import write_atomically
+from craft_ray.method.dual import DualState, epsilon_at
+from craft_ray.method.gradients import GradientPair
+from craft_ray.method.step import StepMetrics, craft_step, task_step
+from craft_ray.metrics import HostSide, MetricsBuffer, Record
+from craft_ray.models import load_model
+from craft_ray.models.base import Batch, Model
+from craft_ray.models.fingerprint import json_fingerprint
+from craft_ray.run_folder import RunFolder
+from craft_ray.workers import Workers
+
+TASK_STREAM, ANCHOR_STREAM = 0, 1
+STEP0_ANCHORS = 64
+
+
+class Observer(Protocol):
+    """Who is told how a run goes: the console, or a file that the console follows."""
+
+    def note(self, text: str) -> None: ...
+
+    def steps(self, records: Sequence[Record]) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one worker takes into a step, on the host."""
+
+    task: list[Batch]
+    anchors: list[AnchorBatch] | None
+
+
+def train(config: Experiment, folder: RunFolder, workers: Workers, observer: Observer) -> dict[str, Any]:
+    """Carry a run to its end, from its last checkpoint if it has one, and write `result.json`.
+
+    Raises:
+        CraftError: the cache, the data, the model or the disk does not allow it; one line says what to do.
+    """
+    run = Run(config, folder, workers, observer)
+    with closing(run):
+        before = run.evaluate_before()
+        run.loop()
+        return run.conclude(before)
+
+
+class Run:
+    """A run in progress: the model, its data, its optimiser, and where it stands."""
+
+    def __init__(self, config: Experiment, folder: RunFolder, workers: Workers, observer: Observer) -> None:
+        self.config = config
+        self.folder = folder
+        self.workers = workers
+        self.observer = observer
+        self.main = workers.rank == 0
+        checkpoint = last_checkpoint(folder.checkpoints)
+        weights = None if checkpoint is None else str(checkpoint / "model")
+
+        torch.manual_seed(config.seed)
+        self.model: Model = load_model(config.model, config.train.precision, workers.device, weights)
+        self.teacher_weights = None if checkpoint else self.model.weights_fingerprint()
+        if self.main and self.teacher_weights:
+            write_atomically(folder.path / "teacher.json", json.dumps({"weights": self.teacher_weights}))
+        self.task = open_source(config.task, "task")
+        if config.task.columns.response is None:
+            raise ConfigError("task.columns.response names no column: fine-tuning needs responses")
+        self._task_features = FeatureCache(self._preprocess_task)
+
+        self.anchors: AnchorBatches | None = None
+        self.train_rows: list[int] = []
+        self.heldout_rows: list[int] = []
+        if config.craft.anchor_cache_dir is not None:
+            self.anchors = open_for_student(config, self.model, self.teacher_weights)
+            self.train_rows, self.heldout_rows = self.anchors.anchors.split(config.craft.anchor_holdout)
+        elif config.craft.enabled:
+            raise ConfigError(
+                "craft is enabled, but craft.anchor_cache_dir names no cache: build one with 'craft-ray anchors build', "
+                "or set craft.enabled=false for plain fine-tuning"
+            )
+
+        self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=config.craft.enabled)
+        self.optimizer = make_optimizer(self.gradients.parameters, config.train)
+        self.dual = DualState.start(config.craft, workers.device) if config.craft.enabled else None
+        self.step = 0
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        elif config.craft.enabled and self.anchors is not None:
+            check_untouched(self.anchors, self.train_rows[:STEP0_ANCHORS], workers)
+        self._announce(checkpoint)
+
+    def close(self) -> None:
+        self.gradients.close()
+
+    # -- where the run stands
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = load_training_state(checkpoint, self.workers.device)
+        ours = self.anchors.anchors.fingerprint if self.anchors and self.config.craft.enabled else None
+        if state.cache != ours:
+            raise CacheRefused(
+                f"the run was trained with the anchor cache {state.cache}, craft.anchor_cache_dir holds {ours}: resume "
+                f"with the cache it began with"
+            )
+        self.optimizer.load_state_dict(state.optimizer)
+        self.dual = state.dual
+        self.gradients.restore_reached(state.reached)
+        self.step = state.step
+        if self.main:
+            self.folder.keep_metrics_until(self.step)
+
+    def _checkpoint(self) -> None:
+        if self.main:
+            state = TrainingState(
+                self.step,
+                self.optimizer.state_dict(),
+                self.dual,
+                self.gradients.reached,
+                self.anchors.anchors.fingerprint if self.anchors and self.config.craft.enabled else None,
+            )
+            save_checkpoint(self.folder.checkpoints, self.model, state, self.config.train.keep_checkpoints)
+        self.workers.gather(None)  # nobody goes on before it is complete
+
+    def _announce(self, checkpoint: Path | None) -> None:
+        if not self.main:
+            return
+        craft, count = self.config.craft, sum(p.numel() for p in self.gradients.parameters)
+        self.observer.note(
+            f"{count / 1e6:.2f} M trainable parameters, {len(self.task)} samples of the new skill, "
+            f"{self.workers.world_size} worker(s) on {self.workers.device}"
+        )
+        if not craft.enabled:
+            self.observer.note("CRaFT is off: plain fine-tuning (the baseline arm)")
+        elif self.anchors is not None:
+            held = self.anchors
+            place = f"layers {list(held.layers)} at {', '.join(held.positions)}, {craft.loss_type}"
+            self.observer.note(f"{len(self.train_rows)} anchors loaded, {len(self.heldout_rows)} more held out")
+            self.observer.note(
+                f"CRaFT is enabled: {craft.retention_mode} ({place if craft.retention_mode == 'hidden' else 'nats a token'}), "
+                f"every {craft.retention_freq} step(s), ε {craft.epsilon_schedule} {craft.epsilon_start:g}"
+                + (f" to {craft.epsilon_final:g}" if craft.epsilon_final != craft.epsilon_start else "")
+                + f", λ from {craft.initial_lambda:g} by {craft.lambda_lr:g} up to {craft.lambda_max:g}, "
+                f"{craft.projection_mode} merge, projection "
+                + (f"{craft.projection_gate} below cosine {craft.conflict_threshold:g}" if craft.use_grad_projection else "off")
+            )
+        if checkpoint is not None:
+            self.observer.note(f"going on after step {self.step}")
+
+    # -- data
+
+    def _preprocess_task(self, row: int) -> Any:
+        sample = self.task[row]
+        return self.model.preprocess(sample, self.model.response_tokens(sample))
+
+    def batches(self) -> Iterator[StepData]:
+        """This worker's part of each step that is still to do."""
+        train_config, craft = self.config.train, self.config.craft
+        tasks = StepSampler(len(self.task), train_config.batch_size, self.config.seed, TASK_STREAM)
+        anchors = None
+        if craft.enabled:
+            anchors = StepSampler(len(self.train_rows), craft.anchor_batch_size, self.config.seed, ANCHOR_STREAM)
+
+        def make(step: int) -> StepData:
+            rank, size = self.workers.rank, self.workers.world_size
+            rows = tasks.local_batch(step, rank, size)
+            task = [self.model.collate([self._task_features[r] for r in part]) for part in self._split(rows)]
+            if anchors is None or step % craft.retention_freq:
+                return StepData(task, None)
+            assert self.anchors is not None
+            chosen = anchors.local_batch(step // craft.retention_freq, rank, size)
+            parts = [self.anchors.batch([self.train_rows[i] for i in part]) for part in self._split(chosen)]
+            return StepData(task, parts)
+
+        return prefetch(make, self.step, train_config.steps, train_config.prefetch)
+
+    def _split(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        """Micro-batches of equal size."""
+        size = len(rows) // self.config.train.accumulate
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    # -- the loop
+
+    def loop(self, until: int | None = None) -> None:
+        """Steps, their log, and checkpoints. `until` stops earlier, and then nothing is saved at the end."""
+        config = self.config.train
+        stop = min(until or config.steps, config.steps)
+        buffer = MetricsBuffer(self.config.arm)
+        with closing(self.batches()) as batches:  # type: ignore[type-var]
+            while self.step < stop:
+                started = time.perf_counter()
+                data = next(batches)
+                waited = time.perf_counter() - started
+                seed_step(self.config.seed, self.step, self.workers.rank)
+                lr = learning_rate(self.step, config)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
+                epsilon = epsilon_at(self.step, config.steps, self.config.craft)
+                metrics = self._update(data, epsilon)
+                self.step += 1
+                spent = time.perf_counter() - started
+                buffer.add(metrics, HostSide(self.step, lr, epsilon, spent, waited))
+                last = self.step == config.steps
+                save = last or (config.checkpoint_every and self.step % config.checkpoint_every == 0)
+                if save or self.step == stop or self.step % config.log_every == 0:
+                    self._log(buffer.flush())
+                if save:
+                    self._checkpoint()
+
+    def _update(self, data: StepData, epsilon: float) -> StepMetrics:
+        device, craft = self.workers.device, self.config.craft
+        task = [batch.to(device) for batch in data.task]
+        common: dict[str, Any] = {
+            "optimizer": self.optimizer,
+            "gradients": self.gradients,
+            "workers": self.workers,
+            "max_norm": self.config.train.max_grad_norm,
+        }
+        if self.dual is None:
+            loss, norm = task_step(self.model.task_loss, task, **common)
+            nan = loss.new_full((), torch.nan)
+            return StepMetrics(loss, norm, nan, nan, nan, nan, nan)
+        assert self.anchors is not None
+        parts = None if data.anchors is None else [batch.to(device) for batch in data.anchors]
+        floor = NOISE_FLOOR[self.anchors.anchors.identity.dtype] if craft.retention_mode == "hidden" else 0.0
+        self.dual, metrics = craft_step(
+            self.model.task_loss,
+            task,
+            lambda batch: self.anchors.loss(batch, craft.loss_type),  # type: ignore[union-attr]
+            parts,
+            self.dual,
+            epsilon,
+            craft=craft,
+            noise_floor=floor,
+            **common,
+        )
+        return metrics
+
+    def _log(self, records: list[Record]) -> None:
+        if self.main:
+            self.folder.append_metrics(records)
+            self.observer.steps(records)
+
+    # -- what came out
+
+    def evaluate_before(self) -> dict[str, Score | None]:
+        """The teacher's scores, measured once for all runs beside each other that share teacher and data."""
+        scores: dict[str, Score | None] = {}
+        for skill in ("old", "new"):
+            scores[skill] = self._before(skill)
+        return scores
+
+    def _before(self, skill: str) -> Score | None:
+        eval_set = getattr(self.config.evaluation, skill)
+        if eval_set is None:
+            return None
+        source = open_eval_set(eval_set, f"evaluation.{skill}")
+        settings = eval_set.model_dump(mode="json", include={"metric", "max_new_tokens"})
+        teacher = self.teacher_weights or self._teacher_of_resumed_run()
+        key = json_fingerprint([teacher, source.fingerprint, settings, self.config.train.precision])
+        path = self.folder.path.parent / f".teacher-scores-{key[:16]}.json"
+        known = self.workers.gather(path.exists())[0]
+        if known:
+            score = Score(**json.loads(path.read_text()))
+        else:
+            if self.step:
+                raise ConfigError(f"{path} is gone, and a resumed run no longer has the teacher to score: start it anew")
+            score = evaluate(self.model, source, eval_set, self.workers)
+            if self.main:
+                write_atomically(path, json.dumps(asdict(score)))
+        if self.main:
+            self.folder.write_predictions(f"{skill}_before", score.records)
+        return score
+
+    def _teacher_of_resumed_run(self) -> str:
+        """The teacher's hash, for a run whose model is no longer the teacher."""
+        path = self.folder.path / "teacher.json"
+        return str(json.loads(path.read_text())["weights"])
+
+    def conclude(self, before: dict[str, Score | None]) -> dict[str, Any]:
+        """Score the student, certify the budget on held-out anchors, and write the result."""
+        config = self.config
+        result: dict[str, Any] = {"name": config.name, "arm": config.arm, "seed": config.seed, "steps": self.step}
+        for skill, score in before.items():
+            eval_set = getattr(config.evaluation, skill)
+            if score is None or eval_set is None:
+                result[skill] = {"before": None, "after": None}
+                continue
+            after = evaluate(self.model, open_eval_set(eval_set, f"evaluation.{skill}"), eval_set, self.workers)
+            result[skill] = {
+                "metric": score.metric,
+                "before": score.value,
+                "after": after.value,
+                "ratio": ratio(score.metric, after.value, score.value),
+                "samples": score.samples,
+            }
+            if self.main:
+                self.folder.write_predictions(f"{skill}_after", after.records)
+        result |= self._certificate()
+        result["seconds"] = self._seconds()
+        if self.main:
+            self.folder.write_result(result)
+        return result
+
+    def _certificate(self) -> dict[str, Any]:
+        """L_ret on anchors that training has not seen, against the final budget."""
+        if self.anchors is None:
+            return {"retention_loss": None, "epsilon": None, "feasible": None}
+        craft = self.config.craft
+        rows = self.heldout_rows or self.train_rows
+        loss = heldout_loss(self.anchors, rows, craft.anchor_batch_size, craft.loss_type, self.workers)
+        epsilon = craft.epsilon_final
+        return {
+            "retention_mode": craft.retention_mode,
+            "retention_loss": loss,
+            "epsilon": epsilon,
+            "violation": max(0.0, loss / epsilon - 1),
+            "feasible": loss <= epsilon,
+            "heldout_anchors": len(self.heldout_rows),
+            "lambda": None if self.dual is None else float(self.dual.multiplier),
+            "cache": self.anchors.anchors.fingerprint,
+        }
+
+    def _seconds(self) -> float:
+        return math.fsum(record["perf/step_s"] for record in self.folder.read_metrics()) if self.main else 0.0
+
+
+def make_optimizer(parameters: Sequence[torch.Tensor], config: TrainConfig) -> Optimizer:
+    """AdamW over all parameters; the fused kernel, which is the fastest and waits for nothing."""
+    return AdamW(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of a step (from 0): linear warm-up, then constant, linear or cosine decay to zero at the end."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return config.learning_rate * factor[config.schedule]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """What is random in a step depends on these three alone, so nothing random has to be saved."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % (1 << 63))

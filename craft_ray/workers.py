@@ -1,0 +1,62 @@
+"""The processes of a run as the training loop sees them: who am I, sum this, gather that. Torch only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Workers(Protocol):
+    """One process among `world_size`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum over the workers, in place."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all workers, by rank, on every worker."""
+        ...
+
+
+@dataclass(frozen=True)
+class OneWorker:
+    """A run in a single process: there is nobody to talk to."""
+
+    device: torch.device = torch.device("cpu")
+    rank: int = 0
+    world_size: int = 1
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        pass
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class ProcessGroup:
+    """A process of the initialised torch.distributed group.
+
+    No DistributedDataParallel stands around the model: its hooks miss a second backward pass, a direct call of a
+    submodule, and `autograd.grad`, each silently. Both gradients are averaged by hand instead, as flat buffers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor)
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values

@@ -1,0 +1,228 @@
+"""Building the anchor cache with Ray Data: a pool of teachers, each of which writes whole shards.
+
+A row of the dataset is a shard to write, not a sample: which rows a shard holds is decided beforehand, a teacher reads
+them itself, and a shard appears by a rename. So whatever dies, and whenever, the shards that are there are complete,
+a repeated one replaces itself, and the next build does what is missing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from craft_ray.anchors.build import (
+    Estimate,
+    build_shard,
+    estimate,
+    finish,
+    finished_shards,
+    identity_of,
+)
+from craft_ray.anchors.manifest import (
+    MANIFEST,
+    SHARDS,
+    Identity,
+    Manifest,
+    Plan,
+    read_manifest,
+    read_plan,
+    write_plan,
+)
+from craft_ray.anchors.reader import check_shards
+from craft_ray.anchors.teacher import Teacher
+from craft_ray.config import AnchorsConfig, Experiment, dump_config, parse_config
+from craft_ray.data.source import Source, open_source
+from craft_ray.errors import CacheRefused, ConfigError, CraftError
+from craft_ray.files import readable_bytes
+from craft_ray.models import load_model
+from craft_ray.models.base import Model
+from craft_ray.quiet import quiet_libraries
+from pipelines.session import check_resources, join
+
+MAX_RESTARTS = 2
+"""Times that a teacher whose process died is started again."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build did."""
+
+    manifest: Manifest
+    rows_computed: int
+    """0 where the cache was found complete."""
+
+
+def build(config: Experiment, say: Any = print) -> Built:
+    """Build the cache of an experiment in `craft.anchor_cache_dir`, or finish it, or find it complete.
+
+    Raises:
+        CacheRefused: the folder holds another cache, or a damaged one.
+    """
+    anchors, folder = needed(config)
+    device = torch.device("cpu")
+    model = load_model(config.model, config.train.precision, device)
+    source = open_source(anchors.source, "anchors.source")
+    ids = source.ids()
+    plan = _plan(folder, identity_of(config, model, source), anchors)
+    done = finished_shards(folder, plan, ids)
+    missing = [(name, rows) for name, rows in plan.shards() if name not in done]
+    if (folder / MANIFEST).exists():
+        check_present(folder, done)
+        if not missing:
+            manifest = read_manifest(folder)
+            say(f"anchor cache found in {folder}: {manifest.identity.rows} anchors, no row computed")
+            return Built(manifest, 0)
+
+    expected = estimate(model, source, plan.identity.schema, anchors)
+    _announce(say, plan, expected, done, folder)
+    for stale in (folder / SHARDS).glob(".*.tmp"):
+        stale.unlink()  # what a killed teacher left half-written
+    del model
+    work = _in_process if config.workers.num_workers == 0 else _on_ray
+    for name, rows in work(config, plan, missing):
+        say(f"  {name}: {rows} anchors")
+    manifest = finish(folder, plan, ids)
+    say(
+        f"anchor cache complete: {manifest.identity.rows} anchors, {manifest.vectors} vectors, "
+        f"{readable_bytes(manifest.bytes)} ({manifest.bytes} bytes; estimated {readable_bytes(expected.bytes)})"
+    )
+    return Built(manifest, sum(len(rows) for _, rows in missing))
+
+
+def needed(config: Experiment) -> tuple[AnchorsConfig, Path]:
+    """The two settings without which there is no cache to build."""
+    if config.anchors is None:
+        raise ConfigError("the config has no section anchors: name at least anchors.source.path")
+    if config.craft.anchor_cache_dir is None:
+        raise ConfigError("craft.anchor_cache_dir is not set: name the folder for the anchor cache")
+    return config.anchors, Path(config.craft.anchor_cache_dir)
+
+
+def _plan(folder: Path, identity: Identity, anchors: AnchorsConfig) -> Plan:
+    """The plan that the folder holds, if it is of the same cache, or a new one."""
+    plan = read_plan(folder)
+    if plan is None:
+        if (folder / MANIFEST).exists():
+            raise CacheRefused(f"the cache in {folder} was imported, not built: choose another craft.anchor_cache_dir")
+        plan = Plan(identity=identity, rows_per_shard=anchors.rows_per_shard)
+        write_plan(folder, plan)
+        return plan
+    if plan.identity != identity:
+        ours, theirs = identity.model_dump(), plan.identity.model_dump()
+        key = next(k for k in ours if ours[k] != theirs[k])
+        raise CacheRefused(
+            f"{folder} holds a cache with {key} {theirs[key]}, this config builds one with {key} {ours[key]}: choose "
+            f"another craft.anchor_cache_dir, or delete the folder"
+        )
+    return plan
+
+
+def check_present(folder: Path, done: dict[str, Any]) -> None:
+    """Shards that a manifest vouches for must be what it says."""
+    for shard in read_manifest(folder).shards:
+        found = done.get(shard.name)
+        if found is not None and found.blake3 != shard.blake3:
+            raise CacheRefused(
+                f"{folder / SHARDS / shard.name} is damaged: its checksum is {found.blake3[:12]}, the manifest says "
+                f"{shard.blake3[:12]}; delete this file and build again, which writes it anew"
+            )
+
+
+def _announce(say: Any, plan: Plan, expected: Estimate, done: dict[str, Any], folder: Path) -> None:
+    identity = plan.identity
+    what = []
+    if "hidden" in identity.modes:
+        what.append(
+            f"hidden states of layers {list(identity.layers)} at {', '.join(identity.positions)} "
+            f"({expected.vectors_per_row:.1f} vectors an anchor)"
+        )
+    if "token_ce" in identity.modes:
+        what.append(f"up to {identity.max_new_tokens} suffix tokens")
+    say(f"building the anchor cache in {folder}: {identity.rows} anchors, {' and '.join(what)}")
+    say(f"estimated size {readable_bytes(expected.bytes)} ({expected.bytes} bytes)")
+    if done:
+        say(f"{len(done)} of {len(plan.shards())} shards are there already")
+
+
+def _in_process(
+    config: Experiment, plan: Plan, missing: list[tuple[str, range]]
+) -> Iterator[tuple[str, int]]:
+    writer = ShardWriter(dump_config(config), plan.model_dump_json())
+    for name, rows in missing:
+        writer.write(name, rows)
+        yield name, len(rows)
+
+
+def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
+    import ray.data
+
+    assert config.anchors is not None
+    anchors = config.anchors
+    join()
+    actors = min(anchors.actors, len(missing))
+    lacking = check_resources(actors, {"CPU": anchors.cpus_per_actor, "GPU": anchors.gpus_per_actor}, "anchors.actors")
+    if lacking:
+        raise ConfigError(lacking)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    shards = [{"name": name, "start": rows.start, "stop": rows.stop} for name, rows in missing]
+    dataset = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
+        ShardWriter,
+        batch_size=1,
+        fn_constructor_args=(dump_config(config), plan.model_dump_json()),
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=anchors.cpus_per_actor,
+        num_gpus=anchors.gpus_per_actor or None,
+        max_restarts=MAX_RESTARTS,
+        max_task_retries=MAX_RESTARTS,
+    )
+    for row in dataset.iter_rows():
+        if row["error"]:
+            error = CraftError(row["error"])
+            error.exit_code = row["exit_code"]
+            raise error
+        yield row["name"], row["rows"]
+
+
+class ShardWriter:
+    """A teacher in a process of its own; each call writes one shard.
+
+    A user's mistake is returned as a value: as an exception it would arrive with Ray's text around it.
+    """
+
+    def __init__(self, config: str, plan: str) -> None:
+        import yaml
+
+        quiet_libraries()
+        experiment = parse_config(yaml.safe_load(config), "config")
+        self.plan = Plan.model_validate_json(plan)
+        anchors, self.folder = needed(experiment)
+        torch.set_num_threads(anchors.threads_per_actor)
+        device = torch.device("cuda" if anchors.gpus_per_actor else "cpu")
+        model: Model = load_model(experiment.model, experiment.train.precision, device)
+        self.teacher = Teacher(model, self.plan.identity.schema, anchors)
+        self.source: Source = open_source(anchors.source, "anchors.source")
+
+    def write(self, name: str, rows: range) -> None:
+        build_shard(self.teacher, self.source, rows, self.folder / SHARDS / name)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        name, rows = str(batch["name"][0]), range(int(batch["start"][0]), int(batch["stop"][0]))
+        try:
+            self.write(name, rows)
+        except CraftError as error:
+            return {"name": [name], "rows": [0], "error": [error.message], "exit_code": [error.exit_code]}
+        return {"name": [name], "rows": [len(rows)], "error": [""], "exit_code": [0]}
+
+
+def verify(folder: Path) -> Manifest:
+    """Check manifest, shards and their checksums."""
+    manifest = read_manifest(folder)
+    check_shards(folder, manifest)
+    return manifest

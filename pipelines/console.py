@@ -1,0 +1,103 @@
+"""What a user sees while a stage runs: plain lines in a log, a bar on a terminal.
+
+A worker of Ray writes what it has to tell into the run folder; the driver follows that file. Ray's own forwarding
+would put the process in front of every line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from craft_ray.metrics import Record, console_line
+
+POLL_S = 0.1
+
+
+class ConsoleObserver:
+    """Prints notes and steps; on a terminal a bar stands below them."""
+
+    def __init__(self, steps: int, mode: str) -> None:
+        self.total = steps
+        self.mode = mode
+        self._progress: Progress | None = None
+        if sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=Console(highlight=False), transient=True)
+            self._progress.start()
+            self._bar = self._progress.add_task(mode, total=steps)
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def steps(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self._print(console_line(record, self.total, self.mode))
+            if self._progress is not None:
+                self._progress.update(self._bar, completed=record["step"])
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _print(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+
+class FileObserver:
+    """Writes what an observer is told as JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def note(self, text: str) -> None:
+        self._append({"note": text})
+
+    def steps(self, records: Sequence[Record]) -> None:
+        self._append({"steps": list(records)})
+
+    def _append(self, message: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(message) + "\n")
+
+
+@contextmanager
+def following(path: Path, observer: ConsoleObserver) -> Iterator[None]:
+    """Tell `observer` what a `FileObserver` elsewhere writes into `path`, while the body runs."""
+    path.unlink(missing_ok=True)
+    done = threading.Event()
+
+    def follow() -> None:
+        place, ended = 0, False
+        while not ended:
+            ended = done.wait(POLL_S)  # one more look after the end
+            if not path.exists():
+                continue
+            with path.open(encoding="utf-8") as file:
+                file.seek(place)
+                while (line := file.readline()).endswith("\n"):
+                    place = file.tell()
+                    message = json.loads(line)
+                    if "note" in message:
+                        observer.note(message["note"])
+                    else:
+                        observer.steps(message["steps"])
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        path.unlink(missing_ok=True)

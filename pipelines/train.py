@@ -1,0 +1,228 @@
+"""Training runs on Ray Train: one trainer starts the workers, which carry one run or several to their end.
+
+A lost worker is replaced and finds the last checkpoint in the run folder, so a run needs nothing of Ray but its
+processes. `num_workers: 0` is Ray Train's local mode: the same function in this process, without a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from craft_ray.anchors.manifest import read_manifest
+from craft_ray.anchors.reader import check_shards
+from craft_ray.config import Experiment, WorkersConfig, dump_config, parse_config
+from craft_ray.errors import ConfigError, CraftError
+from craft_ray.files import write_atomically
+from craft_ray.quiet import quiet_libraries
+from craft_ray.run_folder import RunFolder, command_line
+from craft_ray.tensorboard import TensorBoardObserver
+from craft_ray.training import train
+from craft_ray.workers import OneWorker, ProcessGroup, Workers
+from pipelines.console import ConsoleObserver, FileObserver, following
+from pipelines.session import check_resources, join
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that is to be carried out, and where."""
+
+    config: Experiment
+    folder: RunFolder
+
+
+def run_name(config: Experiment) -> str:
+    return f"{config.name}-{config.arm}-seed{config.seed}"
+
+
+def plan_run(config: Experiment) -> PlannedRun:
+    """A new run in the output folder of its config.
+
+    Raises:
+        ConfigError: a run of that name is there already.
+    """
+    folder = RunFolder(Path(config.output_dir) / run_name(config))
+    if folder.path.exists():
+        state = "is finished" if folder.finished() else "has begun"
+        raise ConfigError(
+            f"the run {folder.path} {state}: go on with --resume {folder.path}, or choose another name=... or seed=..."
+        )
+    folder.begin(config, command_line())
+    return PlannedRun(config, folder)
+
+
+def resume_run(path: Path, config: Experiment) -> PlannedRun:
+    """A run that has begun, to go on from its last checkpoint (or from the start, where it has none yet).
+
+    Raises:
+        ConfigError: it is finished, or `config` is not the one it began with.
+    """
+    folder = RunFolder(path.absolute())
+    begun = folder.config()
+    if folder.finished() is not None:
+        raise ConfigError(f"the run {path} is finished: its scores are in {folder.result}")
+    if begun != config:
+        key = next(iter(_differences(begun.model_dump(), config.model_dump())))
+        raise ConfigError(
+            f"the run {path} began with another config ({key}): resume it with its own, craft-ray train --resume {path}"
+        )
+    return PlannedRun(config, folder)
+
+
+def _differences(began: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in began.items():
+        if isinstance(value, dict) and isinstance(given[key], dict):
+            yield from _differences(value, given[key], f"{prefix}{key}.")
+        elif value != given[key]:
+            yield f"{prefix}{key} was {value}, is {given[key]}"
+
+
+def summary(result: dict[str, Any], path: Path) -> str:
+    """What came out of a run, in two lines."""
+    scores = [
+        f"{skill} {result[skill]['metric']} {result[skill]['before']:.3f} -> {result[skill]['after']:.3f}"
+        for skill in ("old", "new")
+        if result[skill]["after"] is not None
+    ]
+    lines = ["; ".join(scores)] if scores else []
+    if result["retention_loss"] is not None:
+        verdict = "met" if result["feasible"] else "NOT met"
+        lines.append(
+            f"retention loss {result['retention_loss']:.4g} on {result['heldout_anchors']} held-out anchors, budget "
+            f"{result['epsilon']:g}: {verdict}"
+        )
+    return "\n".join([*lines, f"run: {path}"])
+
+
+def check_inputs(config: Experiment) -> None:
+    """What can be checked before any process starts: the cache is complete and undamaged."""
+    if config.craft.enabled and config.craft.anchor_cache_dir is not None:
+        folder = Path(config.craft.anchor_cache_dir)
+        check_shards(folder, read_manifest(folder))
+
+
+def carry_out(run: PlannedRun) -> dict[str, Any]:
+    """Train one run with its lines on the console."""
+    check_inputs(run.config)
+    observer = ConsoleObserver(run.config.train.steps, run.config.arm)
+    try:
+        with following(run.folder.progress, observer):
+            fit([run])
+    finally:
+        observer.close()
+    result = run.folder.finished()
+    assert result is not None
+    return result
+
+
+def fit(runs: Sequence[PlannedRun]) -> None:
+    """Carry out runs one after the other on the same workers; those that are finished are passed over.
+
+    Raises:
+        CraftError: a run cannot go on; the message is the worker's.
+    """
+    workers = runs[0].config.workers
+    assert all(run.config.workers == workers for run in runs), "runs of one trainer share its workers"
+    if workers.num_workers:
+        join()
+        lacking = check_resources(workers.num_workers, resources(workers), "workers.num_workers")
+        if lacking:
+            raise ConfigError(lacking)
+    scratch = runs[0].folder.path / ".ray"
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "runs": [(dump_config(run.config), str(run.folder.path)) for run in runs],
+            "threads": workers.threads,
+            "scratch": str(scratch),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources(workers)
+        ),
+        # A name is used once: Ray returns the old result where a finished name is run again.
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        outcome = trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        failures = list(error.worker_failures.values())
+        raise next((f for f in failures if isinstance(f, CraftError)), error) from None
+    finally:
+        if signal.getsignal(signal.SIGINT) is not interrupt:
+            signal.signal(signal.SIGINT, interrupt)  # a fit on the main thread leaves its own handler behind
+        shutil.rmtree(scratch, ignore_errors=True)
+    if outcome is not None and outcome["error"] is not None:
+        raise _told(outcome["error"])
+
+
+def resources(workers: WorkersConfig) -> dict[str, float]:
+    """What one worker takes of the cluster."""
+    gpu = {"GPU": 1.0} if workers.use_gpu else {}
+    return {"CPU": workers.cpus_per_worker, **gpu, **workers.resources_per_worker}
+
+
+def _work(loop: dict[str, Any]) -> dict[str, Any]:
+    """The function of one worker.
+
+    Ray restarts the workers on any exception. A user's mistake does not go away by that, so it is handed over as a
+    value; with several workers it is left in a file first, for the others hang in a collective until they are ended,
+    and the restarted ones find it.
+    """
+    quiet_libraries()
+    torch.set_num_threads(loop["threads"])
+    told = Path(loop["scratch"]) / "error.json"
+    if told.exists():
+        return {"error": json.loads(told.read_text())}
+    workers = _workers()
+    try:
+        for text, path in loop["runs"]:
+            folder = RunFolder(Path(path))
+            if folder.finished() is None:
+                observer = FileObserver(folder.progress)
+                config = parse_config(_yaml(text), str(folder.path / "config.yaml"))
+                with TensorBoardObserver(folder.path / "tensorboard", observer, workers.rank == 0) as watched:
+                    train(config, folder, workers, watched)
+    except CraftError as error:
+        message = {"kind": type(error).__name__, "message": error.message, "exit_code": error.exit_code}
+        if workers.world_size == 1:
+            return {"error": message}
+        write_atomically(told, json.dumps(message))
+        raise
+    return {"error": None}
+
+
+def _workers() -> Workers:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return ProcessGroup(get_device())
+    return OneWorker(get_device())
+
+
+def _yaml(text: str) -> dict[str, Any]:
+    import yaml
+
+    tree: dict[str, Any] = yaml.safe_load(text)
+    return tree
+
+
+def _told(message: dict[str, Any]) -> CraftError:
+    """An error that a worker handed over as a value."""
+    error = CraftError(message["message"])
+    error.exit_code = message["exit_code"]
+    return error

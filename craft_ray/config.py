@@ -7,8 +7,9 @@ Nothing here imports torch or ray, so that a mistake is told in milliseconds.
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -126,8 +127,9 @@ class AnchorsConfig(Section):
     """Suffix tokens are the teacher's own, or the data's responses."""
     batch_size: int = Field(32, ge=1)
     """Samples in one forward pass of the teacher, where samples are padded."""
-    pack_tokens: int | None = Field(None, ge=1)
-    """Language models: concatenate prompts up to this many tokens instead of padding them. None pads."""
+    pack_tokens: int | None = Field(None, ge=0)
+    """Tokens of one forward pass in which prompts of a language model stand end to end, without padding; 0 pads.
+    Default: 2048 for a model that can be packed. The numbers are the same."""
     rows_per_shard: int = Field(1024, ge=1)
     """Rows of a shard: the unit of work, and of what is redone after an interruption."""
     actors: int = Field(1, ge=1)
@@ -319,16 +321,19 @@ class Experiment(Section):
             )
         return self
 
-    def with_(self, **changes: Any) -> Experiment:
-        """A copy with dotted keys changed (`craft__enabled=False`), validated again."""
+    def changed(self, changes: Mapping[str, Any]) -> Experiment:
+        """A copy with values at dotted keys changed, validated again."""
         tree = self.model_dump()
         for key, value in changes.items():
-            _set(tree, key.replace("__", "."), value)
-        return Experiment.model_validate(tree)
+            _set(tree, key, value)
+        return parse_config(tree, "changed config")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+def load_config(path: str | Path, overrides: Sequence[str] = (), base: Path | None = None) -> Experiment:
     """The experiment in a YAML file with `key=value` overrides. Paths in it become absolute.
+
+    Args:
+        base: the folder that relative paths start from; the working directory where it is None.
 
     Raises:
         ConfigError: the file is missing or no YAML, a key is unknown, or a value is out of range.
@@ -351,25 +356,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         except yaml.YAMLError:
             raise ConfigError(f"the value of '{override}' is no YAML") from None
         _set(tree, key, value)
-    return parse_config(tree, str(path))
+    return parse_config(tree, str(path), base)
 
 
-def parse_config(tree: dict[str, Any], where: str) -> Experiment:
+def parse_config(tree: dict[str, Any], where: str, base: Path | None = None) -> Experiment:
     """A mapping as an experiment, every mistake in one line that names `where` and the key."""
     try:
-        return absolute(Experiment.model_validate(tree))
+        return absolute(Experiment.model_validate(tree), base or Path.cwd())
     except ValidationError as error:
         raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
 
 
-def absolute(config: Experiment) -> Experiment:
+def absolute(config: Experiment, base: Path) -> Experiment:
     """The same experiment with local paths absolute: workers have another working directory."""
     tree = config.model_dump()
 
     def fix(section: dict[str, Any], key: str, always: bool = False) -> None:
         value = section[key]
-        if value is not None and (always or value.startswith(("~", "./", "../")) or Path(value).exists()):
-            section[key] = str(Path(value).expanduser().absolute())
+        if value is None:
+            return
+        path = base / Path(value).expanduser()
+        if always or value.startswith(("~", "./", "../")) or path.exists():
+            section[key] = os.path.normpath(path.absolute())
 
     fix(tree, "output_dir", always=True)
     fix(tree["model"], "path")

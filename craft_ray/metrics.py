@@ -123,3 +123,20 @@ def console_line(record: Record, steps: int, mode: str) -> str:
             f"cos={number('craft/grad_cos')}",
         ]
     return " | ".join(parts)
+
+
+def result_lines(result: dict[str, Any]) -> list[str]:
+    """What came out of a run, in words."""
+    lines = []
+    scores = [
+        f"{skill} {result[skill]['metric']} {result[skill]['before']:.3f} -> {result[skill]['after']:.3f}"
+        for skill in ("old", "new")
+        if result[skill]["after"] is not None
+    ]
+    if scores:
+        lines.append("; ".join(scores))
+    if result["retention_loss"] is not None:
+        loss = f"retention loss {result['retention_loss']:.4g} on {result['heldout_anchors']} held-out anchors"
+        verdict = "met" if result["feasible"] else "NOT met"
+        lines.append(loss if result["arm"] == "baseline" else f"{loss}, budget {result['epsilon']:g}: {verdict}")
+    return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -30,6 +30,9 @@ class TensorBoardObserver:
                     if key != "step" and value is not None:
                         self._writer.add_scalar(key, float(value), record["step"])
         self.inner.steps(records)
+
+    def done(self, result: dict[str, Any]) -> None:
+        self.inner.done(result)
 
     def __enter__(self) -> Self:
         return self

@@ -50,6 +50,8 @@ class Observer(Protocol):
 
     def steps(self, records: Sequence[Record]) -> None: ...
 
+    def done(self, result: dict[str, Any]) -> None: ...
+
 
 @dataclass(frozen=True)
 class StepData:
@@ -326,6 +328,7 @@ class Run:
         result["seconds"] = self._seconds()
         if self.main:
             self.folder.write_result(result)
+            self.observer.done(result)
         return result
 
     def _certificate(self) -> dict[str, Any]:

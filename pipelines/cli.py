@@ -63,8 +63,67 @@ def train(
         return
     run = stage.resume_run(resume, experiment) if resume else stage.plan_run(experiment)
     result = stage.carry_out(run)
-    print(stage.summary(result, run.folder.path))
+    print(f"run: {run.folder.path}")
     if result["arm"] != "baseline" and not result["feasible"]:
+        sys.exit(NOT_MET)
+
+
+@app.command("compare")
+def compare(
+    config: Config,
+    overrides: Overrides = None,
+    arms: Annotated[str | None, typer.Option(help="comma-separated: baseline,token_ce,hidden")] = None,
+    seeds: Annotated[str | None, typer.Option(help="comma-separated numbers")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for runs and report")] = None,
+) -> None:
+    """Run the arms over seeds on one cache, and write the report."""
+    experiment = load_config(config, overrides or [])
+    if arms is not None:
+        experiment = experiment.changed({"compare.arms": arms.split(",")})
+    if seeds is not None:
+        experiment = experiment.changed({"compare.seeds": seeds.split(",")})
+    _quiet()
+    from pipelines import compare as stage
+
+    folder = (out or stage.default_folder(experiment)).absolute()
+    result = stage.compare(experiment, experiment.compare.arms, experiment.compare.seeds, folder)
+    print(f"report: {folder / 'report.html'}")
+    if not stage.met(result):
+        sys.exit(NOT_MET)
+
+
+@app.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories", show_default=False)],
+    out: Annotated[Path, typer.Option(help="folder for report.html and result.json")] = Path("."),
+) -> None:
+    """Write the report of finished runs."""
+    from craft_ray.report.html import write_report
+    from craft_ray.run_folder import RunFolder, command_line
+
+    folders = [RunFolder(path.absolute()) for path in runs]
+    for folder in folders:
+        if folder.finished() is None:
+            raise ConfigError(f"{folder.path} is no finished run: it has no result.json; go on with --resume")
+    _quiet()
+    write_report(folders, out, title=folders[0].config().name, command=" ".join(command_line()))
+    print(f"report: {out / 'report.html'}")
+
+
+@app.command("demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for everything that the demo makes")] = Path("craft-demo"),
+    preset: Annotated[str, typer.Option(help="digits or text")] = "digits",
+    quick: Annotated[bool, typer.Option("--quick", help="one seed, fewer steps")] = False,
+) -> None:
+    """See on real data what plain fine-tuning forgets and what a budget keeps."""
+    _quiet()
+    from pipelines import demo as stage
+    from pipelines.compare import met
+
+    if preset not in stage.PRESETS:
+        raise ConfigError(f"there is no preset '{preset}': choose {' or '.join(stage.PRESETS)}")
+    if not met(stage.demo(out, preset, quick)):
         sys.exit(NOT_MET)
 
 

@@ -12,11 +12,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from craft_ray.metrics import Record, console_line
+from craft_ray.metrics import Record, console_line, result_lines
+from craft_ray.training import Observer
 
 POLL_S = 0.1
 
@@ -43,6 +45,10 @@ class ConsoleObserver:
             if self._progress is not None:
                 self._progress.update(self._bar, completed=record["step"])
 
+    def done(self, result: dict[str, Any]) -> None:
+        for line in result_lines(result):
+            self._print(line)
+
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
@@ -51,7 +57,29 @@ class ConsoleObserver:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            _line(text)
+
+
+class QuarterObserver:
+    """One run among several: a line each quarter of the way, and one at the end."""
+
+    def __init__(self, label: str, steps: int, mode: str) -> None:
+        self.label = label
+        self.total = steps
+        self.mode = mode
+        self._quarter = 0
+
+    def note(self, text: str) -> None:
+        pass
+
+    def steps(self, records: Sequence[Record]) -> None:
+        quarter = 4 * records[-1]["step"] // self.total
+        if quarter > self._quarter:
+            self._quarter = quarter
+            _line(f"[{self.label}] {console_line(records[-1], self.total, self.mode)}")
+
+    def done(self, result: dict[str, Any]) -> None:
+        _line(f"[{self.label}] " + "; ".join(result_lines(result)))
 
 
 class FileObserver:
@@ -66,13 +94,16 @@ class FileObserver:
     def steps(self, records: Sequence[Record]) -> None:
         self._append({"steps": list(records)})
 
-    def _append(self, message: dict) -> None:
+    def done(self, result: dict[str, Any]) -> None:
+        self._append({"done": result})
+
+    def _append(self, message: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(message) + "\n")
 
 
 @contextmanager
-def following(path: Path, observer: ConsoleObserver) -> Iterator[None]:
+def following(path: Path, observer: Observer) -> Iterator[None]:
     """Tell `observer` what a `FileObserver` elsewhere writes into `path`, while the body runs."""
     path.unlink(missing_ok=True)
     done = threading.Event()
@@ -90,6 +121,8 @@ def following(path: Path, observer: ConsoleObserver) -> Iterator[None]:
                     message = json.loads(line)
                     if "note" in message:
                         observer.note(message["note"])
+                    elif "done" in message:
+                        observer.done(message["done"])
                     else:
                         observer.steps(message["steps"])
 
@@ -101,3 +134,9 @@ def following(path: Path, observer: ConsoleObserver) -> Iterator[None]:
         done.set()
         thread.join()
         path.unlink(missing_ok=True)
+
+
+def _line(text: str) -> None:
+    """One write: several runs are followed at once, and `print` writes the line's end by itself."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

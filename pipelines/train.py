@@ -89,23 +89,6 @@ def _differences(began: dict[str, Any], given: dict[str, Any], prefix: str = "")
             yield f"{prefix}{key} was {value}, is {given[key]}"
 
 
-def summary(result: dict[str, Any], path: Path) -> str:
-    """What came out of a run, in two lines."""
-    scores = [
-        f"{skill} {result[skill]['metric']} {result[skill]['before']:.3f} -> {result[skill]['after']:.3f}"
-        for skill in ("old", "new")
-        if result[skill]["after"] is not None
-    ]
-    lines = ["; ".join(scores)] if scores else []
-    if result["retention_loss"] is not None:
-        verdict = "met" if result["feasible"] else "NOT met"
-        lines.append(
-            f"retention loss {result['retention_loss']:.4g} on {result['heldout_anchors']} held-out anchors, budget "
-            f"{result['epsilon']:g}: {verdict}"
-        )
-    return "\n".join([*lines, f"run: {path}"])
-
-
 def check_inputs(config: Experiment) -> None:
     """What can be checked before any process starts: the cache is complete and undamaged."""
     if config.craft.enabled and config.craft.anchor_cache_dir is not None:

@@ -268,12 +268,12 @@ def test_what_cannot_be_packed_is_refused(make: Callable[[], PreTrainedModel], s
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "mask of its own"),
         ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"position_bias": torch.zeros(1)}, "position_bias"),
-        ({"craft_pack": packing.Layout.of([2, 3], torch.device("cpu"))}, "one row of 5 tokens"),
+        ({"craft_pack": packing.PackLayout.of([2, 3], torch.device("cpu"))}, "one row of 5 tokens"),
     ],
 )
 def test_attention_refuses_what_it_would_have_to_ignore(changes: dict[str, object], said: str) -> None:
     q = torch.randn(1, 4, 4, 8)
-    arguments = {"attention_mask": None, "craft_pack": packing.Layout.of([1, 3], q.device)} | changes
+    arguments = {"attention_mask": None, "craft_pack": packing.PackLayout.of([1, 3], q.device)} | changes
     with pytest.raises(ValueError, match=said):
         packing.attend(torch.nn.Identity(), q, q, q, **arguments)
 

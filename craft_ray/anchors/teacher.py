@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from craft_ray.anchors.schema import NUMPY, CacheSchema, hidden_column, vectors_array
+from craft_ray.anchors.forward import Pooled, by_length, packed_vectors, padded_vectors, tokens_per_pack
+from craft_ray.anchors.schema import CacheSchema, hidden_column, vectors_array
+from craft_ray.anchors.storage import stored
 from craft_ray.config import AnchorsConfig
 from craft_ray.data.sample import Sample
-from craft_ray.errors import CraftError, DataError
-from craft_ray.method.pooling import vector_count
 from craft_ray.models.base import Features, Model
 
 
@@ -24,6 +25,11 @@ class Teacher:
     model: Model
     schema: CacheSchema
     config: AnchorsConfig
+
+    @cached_property
+    def pack_tokens(self) -> int:
+        """Tokens of a pack; 0 pads."""
+        return tokens_per_pack(self.model, self.config)
 
     def table(self, samples: Sequence[Sample]) -> pa.Table:
         """The rows of the cache for these samples, in their order."""
@@ -51,51 +57,31 @@ class Teacher:
         if self.config.suffix_from == "response":
             return [self.model.response_tokens(sample) for sample in samples]
         result: list[list[int]] = [[] for _ in samples]
-        for chosen in _by_length(prompts, self.config.batch_size):
+        for chosen in by_length(prompts, self.config.batch_size):
             generated = self.model.generate([prompts[i] for i in chosen], self.config.max_new_tokens)
             for i, tokens in zip(chosen, generated, strict=True):
                 result[i] = tokens
         return result
 
+    @torch.inference_mode()
     def vectors(self, ids: Sequence[str], features: Sequence[Features]) -> dict[str, list[np.ndarray]]:
-        """For each position, the vectors [n, L * D] of each sample, in the storage type."""
-        result: dict[str, list[np.ndarray]] = {p: [np.empty(0)] * len(features) for p in self.schema.positions}
-        for row, per_position in self._forward(features):
-            for position, vectors in per_position.items():
-                result[position][row] = self._stored(vectors, ids[row])
+        """For each position, the vectors [n, L * D] of each anchor, in the storage type.
+
+        Raises:
+            DataError: a hidden state is not finite, or too large for the storage type.
+        """
+        positions, layers = self.schema.positions, self.schema.layers
+        if self.pack_tokens:
+            pools = packed_vectors(self.model, features, positions, layers, self.pack_tokens)
+        else:
+            pools = padded_vectors(self.model, features, positions, layers, self.config.batch_size)
+        result: dict[str, list[np.ndarray]] = {p: [np.empty(0)] * len(features) for p in positions}
+        for pooled in pools:
+            for row, vectors in zip(pooled.rows, self._split(pooled, ids), strict=True):
+                result[pooled.position][row] = vectors
         return result
 
-    @torch.inference_mode()
-    def _forward(self, features: Sequence[Features]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        for chosen in _by_length(features, self.config.batch_size):
-            layouts = [features[i].layout for i in chosen]
-            batch = self.model.collate([features[i] for i in chosen], self.schema.positions).to(self.model.device)
-            assert batch.pooling is not None
-            pooled = batch.pooling(self.model.hidden_states(batch, self.schema.layers))
-            values_BVLD = pooled.values_BLVD.transpose(1, 2).float().cpu().numpy()
-            for place, row in enumerate(chosen):
-                start, found = 0, {}
-                for position in self.schema.positions:
-                    most = max(vector_count(layout, position) for layout in layouts)
-                    count = vector_count(layouts[place], position)
-                    found[position] = values_BVLD[place, start : start + count].reshape(count, -1)
-                    start += most
-                yield row, found
-
-    def _stored(self, vectors: np.ndarray, sample_id: str) -> np.ndarray:
-        if not np.isfinite(vectors).all():
-            raise DataError(f"the teacher's hidden states of anchor {sample_id} are not finite: check the model and the input")
-        limit = np.finfo(NUMPY[self.schema.dtype]).max
-        largest = np.abs(vectors).max(initial=0.0)
-        if largest > limit:
-            raise CraftError(
-                f"a hidden state of anchor {sample_id} is {largest:.3g}, {self.schema.dtype} ends at {limit:.3g}: "
-                f"set anchors.dtype to float32"
-            )
-        return vectors.astype(NUMPY[self.schema.dtype])
-
-
-def _by_length(features: Sequence[Features], batch_size: int) -> list[list[int]]:
-    """Batches of similar length, so that little is padded."""
-    order = sorted(range(len(features)), key=lambda i: features[i].layout.length)
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    def _split(self, pooled: Pooled, ids: Sequence[str]) -> list[np.ndarray]:
+        owners = [ids[row] for row in pooled.rows]
+        values = stored(pooled.values_NF, owners, pooled.counts, self.schema.dtype)
+        return np.split(values, np.cumsum(pooled.counts)[:-1])

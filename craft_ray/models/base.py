@@ -121,6 +121,19 @@ class Model(Protocol):
         """Hidden states [B, S, D] at each of `layers` (resolved, not negative), without the vocabulary projection."""
         ...
 
+    def check_packing(self) -> None:
+        """Whether `packed_hidden_states` gives what `hidden_states` gives.
+
+        Raises:
+            ValueError: it does not, or the model has none.
+        """
+        ...
+
+    def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
+        """Hidden states [L, T, D] of samples laid end to end in one row of T tokens, each as if it were alone. The
+        module must be in eval mode."""
+        ...
+
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
         """Greedy suffix tokens of each prompt, the end-of-sequence token included where it came."""
         ...

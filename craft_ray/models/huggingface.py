@@ -33,6 +33,7 @@ from craft_ray.models.fingerprint import (
     weights_fingerprint,
     without_locations,
 )
+from craft_ray.models.packing import check_packing, packed_forward
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -209,6 +210,12 @@ class HuggingFaceModel:
         assert len(states) == self.num_hidden_states
         return [states[k] for k in layers]
 
+    def check_packing(self) -> None:
+        raise ValueError(f"a model of kind {self.kind} cannot be packed, its images are not part of a row of tokens")
+
+    def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
+        raise NotImplementedError
+
     @torch.inference_mode()
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
         inputs = {k: v.to(self.device) for k, v in self._pad_batch(features, left=True).items()}
@@ -260,6 +267,21 @@ class CausalLM(HuggingFaceModel):
         else:
             ids = self.tokenizer(sample.prompt)["input_ids"]
         return {"input_ids": torch.tensor([ids], dtype=torch.long)}
+
+    def check_packing(self) -> None:
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with self.autocast():
+                check_packing(self.module.base_model, 1e-1 if self.precision == "bf16" else 1e-3)
+        except TypeError as error:  # its forward does not take what a pack has to tell its attention
+            raise ValueError(f"{type(self.module).__name__} cannot be packed ({_first(error)})") from None
+        finally:
+            self.module.train(was_training)
+
+    def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
+        with self.autocast():
+            return packed_forward(self.module.base_model, [f.tokens["input_ids"] for f in features], layers)[0]
 
 
 class VisionLanguageModel(HuggingFaceModel):

@@ -1,0 +1,115 @@
+"""The arms side by side: one cache, the same steps and data, over seeds; then the report.
+
+Processes are dear to start, so the runs are dealt to as many trainers as the cluster holds at once, and each carries
+its share one after the other. A comparison that is started again passes over the runs that are finished.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from craft_ray.config import Arm, Experiment
+from craft_ray.errors import ConfigError
+from craft_ray.report.html import write_report
+from craft_ray.run_folder import RunFolder, command_line
+from pipelines.anchors import build
+from pipelines.console import QuarterObserver, following
+from pipelines.session import join
+from pipelines.train import PlannedRun, check_inputs, fit, resources, run_name
+
+COST = {"baseline": 1.0, "token_ce": 2.0, "hidden": 2.0}
+"""Expected time of an arm relative to plain fine-tuning; only used to deal runs evenly."""
+
+
+def compare(config: Experiment, arms: Sequence[Arm], seeds: Sequence[int], folder: Path) -> dict[str, Any]:
+    """Run every arm on every seed into `folder/runs`, and write `report.html` and `result.json` into `folder`.
+
+    Raises:
+        CacheRefused, ConfigError, ...: as the single stages.
+    """
+    if config.craft.anchor_cache_dir is not None and config.anchors is not None:
+        build(config)
+    runs = [_planned(arm_config(config, arm, seed, folder)) for arm in arms for seed in seeds]
+    for run in runs[:: len(seeds)]:
+        check_inputs(run.config)
+    open_runs = [run for run in runs if run.folder.finished() is None]
+    if len(open_runs) < len(runs):
+        print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are finished already")
+    if open_runs:
+        _carry_out(open_runs)
+    return write_report(
+        [run.folder for run in runs], folder, title=config.name, command=" ".join(command_line())
+    )
+
+
+def arm_config(config: Experiment, arm: Arm, seed: int, folder: Path) -> Experiment:
+    """The experiment of one arm and seed. The baseline keeps the cache: it is measured against it, not trained."""
+    changes: dict[str, Any] = {"seed": seed, "output_dir": str(folder / "runs"), "craft.enabled": arm != "baseline"}
+    if arm != "baseline":
+        changes["craft.retention_mode"] = arm
+    if arm == "token_ce":
+        changes |= {f"craft.{key}": value for key, value in config.compare.token_ce.items()}
+    return config.changed(changes)
+
+
+def met(result: dict[str, Any]) -> bool:
+    """Whether every constrained run of a comparison kept its budget on held-out anchors."""
+    return all(run["feasible"] for run in result["runs"] if run["arm"] != "baseline")
+
+
+def _planned(config: Experiment) -> PlannedRun:
+    folder = RunFolder(Path(config.output_dir) / run_name(config))
+    if not (folder.path / "config.yaml").exists():
+        folder.begin(config, command_line())
+    elif folder.config() != config:
+        raise ConfigError(
+            f"the run {folder.path} was made with another config: choose another output folder, or delete this one"
+        )
+    return PlannedRun(config, folder)
+
+
+def _carry_out(runs: Sequence[PlannedRun]) -> None:
+    with ExitStack() as stack:
+        for run in runs:
+            label = f"{run.config.arm} seed {run.config.seed}"
+            observer = QuarterObserver(label, run.config.train.steps, run.config.arm)
+            stack.enter_context(following(run.folder.progress, observer))
+        lanes = deal(runs, _lanes(runs[0].config))
+        if len(lanes) == 1:
+            fit(lanes[0])
+            return
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            for done in [pool.submit(fit, lane) for lane in lanes]:
+                done.result()
+
+
+def _lanes(config: Experiment) -> int:
+    """Trainers that the cluster holds at once."""
+    if config.workers.num_workers == 0:
+        return 1
+    import ray
+
+    join()
+    have = ray.cluster_resources()
+    need = {name: config.workers.num_workers * amount for name, amount in resources(config.workers).items()}
+    return max(1, min(int(have.get(name, 0.0) // amount) for name, amount in need.items() if amount))
+
+
+def deal(runs: Sequence[PlannedRun], lanes: int) -> list[list[PlannedRun]]:
+    """Runs to lanes, the dearest first, each to the lane with the least to do."""
+    share: list[list[PlannedRun]] = [[] for _ in range(min(lanes, len(runs)))]
+    load = [0.0] * len(share)
+    for run in sorted(runs, key=lambda run: -COST[run.config.arm]):
+        lane = load.index(min(load))
+        share[lane].append(run)
+        load[lane] += COST[run.config.arm]
+    return share
+
+
+def default_folder(config: Experiment) -> Path:
+    return Path(os.path.join(config.output_dir, f"{config.name}-compare"))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from craft_ray.errors import StorageError
 from craft_ray.files import new_folder
@@ -54,7 +55,7 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
                 },
                 temporary / "training_state" / "state.pt",
             )
-        except (RuntimeError, ValueError, OSError) as error:  # torch and safetensors wrap the system's error
+        except (RuntimeError, ValueError, OSError, SafetensorError) as error:  # torch and safetensors wrap the system's error
             raise StorageError(
                 f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): free space or choose another "
                 f"output_dir, then go on with --resume; earlier checkpoints are untouched"

@@ -7,6 +7,7 @@ Nothing here imports torch or ray, so that a mistake is told in milliseconds.
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -224,7 +225,7 @@ class TrainConfig(Section):
     """Shape of the learning rate after the warm-up; linear and cosine end at zero."""
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Norm that the merged gradient is clipped to; None clips nothing."""
     precision: Precision = "fp32"
@@ -343,6 +344,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: Path | No
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"no config at {path}: name a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"the config {path} does not open ({error.strerror}): name a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -376,7 +379,7 @@ def absolute(config: Experiment, base: Path) -> Experiment:
         if value is None:
             return
         path = base / Path(value).expanduser()
-        if always or value.startswith(("~", "./", "../")) or path.exists():
+        if always or value.startswith(("~", "./", "../")) or path.exists() or glob.glob(str(path)):
             section[key] = os.path.normpath(path.absolute())
 
     fix(tree, "output_dir", always=True)
@@ -418,7 +421,9 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (it is {error['input']!r})" if error["type"] != "value_error" else f"{key}: {message}"
+    if error["type"] != "value_error":
+        message += f" (it is {error['input']!r})"
+    return f"{key}: {message}" if key else message
 
 
 def _fields(location: Sequence[str]) -> list[str]:

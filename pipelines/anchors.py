@@ -7,13 +7,16 @@ a repeated one replaces itself, and the next build does what is missing.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from craft_ray.anchors.build import (
     Estimate,
@@ -23,6 +26,7 @@ from craft_ray.anchors.build import (
     finished_shards,
     identity_of,
 )
+from craft_ray.anchors.forward import tokens_per_pack
 from craft_ray.anchors.manifest import (
     MANIFEST,
     SHARDS,
@@ -33,19 +37,26 @@ from craft_ray.anchors.manifest import (
     read_plan,
     write_plan,
 )
-from craft_ray.anchors.reader import check_shards
+from craft_ray.anchors.importing import import_shards
+from craft_ray.anchors.legacy import LegacyShards
 from craft_ray.anchors.teacher import Teacher
+from craft_ray.anchors.verify import Agreement, check_files, reforward
 from craft_ray.config import AnchorsConfig, Experiment, dump_config, parse_config
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError
 from craft_ray.files import readable_bytes
 from craft_ray.models import load_model
-from craft_ray.models.base import Model
 from craft_ray.quiet import quiet_libraries
 from pipelines.session import check_resources, join
 
-MAX_RESTARTS = 2
-"""Times that a teacher whose process died is started again."""
+if TYPE_CHECKING:
+    import ray.data
+
+CHECKED_ROWS = 8
+"""Imported rows that the teacher is run on again."""
+
+MAX_DEATHS = 3
+"""Deaths of a teacher's process in a row, without a shard finished in between, after which a build gives up."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +91,15 @@ def build(config: Experiment, say: Any = print) -> Built:
 
     expected = estimate(model, source, plan.identity.schema, anchors)
     _announce(say, plan, expected, done, folder)
-    for stale in (folder / SHARDS).glob(".*.tmp"):
+    packed = tokens_per_pack(model, anchors)
+    passes = f"packs of up to {packed} tokens" if packed else f"batches of {anchors.batch_size} anchors, padded"
+    say(f"forward passes on {passes}")
+    for stale in (folder / SHARDS).glob(".*"):
         stale.unlink()  # what a killed teacher left half-written
     del model
     work = _in_process if config.workers.num_workers == 0 else _on_ray
-    for name, rows in work(config, plan, missing):
-        say(f"  {name}: {rows} anchors")
+    for number, (name, rows) in enumerate(work(config, plan, missing), 1):
+        say(f"  {name}: {rows} anchors ({number} of {len(missing)})")
     manifest = finish(folder, plan, ids)
     say(
         f"anchor cache complete: {manifest.identity.rows} anchors, {manifest.vectors} vectors, "
@@ -159,55 +173,85 @@ def _in_process(
 
 
 def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
+    """Ray Data over the missing shards; once more over what is left where a teacher's process died."""
     import ray.data
+    import ray.exceptions
 
-    assert config.anchors is not None
-    anchors = config.anchors
+    anchors, folder = needed(config)
     join()
     actors = min(anchors.actors, len(missing))
-    lacking = check_resources(actors, {"CPU": anchors.cpus_per_actor, "GPU": anchors.gpus_per_actor}, "anchors.actors")
+    each = {"CPU": anchors.cpus_per_actor, "GPU": anchors.gpus_per_actor}
+    lacking = check_resources(actors, each, "anchors.actors")
     if lacking:
         raise ConfigError(lacking)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    shards = [{"name": name, "start": rows.start, "stop": rows.stop} for name, rows in missing]
-    dataset = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
-        ShardWriter,
-        batch_size=1,
-        fn_constructor_args=(dump_config(config), plan.model_dump_json()),
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=anchors.cpus_per_actor,
-        num_gpus=anchors.gpus_per_actor or None,
-        max_restarts=MAX_RESTARTS,
-        max_task_retries=MAX_RESTARTS,
-    )
-    for row in dataset.iter_rows():
-        if row["error"]:
-            error = CraftError(row["error"])
-            error.exit_code = row["exit_code"]
-            raise error
-        yield row["name"], row["rows"]
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log is raised, too
+    deaths, left = 0, dict(missing)
+    while left:
+        try:
+            for row in _dataset(config, plan, left, actors).iter_rows():
+                if row["error"]:
+                    error = CraftError(row["error"])
+                    error.exit_code = row["exit_code"]
+                    raise error
+                deaths = 0
+                yield row["name"], len(left.pop(row["name"]))
+        except ray.exceptions.RayActorError:
+            deaths += 1
+            if deaths > MAX_DEATHS:
+                raise CraftError(
+                    f"a teacher's process died {deaths} times in a row, the next shard to write is {next(iter(left))}: "
+                    f"something kills it, often want of memory; lower anchors.batch_size, anchors.pack_tokens or "
+                    f"anchors.actors, and build again"
+                ) from None
+            for name in [name for name in left if (folder / SHARDS / name).exists()]:
+                yield name, len(left.pop(name))
+
+
+def _dataset(config: Experiment, plan: Plan, shards: dict[str, range], actors: int) -> ray.data.Dataset:
+    import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    anchors, _ = needed(config)
+    items = [{"name": name, "start": rows.start, "stop": rows.stop} for name, rows in shards.items()]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    with warnings.catch_warnings():
+        # Restarts by Ray Data itself never end, and only a deprecated argument turns them off (Ray is pinned).
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return dataset.map_batches(
+            ShardWriter,
+            batch_size=1,
+            fn_constructor_args=(dump_config(config), plan.model_dump_json()),
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
+            num_cpus=anchors.cpus_per_actor,
+            num_gpus=anchors.gpus_per_actor or None,
+            max_restarts=0,
+        )
 
 
 class ShardWriter:
     """A teacher in a process of its own; each call writes one shard.
 
-    A user's mistake is returned as a value: as an exception it would arrive with Ray's text around it.
+    A user's mistake is returned as a value: as an exception it would arrive with Ray's text around it. For the same
+    reason the model is loaded by the first call, not by the constructor.
     """
 
     def __init__(self, config: str, plan: str) -> None:
-        import yaml
-
-        quiet_libraries()
-        experiment = parse_config(yaml.safe_load(config), "config")
         self.plan = Plan.model_validate_json(plan)
-        anchors, self.folder = needed(experiment)
-        torch.set_num_threads(anchors.threads_per_actor)
-        device = torch.device("cuda" if anchors.gpus_per_actor else "cpu")
-        model: Model = load_model(experiment.model, experiment.train.precision, device)
-        self.teacher = Teacher(model, self.plan.identity.schema, anchors)
-        self.source: Source = open_source(anchors.source, "anchors.source")
+        self.experiment = parse_config(yaml.safe_load(config), "config")
+        self.anchors, self.folder = needed(self.experiment)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        quiet_libraries()
+        torch.set_num_threads(self.anchors.threads_per_actor)
+        device = torch.device("cuda" if self.anchors.gpus_per_actor else "cpu")
+        model = load_model(self.experiment.model, self.experiment.train.precision, device)
+        return Teacher(model, self.plan.identity.schema, self.anchors)
+
+    @cached_property
+    def source(self) -> Source:
+        return open_source(self.anchors.source, "anchors.source")
 
     def write(self, name: str, rows: range) -> None:
         build_shard(self.teacher, self.source, rows, self.folder / SHARDS / name)
@@ -221,8 +265,43 @@ class ShardWriter:
         return {"name": [name], "rows": [len(rows)], "error": [""], "exit_code": [0]}
 
 
-def verify(folder: Path) -> Manifest:
-    """Check manifest, shards and their checksums."""
+def verify(folder: Path, config: Experiment | None, rows: int, say: Any = print) -> None:
+    """Check a cache against its manifest and, with a config, `rows` of it against the model.
+
+    Raises:
+        CacheRefused: it is not what it says, or not what the model gives.
+    """
     manifest = read_manifest(folder)
-    check_shards(folder, manifest)
+    check_files(folder, manifest)
+    say(f"{len(manifest.shards)} shards are undamaged, {manifest.identity.rows} anchors, each id once")
+    if config is not None:
+        model = load_model(config.model, config.train.precision)
+        say_agreement(say, reforward(folder, manifest, config, model, rows))
+
+
+def say_agreement(say: Any, agreement: Agreement) -> None:
+    what = []
+    if agreement.distance is not None:
+        what.append(f"largest relative mean square {agreement.distance:.1e}")
+    if agreement.tokens is not None:
+        what.append(f"{agreement.equal_tokens} of {agreement.tokens} suffix tokens equal")
+    say(f"the model reproduces {agreement.rows} anchors: {', '.join(what) or 'nothing to compare'}")
+
+
+def import_legacy(legacy: Path, config: Experiment, check: bool, say: Any = print) -> Manifest:
+    """Turn legacy shards into the cache that a config names.
+
+    Raises:
+        CacheRefused: the shards are not what the config says, or not what its model gives.
+    """
+    _, folder = needed(config)
+    model = load_model(config.model, config.train.precision)
+    shards = LegacyShards(legacy)
+    manifest, agreement = import_shards(shards, folder, config, model, CHECKED_ROWS if check else 0)
+    if agreement is not None:
+        say_agreement(say, agreement)
+    say(
+        f"anchor cache complete: {manifest.identity.rows} anchors from {len(shards.files)} legacy shards, "
+        f"{manifest.vectors} vectors, {readable_bytes(manifest.bytes)}; it is in {folder}"
+    )
     return manifest

@@ -20,6 +20,7 @@ anchors_app = typer.Typer(no_args_is_help=True, help="Build, check, show and imp
 app.add_typer(anchors_app, name="anchors")
 
 Config = Annotated[Path, typer.Argument(help="a YAML config", show_default=False)]
+CacheFolder = Annotated[Path, typer.Argument(help="the folder of an anchor cache", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. craft.lambda_lr=0.05")]
 
 
@@ -43,6 +44,48 @@ def anchors_build(config: Config, overrides: Overrides = None) -> None:
     from pipelines.anchors import build
 
     build(experiment)
+
+
+@anchors_app.command("show")
+def anchors_show(folder: CacheFolder) -> None:
+    """What a cache holds: its identity, rows, vectors, size, and whether it is complete."""
+    from craft_ray.anchors.show import describe
+
+    print("\n".join(describe(folder)))
+
+
+@anchors_app.command("verify")
+def anchors_verify(
+    folder: CacheFolder,
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="the YAML config that names the model")] = None,
+    reforward: Annotated[
+        int | None, typer.Option(min=1, help="rows to run the model on again (32 with --config)", show_default=False)
+    ] = None,
+) -> None:
+    """Check a cache: its files against its manifest and, with --config, its rows against the model."""
+    if config is None and (reforward or overrides):
+        raise ConfigError("running the model again needs its config: add --config CONFIG")
+    experiment = load_config(config, overrides or []) if config else None
+    _quiet()
+    from pipelines.anchors import verify
+
+    verify(folder, experiment, reforward or 32)
+
+
+@anchors_app.command("import")
+def anchors_import(
+    legacy: Annotated[Path, typer.Argument(help="a folder of shard_*.pt", show_default=False)],
+    config: Config,
+    overrides: Overrides = None,
+    check: Annotated[bool, typer.Option(help="run the teacher on some rows again and compare")] = True,
+) -> None:
+    """Turn legacy torch shards into a cache in craft.anchor_cache_dir. Their code is never run."""
+    experiment = load_config(config, overrides or [])
+    _quiet()
+    from pipelines.anchors import import_legacy
+
+    import_legacy(legacy, experiment, check)
 
 
 @app.command("train")

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from craft_ray.anchors.manifest import (
@@ -34,8 +37,20 @@ from craft_ray.models.base import Model, resolve_layers
 ESTIMATE_ROWS = 32
 
 
-def identity_of(experiment: Experiment, model: Model, source: Source) -> Identity:
-    """The identity of the cache that this experiment builds."""
+class Content(Protocol):
+    """Anchor inputs, as far as their identity goes: a source, or a folder of legacy shards."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+
+def identity_of(experiment: Experiment, model: Model, source: Content) -> Identity:
+    """The identity of the cache that this experiment builds.
+
+    Raises:
+        ConfigError: the model has no such layers.
+    """
     anchors = experiment.anchors
     assert anchors is not None
     try:
@@ -82,26 +97,38 @@ def estimate(model: Model, source: Source, schema: CacheSchema, anchors: Anchors
             counts += sum(vector_count(layout, position) for position in schema.positions)
         size += len(sample.image or b"") + len(sample.prompt.encode()) + len(sample.id) + 4 * len(suffix)
     size += counts * schema.vector_size * NUMPY[schema.dtype].itemsize
-    return Estimate(bytes=round(size / rows * len(source)), vectors_per_row=counts / rows)
+    empty = pa.BufferOutputStream()
+    pq.write_table(schema.arrow().empty_table(), empty)
+    shards = math.ceil(len(source) / anchors.rows_per_shard)
+    total = size / rows * len(source) + shards * empty.tell()
+    return Estimate(bytes=round(total), vectors_per_row=counts / rows)
 
 
 def build_shard(teacher: Teacher, source: Source, rows: Sequence[int], path: Path) -> None:
     """Run the teacher over some rows and write them as one Parquet file, which appears when it is complete."""
-    schema = teacher.schema.arrow()
-    columns = [f"{c}.list.element.list.element" for c in map(hidden_column, teacher.schema.positions)]
+    starts = range(0, len(rows), ROW_GROUP)
+    groups = ([source[row] for row in rows[start : start + ROW_GROUP]] for start in starts)
+    write_shard(path, teacher.schema, map(teacher.table, groups))
+
+
+def write_shard(path: Path, schema: CacheSchema, row_groups: Iterable[pa.Table]) -> None:
+    """One Parquet file, which appears when it is complete."""
+    arrow = schema.arrow()
+    packed = ("id", "prompt", "input_ids", "suffix")
+    hidden = [f"{c}.list.element.list.element" for c in map(hidden_column, schema.positions)]
     with (
         new_file(path) as temporary,
         pq.ParquetWriter(
             temporary,
-            schema,
-            compression={"image": "none", "prompt": "zstd", "id": "zstd", "suffix": "zstd", **dict.fromkeys(columns, "none")},
+            arrow,
+            # Encoded images and hidden states do not shrink.
+            compression={**dict.fromkeys(packed, "zstd"), **dict.fromkeys(["image", "pixel_values", *hidden], "none")},
             use_dictionary=False,  # hidden states do not repeat; a dictionary and statistics only cost
             write_statistics=False,
         ) as writer,
     ):
-        for start in range(0, len(rows), ROW_GROUP):
-            samples = [source[row] for row in rows[start : start + ROW_GROUP]]
-            writer.write_table(teacher.table(samples))
+        for table in row_groups:
+            writer.write_table(table)
 
 
 def finished_shards(folder: Path, plan: Plan, ids: Sequence[str]) -> dict[str, Shard]:
@@ -127,28 +154,30 @@ def finish(folder: Path, plan: Plan, ids: Sequence[str]) -> Manifest:
     missing = [name for name, _ in plan.shards() if name not in shards]
     if missing:
         raise CacheRefused(f"{len(missing)} shards of {folder} are missing (e.g. {missing[0]}): build again")
-    manifest = Manifest(
-        format=FORMAT,
-        fingerprint=plan.identity.fingerprint,
-        identity=plan.identity,
-        shards=tuple(shards[name] for name, _ in plan.shards()),
-        vectors=_count_vectors(folder, plan),
-        written_by={p: importlib.metadata.version(p) for p in ("craft-ray", "torch", "transformers", "pyarrow")},
-    )
+    manifest = manifest_of(folder, plan.identity, [shards[name] for name, _ in plan.shards()])
     write_manifest(folder, manifest)
     return manifest
 
 
-def _count_vectors(folder: Path, plan: Plan) -> int:
-    schema = plan.identity.schema
+def manifest_of(folder: Path, identity: Identity, shards: Sequence[Shard]) -> Manifest:
+    """What vouches for shards that are all there."""
+    return Manifest(
+        format=FORMAT,
+        fingerprint=identity.fingerprint,
+        identity=identity,
+        shards=tuple(shards),
+        vectors=sum(_count_vectors(folder / SHARDS / shard.name, identity.schema) for shard in shards),
+        written_by={p: importlib.metadata.version(p) for p in ("craft-ray", "torch", "transformers", "pyarrow")},
+    )
+
+
+def _count_vectors(path: Path, schema: CacheSchema) -> int:
     if not schema.has_hidden:
         return 0
-    total = 0
-    for name, _ in plan.shards():
-        metadata = pq.read_metadata(folder / SHARDS / name)
-        for group in range(metadata.num_row_groups):
-            for column in range(metadata.num_columns):
-                chunk = metadata.row_group(group).column(column)
-                if chunk.path_in_schema.startswith("hidden_"):
-                    total += chunk.num_values // schema.vector_size
+    total, metadata = 0, pq.read_metadata(path)
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(column)
+            if chunk.path_in_schema.startswith("hidden_"):
+                total += chunk.num_values // schema.vector_size
     return total

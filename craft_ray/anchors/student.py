@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from craft_ray.anchors.batches import AnchorBatches
-from craft_ray.anchors.manifest import LAYER_DEFINITION, read_manifest
+from craft_ray.anchors.manifest import LAYER_DEFINITION, Identity, read_manifest
 from craft_ray.anchors.reader import check_contains, check_identity, open_anchors
-from craft_ray.anchors.schema import STEP0_TOLERANCE
+from craft_ray.anchors.schema import STEP0_AGREEMENT, STEP0_TOLERANCE
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused
-from craft_ray.models import DEFAULT_POSITIONS
 from craft_ray.models.base import Model, resolve_layers
 from craft_ray.workers import Workers
 
@@ -33,6 +32,25 @@ def open_for_student(config: Experiment, model: Model, teacher_weights: str | No
     folder = Path(craft.anchor_cache_dir)
     manifest = read_manifest(folder)
     found = manifest.identity
+    check_model(folder, found, config, model, teacher_weights)
+    check_contains(folder, found, "mode", [craft.retention_mode], found.modes)
+    layers, positions = found.layers, found.positions
+    if craft.retention_mode == "hidden":
+        layers = _wanted_layers(config, found.layers, model)
+        positions = craft.positions or (config.anchors and config.anchors.positions) or positions
+        check_contains(folder, found, "layers", layers, found.layers)
+        check_contains(folder, found, "positions", positions, found.positions)
+    return AnchorBatches(model, open_anchors(folder, manifest), craft.retention_mode, layers, positions)
+
+
+def check_model(
+    folder: Path, found: Identity, config: Experiment, model: Model, teacher_weights: str | None
+) -> None:
+    """Refuse a cache of another teacher, preprocessor or arithmetic than this model's.
+
+    Raises:
+        CacheRefused: naming both sides of the first difference.
+    """
     expected = found.model_copy(
         update={
             "teacher": teacher_weights or found.teacher,
@@ -45,14 +63,6 @@ def open_for_student(config: Experiment, model: Model, teacher_weights: str | No
         }
     )
     check_identity(folder, found, expected)
-    check_contains(folder, found, "mode", [craft.retention_mode], found.modes)
-    layers, positions = found.layers, found.positions
-    if craft.retention_mode == "hidden":
-        layers = _wanted_layers(config, found.layers, model)
-        positions = craft.positions or (config.anchors and config.anchors.positions) or positions
-        check_contains(folder, found, "layers", layers, found.layers)
-        check_contains(folder, found, "positions", positions, found.positions)
-    return AnchorBatches(model, open_anchors(folder, manifest), craft.retention_mode, layers, positions)
 
 
 def _wanted_layers(config: Experiment, held: tuple[int, ...], model: Model) -> tuple[int, ...]:
@@ -78,20 +88,21 @@ def check_untouched(anchors: AnchorBatches, rows: Sequence[int], workers: Worker
     identity = anchors.anchors.identity
     if batch.teacher is None:
         _, likeliest = anchors.model.token_log_probs(batch.inputs)
-        agreement = likeliest.double().mean().item()
-        if identity.suffix_from == "teacher" and agreement < 0.99:
+        agreement = 1 - (~likeliest).sum().item() / batch.inputs.tokens
+        if identity.suffix_from == "teacher" and agreement < STEP0_AGREEMENT[identity.precision]:
             raise CacheRefused(
-                f"the untouched student agrees with only {agreement:.1%} of the teacher's cached tokens: preprocessing, "
-                f"dropout or the teacher is not what the cache was built with; run 'craft-ray anchors verify --reforward 32'"
+                f"the untouched student agrees with only {agreement:.1%} of the teacher's cached tokens: "
+                f"preprocessing, dropout or the teacher is not what the cache was built with; run "
+                f"'craft-ray anchors verify {anchors.anchors.folder} --config CONFIG'"
             )
         return
     loss = anchors.loss(batch, "relative_mse").item()
     tolerance = STEP0_TOLERANCE[identity.dtype, identity.precision]
     if not loss <= tolerance:
         raise CacheRefused(
-            f"the untouched student is {loss:.2e} away from the cached teacher (relative mean square), {identity.dtype} "
-            f"storage explains {tolerance:.0e}: preprocessing, dropout, layers or the teacher is not what the cache was "
-            f"built with; run 'craft-ray anchors verify --reforward 32'"
+            f"the untouched student is {loss:.2e} away from the cached teacher (relative mean square), "
+            f"{identity.dtype} storage explains {tolerance:.0e}: preprocessing, dropout, layers or the teacher is not "
+            f"what the cache was built with; run 'craft-ray anchors verify {anchors.anchors.folder} --config CONFIG'"
         )
 
 

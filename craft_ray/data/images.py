@@ -31,15 +31,26 @@ def encoded_image(value: Any, folder: Path, where: str) -> bytes:
         except OSError as error:
             raise DataError(f"{where}: the image {path} does not open ({error.strerror})") from None
     if isinstance(value, (list, np.ndarray)):
-        return _encode_array(np.asarray(value), where)
+        return _encode_array(value, where)
     raise DataError(
         f"{where}: the image is a {type(value).__name__}; a path, encoded bytes or an array of uint8 is expected"
     )
 
 
-def _encode_array(array: np.ndarray, where: str) -> bytes:
-    if array.ndim not in (2, 3) or array.dtype == object:
-        raise DataError(f"{where}: the image array has shape {array.shape}; (height, width[, channel]) is expected")
+def _encode_array(value: list[Any] | np.ndarray, where: str) -> bytes:
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise DataError(f"{where}: the image array has rows of different lengths; mend or remove the row") from None
+    if array.dtype.kind not in "uif":
+        raise DataError(f"{where}: the image array holds {array.dtype}; numbers from 0 to 255 are expected")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not array.size or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise DataError(
+            f"{where}: the image array has shape {array.shape}; (height, width[, channel]) is expected, with 1, 3 or "
+            f"4 channels"
+        )
     if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
         raise DataError(f"{where}: the image array holds NaN or infinity; mend or remove the row")
     if array.min() < 0 or array.max() > 255 or (array != array.astype(np.uint8)).any():
@@ -61,7 +72,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DataError(
             f"{where}: its image of {len(data)} bytes does not decode ({reason}); mend or remove the row"

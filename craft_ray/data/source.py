@@ -1,23 +1,28 @@
 """Samples from JSON lines, Parquet, Hugging Face datasets and plain text, all behind one random-access view.
 
-The reading itself is Hugging Face datasets': one memory-mapped table, whatever the file was.
+Tables are read by Hugging Face datasets and memory-mapped; JSON lines are parsed row by row as they are asked for,
+because a table would turn what looks like a date, or a number among fractions, into something else.
 """
 
 from __future__ import annotations
 
 import glob
+import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 from blake3 import blake3
 
 from craft_ray.config import Columns, DataConfig
 from craft_ray.data.images import encoded_image
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError
+from craft_ray.files import checksum
 
 ENDINGS = {
     ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text",
@@ -28,7 +33,7 @@ ENDINGS = {
 class Source:
     """Samples by row number. Open it with `open_source`."""
 
-    def __init__(self, table: datasets.Dataset, config: DataConfig, folder: Path, fingerprint: str) -> None:
+    def __init__(self, table: datasets.Dataset | JsonLines, config: DataConfig, folder: Path, fingerprint: str) -> None:
         self._table = table
         self._columns = config.columns
         self._folder = folder
@@ -53,7 +58,8 @@ class Source:
         """
         if self._columns.id is None:
             return [f"{row:08d}" for row in range(len(self))]
-        ids = [str(value) for value in self._table[self._columns.id]]
+        column = self._columns.id
+        ids = [_text(value, f"{self.name}, row {row}", column) for row, value in enumerate(self._table[column])]
         if len(set(ids)) != len(ids):
             seen: set[str] = set()
             double = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
@@ -88,29 +94,24 @@ def open_source(config: DataConfig, key: str) -> Source:
         DataError: it holds no row.
     """
     files, kind = _files(config, key)
-    try:
-        table = _read(config, files, kind)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ConfigError(f"{key}: {config.path} does not read as {kind} ({reason})") from None
-    _check_columns(config.columns, table.column_names, config, key)
-    if config.columns.image is not None:
-        table = table.cast_column(config.columns.image, datasets.Image(decode=False)) if isinstance(
-            table.features[config.columns.image], datasets.Image
-        ) else table
-    if config.limit is not None:
-        table = table.select(range(min(config.limit, len(table))))
-    if not len(table):
-        raise DataError(f"{key}: {config.path} holds no sample; name data with at least one row")
     digest = blake3()
     for file in files:
-        digest.update_mmap(file)
+        digest.update(bytes.fromhex(checksum(file)))
+    try:
+        table = _read(config, files, kind, digest.hexdigest())
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{key}: {config.path} does not read as {kind} ({reason})") from None
+    if not len(table):
+        raise DataError(f"{key}: {config.path} holds no sample; name data with at least one row")
+    _check_columns(config.columns, table.column_names, config, key)
+    if config.limit is not None:
+        table = table.select(range(min(config.limit, len(table))))
     if not files:
         digest.update(table._fingerprint.encode())
     how = config.model_dump_json(include={"split", "revision", "columns", "limit", "chunk_chars"})
     digest.update(f"{kind}{how}".encode())
-    folder = files[0].parent if files else Path.cwd()
-    return Source(table, config, folder, digest.hexdigest()[:32])
+    return Source(table, config, _folder(config, files), digest.hexdigest()[:32])
 
 
 def _files(config: DataConfig, key: str) -> tuple[list[Path], str]:
@@ -129,24 +130,91 @@ def _files(config: DataConfig, key: str) -> tuple[list[Path], str]:
     return found, kind
 
 
-def _read(config: DataConfig, files: Sequence[Path], kind: str) -> datasets.Dataset:
-    names = [str(file) for file in files]
-    if kind == "jsonl":
-        return datasets.load_dataset("json", data_files=names, split="train")
-    if kind == "parquet":
-        return datasets.load_dataset("parquet", data_files=names, split="train")
-    if kind == "text":
-        size = config.chunk_chars
-        chunks = []
-        for file in files:
-            text = file.read_text(encoding="utf-8")
-            chunks += [text[start : start + size] for start in range(0, len(text), size)]
-        return datasets.Dataset.from_dict({"text": chunks})
+def _folder(config: DataConfig, files: Sequence[Path]) -> Path:
+    """Where relative paths of images start: the folder that was named, or the one the files are in."""
     if Path(config.path).is_dir():
-        loaded = _load_folder(config.path)
-        if loaded is not None:
-            return loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-    return datasets.load_dataset(config.path, split=config.split, revision=config.revision)
+        return Path(config.path)
+    return Path(os.path.commonpath([file.parent for file in files])) if files else Path.cwd()
+
+
+def _read(config: DataConfig, files: Sequence[Path], kind: str, content: str) -> datasets.Dataset | JsonLines:
+    """The rows of files with the hash `content`."""
+    if kind == "jsonl":
+        return JsonLines(files)
+    if kind == "text":
+        return _read_text(files, config.chunk_chars)
+    # The library knows a file by its path and time, and would serve an old copy of one that was soon rewritten.
+    cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "craft-ray", content[:32]) if files else None
+    if kind == "parquet":
+        files = [file for file in files if pq.read_metadata(file).num_rows]
+        if not files:
+            return datasets.Dataset.from_dict({})
+        names = [str(file) for file in files]
+        return _undecoded(datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=cache))
+    loaded = _load_folder(config.path)
+    if loaded is None:
+        loaded = datasets.load_dataset(config.path, split=config.split, revision=config.revision, cache_dir=cache)
+    elif isinstance(loaded, datasets.DatasetDict):
+        if config.split not in loaded:
+            raise ValueError(f"it has no split '{config.split}', only {', '.join(loaded)}")
+        loaded = loaded[config.split]
+    return _undecoded(loaded)
+
+
+def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """The same table, its images as the encoded bytes that they are stored as."""
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
+def _read_text(files: Sequence[Path], size: int) -> datasets.Dataset:
+    """Chunks of `size` characters; none runs across the end of a file."""
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    chunks = [text[start : start + size] for text in texts for start in range(0, len(text), size)]
+    return datasets.Dataset.from_dict({"text": chunks})
+
+
+class JsonLines:
+    """Rows of files with one JSON object a line, or a list of objects; kept as text and parsed anew each time."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._lines: list[str] = []
+        names: dict[str, None] = {}
+        for file in files:
+            text = file.read_text(encoding="utf-8-sig")
+            if text.lstrip().startswith("["):
+                text = "\n".join(map(json.dumps, _parse(text, file.name)))
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    row = _parse(line, f"{file.name}, line {number}")
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{file.name}, line {number}: a {type(row).__name__}, not an object")
+                    names.update(dict.fromkeys(row))
+                    self._lines.append(line)
+        self.column_names = list(names)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, key: int | str) -> Any:
+        """The row of that number, every column in it, or the column of that name."""
+        if isinstance(key, str):
+            return [json.loads(line).get(key) for line in self._lines]
+        return dict.fromkeys(self.column_names) | json.loads(self._lines[key])
+
+    def select(self, rows: Sequence[int]) -> JsonLines:
+        chosen = JsonLines(())
+        chosen._lines, chosen.column_names = [self._lines[row] for row in rows], self.column_names
+        return chosen
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {error.msg} at character {error.colno}") from None
 
 
 def _load_folder(path: str) -> datasets.Dataset | datasets.DatasetDict | None:

@@ -141,7 +141,9 @@ class Pooling:
         for hidden in hidden_BSD:
             values = hidden.gather(1, self.index_BV[:, :, None].expand(-1, -1, hidden.shape[-1]))
             if self.mean_BVS is not None and self.is_mean_V is not None:
-                means = torch.bmm(self.mean_BVS, hidden.float()).to(values.dtype)
+                # A weight of zero does not remove a NaN: what stands in the padding is taken out first.
+                unused_BS1 = ~self.mean_BVS.any(1)[..., None]
+                means = torch.bmm(self.mean_BVS, hidden.float().masked_fill(unused_BS1, 0.0)).to(values.dtype)
                 values = torch.where(self.is_mean_V[None, :, None], means, values)
             layers.append(values)
         return Vectors(torch.stack(layers, 1), self.valid_BV)

@@ -6,8 +6,12 @@
     L        = running mean of L_ret
     if cos(g_t, g_r) < tau and the gate is open:
         g_t <- g_t - (<g_t, g_r>/|g_r|^2) g_r                one-sided projection
-    theta   <- AdamW(theta, clip(merge(g_t, g_r, lambda)))
+    theta   <- AdamW(theta, clip(merge(g_t, K g_r, lambda)))
     lambda  <- clip(lambda + eta (L/epsilon_t - 1), 0, lambda_max)
+
+Retention is taken every K-th step, and its gradient enters K-fold: it stands for K steps, so the Lagrangian that is
+descended on average, and with it the meaning of lambda, does not depend on K. With the violation bounded (dual.py)
+lambda neither diverges nor runs to its cap; what other treatments did is measured in docs/method.md.
 
 Every number of the step stays on the device; the caller looks at them when it writes its log.
 """
@@ -110,7 +114,7 @@ def craft_step(
 
     removed = surgery.projection(angle, conflict & gate(state, epsilon, craft))
     a, b = surgery.merge(craft.projection_mode, state.multiplier)
-    c = b - a * removed
+    c = craft.retention_freq * b - a * removed
     norm = surgery.merged_norm(angle, a, c)
     scale = surgery.clip_factor(norm, max_norm)
     gradients.combine(scale * a, scale * c)

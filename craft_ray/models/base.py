@@ -178,7 +178,7 @@ def disable_dropout(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        for name in ("attention_dropout", "dropout", "dropout_prob"):
+        for name in ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "layerdrop"):
             if isinstance(part.__dict__.get(name), float):
                 setattr(part, name, 0.0)
 

@@ -222,12 +222,16 @@ class HuggingFaceModel:
         settings = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._eos, pad_token_id=self._pad
         )
-        was_training = self.module.training
+        # transformers fills what is left open in `settings` from the model's own, and a repetition penalty there
+        # would make the suffix another one than the likeliest.
+        was_training, own_settings = self.module.training, self.module.generation_config
         self.module.eval()
+        self.module.generation_config = settings
         try:
             with self.autocast():
                 output = self.module.generate(**inputs, generation_config=settings)
         finally:
+            self.module.generation_config = own_settings
             self.module.train(was_training)
         new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [clip_suffix(tokens, self._eos) for tokens in new_tokens]

@@ -1,0 +1,59 @@
+"""A cache in a few lines for a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from craft_ray.anchors.manifest import MANIFEST, SHARDS, Manifest, Plan, read_manifest, read_plan
+from craft_ray.files import readable_bytes
+
+
+def describe(folder: Path) -> list[str]:
+    """What a cache holds, whether it is complete or half-written.
+
+    Raises:
+        CacheRefused: there is none, or its manifest is damaged.
+    """
+    plan = read_plan(folder)
+    if plan is not None and not (folder / MANIFEST).exists():
+        return _half_written(folder, plan)
+    return _complete(folder, read_manifest(folder))
+
+
+def _complete(folder: Path, manifest: Manifest) -> list[str]:
+    """A complete cache in a few lines."""
+    identity = manifest.identity
+    schema, lines = identity.schema, [f"anchor cache {folder}: complete"]
+    images = f", pixels {'x'.join(map(str, identity.pixel_shape))}" if identity.pixel_shape else ""
+    facts = {
+        "anchors": f"{identity.rows} ({identity.inputs} inputs{images})",
+        "modes": ", ".join(identity.modes),
+    }
+    if schema.has_hidden:
+        facts["vectors"] = f"{manifest.vectors} ({manifest.vectors / identity.rows:.1f} an anchor)"
+        facts["layers"] = f"{list(identity.layers)} of 0 to {identity.num_hidden_states - 1}, width {identity.hidden_size}"
+        facts["positions"] = ", ".join(identity.positions)
+        facts["storage"] = identity.dtype
+    if schema.has_suffix:
+        whose = {"teacher": "the teacher's own", "response": "the data's responses"}[identity.suffix_from]
+        facts["suffix"] = f"{whose}, up to {identity.max_new_tokens} tokens"
+    facts |= {
+        "teacher": f"{identity.kind}, weights {identity.teacher}, run in {identity.precision}",
+        "preprocessor": identity.preprocessor,
+        "source": identity.source,
+        "fingerprint": manifest.fingerprint,
+        "size": f"{readable_bytes(manifest.bytes)} ({manifest.bytes} bytes) in {len(manifest.shards)} shards",
+        "written by": ", ".join(f"{name} {version}" for name, version in manifest.written_by.items()),
+    }
+    return lines + [f"  {name:<13}{value}" for name, value in facts.items()]
+
+
+def _half_written(folder: Path, plan: Plan) -> list[str]:
+    """A cache whose build has begun and not ended."""
+    there = [name for name, _ in plan.shards() if (folder / SHARDS / name).exists()]
+    return [
+        f"anchor cache {folder}: half-written, {len(there)} of {len(plan.shards())} shards are there",
+        f"  {'anchors':<13}{plan.identity.rows} planned",
+        f"  {'fingerprint':<13}{plan.identity.fingerprint}",
+        "run 'craft-ray anchors build' again, it goes on where it stopped",
+    ]

@@ -1,0 +1,98 @@
+"""The runs of a report, read from their folders, and the check that they may stand side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from craft_ray.config import Arm, Experiment
+from craft_ray.errors import ConfigError
+from craft_ray.metrics import Record
+from craft_ray.report.arms import ARMS
+from craft_ray.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """All that a run left behind, but its weights."""
+
+    folder: RunFolder
+    config: Experiment
+    result: dict[str, Any]
+    """Its result.json, with the `path` of its folder."""
+    metrics: list[Record]
+    environment: dict[str, Any] | None
+    """Its env.json; None where the folder came without it."""
+    teacher: str | None
+    """Hash of the weights that it started from; None where the folder came without it."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.path.name
+
+    @property
+    def arm(self) -> Arm:
+        return self.config.arm
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+
+def read_runs(folders: Sequence[RunFolder]) -> list[FinishedRun]:
+    """The runs by arm and seed.
+
+    Raises:
+        ConfigError: none is given, one is not finished, or two differ in teacher, evaluation or cache.
+    """
+    if not folders:
+        raise ConfigError("a report needs at least one run directory")
+    order = list(ARMS)
+    runs = sorted((_read(folder) for folder in folders), key=lambda run: (order.index(run.arm), run.seed))
+    _check_same(runs, "teacher", lambda run: run.teacher)
+    _check_same(runs, "anchor cache", lambda run: run.result.get("cache"))
+    for skill in ("old", "new"):
+        _check_same(runs, f"metric of the {skill} skill", lambda run, skill=skill: run.result[skill].get("metric"))
+        _check_same(
+            runs, f"number of held-out samples of the {skill} skill",
+            lambda run, skill=skill: run.result[skill].get("samples"),
+        )  # fmt: skip
+    return runs
+
+
+def _read(folder: RunFolder) -> FinishedRun:
+    config, result = folder.config(), folder.finished()
+    if result is None:
+        raise ConfigError(
+            f"{folder.path} is no finished run, it has no result.json: go on with craft-ray train --resume {folder.path}"
+        )
+    teacher = _json(folder.path / "teacher.json")
+    return FinishedRun(
+        folder,
+        config,
+        {**result, "path": str(folder.path)},
+        folder.read_metrics(),
+        _json(folder.path / "env.json"),
+        None if teacher is None else teacher["weights"],
+    )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _check_same(runs: Sequence[FinishedRun], what: str, of: Callable[[FinishedRun], Any]) -> None:
+    """Raise where two runs have different ones. A run that has none is no contradiction."""
+    having = [run for run in runs if of(run) is not None]
+    for run in having[1:]:
+        if of(run) != of(having[0]):
+            raise ConfigError(
+                f"the runs do not compare: the {what} is {of(having[0])} in {having[0].folder.path}, but {of(run)} in "
+                f"{run.folder.path}"
+            )

@@ -1,0 +1,80 @@
+"""The settings in which the arms differ, and the check that the runs of one arm do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from craft_ray.errors import ConfigError
+from craft_ray.report.runs import FinishedRun
+
+WHERE = ("seed", "name", "output_dir", "compare", "workers")
+"""Keys and sections that tell runs apart or say where they ran; they do not decide an arm's numbers."""
+LOCATIONS = ("path", "anchor_cache_dir")
+"""Last parts of keys that name a place. What is at the place is compared by its fingerprint."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A dotted key and its value in each arm, in the order of the arms."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+def differences(runs: Sequence[FinishedRun]) -> list[Difference]:
+    """The keys in which the arms differ. `craft` settings of an arm without CRaFT are shown as unused.
+
+    Raises:
+        ConfigError: two runs of one arm differ in more than their seed.
+    """
+    arms: dict[str, FinishedRun] = {}
+    for run in runs:
+        first = arms.setdefault(run.arm, run)
+        _check_one_arm(first, run)
+    flat = [dict(_flat(run.config.model_dump(mode="json"))) for run in arms.values()]
+    keys = list(dict.fromkeys(key for settings in flat for key in settings))
+    found = []
+    for key in keys:
+        values = tuple(_shown(key, settings) for settings in flat)
+        if key.split(".")[0] not in WHERE and len({value for value in values if value != UNUSED}) > 1:
+            found.append(Difference(key, values))
+    return found
+
+
+UNUSED = "–"
+
+
+def _shown(key: str, settings: dict[str, Any]) -> str:
+    unused = key not in settings or (
+        key.startswith("craft.") and key != "craft.enabled" and not settings["craft.enabled"]
+    )
+    return UNUSED if unused else _text(settings[key])
+
+
+def _text(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list) else (
+        ", ".join(map(str, value))
+    )
+
+
+def _check_one_arm(first: FinishedRun, run: FinishedRun) -> None:
+    ours, theirs = (dict(_flat(r.config.model_dump(mode="json"))) for r in (first, run))
+    for key in dict.fromkeys([*ours, *theirs]):
+        top, last = key.split(".")[0], key.split(".")[-1]
+        if top in WHERE or last in LOCATIONS:
+            continue
+        if ours.get(key) != theirs.get(key):
+            raise ConfigError(
+                f"the {run.arm} runs do not compare: {key} is {ours.get(key)} in {first.folder.path}, but "
+                f"{theirs.get(key)} in {run.folder.path}; over seeds nothing else may differ"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

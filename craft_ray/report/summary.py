@@ -1,0 +1,98 @@
+"""The comparison in numbers: what each arm kept of the old skill and reached of the new one, over seeds.
+
+    old ratio = the student's old score / the teacher's
+    new ratio = the student's new score / plain fine-tuning's of the same seed
+
+Perplexities enter inverted, so 1 is always "as good", and more is better. A mean is given only where every run of the
+arm has the number: a mean over some of the seeds would stand beside others as if it were over all.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from craft_ray.errors import ConfigError
+from craft_ray.evaluation import ratio
+from craft_ray.report.arms import ARMS
+from craft_ray.report.student_t import interval
+
+Result = dict[str, Any]
+"""The result.json of a run, with the `path` of its folder."""
+
+
+def summarize(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """Means and 95 % intervals of each arm that has a run, in the order baseline, token_ce, hidden.
+
+    Raises:
+        ConfigError: an arm has two runs of one seed, or runs of different budgets.
+    """
+    _check_seeds(results)
+    plain = {result["seed"]: result for result in results if result["arm"] == "baseline"}
+    return {
+        arm: _summary(runs, plain)
+        for arm in ARMS
+        if (runs := [result for result in results if result["arm"] == arm])
+    }
+
+
+def new_ratio(result: Result, plain: Result | None) -> float | None:
+    """A run's new score relative to plain fine-tuning's. None without either, or where plain's is zero."""
+    if plain is None or result["new"]["after"] is None or plain["new"]["after"] is None:
+        return None
+    return ratio(result["new"]["metric"], result["new"]["after"], plain["new"]["after"])
+
+
+def old_ratio(result: Result) -> float | None:
+    """A run's old score relative to the teacher's. None without a score, or where the teacher's is zero."""
+    return None if result["old"]["after"] is None else result["old"]["ratio"]
+
+
+def _summary(runs: Sequence[Result], plain: dict[int, Result]) -> dict[str, Any]:
+    judged = [run["feasible"] for run in runs]
+    return {
+        "runs": len(runs),
+        **_over_seeds("old_ratio", [old_ratio(run) for run in runs]),
+        **_over_seeds("new_ratio", [new_ratio(run, plain.get(run["seed"])) for run in runs]),
+        **_over_seeds("old_after", [run["old"]["after"] for run in runs]),
+        **_over_seeds("new_after", [run["new"]["after"] for run in runs]),
+        **_over_seeds("retention_loss", [run["retention_loss"] for run in runs]),
+        "epsilon": _budget(runs),
+        "feasible": None if None in judged else sum(judged),
+        "seconds": statistics.fmean(run["seconds"] for run in runs),
+    }
+
+
+def _over_seeds(name: str, values: Sequence[float | None]) -> dict[str, Any]:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return {name: None, f"{name}_interval": None}
+    return {name: statistics.fmean(known), f"{name}_interval": interval(known)}
+
+
+def _budget(runs: Sequence[Result]) -> float | None:
+    budgets = {run["epsilon"] for run in runs}
+    if len(budgets) > 1:
+        raise ConfigError(
+            f"the runs of the arm {runs[0]['arm']} have the budgets {_listed(budgets)}: report runs of one budget together"
+        )
+    epsilon: float | None = budgets.pop()
+    return epsilon
+
+
+def _check_seeds(results: Sequence[Result]) -> None:
+    """Two runs of one seed are not independent, and an interval over them would claim it."""
+    seen: dict[tuple[str, int], str] = {}
+    for result in results:
+        key = (result["arm"], result["seed"])
+        if key in seen:
+            raise ConfigError(
+                f"{seen[key]} and {result['path']} are both {key[0]} runs of seed {key[1]}: a report takes one run for "
+                f"each arm and seed"
+            )
+        seen[key] = result["path"]
+
+
+def _listed(values: set[Any]) -> str:
+    return " and ".join(sorted(str(value) for value in values))

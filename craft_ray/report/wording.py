@@ -1,0 +1,103 @@
+"""Numbers and verdicts as a reader sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from craft_ray.evaluation import HIGHER_IS_BETTER
+from craft_ray.report.arms import ARMS
+from craft_ray.report.runs import FinishedRun
+
+NONE = "–"
+
+METRICS = {
+    "exact_match": "exact match",
+    "choice": "right choice",
+    "perplexity": "perplexity, lower is better",
+}
+LOSSES = {
+    "relative_mse": "relative squared error",
+    "mse": "mean squared error",
+    "cosine": "1 − cosine",
+    "l1": "mean absolute error",
+}
+
+
+def percent(value: float | None) -> str:
+    """A ratio as a percentage, e.g. `98.3 %`."""
+    return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, e.g. `0.0296`."""
+    if value is None:
+        return NONE
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}" if digits <= 5 else f"{value:.2e}"
+
+
+def score(metric: str, value: float | None) -> str:
+    """A score: a percentage for answers, a number for perplexity."""
+    return percent(value) if HIGHER_IS_BETTER[metric] else number(value)
+
+
+def between(bounds: Sequence[float] | None, form: Any) -> str | None:
+    """An interval, its unit once: `[97.7, 99.1] %`. None stays None."""
+    if bounds is None:
+        return None
+    low, high = (form(bound) for bound in bounds)
+    unit = " %" if low.endswith(" %") else ""
+    return f"[{low.removesuffix(unit)}, {high.removesuffix(unit)}]{unit}"
+
+
+def loss_unit(run: FinishedRun) -> str:
+    """The unit of a run's retention loss."""
+    craft = run.config.craft
+    return "nats per token" if craft.retention_mode == "token_ce" else LOSSES[craft.loss_type]
+
+
+def judged_on(run: FinishedRun) -> str | None:
+    """The anchors on which the budget was judged. None where it was not judged."""
+    if run.result["feasible"] is None:
+        return None
+    return "held-out anchors" if run.result["heldout_anchors"] else "the training anchors (none were held out)"
+
+
+def headline(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> list[str]:
+    """What came out, a plain sentence for each arm."""
+    return [_sentence(next(run for run in runs if run.arm == arm), numbers) for arm, numbers in summary.items()]
+
+
+def _sentence(run: FinishedRun, numbers: dict[str, Any]) -> str:
+    parts = [_old_and_new(run, numbers)]
+    if run.arm != "baseline" and numbers["feasible"] is not None:
+        verdict = f"{numbers['feasible']} of {numbers['runs']} {'run' if numbers['runs'] == 1 else 'runs'}"
+        parts.append(f"the budget was met on {judged_on(run)} in {verdict}")
+    return f"{ARMS[run.arm].label} {'; '.join(parts)}."
+
+
+def _old_and_new(run: FinishedRun, numbers: dict[str, Any]) -> str:
+    old, new = run.result["old"], run.result["new"]
+    words = []
+    if numbers["old_after"] is not None:
+        if not HIGHER_IS_BETTER[old["metric"]]:
+            words.append(
+                f"took the old skill's perplexity from {number(old['before'])} to {number(numbers['old_after'])}"
+            )
+        elif numbers["old_ratio"] is None:
+            words.append(f"scores {percent(numbers['old_after'])} on the old skill, the teacher 0 %")
+        else:
+            words.append(f"kept {percent(numbers['old_ratio'])} of the old skill")
+    if numbers["new_after"] is not None:
+        reached = score(new["metric"], numbers["new_after"])
+        if run.arm != "baseline" and numbers["new_ratio"] is not None:
+            words.append(f"reached {percent(numbers['new_ratio'])} of plain fine-tuning on the new one")
+        elif HIGHER_IS_BETTER[new["metric"]]:
+            words.append(f"scores {reached} on the new one")
+        else:
+            words.append(f"took the new one's from {number(new['before'])} to {reached}")
+    return " and ".join(words) or f"trained for {run.result['steps']} steps, without an evaluation"

@@ -1,0 +1,249 @@
+"""The run as a whole, in this process: what it equals, how it resumes, what it leaves behind, how it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from experiments import digits_experiment, scored
+from safetensors.torch import load_file
+
+from craft_ray.config import Experiment, dump_config
+from craft_ray.data.sampler import StepSampler
+from craft_ray.data.source import open_source
+from craft_ray.errors import CacheRefused, ConfigError, DataError
+from craft_ray.metrics import console_line
+from craft_ray.models import load_model
+from craft_ray.run_folder import RunFolder
+from craft_ray.training import TASK_STREAM, Run, learning_rate, train
+from craft_ray.workers import OneWorker
+from pipelines.anchors import build
+
+
+class Silent:
+    def note(self, text: str) -> None: ...
+
+    def steps(self, records: list) -> None: ...
+
+    def done(self, result: dict) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def cached(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an anchor cache of the digits model."""
+    folder = tmp_path_factory.mktemp("training")
+    build(digits_experiment(digits_model, digits_data, folder), say=lambda _: None)
+    return folder
+
+
+def carry_out(config: Experiment, path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    folder.begin(config, ["test"])
+    train(config, folder, OneWorker(), Silent())
+    return folder
+
+
+def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(folder.checkpoints / "last" / "model" / "model.safetensors")
+
+
+def measured(folder: RunFolder) -> list[dict]:
+    """The records of a run without its times."""
+    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in folder.read_metrics()]
+
+
+def test_baseline_equals_a_plain_adamw_loop_bit_for_bit(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, {"craft.enabled": False})
+    ours = weights(carry_out(config, tmp_path / "run"))
+
+    model = load_model(config.model, "fp32")
+    source = open_source(config.task, "task")
+    optimizer = torch.optim.AdamW(
+        model.module.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
+    )
+    sampler = StepSampler(len(source), config.train.batch_size, config.seed, TASK_STREAM)
+    for step in range(config.train.steps):
+        samples = [source[row] for row in sampler.global_batch(step)]
+        batch = model.collate([model.preprocess(s, model.response_tokens(s)) for s in samples])
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config.train)
+        optimizer.zero_grad()
+        model.task_loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.module.parameters(), 1.0)
+        optimizer.step()
+
+    model.save(tmp_path / "plain")
+    theirs = load_file(tmp_path / "plain" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("changes", [{}, {"craft.retention_freq": 2, "craft.retention_mode": "token_ce"}])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    changes: dict, digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, {"train.steps": 7, **changes})
+    whole = carry_out(config, tmp_path / "whole")
+
+    cut = RunFolder(tmp_path / "cut")
+    cut.begin(config, ["test"])
+    Run(config, cut, OneWorker(), Silent()).loop(until=5)  # past the checkpoint at 4: step 5 is done again
+    assert len(cut.read_metrics()) == 5
+    train(config, cut, OneWorker(), Silent())
+
+    assert measured(cut) == measured(whole)
+    ours, theirs = weights(cut), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for key in ("retention_loss", "lambda", "feasible"):
+        assert cut.finished()[key] == whole.finished()[key]
+
+
+def test_surgery_fires_and_the_log_says_so(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> None:
+    records = measured(carry_out(digits_experiment(digits_model, digits_data, cached), tmp_path / "run"))
+    assert records[0]["craft/grad_cos"] is None, "an untouched student has no retention gradient to compare"
+    assert records[0]["craft/conflict"] is False
+    assert any(record["craft/conflict"] for record in records)
+    for record in records[1:]:
+        assert -1 <= record["craft/grad_cos"] <= 1
+
+
+def test_what_a_run_leaves_behind(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> None:
+    config = digits_experiment(
+        digits_model, digits_data, cached, {**scored(digits_data), "train.keep_checkpoints": 2}
+    )
+    folder = carry_out(config, tmp_path / "run")
+    assert folder.config() == config
+    assert sorted(p.name for p in folder.checkpoints.glob("step_*")) == ["step_000004", "step_000006"]
+    assert (folder.checkpoints / "last").resolve().name == "step_000006"
+    assert {p.name for p in (folder.checkpoints / "last").iterdir()} == {"model", "training_state"}
+    keys = (
+        "step train/loss train/grad_norm train/lr craft/retention_loss craft/lambda craft/epsilon craft/grad_dot "
+        "craft/grad_cos craft/conflict perf/step_s perf/data_s"
+    ).split()
+    assert [list(record) for record in folder.read_metrics()] == [keys] * 6
+    result = json.loads(folder.result.read_text())
+    assert result["arm"] == "hidden"
+    assert result["heldout_anchors"] == 10
+    for skill in ("old", "new"):
+        assert 0 <= result[skill]["before"] <= 1
+        assert len(folder.read_predictions(f"{skill}_after")) == 24
+    env = json.loads((folder.path / "env.json").read_text())
+    assert env["packages"]["torch"] == torch.__version__
+    # The checkpoint is an ordinary folder: it loads as a model with its processor, and is the trained one.
+    again = load_model(config.model.model_copy(update={"path": str(folder.checkpoints / "last" / "model")}), "fp32")
+    assert again.weights_fingerprint() != load_model(config.model, "fp32").weights_fingerprint()
+
+
+def test_accumulation_minimises_the_same_loss(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    changes = {"train.steps": 2}
+    one = carry_out(digits_experiment(digits_model, digits_data, cached, changes), tmp_path / "one")
+    two = carry_out(
+        digits_experiment(digits_model, digits_data, cached, {**changes, "train.accumulate": 4}), tmp_path / "two"
+    )
+    for a, b in zip(measured(one), measured(two), strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
+
+
+def test_bf16_starts_within_the_tolerance_of_bf16(
+    digits_model: Path, digits_data: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, tmp_path, {"train.precision": "bf16", "train.steps": 2})
+    build(config, say=lambda _: None)
+    records = measured(carry_out(config, tmp_path / "run"))
+    assert records[0]["craft/retention_loss"] < 1e-2
+    assert all(math.isfinite(record["train/loss"]) for record in records)
+
+
+def test_the_console_line_has_the_documented_form(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    folder = carry_out(digits_experiment(digits_model, digits_data, cached), tmp_path / "run")
+    line = console_line(folder.read_metrics()[2], 6, "hidden")
+    number = r"-?\d+\.\d{3}"
+    assert re.fullmatch(
+        rf"Step 3/6 \| loss={number} \| grdn={number} \| lr=\d\.\de-\d\d \| updt_s={number} \| data_s={number} \| "
+        rf"mode=hidden \| L_ret=({number}|\d\.\d\de-\d\d) \| λ={number} \| ε={number} \| conflict=[✓✗] \| "
+        rf"dot={number} \| cos={number}",
+        line,
+    ), line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(
+        digits_model, digits_data, cached, {"train.learning_rate": 1e30, "train.warmup_steps": 0, "train.steps": 50}
+    )
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(DataError, match=r"is nan at step \d+: look for NaN .* train.learning_rate"):
+        train(config, folder, OneWorker(), Silent())
+    saved = folder.checkpoints / "last" / "model" / "model.safetensors"
+    if saved.exists():
+        assert all(torch.isfinite(t).all() for t in load_file(saved).values())
+
+
+def test_craft_without_a_cache_is_no_baseline(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
+    config = digits_experiment(digits_model, digits_data, tmp_path, {"craft.anchor_cache_dir": None})
+    with pytest.raises(ConfigError, match=r"craft\.anchor_cache_dir names no cache"):
+        train(config, RunFolder(tmp_path / "run"), OneWorker(), Silent())
+
+
+def test_resuming_with_another_cache_is_refused(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached)
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    Run(config, folder, OneWorker(), Silent()).loop(until=3)
+    other = digits_experiment(digits_model, digits_data, tmp_path, {"anchors.source.limit": 40})
+    build(other, say=lambda _: None)
+    with pytest.raises(CacheRefused, match="resume with the cache it began with"):
+        train(other, folder, OneWorker(), Silent())
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from craft_ray.config import load_config
+from craft_ray.errors import StorageError
+from craft_ray.run_folder import RunFolder
+from craft_ray.training import Run, train
+from craft_ray.workers import OneWorker
+sys.path.insert(0, {tests!r})
+from test_training import Silent
+config = load_config({config!r})
+folder = RunFolder(Path({run!r}))
+Run(config, folder, OneWorker(), Silent()).loop(until=3)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # what a full disk looks like: writes fail
+try:
+    train(config, folder, OneWorker(), Silent())
+except StorageError as error:
+    print("REFUSED", error.message)
+"""
+
+
+def test_a_full_disk_damages_no_checkpoint(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    script = FULL_DISK.format(
+        tests=str(Path(__file__).parent), config=str(tmp_path / "config.yaml"), run=str(tmp_path / "run")
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "REFUSED checkpoint" in output.stdout, output.stderr[-2000:]
+    assert "earlier checkpoints are untouched" in output.stdout
+    folder = RunFolder(tmp_path / "run")
+    assert [p.name for p in folder.checkpoints.iterdir() if p.name != "last"] == ["step_000002"]
+    train(config, folder, OneWorker(), Silent())  # with room again it goes on
+    assert folder.finished()["steps"] == 6

@@ -163,9 +163,9 @@ class CraftConfig(Section):
     """Which of the cache's layers to anchor. Default: all that it holds."""
 
     initial_lambda: float = Field(1.0, ge=0)
-    lambda_lr: float = Field(0.5, ge=0)
+    lambda_lr: float = Field(0.1, ge=0)
     """Step of dual ascent on the violation."""
-    lambda_max: float = Field(100.0, gt=0)
+    lambda_max: float = Field(10.0, gt=0)
     lambda_kp: float = Field(0.0, ge=0)
     """Proportional gain beside the integral `lambda_lr` (a PI controller); 0 is plain dual ascent."""
     violation: Literal["relative", "absolute"] = "relative"
@@ -176,7 +176,7 @@ class CraftConfig(Section):
     """Decay of the running mean of L_ret that the multiplier follows; 0 follows the last value."""
 
     epsilon_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    epsilon_start: float = Field(0.03, gt=0)
+    epsilon_start: float = Field(0.05, gt=0)
     """The retention budget (at the start, where a schedule tightens it)."""
     epsilon_end: float | None = Field(None, gt=0)
     """The budget at the end of the schedule, which is the one that is certified. Default: epsilon_start."""

@@ -27,6 +27,8 @@ from craft_ray.anchors.build import (
     identity_of,
 )
 from craft_ray.anchors.forward import tokens_per_pack
+from craft_ray.anchors.importing import import_shards
+from craft_ray.anchors.legacy import LegacyShards
 from craft_ray.anchors.manifest import (
     MANIFEST,
     SHARDS,
@@ -37,8 +39,6 @@ from craft_ray.anchors.manifest import (
     read_plan,
     write_plan,
 )
-from craft_ray.anchors.importing import import_shards
-from craft_ray.anchors.legacy import LegacyShards
 from craft_ray.anchors.teacher import Teacher
 from craft_ray.anchors.verify import Agreement, check_files, reforward
 from craft_ray.config import AnchorsConfig, Experiment, dump_config, parse_config
@@ -163,9 +163,7 @@ def _announce(say: Any, plan: Plan, expected: Estimate, done: dict[str, Any], fo
         say(f"{len(done)} of {len(plan.shards())} shards are there already")
 
 
-def _in_process(
-    config: Experiment, plan: Plan, missing: list[tuple[str, range]]
-) -> Iterator[tuple[str, int]]:
+def _in_process(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
     writer = ShardWriter(dump_config(config), plan.model_dump_json())
     for name, rows in missing:
         writer.write(name, rows)

@@ -160,6 +160,13 @@ def test_merges_by_hand(mode: str, multiplier: float, expected: list[float]) -> 
     assert out.metrics.multiplier.item() == multiplier
 
 
+def test_a_retention_gradient_that_comes_every_kth_step_counts_k_times_and_the_projection_once() -> None:
+    agreeing = step(AGREEING, multiplier=0.5, retention_freq=3)
+    torch.testing.assert_close(agreeing.flat, torch.tensor([3.0, 4.0 + 3 * 0.5 * 2.0]))
+    opposed = step(OPPOSED, multiplier=0.5, retention_freq=3)
+    torch.testing.assert_close(opposed.flat, torch.tensor([3.0, 3 * 0.5 * 2.0]))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_norm_without_a_pass_is_the_norm_of_the_gradient(mode: str, seed: int) -> None:

@@ -40,7 +40,8 @@ ESTIMATE_ROWS = 32
 class Content(Protocol):
     """Anchor inputs, as far as their identity goes: a source, or a folder of legacy shards."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 

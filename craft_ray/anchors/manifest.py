@@ -58,7 +58,7 @@ class Identity(_Frozen):
         return json_fingerprint(self.model_dump(mode="json"))
 
     @property
-    def schema(self) -> CacheSchema:
+    def schema(self) -> CacheSchema:  # type: ignore[override]  # hides a method that pydantic has deprecated
         return CacheSchema(self.modes, self.positions, self.layers, self.hidden_size, self.dtype, self.inputs)
 
 

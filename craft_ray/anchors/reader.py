@@ -68,7 +68,7 @@ def check_identity(folder: Path, found: Identity, expected: Identity) -> None:
             raise CacheRefused(f"the cache was built with another {what}: cache {theirs}, this run {ours}; {remedy}")
 
 
-def check_contains(folder: Path, found: Identity, what: str, wanted: Sequence[object], held: Sequence[object]) -> None:
+def check_contains(folder: Path, what: str, wanted: Sequence[object], held: Sequence[object]) -> None:
     """Refuse a cache that lacks a mode, a layer or a position."""
     lacking = [w for w in wanted if w not in held]
     if lacking:
@@ -137,7 +137,7 @@ class AnchorSet:
         """
         order = sorted(range(len(self)), key=lambda row: blake3(f"{seed} {self.id(row)}".encode()).digest())
         count = round(holdout * len(self))
-        if holdout > 0 and count == 0 or count == len(self):
+        if (holdout > 0 and count == 0) or count == len(self):
             raise CacheRefused(
                 f"the cache in {self.folder} has {len(self)} anchors; holding out {holdout:.0%} leaves "
                 f"{len(self) - count} to train on and {count} to judge by: add anchors, or change craft.anchor_holdout"

@@ -1,11 +1,11 @@
 """What a row of the cache holds, as an Arrow schema that every Parquet reader understands.
 
-    id              string
-    image, prompt   the raw input                                           (inputs: raw)
-    input_ids, pixel_values                                                 (inputs: tensors, imported caches)
-    suffix          list<int32>, the suffix tokens                          (token_ce, or the position `suffix`)
-    hidden_<pos>    list<fixed_size_list<float16|float32>[L * D]>, one entry for each vector of that position;
-                    an entry is the vector at each cached layer, one after the other
+id              string
+image, prompt   the raw input                                           (inputs: raw)
+input_ids, pixel_values                                                 (inputs: tensors, imported caches)
+suffix          list<int32>, the suffix tokens                          (token_ce, or the position `suffix`)
+hidden_<pos>    list<fixed_size_list<float16|float32>[L * D]>, one entry for each vector of that position;
+                an entry is the vector at each cached layer, one after the other
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROW_GROUP = 256
 """Rows that the teacher works on at once: sorted by length, run, written as one row group. Bounds memory."""
 
 ARROW = {"float16": pa.float16(), "float32": pa.float32()}
-NUMPY = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+NUMPY: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 
 STEP0_TOLERANCE = {
     ("float16", "fp32"): 1e-6,

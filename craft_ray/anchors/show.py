@@ -31,7 +31,9 @@ def _complete(folder: Path, manifest: Manifest) -> list[str]:
     }
     if schema.has_hidden:
         facts["vectors"] = f"{manifest.vectors} ({manifest.vectors / identity.rows:.1f} an anchor)"
-        facts["layers"] = f"{list(identity.layers)} of 0 to {identity.num_hidden_states - 1}, width {identity.hidden_size}"
+        facts["layers"] = (
+            f"{list(identity.layers)} of 0 to {identity.num_hidden_states - 1}, width {identity.hidden_size}"
+        )
         facts["positions"] = ", ".join(identity.positions)
         facts["storage"] = identity.dtype
     if schema.has_suffix:

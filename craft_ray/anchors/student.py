@@ -33,19 +33,17 @@ def open_for_student(config: Experiment, model: Model, teacher_weights: str | No
     manifest = read_manifest(folder)
     found = manifest.identity
     check_model(folder, found, config, model, teacher_weights)
-    check_contains(folder, found, "mode", [craft.retention_mode], found.modes)
+    check_contains(folder, "mode", [craft.retention_mode], found.modes)
     layers, positions = found.layers, found.positions
     if craft.retention_mode == "hidden":
         layers = _wanted_layers(config, found.layers, model)
         positions = craft.positions or (config.anchors and config.anchors.positions) or positions
-        check_contains(folder, found, "layers", layers, found.layers)
-        check_contains(folder, found, "positions", positions, found.positions)
+        check_contains(folder, "layers", layers, found.layers)
+        check_contains(folder, "positions", positions, found.positions)
     return AnchorBatches(model, open_anchors(folder, manifest), craft.retention_mode, layers, positions)
 
 
-def check_model(
-    folder: Path, found: Identity, config: Experiment, model: Model, teacher_weights: str | None
-) -> None:
+def check_model(folder: Path, found: Identity, config: Experiment, model: Model, teacher_weights: str | None) -> None:
     """Refuse a cache of another teacher, preprocessor or arithmetic than this model's.
 
     Raises:

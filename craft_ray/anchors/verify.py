@@ -47,12 +47,14 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         ids = pq.read_table(folder / SHARDS / shard.name, columns=["id"])["id"].to_pylist()
         if len(ids) != shard.rows:
             raise CacheRefused(
-                f"{folder / SHARDS / shard.name} has {len(ids)} rows, the manifest says {shard.rows}: build the cache again"
+                f"{folder / SHARDS / shard.name} has {len(ids)} rows, the manifest says {shard.rows}: "
+                f"build the cache again"
             )
         for anchor in ids:
             if anchor in seen:
                 raise CacheRefused(
-                    f"anchor {anchor} stands in {seen[anchor]} and again in {shard.name} of {folder}: build the cache again"
+                    f"anchor {anchor} stands in {seen[anchor]} and again in {shard.name} of {folder}: build "
+                    f"the cache again"
                 )
             seen[anchor] = shard.name
     if len(seen) != manifest.identity.rows:
@@ -102,9 +104,9 @@ def _compare_vectors(model: Model, anchors: AnchorSet, rows: Sequence[int]) -> f
     tolerance = STEP0_TOLERANCE[identity.dtype, identity.precision]
     if not distances[worst] <= tolerance:
         raise CacheRefused(
-            f"anchor {anchors.id(rows[worst])}: the cached vectors are {distances[worst]:.2e} away from what the model gives "
-            f"(relative mean square), {identity.dtype} storage explains {tolerance:.0e}; preprocessing, dropout, layers, "
-            f"positions or the teacher is not what the cache was built with: build it again"
+            f"anchor {anchors.id(rows[worst])}: the cached vectors are {distances[worst]:.2e} away from what the "
+            f"model gives (relative mean square), {identity.dtype} storage explains {tolerance:.0e}; preprocessing, "
+            f"dropout, layers, positions or the teacher is not what the cache was built with: build it again"
         )
     return distances[worst]
 
@@ -126,8 +128,8 @@ def _compare_tokens(model: Model, anchors: AnchorSet, rows: Sequence[int]) -> tu
     if equal < least * tokens:
         worst = max(range(len(rows)), key=wrong.__getitem__)
         raise CacheRefused(
-            f"the model finds {equal} of {tokens} cached suffix tokens the likeliest, {least:.0%} are expected (worst is "
-            f"anchor {anchors.id(rows[worst])} with {wrong[worst]} others): preprocessing, dropout or the teacher is not what "
-            f"the cache was built with, or the tokens are not the teacher's own (anchors.suffix_from)"
+            f"the model finds {equal} of {tokens} cached suffix tokens the likeliest, {least:.0%} are expected (worst "
+            f"is anchor {anchors.id(rows[worst])} with {wrong[worst]} others): preprocessing, dropout or the teacher is "
+            f"not what the cache was built with, or the tokens are not the teacher's own (anchors.suffix_from)"
         )
     return tokens, equal

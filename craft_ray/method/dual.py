@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from craft_ray.config import CraftConfig
+if TYPE_CHECKING:  # the method itself needs torch alone
+    from craft_ray.config import CraftConfig
 
 
 def epsilon_at(step: int, steps: int, craft: CraftConfig) -> float:

@@ -20,17 +20,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from craft_ray.config import CraftConfig
 from craft_ray.method import surgery
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import RETENTION, TASK, AllReduce, Counted, GradientPair
+
+if TYPE_CHECKING:  # the method itself needs torch alone
+    from craft_ray.config import CraftConfig
 
 Loss = Callable[[Any], Tensor]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from craft_ray.config import ModelConfig, Precision
 from craft_ray.models.base import Model
+
+if TYPE_CHECKING:  # craft_ray.models.packing needs torch and transformers alone
+    from craft_ray.config import ModelConfig, Precision
 
 
 def load_model(

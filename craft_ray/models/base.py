@@ -176,7 +176,7 @@ def resolve_layers(layers: Sequence[int], num_hidden_states: int) -> tuple[int, 
 def disable_dropout(module: nn.Module) -> None:
     """Set every dropout probability to zero, in layers and in the attributes that functional dropout reads."""
     for part in module.modules():
-        if isinstance(part, nn.Dropout):
+        if isinstance(part, nn.modules.dropout._DropoutNd):
             part.p = 0.0
         for name in ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "layerdrop"):
             if isinstance(part.__dict__.get(name), float):

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import numpy as np
@@ -72,24 +73,31 @@ class HuggingFaceModel:
         return {"revision": self.config.revision, "trust_remote_code": self.config.trust_remote_code}
 
     def _load_processor(self) -> Any:
+        path = Path(self.config.path)
+        if path.is_absolute() and not path.is_dir():
+            raise ConfigError(f"model.path {path}: there is no such folder: name one, or a hub model")
         try:
             return self.processor_class.from_pretrained(self.config.path, **self._options())
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged tokenizer raises anything, a bare Exception too
             raise ConfigError(
-                f"model.path {self.config.path}: no processor or tokenizer loads from it ({_first(error)}): name a "
-                f"folder or a hub model that has one"
-            ) from None
+                f"model.path {path}: no processor or tokenizer loads from it ({_first(error)}): name a folder or a hub "
+                f"model that has one"
+            ) from error
 
     def _load_module(self, path: str) -> Any:
         try:
             module, info = self.auto_class.from_pretrained(
-                path, dtype=DTYPES[self.config.dtype], output_loading_info=True, **self._options()
+                path,
+                dtype=DTYPES[self.config.dtype],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **self._options(),
             )
-        except (SafetensorError, RuntimeError, EOFError) as error:
+        except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
             raise ModelError(f"model {path}: its weights are damaged ({_first(error)}): fetch or save it again") from None
         except (OSError, ValueError) as error:
             if "afetensor" in str(error) or "header" in str(error):
-                raise ModelError(f"model {path}: its weights are damaged ({_first(error)})") from None
+                raise ModelError(f"model {path}: its weights do not load ({_first(error)})") from None
             raise ConfigError(
                 f"model.path {path}: no {self.auto_class.__name__} loads from it ({_first(error)})"
             ) from None
@@ -113,6 +121,10 @@ class HuggingFaceModel:
         """Indices of image tokens in a prompt."""
         return ()
 
+    def prompt_types(self, input_ids_1S: Tensor) -> dict[str, Tensor]:
+        """token_type_ids of a prompt with images, where the model takes any."""
+        return {}
+
     suffix_type = 0
     """token_type_ids of suffix tokens, where the model has them."""
 
@@ -125,7 +137,7 @@ class HuggingFaceModel:
         encoded = {"input_ids": torch.tensor(input_ids_S, dtype=torch.long)[None]}
         if pixel_values is not None:
             encoded["pixel_values"] = torch.tensor(pixel_values)[None]
-            encoded["token_type_ids"] = torch.zeros_like(encoded["input_ids"])
+            encoded |= self.prompt_types(encoded["input_ids"])
         return self._features(encoded, suffix or (), "of an imported cache")
 
     def _features(self, encoded: dict[str, Tensor], suffix: Sequence[int], sample_id: str) -> Features:
@@ -194,6 +206,10 @@ class HuggingFaceModel:
         return self.token_loss(batch)
 
     def token_loss(self, batch: Batch) -> Tensor:
+        if not batch.tokens:
+            raise DataError(
+                "a batch holds no token to predict: its responses are empty, or a single token behind an empty prompt"
+            )
         return token_loss(self.logits(batch).flatten(0, 1), batch.targets_BP.flatten(), batch.tokens)
 
     def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -324,11 +340,28 @@ class VisionLanguageModel(HuggingFaceModel):
         mark = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
         return tuple(torch.nonzero(input_ids_S == mark).flatten().tolist())
 
+    def prompt_types(self, input_ids_1S: Tensor) -> dict[str, Tensor]:
+        if "token_type_ids" not in inspect.signature(self.module.forward).parameters:
+            return {}
+        types = torch.zeros_like(input_ids_1S)
+        if self.suffix_type == 0:
+            types[:, list(self.image_tokens(input_ids_1S[0]))] = 1
+        return {"token_type_ids": types}
+
     def _image_identity(self) -> Any:
-        processor = self.processor.image_processor
-        # The class is part of it: two backends of one processor resize differently.
-        return [type(processor).__name__, without_locations(processor.to_dict())]
+        # The processor's own settings decide how many image tokens stand in a prompt, the image processor's what they
+        # show; its class is part of it, because two backends of one processor resize differently.
+        images = self.processor.image_processor
+        settings = without_locations(self.processor.to_dict())
+        settings["image_processor"] = without_locations(images.to_dict())
+        return [type(images).__name__, settings]
 
 
 def _first(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    """The first line of what a library says, with a remedy where the library's own is a Python argument."""
+    text = str(error).strip()
+    if "contains custom code" in text:
+        return "it comes with Python code of its own; set model.trust_remote_code=true if you trust it"
+    if isinstance(error, KeyError) or not text:
+        return f"{type(error).__name__} {text}".strip()
+    return text.splitlines()[0][:200]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,9 +55,7 @@ def _shown(key: str, settings: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list) else (
-        ", ".join(map(str, value))
-    )
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _check_one_arm(first: FinishedRun, run: FinishedRun) -> None:

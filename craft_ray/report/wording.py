@@ -99,5 +99,5 @@ def _old_and_new(run: FinishedRun, numbers: dict[str, Any]) -> str:
         elif HIGHER_IS_BETTER[new["metric"]]:
             words.append(f"scores {reached} on the new one")
         else:
-            words.append(f"took the new one's from {number(new['before'])} to {reached}")
+            words.append(f"took the new skill's perplexity from {number(new['before'])} to {reached}")
     return " and ".join(words) or f"trained for {run.result['steps']} steps, without an evaluation"

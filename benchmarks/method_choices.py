@@ -1,0 +1,138 @@
+"""What each choice of the method keeps, on the digits problem, with the product's own training runs.
+
+    craft-ray demo --out craft-demo          # makes teacher and data
+    python benchmarks/method_choices.py craft-demo --out choices.json [--seeds 0 1 2] [--only K gate]
+
+Scores are on the validation split: choices are made on it, and the demo reports the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from craft_ray.config import Experiment, load_config
+from craft_ray.evaluation import ratio
+from craft_ray.quiet import quiet_libraries
+from craft_ray.run_folder import RunFolder, environment
+from craft_ray.training import train
+from craft_ray.workers import OneWorker
+from pipelines.anchors import build
+
+POSITIONS = ("text_last", "vision_mean", "masked_mean", "last_token", "first_token", "every_4", "all", "suffix")
+FIXED = {"craft.lambda_lr": 0.0}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"craft.enabled": False},
+    "hidden (shipped)": {},
+    **{f"gate {gate}": {"craft.projection_gate": gate} for gate in ("always", "violated")},
+    "gate off": {"craft.use_grad_projection": False},
+    **{f"K = {k}": {"craft.retention_freq": k} for k in (2, 5, 10)},
+    "K = 5, unbounded violation": {"craft.retention_freq": 5, "craft.violation_clip": None},
+    "K = 5, budget 0.15": {"craft.retention_freq": 5, "craft.epsilon_start": 0.15},
+    "K = 5, 400 steps": {"craft.retention_freq": 5, "train.steps": 400, "train.learning_rate": 2e-3},
+    **{f"merge {mode}": {"craft.projection_mode": mode} for mode in ("equal", "task_priority")},
+    **{f"loss {loss}": {"craft.loss_type": loss} for loss in ("cosine",)},
+    **{f"fixed λ {lam:g}": {**FIXED, "craft.initial_lambda": lam} for lam in (0.1, 1.0, 10.0)},
+    **{f"budget {eps:g}": {"craft.epsilon_start": eps} for eps in (0.02, 0.05, 0.1, 0.2)},
+    **{f"position {p}": {"craft.positions": [p]} for p in POSITIONS},
+    "token_ce 0.1": {"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.1},
+    "token_ce 0.2": {"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.2},
+}
+
+
+class Silent:
+    """Nobody watches."""
+
+    def note(self, text: str) -> None: ...
+
+    def steps(self, records: Any) -> None: ...
+
+    def done(self, result: Any) -> None: ...
+
+
+def prepared(demo: Path, scratch: Path) -> Experiment:
+    """The demo's comparison on validation data, with a cache that holds every position."""
+    config = load_config(Path(__file__).parent.parent / "pipelines/configs/demo_digits.yaml", base=demo)
+    changes: dict[str, Any] = {
+        "workers.num_workers": 0,
+        "craft.anchor_cache_dir": str(scratch / "anchors"),
+        "anchors.positions": list(POSITIONS),
+        "craft.positions": ["text_last"],
+        "output_dir": str(scratch),
+    }
+    for skill in ("old", "new"):
+        changes[f"evaluation.{skill}.data.path"] = str(demo / "data" / f"{skill}_val.parquet")
+    config = config.changed(changes)
+    build(config)
+    return config
+
+
+def run(config: Experiment, changes: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:
+    """One run; its result, with what lambda did."""
+    config = config.changed({**changes, "seed": seed})
+    place = RunFolder(folder)
+    place.begin(config, ["benchmarks/method_choices.py"])
+    result = train(config, place, OneWorker(), Silent())
+    lambdas = [record["craft/lambda"] or 0.0 for record in place.read_metrics()]
+    conflicts = sum(bool(record["craft/conflict"]) for record in place.read_metrics())
+    return result | {
+        "lambda_max_seen": max(lambdas),
+        "lambda_last_quarter": statistics.mean(lambdas[-len(lambdas) // 4 :]),
+        "lambda_cap": config.craft.lambda_max,
+        "conflicts": conflicts,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("demo", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("method_choices.json"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="*", default=[], help="beginnings of the variants' names")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    table: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        config = prepared(arguments.demo.absolute(), Path(scratch))
+        wanted = ("plain", *arguments.only) if arguments.only else ("",)
+        for name, changes in VARIANTS.items():
+            if not name.startswith(wanted):
+                continue
+            rows = [run(config, changes, seed, Path(scratch) / f"{name}-{seed}") for seed in arguments.seeds]
+            table[name] = rows
+            print(row_text(name, rows, table["plain"]), flush=True)
+    arguments.out.write_text(json.dumps({"environment": environment([]), "runs": table}, indent=1))
+
+
+def row_text(name: str, rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> str:
+    """One line of the table: values of all seeds beside each other."""
+    old = [row["old"]["ratio"] for row in rows]
+    new = [
+        ratio(row["new"]["metric"], row["new"]["after"], base["new"]["after"]) or 0.0
+        for row, base in zip(rows, plain, strict=True)
+    ]
+
+    def listed(values: list[float], form: str) -> str:
+        return " ".join(format(value, form) for value in values)
+
+    held = [row["retention_loss"] for row in rows]
+    return (
+        f"| {name} | {listed(old, '.3f')} | {listed(new, '.3f')} | {listed(held, '.3f')} | "
+        f"{listed([h / row['epsilon'] for h, row in zip(held, rows, strict=True)], '.2f')} | "
+        f"{listed([row['lambda_last_quarter'] for row in rows], '.1f')} | "
+        f"{listed([row['lambda_max_seen'] for row in rows], '.1f')} | {listed([row['conflicts'] for row in rows], 'd')} | "
+        f"{statistics.median(row['seconds'] for row in rows):.0f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Legacy shards as a cache of ours: the same columns, the same manifest, inputs as tensors.
+
+The cache is written beside its place and takes it at the very end, after the teacher has been run on some rows
+again. So what an interruption leaves is nothing, and an import is repeated by starting it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from craft_ray.anchors.build import identity_of, manifest_of, write_shard
+from craft_ray.anchors.legacy import LegacyRows, LegacyShards
+from craft_ray.anchors.manifest import MANIFEST, SHARDS, Identity, Manifest, Shard, read_manifest, write_manifest
+from craft_ray.anchors.schema import ROW_GROUP, CacheSchema, hidden_column, vectors_array
+from craft_ray.anchors.storage import stored
+from craft_ray.anchors.verify import Agreement, reforward
+from craft_ray.config import Experiment
+from craft_ray.errors import CacheRefused, ConfigError
+from craft_ray.files import checksum, new_folder
+from craft_ray.models.base import Model
+
+ONE_VECTOR = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token")
+"""Positions with exactly one vector a sample: what a legacy tensor can hold."""
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """Stands for the rows until they are counted."""
+
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return 0
+
+
+def import_shards(
+    shards: LegacyShards, folder: Path, config: Experiment, model: Model, check_rows: int
+) -> tuple[Manifest, Agreement | None]:
+    """Write the cache, compare `check_rows` of it with the model, and put it in its place.
+
+    Raises:
+        ConfigError: a position has more than one vector.
+        CacheRefused: the shards do not fit the config, or the model gives something else than they hold.
+    """
+    identity = identity_of(config, model, _Unread(shards.fingerprint)).model_copy(update={"inputs": "tensors"})
+    ragged = [p for p in identity.positions if p not in ONE_VECTOR]
+    if identity.schema.has_hidden and ragged:
+        raise ConfigError(
+            f"anchors.positions has {', '.join(ragged)}, legacy shards hold one vector a position: name some of "
+            f"{', '.join(ONE_VECTOR)}"
+        )
+    if folder.exists():
+        return _found(folder, identity), None
+    for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
+        raise CacheRefused(
+            f"{stale} is left from an import that was killed, or one runs now: delete it and start again"
+        )
+    with new_folder(folder) as temporary:
+        written, rows, shape = [], 0, None
+        for number, file in enumerate(shards.files):
+            legacy = shards.load(file, identity)
+            found = None if legacy.pixels is None else tuple(legacy.pixels.shape[1:])
+            if shape not in (None, found):
+                raise CacheRefused(f"{file}: its images are {found}, those before it {shape}: import them separately")
+            shape = found
+            path = temporary / SHARDS / f"shard-{number:05d}.parquet"
+            write_shard(path, identity.schema, _tables(legacy, identity.schema))
+            size = len(legacy.ids)
+            rows += size
+            written.append(Shard(name=path.name, rows=size, bytes=path.stat().st_size, blake3=checksum(path)))
+        identity = identity.model_copy(update={"rows": rows, "pixel_shape": shape})
+        manifest = manifest_of(temporary, identity, written)
+        write_manifest(temporary, manifest)
+        agreement = reforward(temporary, manifest, config, model, check_rows) if check_rows else None
+    return manifest, agreement
+
+
+def _found(folder: Path, identity: Identity) -> Manifest:
+    """The cache that is there already, if it is the one that would be written."""
+    if not (folder / MANIFEST).exists():
+        raise CacheRefused(
+            f"{folder} is there and is no complete cache: choose another craft.anchor_cache_dir, or delete it"
+        )
+    manifest = read_manifest(folder)
+    found = manifest.identity
+    expected = identity.model_copy(update={"rows": found.rows, "pixel_shape": found.pixel_shape})
+    if found != expected:
+        ours, theirs = expected.model_dump(), found.model_dump()
+        key = next(k for k in ours if ours[k] != theirs[k])
+        raise CacheRefused(
+            f"{folder} holds a cache with {key} {theirs[key]}, this import makes one with {key} {ours[key]}: choose "
+            f"another craft.anchor_cache_dir, or delete the folder"
+        )
+    return manifest
+
+
+def _tables(legacy: LegacyRows, schema: CacheSchema) -> Iterator[pa.Table]:
+    for start in range(0, len(legacy.ids), ROW_GROUP):
+        part = slice(start, start + ROW_GROUP)
+        ids = legacy.ids[part]
+        pixels = [None] * len(ids) if legacy.pixels is None else [p.numpy().tobytes() for p in legacy.pixels[part]]
+        columns: dict[str, pa.Array | list] = {"id": ids, "input_ids": legacy.prompts[part], "pixel_values": pixels}
+        if legacy.suffixes is not None:
+            columns["suffix"] = legacy.suffixes[part]
+        if legacy.vectors_BVF is not None:
+            for place, position in enumerate(schema.positions):
+                values = stored(legacy.vectors_BVF[part, place], ids, [1] * len(ids), schema.dtype)
+                one_each = np.split(values, len(ids))
+                columns[hidden_column(position)] = vectors_array(one_each, schema.vector_size, schema.dtype)
+        yield pa.table(columns, schema=schema.arrow())

@@ -1,0 +1,189 @@
+"""Held-out samples of the old skill on which a CRaFT arm and plain fine-tuning differ.
+
+For answers: those that plain fine-tuning got wrong and CRaFT right, in the order of the data. For perplexity: those
+whose loss per token differs most. What was chosen out of how many stands beside them, and so does the opposite case.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from craft_ray.config import EvalSet
+from craft_ray.data.images import decode_image
+from craft_ray.data.sample import Sample
+from craft_ray.data.source import Source, open_source
+from craft_ray.errors import CraftError
+from craft_ray.metrics import Record
+from craft_ray.report.arms import ARMS
+from craft_ray.report.runs import FinishedRun
+from craft_ray.report.wording import number
+
+MOST_ANSWERS, MOST_TEXTS = 12, 6
+LONGEST_TEXT = 320
+"""Characters of a text that are shown."""
+LARGEST_IMAGE = 320
+"""Pixels along the longer side; a larger image is shrunk to it."""
+PIXEL_ART = 96
+"""Images up to this size, in pixels, are enlarged without smoothing."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG as a data URI. `pixelated`: small enough that smoothing would blur it."""
+
+    uri: str
+    pixelated: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample: what was asked, what was right, and `who: what it answered` for teacher, plain and CRaFT."""
+
+    id: str
+    prompt: str
+    response: str
+    outcomes: tuple[tuple[str, str], ...]
+    picture: Picture | None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The chosen samples, and the sentences that say how they were chosen and what is missing."""
+
+    chosen: list[Example]
+    note: str
+    problem: str | None
+
+
+def examples(runs: Sequence[FinishedRun]) -> Examples | None:
+    """None where there is no pair of plain fine-tuning and CRaFT of one seed with predictions of the old skill."""
+    pair = _pair(runs)
+    if pair is None:
+        return None
+    plain, craft = pair
+    eval_set = craft.config.evaluation.old
+    assert eval_set is not None, "predictions were written, so the skill was evaluated"
+    predictions = _Predictions(plain, craft)
+    select = _texts if eval_set.metric == "perplexity" else _answers
+    ids, note = select(predictions)
+    samples, problem = _samples(eval_set, ids, predictions)
+    chosen = [_example(predictions, id_, samples.get(id_)) for id_ in ids]
+    return Examples(chosen, note, problem)
+
+
+class _Predictions:
+    """What teacher, plain fine-tuning and CRaFT did with each sample, by id."""
+
+    def __init__(self, plain: FinishedRun, craft: FinishedRun) -> None:
+        self.seed = craft.seed
+        self.craft_label = ARMS[craft.arm].label
+        self.plain = _by_id(plain, "old_after")
+        self.craft = _by_id(craft, "old_after")
+        self.teacher = _by_id(craft, "old_before")
+        self.ids = [id_ for id_ in self.plain if id_ in self.craft]
+
+    def outcomes(self, id_: str) -> tuple[tuple[str, str], ...]:
+        who = (("Teacher", self.teacher), (ARMS["baseline"].label, self.plain), (self.craft_label, self.craft))
+        return tuple((name, _outcome(records[id_])) for name, records in who if id_ in records)
+
+
+def _pair(runs: Sequence[FinishedRun]) -> tuple[FinishedRun, FinishedRun] | None:
+    """Plain fine-tuning and CRaFT of the first seed that has both; hidden before token_ce."""
+    usable = [run for run in runs if run.folder.read_predictions("old_after")]
+    plain = {run.seed: run for run in usable if run.arm == "baseline"}
+    for arm in ("hidden", "token_ce"):
+        for run in usable:
+            if run.arm == arm and run.seed in plain:
+                return plain[run.seed], run
+    return None
+
+
+def _by_id(run: FinishedRun, name: str) -> dict[str, Record]:
+    return {record["id"]: record for record in run.folder.read_predictions(name)}
+
+
+def _answers(predictions: _Predictions) -> tuple[list[str], str]:
+    def differ(wrong: dict[str, Record], right: dict[str, Record]) -> list[str]:
+        return [id_ for id_ in predictions.ids if right[id_]["correct"] and not wrong[id_]["correct"]]
+
+    kept, lost = differ(predictions.plain, predictions.craft), differ(predictions.craft, predictions.plain)
+    shown = kept[:MOST_ANSWERS]
+    note = (
+        f"Seed {predictions.seed}: of {len(predictions.ids)} held-out samples of the old skill, plain fine-tuning got "
+        f"{len(kept)} wrong that {predictions.craft_label} got right, and {len(lost)} the other way round. "
+    )
+    return shown, note + (f"The first {len(shown)} of the {len(kept)}, in the order of the data." if shown else "")
+
+
+def _texts(predictions: _Predictions) -> tuple[list[str], str]:
+    def gain(id_: str) -> float:
+        return _per_token(predictions.plain[id_]) - _per_token(predictions.craft[id_])
+
+    better = sorted((id_ for id_ in predictions.ids if gain(id_) > 0), key=gain, reverse=True)
+    shown = better[:MOST_TEXTS]
+    note = (
+        f"Seed {predictions.seed}: of {len(predictions.ids)} held-out samples of the old skill, {len(better)} are likelier "
+        f"under {predictions.craft_label} than under plain fine-tuning. "
+    )
+    return shown, note + (
+        f"The {len(shown)} that differ most, with the loss of each model in nats per token." if shown else ""
+    )
+
+
+def _per_token(record: Record) -> float:
+    value: float = record["nll"] / record["tokens"]
+    return value
+
+
+def _outcome(record: Record) -> str:
+    return f"{number(_per_token(record))} nats per token" if "nll" in record else _short(record["prediction"])
+
+
+def _samples(eval_set: EvalSet, ids: Sequence[str], predictions: _Predictions) -> tuple[dict[str, Sample], str | None]:
+    """The samples from where the run read them, and what is to be told if they are not there any more."""
+    if not ids:
+        return {}, None
+    try:
+        source = open_source(eval_set.data, "evaluation.old.data")
+        found = _find(source, ids)
+    except CraftError as error:
+        return {}, f"The samples themselves could not be read again: {error.message}"
+    changed = [
+        id_ for id_ in ids
+        if id_ not in found
+        or ("response" in predictions.craft[id_] and str(found[id_].response).strip() != predictions.craft[id_]["response"])
+    ]  # fmt: skip
+    if changed:
+        return {}, (
+            f"{source.name} has changed since the runs were scored (sample {changed[0]} is another one), so no sample is shown from it."
+        )
+    return found, None
+
+
+def _find(source: Source, ids: Sequence[str]) -> dict[str, Sample]:
+    rows = {id_: row for row, id_ in enumerate(source.ids())}
+    return {id_: source[rows[id_]] for id_ in ids if id_ in rows}
+
+
+def _example(predictions: _Predictions, id_: str, sample: Sample | None) -> Example:
+    record = predictions.craft[id_]
+    prompt = sample.prompt if sample is not None else record.get("prompt", "")
+    response = str(sample.response) if sample is not None else record.get("response", "")
+    image = None if sample is None or sample.image is None else _picture(sample.image, id_)
+    return Example(id_, _short(prompt), _short(response), predictions.outcomes(id_), image)
+
+
+def _picture(data: bytes, id_: str) -> Picture:
+    image = decode_image(data, f"sample {id_}")
+    pixelated = max(image.size) <= PIXEL_ART
+    image.thumbnail((LARGEST_IMAGE, LARGEST_IMAGE))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return Picture("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), pixelated)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT].rstrip() + " …"

@@ -1,0 +1,142 @@
+"""The report of finished runs: `report.html`, which needs nothing but itself, and the same numbers as `result.json`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from craft_ray.config import dump_config
+from craft_ray.errors import ConfigError
+from craft_ray.files import write_atomically
+from craft_ray.metrics import Record
+from craft_ray.report import wording
+from craft_ray.report.arms import ARMS
+from craft_ray.report.examples import examples
+from craft_ray.report.plots import cosine_plot, pareto_plot, retention_plot, series
+from craft_ray.report.runs import FinishedRun, read_runs
+from craft_ray.report.settings import differences
+from craft_ray.report.summary import new_ratio, old_ratio, summarize
+from craft_ray.run_folder import RunFolder
+
+
+def write_report(runs: Sequence[RunFolder], target: Path, *, title: str, command: str) -> dict[str, Any]:
+    """Write `report.html` and `result.json` into the folder `target`, and return what `result.json` holds.
+
+    Args:
+        title: the heading.
+        command: what makes this report, and its runs where it ran them, again.
+
+    Raises:
+        ConfigError: a run is not finished, or the runs do not compare.
+        StorageError: the files could not be written.
+    """
+    if any(target.absolute() == folder.path.absolute() for folder in runs):
+        raise ConfigError(f"{target} is a run directory, whose result.json the report would replace: choose another --out")
+    finished = read_runs(runs)
+    different = differences(finished)
+    results = [run.result for run in finished]
+    summary = summarize(results)
+    content = {"runs": results, "summary": summary, "command": command, "environment": environments(finished)}
+    page = _template().render(
+        title=title,
+        command=command,
+        summary=summary,
+        environments=content["environment"],
+        differences=different,
+        **_view(finished, summary),
+    )
+    write_atomically(target / "report.html", page)
+    write_atomically(target / "result.json", json.dumps(content, indent=2))
+    return content
+
+
+def environments(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
+    """What the runs ran on, one entry for each that differs: the names of its `runs`, and their env.json without the
+    command. Runs whose folder came without one have `packages: null`."""
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        recorded = {"packages": None} if run.environment is None else run.environment
+        own = {key: value for key, value in recorded.items() if key != "command"}
+        same = next((entry for entry in found if {k: v for k, v in entry.items() if k != "runs"} == own), None)
+        if same is None:
+            found.append({"runs": [run.name], **own})
+        else:
+            same["runs"].append(run.name)
+    return found
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("craft_ray.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=wording.percent, number=wording.number, score=wording.score, between=wording.between
+    )
+    return environment.get_template("report.html.j2")
+
+
+def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the template shows, beside the numbers themselves."""
+    arms = {arm: [run for run in runs if run.arm == arm] for arm in summary}
+    constrained = {arm: chosen for arm, chosen in arms.items() if arm != "baseline"}
+    plain = {run.seed: run.result for run in runs if run.arm == "baseline"}
+    return {
+        "runs": runs,
+        "arms": arms,
+        "styles": ARMS,
+        "configs": {arm: dump_config(chosen[0].config) for arm, chosen in arms.items()},
+        "headline": wording.headline(runs, summary),
+        "metrics": wording.METRICS,
+        "loss_unit": wording.loss_unit,
+        "judged_on": wording.judged_on,
+        "old_ratio": old_ratio,
+        "new_ratio": lambda run: new_ratio(run.result, plain.get(run.seed)),
+        "number_format": wording.number,
+        "percent_format": wording.percent,
+        "pareto": pareto_plot(runs),
+        "retention_plots": {
+            arm: retention_plot(chosen, _measured_alike(chosen[0], runs))
+            for arm, chosen in constrained.items()
+            if _has(chosen, "craft/retention_loss")
+        },
+        "cosine_plots": {
+            arm: cosine_plot(chosen) for arm, chosen in constrained.items() if _has(chosen, "craft/grad_cos")
+        },
+        "conflicts": {arm: _conflicts(chosen) for arm, chosen in constrained.items()},
+        "bin_size": max((series(run, "craft/lambda").bin_size for run in runs if run.arm != "baseline"), default=1),
+        "examples": examples(runs),
+        "teachers": sorted({run.teacher for run in runs if run.teacher is not None}),
+        "caches": sorted({run.result["cache"] for run in runs if run.result.get("cache") is not None}),
+    }
+
+
+def _measured_alike(run: FinishedRun, runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """Runs of plain fine-tuning whose retention loss is the one of `run`, so that both fit on one axis."""
+
+    def measure(of: FinishedRun) -> tuple[Any, ...]:
+        craft = of.config.craft
+        return (craft.retention_mode, craft.loss_type, craft.positions, craft.layers, craft.anchor_holdout)
+
+    return [
+        other for other in runs
+        if other.arm == "baseline" and other.result["retention_loss"] is not None and measure(other) == measure(run)
+    ]  # fmt: skip
+
+
+def _has(runs: Sequence[FinishedRun], key: str) -> bool:
+    return any(record[key] is not None for run in runs for record in run.metrics)
+
+
+def _conflicts(runs: Sequence[FinishedRun]) -> float | None:
+    """Part of the retention steps in which the gradients were in conflict."""
+    judged: list[Record] = [r for run in runs for r in run.metrics if r["craft/conflict"] is not None]
+    return statistics.fmean(record["craft/conflict"] for record in judged) if judged else None

@@ -42,6 +42,11 @@ class RunFolder:
             raise ConfigError(f"{self.path} is no run directory: it has no config.yaml")
         return load_config(self.path / "config.yaml")
 
+    @property
+    def started(self) -> bool:
+        """Whether a step was taken. A run that a mistake ended before that may be begun anew with another config."""
+        return self.metrics.exists() or self.result.exists()
+
     def finished(self) -> dict[str, Any] | None:
         """The result of a run that came to its end."""
         return json.loads(self.result.read_text()) if self.result.exists() else None

@@ -18,13 +18,17 @@ class TensorBoardObserver:
 
     def __init__(self, folder: Path, inner: Observer, enabled: bool) -> None:
         self.inner = inner
-        self._writer = SummaryWriter(str(folder)) if enabled else None
+        self._folder = folder if enabled else None
+        self._writer: SummaryWriter | None = None
 
     def note(self, text: str) -> None:
         self.inner.note(text)
 
     def steps(self, records: Sequence[Record]) -> None:
-        if self._writer is not None:
+        if self._folder is not None and records:
+            if self._writer is None:
+                # A resumed run writes some steps again; what stands there from before is purged.
+                self._writer = SummaryWriter(str(self._folder), purge_step=records[0]["step"])
             for record in records:
                 for key, value in record.items():
                     if key != "step" and value is not None:

@@ -55,7 +55,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class StepData:
-    """What one worker takes into a step, on the host."""
+    """What one worker takes into a step, on its device."""
 
     task: list[Batch]
     anchors: list[AnchorBatch] | None
@@ -182,7 +182,8 @@ class Run:
         return self.model.preprocess(sample, self.model.response_tokens(sample))
 
     def batches(self) -> Iterator[StepData]:
-        """This worker's part of each step that is still to do."""
+        """This worker's part of each step that is still to do, made and copied to the device by another thread."""
+        device = self.workers.device
         train_config, craft = self.config.train, self.config.craft
         tasks = StepSampler(len(self.task), train_config.batch_size, self.config.seed, TASK_STREAM)
         anchors = None
@@ -192,13 +193,15 @@ class Run:
         def make(step: int) -> StepData:
             rank, size = self.workers.rank, self.workers.world_size
             rows = tasks.local_batch(step, rank, size)
-            task = [self.model.collate([self._task_features[r] for r in part]) for part in self._split(rows)]
+            task = [
+                self.model.collate([self._task_features[r] for r in part]).to(device) for part in self._split(rows)
+            ]
             if anchors is None or step % craft.retention_freq:
                 return StepData(task, None)
             assert self.anchors is not None
             chosen = anchors.local_batch(step // craft.retention_freq, rank, size)
             parts = [self.anchors.batch([self.train_rows[i] for i in part]) for part in self._split(chosen)]
-            return StepData(task, parts)
+            return StepData(task, [part.to(device) for part in parts])
 
         return prefetch(make, self.step, train_config.steps, train_config.prefetch)
 
@@ -236,8 +239,7 @@ class Run:
                     self._checkpoint()
 
     def _update(self, data: StepData, epsilon: float) -> StepMetrics:
-        device, craft = self.workers.device, self.config.craft
-        task = [batch.to(device) for batch in data.task]
+        craft = self.config.craft
         common: dict[str, Any] = {
             "optimizer": self.optimizer,
             "gradients": self.gradients,
@@ -245,17 +247,16 @@ class Run:
             "max_norm": self.config.train.max_grad_norm,
         }
         if self.dual is None:
-            loss, norm = task_step(self.model.task_loss, task, **common)
+            loss, norm = task_step(self.model.task_loss, data.task, **common)
             nan = loss.new_full((), torch.nan)
             return StepMetrics(loss, norm, nan, nan, nan, nan, nan)
         assert self.anchors is not None
-        parts = None if data.anchors is None else [batch.to(device) for batch in data.anchors]
         floor = NOISE_FLOOR[self.anchors.anchors.identity.dtype] if craft.retention_mode == "hidden" else 0.0
         self.dual, metrics = craft_step(
             self.model.task_loss,
-            task,
+            data.task,
             lambda batch: self.anchors.loss(batch, craft.loss_type),  # type: ignore[union-attr]
-            parts,
+            data.anchors,
             self.dual,
             epsilon,
             craft=craft,

@@ -64,7 +64,7 @@ def met(result: dict[str, Any]) -> bool:
 
 def _planned(config: Experiment) -> PlannedRun:
     folder = RunFolder(Path(config.output_dir) / run_name(config))
-    if not (folder.path / "config.yaml").exists():
+    if not folder.started:
         folder.begin(config, command_line())
     elif folder.config() != config:
         raise ConfigError(

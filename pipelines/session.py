@@ -8,6 +8,8 @@ from typing import Any
 
 import ray
 
+from craft_ray.errors import ConfigError
+
 KNOBS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a lost worker is noticed in tenths of a second, not in two
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # saves a process a run
@@ -25,7 +27,14 @@ def join() -> None:
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
-        ray.init(address=address, **options)
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"RAY_ADDRESS is {address}, but no cluster answers there ({reason}): start it, unset RAY_ADDRESS to use "
+                f"this machine, or set RAY_AUTH_MODE=token where the cluster asks for a token"
+            ) from None
     else:
         ray.init(address="local", include_dashboard=False, **options)
 

@@ -54,7 +54,7 @@ def plan_run(config: Experiment) -> PlannedRun:
         ConfigError: a run of that name is there already.
     """
     folder = RunFolder(Path(config.output_dir) / run_name(config))
-    if folder.path.exists():
+    if folder.started:
         state = "is finished" if folder.finished() else "has begun"
         raise ConfigError(
             f"the run {folder.path} {state}: go on with --resume {folder.path}, or choose another name=... or seed=..."

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # Read when transformers and datasets are imported, so they stand before both.
+_CACHE = tempfile.TemporaryDirectory(prefix="craft-ray-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = f"{_CACHE.name}/datasets"
+os.environ["HF_MODULES_CACHE"] = f"{_CACHE.name}/modules"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -50,3 +54,9 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text") / "data"
     text.write_data(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_expansions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches are expanded below this test's folder, so that no test is served what another one expanded."""
+    monkeypatch.setenv("CRAFT_RAY_CACHE", str(tmp_path / "expanded"))

@@ -17,6 +17,22 @@ from craft_ray.workers import OneWorker
 
 ONE = OneWorker()
 
+PINNED: dict[str, Any] = {
+    "initial_lambda": 1.0,
+    "lambda_lr": 0.5,
+    "lambda_max": 100.0,
+    "violation_clip": 1.0,
+    "retention_ema": 0.0,
+    "conflict_threshold": -0.1,
+    "projection_gate": "violated",
+    "projection_mode": "weighted",
+}
+
+
+def craft_config(**settings: Any) -> CraftConfig:
+    """Settings that stay when a default changes."""
+    return CraftConfig(**PINNED | settings)
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -101,7 +117,7 @@ def step_on(
         for t, r in zip(task, retention, strict=True)
         if t is not None or r is not None
     ]
-    config = CraftConfig(initial_lambda=multiplier, **craft)
+    config = craft_config(initial_lambda=multiplier, **craft)
     gradients = GradientPair(named(parameters))
     state, metrics = craft_step(
         linear_loss(parameters, task),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -13,9 +14,7 @@ DECAYING = ("linear", "cosine", "exponential")
 
 
 def config(schedule: str, decay_steps: int = 0) -> CraftConfig:
-    return CraftConfig(
-        epsilon_schedule=schedule, epsilon_start=0.2, epsilon_end=0.05, epsilon_decay_steps=decay_steps
-    )
+    return CraftConfig(epsilon_schedule=schedule, epsilon_start=0.2, epsilon_end=0.05, epsilon_decay_steps=decay_steps)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +58,7 @@ def test_a_run_of_one_step_has_a_budget(schedule: str) -> None:
 @pytest.mark.parametrize("decay_steps", [0, 1, 37, 500])
 def test_only_tightens(schedule: str, decay_steps: int) -> None:
     values = [epsilon_at(step, 100, config(schedule, decay_steps)) for step in range(100)]
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(values))
     assert all(0.05 <= value <= 0.2 for value in values)
 
 

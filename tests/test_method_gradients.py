@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_world import ONE, Terms, batch, linear_loss, mlp, named, squared_error, step_on
+from method_world import ONE, Terms, batch, craft_config, linear_loss, mlp, named, squared_error, step_on
 from torch import Tensor, nn
 
-from craft_ray.config import CraftConfig
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import RETENTION, TASK, GradientPair
 from craft_ray.method.step import craft_step, task_step
@@ -56,9 +55,7 @@ def test_a_row_is_filled_anew_at_each_step() -> None:
 
 def test_a_parameter_of_one_loss_only_gets_its_part_of_the_merge() -> None:
     both_t, both_r, only_t, only_r = vectors(3, 3, 4, 5)
-    out = step_on(
-        [only_t, both_t, None], [None, both_r, only_r], multiplier=LAMBDA, use_grad_projection=False
-    )
+    out = step_on([only_t, both_t, None], [None, both_r, only_r], multiplier=LAMBDA, use_grad_projection=False)
     first, middle, last = out.gradients
     torch.testing.assert_close(first, only_t)
     torch.testing.assert_close(middle, both_t + LAMBDA * both_r)
@@ -85,7 +82,7 @@ def test_a_parameter_that_no_loss_reaches_stays_as_it_is(with_retention: bool) -
     used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.full((4,), 2.0))
     pair = GradientPair(named([used, unused]), with_retention=with_retention)
     optimizer = torch.optim.AdamW([used, unused], lr=0.1, weight_decay=0.5)
-    config = CraftConfig()
+    config = craft_config()
     for _ in range(3):
         common = {"optimizer": optimizer, "gradients": pair, "workers": ONE, "max_norm": 1.0}
         if with_retention:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,7 +55,7 @@ def test_each_position_names_its_tokens(layout: Layout, position: str, tokens: l
 def test_every_nth_names_at_least_one_token_and_no_gap_over_n(length: int, stride: int) -> None:
     tokens = token_positions(Layout(length, length), f"every_{stride}")
     assert len(tokens) == max(length // stride, 1)
-    assert all(b - a == stride for a, b in zip(tokens, tokens[1:], strict=False))
+    assert all(b - a == stride for a, b in pairwise(tokens))
 
 
 @pytest.mark.parametrize("position", [*MEANS, *SINGLE, *MANY])

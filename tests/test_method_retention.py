@@ -66,9 +66,7 @@ def test_padding_does_not_count(loss_type: str, padding: float) -> None:
 def test_the_gradient_of_padding_is_zero(loss_type: str) -> None:
     """The cache pads with zeros, and a relative distance from zero is enormous."""
     teacher = random_vectors(1, [3, 1, 2])
-    teacher = Vectors(
-        teacher.values_BLVD.masked_fill(~teacher.valid_BV[:, None, :, None], 0.0), teacher.valid_BV
-    )
+    teacher = Vectors(teacher.values_BLVD.masked_fill(~teacher.valid_BV[:, None, :, None], 0.0), teacher.valid_BV)
     values = (100 * random_vectors(0, [3, 1, 2]).values_BLVD).requires_grad_()
     hidden_loss(Vectors(values, teacher.valid_BV), teacher, loss_type).backward()
     assert values.grad.isfinite().all()

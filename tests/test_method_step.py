@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_world import ONE, batch, mlp, squared_error
+from method_world import ONE, batch, craft_config, mlp, squared_error
 from torch import nn
 
-from craft_ray.config import CraftConfig
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import GradientPair
 from craft_ray.method.step import craft_step, task_step
@@ -15,7 +14,7 @@ from craft_ray.method.step import craft_step, task_step
 
 def take_step(module: nn.Module, *, accumulate: tuple[int, ...] = (8,), anchors: bool = True, **craft: object):
     """One AdamW step; the new state and the metrics."""
-    config, pair = CraftConfig(**craft), GradientPair(module.named_parameters())
+    config, pair = craft_config(**craft), GradientPair(module.named_parameters())
     result = craft_step(
         squared_error(module), batch(1).split(*accumulate), squared_error(module),
         batch(2).split(*accumulate) if anchors else None, DualState.start(config), 0.1,
@@ -51,7 +50,7 @@ def test_micro_batches_do_not_change_the_step(accumulate: tuple[int, ...]) -> No
 
 def test_a_step_between_two_retention_steps_is_plain_and_leaves_the_multiplier() -> None:
     module, plain = mlp(), mlp()
-    config = CraftConfig(initial_lambda=3.0)
+    config = craft_config(initial_lambda=3.0)
     state, metrics = take_step(module, anchors=False, initial_lambda=3.0)
     pair = GradientPair(plain.named_parameters(), with_retention=False)
     loss, norm = task_step(
@@ -79,6 +78,6 @@ def test_metrics_hold_no_graph() -> None:
 
 def test_the_multiplier_of_this_step_is_the_old_one() -> None:
     """The dual step follows the primal step, on the L_ret that the primal step saw."""
-    state, metrics = take_step(mlp(), initial_lambda=2.0, retention_ema=0.0, violation_clip=None, lambda_lr=0.1)
+    state, metrics = take_step(mlp(), initial_lambda=2.0, violation_clip=None, lambda_lr=0.1)
     assert metrics.multiplier.item() == 2.0
     assert state.multiplier.item() == pytest.approx(2.0 + 0.1 * (metrics.retention_loss.item() / 0.1 - 1))

@@ -189,7 +189,12 @@ def test_clipping_is_torchs(max_norm: float) -> None:
 
 
 def reference_step(
-    task: Sequence[Tensor | None], retention: Sequence[Tensor | None], threshold: float, mode: str, lam: float, clip: float
+    task: Sequence[Tensor | None],
+    retention: Sequence[Tensor | None],
+    threshold: float,
+    mode: str,
+    lam: float,
+    clip: float,
 ) -> list[Tensor]:
     """The published algorithm over lists of tensors, in float64, one thing after the other."""
     shapes = [t if t is not None else r for t, r in zip(task, retention, strict=True)]

@@ -129,20 +129,27 @@ class AnchorSet:
         return values.reshape(*values.shape[:2], len(self.identity.layers), -1), valid
 
     def split(self, holdout: float, seed: int = 0) -> tuple[list[int], list[int]]:
-        """Rows to train on and rows held out, decided by a hash of each id: they stay what they are when anchors
-        are added, and do not depend on the order of shards.
+        """Rows to train on and rows held out, decided for each row by a hash of its id alone: it stays what it is
+        when anchors are added, wherever it stands. So the part held out is `holdout` on average.
 
         Raises:
             CacheRefused: one of the two parts would be empty.
         """
-        order = sorted(range(len(self)), key=lambda row: blake3(f"{seed} {self.id(row)}".encode()).digest())
-        count = round(holdout * len(self))
-        if (holdout > 0 and count == 0) or count == len(self):
+        limit = int(holdout * (1 << 64))
+
+        def is_held(row: int) -> bool:
+            return int.from_bytes(blake3(f"{seed} {self.id(row)}".encode()).digest(8), "big") < limit
+
+        parts: tuple[list[int], list[int]] = ([], [])
+        for row in range(len(self)):
+            parts[is_held(row)].append(row)
+        train, held = parts
+        if not train or (holdout > 0 and not held):
             raise CacheRefused(
-                f"the cache in {self.folder} has {len(self)} anchors; holding out {holdout:.0%} leaves "
-                f"{len(self) - count} to train on and {count} to judge by: add anchors, or change craft.anchor_holdout"
+                f"the cache in {self.folder} has {len(self)} anchors; holding out {holdout:.0%} leaves {len(train)} to "
+                f"train on and {len(held)} to judge by: add anchors, or change craft.anchor_holdout"
             )
-        return sorted(order[count:]), sorted(order[:count])
+        return train, held
 
 
 def open_anchors(folder: Path, manifest: Manifest | None = None) -> AnchorSet:

@@ -73,7 +73,10 @@ class Source:
         if columns.image is not None:
             image = encoded_image(cells[columns.image], self._folder, where)
         if columns.choices is not None:
-            choices = tuple(_text(c, where, columns.choices) for c in cells[columns.choices])
+            options = cells[columns.choices]
+            if not isinstance(options, list):
+                raise DataError(f"{where}: column '{columns.choices}' holds {options!r}; a list of answers is expected")
+            choices = tuple(_text(option, where, columns.choices) for option in options)
         return Sample(
             id=f"{row:08d}" if columns.id is None else _text(cells[columns.id], where, columns.id),
             prompt="" if columns.prompt is None else _text(cells[columns.prompt], where, columns.prompt),

@@ -20,9 +20,11 @@ BLOCK = 1024
 """Elements of a partial sum. Partial sums are added in float64: a plain float32 dot product of 5e7 elements was
 off by 2e-3 in the cosine."""
 
-SLAB = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Elements of each gradient that are worked on at once. On a processor they stay in its cache while they are read a
-second time (docs/performance.md); on a GPU it bounds the memory of gradients that are widened to float32."""
+SLAB = 1 << 26
+"""Elements that are widened to float32 at once where gradients are stored in a shorter type."""
+
+IN_CACHE = 1 << 19
+"""Elements that a processor combines at once: scaling them a second time finds them in its cache."""
 
 
 class Counted(Protocol):
@@ -84,11 +86,6 @@ class GradientPair:
                 views[i] = [buffer[row, start : start + p.numel()].view_as(p) for row in range(rows)]
                 start += p.numel()
         self.views = [[views[i][row] for i in range(len(named))] for row in range(rows)]
-        self._slabs = [
-            (slab_2K, slab_2K[TASK], slab_2K[RETENTION])
-            for buffer in (self.buffers if with_retention else [])
-            for slab_2K in buffer.split(SLAB.get(buffer.device.type, SLAB["cuda"]), dim=1)
-        ]
         self._reached = [False] * len(named)
         self._handles = [
             p.register_post_accumulate_grad_hook(self._marker(i)) for i, p in enumerate(self.parameters)
@@ -155,34 +152,28 @@ class GradientPair:
         return (sums[0] / sums[1]).float()
 
     def compare(self) -> Angle:
-        """Dot product and squared norms of the two gradients, in one pass over memory."""
-        with_task, retention_sq = [], []
-        for slab_2K, task_K, retention_K in self._slabs:
-            if slab_2K.dtype != torch.float32:
-                slab_2K = slab_2K.float()
-                task_K, retention_K = slab_2K
-            if slab_2K.is_cuda:
-                gram = gram_of_blocks(slab_2K)
-                with_task.append(gram[TASK])
-                retention_sq.append(gram[RETENTION, RETENTION])
-            else:
-                with_task.append(torch.mv(slab_2K, task_K))
-                retention_sq.append(torch.dot(retention_K, retention_K))
-        task_sq, dot = torch.stack(with_task).sum(0, dtype=torch.float64)
-        return Angle(dot, task_sq, torch.stack(retention_sq).sum(dtype=torch.float64))
+        """Dot product and squared norms of the two gradients, in one pass."""
+        gram = torch.zeros(2, 2, dtype=torch.float64, device=self.buffers[0].device)
+        for buffer in self.buffers:
+            for slab in buffer.split(SLAB, dim=1) if buffer.dtype != torch.float32 else (buffer,):
+                blocks_NB2 = slab.float().view(2, -1, BLOCK).permute(1, 2, 0)
+                gram += torch.bmm(blocks_NB2.transpose(1, 2), blocks_NB2).sum(0, dtype=torch.float64)
+        return Angle(dot=gram[0, 1], task_sq=gram[0, 0], retention_sq=gram[1, 1])
 
     def combine(self, task: Tensor | float, retention: Tensor) -> None:
         """Row 0 <- task * g_t + retention * g_r, in place; `task` is not zero.
 
-        Computed as task * (g_t + retention/task * g_r), a slab at a time, from the end: that is what the comparison
-        has left in the cache.
+        Computed as task * (g_t + retention/task * g_r), from the end, which is what the comparison left in the cache.
         """
         plain = isinstance(task, float) and task == 1.0
         ratio = retention if plain else retention / task
-        for _, task_K, retention_K in reversed(self._slabs):
-            task_K.addcmul_(retention_K, ratio.to(task_K.dtype))
-            if not plain:
-                task_K.mul_(task)
+        for buffer in self.buffers:
+            ratio_here = ratio.to(buffer.dtype)
+            at_once = buffer.shape[1] if buffer.is_cuda else IN_CACHE
+            for task_K, retention_K in reversed(list(zip(*(row.split(at_once) for row in buffer), strict=True))):
+                task_K.addcmul_(retention_K, ratio_here)
+                if not plain:
+                    task_K.mul_(task)
 
     def give(self, workers: AllReduce) -> None:
         """Hand row 0 to the optimiser. A parameter that no loss has reached keeps no gradient, as in a plain loop."""
@@ -205,9 +196,3 @@ class GradientPair:
                 f"{late[0]} had no gradient in the first step and has one now: with several workers the trained "
                 f"parameters must be the same at every step; freeze it, or use one worker"
             )
-
-
-def gram_of_blocks(slab_2K: Tensor) -> Tensor:
-    """The [2, 2] matrix of dot products of two rows, by blocks that run in parallel; float64."""
-    blocks_NB2 = slab_2K.view(2, -1, BLOCK).permute(1, 2, 0)
-    return torch.bmm(blocks_NB2.transpose(1, 2), blocks_NB2).sum(0, dtype=torch.float64)

@@ -47,6 +47,8 @@ class Example:
     response: str
     outcomes: tuple[tuple[str, str], ...]
     picture: Picture | None
+    scored: bool
+    """Whether the outcomes are losses of the response, rather than answers."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _example(predictions: _Predictions, id_: str, sample: Sample | None) -> Exam
     prompt = sample.prompt if sample is not None else record.get("prompt", "")
     response = str(sample.response) if sample is not None else record.get("response", "")
     image = None if sample is None or sample.image is None else _picture(sample.image, id_)
-    return Example(id_, _short(prompt), _short(response), predictions.outcomes(id_), image)
+    return Example(id_, _short(prompt), _short(response), predictions.outcomes(id_), image, "nll" in record)
 
 
 def _picture(data: bytes, id_: str) -> Picture:

@@ -72,14 +72,18 @@ def environments(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
 def _template() -> Any:
     environment = Environment(
-        loader=PackageLoader("craft_ray.report", "."),
+        loader=PackageLoader("craft_ray", "report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=wording.percent, number=wording.number, score=wording.score, between=wording.between
+        percent=wording.percent,
+        number=wording.number,
+        score_of=wording.score_of,
+        percent_interval=lambda bounds: wording.between(bounds, wording.percent),
+        score_interval=lambda bounds, metric: wording.between(bounds, lambda value: wording.score_of(value, metric)),
     )
     return environment.get_template("report.html.j2")
 
@@ -98,10 +102,9 @@ def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> di
         "metrics": wording.METRICS,
         "loss_unit": wording.loss_unit,
         "judged_on": wording.judged_on,
+        "workers": list(dict.fromkeys(wording.workers_of(run) for run in runs)),
         "old_ratio": old_ratio,
         "new_ratio": lambda run: new_ratio(run.result, plain.get(run.seed)),
-        "number_format": wording.number,
-        "percent_format": wording.percent,
         "pareto": pareto_plot(runs),
         "retention_plots": {
             arm: retention_plot(chosen, _measured_alike(chosen[0], runs))

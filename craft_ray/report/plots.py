@@ -34,7 +34,7 @@ def retention_plot(runs: Sequence[FinishedRun], plain: Sequence[FinishedRun]) ->
         plain: plain fine-tuning that was measured by the same retention loss; only its end is known.
     """
     style = ARMS[runs[0].arm]
-    with new_figure(5.2, 4.6) as figure:
+    with new_figure(4.5, 4.5) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         for run in runs:
             _line(top, series(run, "craft/retention_loss"), style.color)
@@ -50,14 +50,15 @@ def retention_plot(runs: Sequence[FinishedRun], plain: Sequence[FinishedRun]) ->
         bottom.set_xlabel("step")
         bottom.set_ylim(bottom=0)
         bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        bottom.margins(x=0.03)
+        bottom.margins(x=0.04)
+        ends = "held-out anchors" if runs[0].result["heldout_anchors"] else "all training anchors"
         handles = [
-            Line2D([], [], color=style.color, label="training anchors" + (", a line a seed" if len(runs) > 1 else "")),
+            Line2D([], [], color=style.color, label="training anchors" + (", by seed" if len(runs) > 1 else "")),
             Line2D([], [], color=INK, linestyle=(0, (5, 2)), label="budget ε"),
-            _mark(style.color, "D", "held-out anchors, at the end"),
+            _mark(style.color, "D", f"{ends}, at the end"),
         ]
         if plain:
-            handles.append(_mark(ARMS["baseline"].color, "X", "plain fine-tuning, held-out anchors"))
+            handles.append(_mark(ARMS["baseline"].color, "X", "plain fine-tuning, held out"))
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
         return inline_svg(
             figure,
@@ -69,18 +70,20 @@ def retention_plot(runs: Sequence[FinishedRun], plain: Sequence[FinishedRun]) ->
 def cosine_plot(runs: Sequence[FinishedRun]) -> Markup:
     """Cosine between task gradient and retention gradient of one arm over the steps."""
     style, threshold = ARMS[runs[0].arm], runs[0].config.craft.conflict_threshold
-    with new_figure(5.2, 2.7) as figure:
+    with new_figure(4.5, 2.5) as figure:
         axes = figure.subplots()
         for run in runs:
             _line(axes, series(run, "craft/grad_cos"), style.color)
         axes.axhline(0, color=INK, linewidth=0.7, alpha=0.5)
         axes.axhline(threshold, color=INK, linestyle=(0, (2, 2)), linewidth=1.2)
-        axes.set_ylim(-1.05, 1.05)
+        lines = [value for run in runs for value in (*series(run, "craft/grad_cos").low, *series(run, "craft/grad_cos").high)]
+        reach = min(1.05, 1.2 * max(abs(threshold), *(abs(value) for value in lines)))
+        axes.set_ylim(-reach, reach)
         axes.set_xlabel("step")
         axes.set_ylabel("cosine of the gradients")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         handles = [
-            Line2D([], [], color=style.color, label="task · retention" + (", a line a seed" if len(runs) > 1 else "")),
+            Line2D([], [], color=style.color, label="task · retention" + (", by seed" if len(runs) > 1 else "")),
             Line2D([], [], color=INK, linestyle=(0, (2, 2)), label=f"conflict below {threshold:g}"),
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
@@ -105,7 +108,7 @@ def pareto_plot(runs: Sequence[FinishedRun]) -> Markup | None:
     if any(run.result[skill]["after"] is None for run in runs for skill in ("old", "new")):
         return None
     across, up = new_axis(runs), old_axis(runs)
-    with new_figure(6.4, 4.4) as figure:
+    with new_figure(6, 4.2) as figure:
         axes = figure.subplots()
         for axis, line in ((across, axes.axvline), (up, axes.axhline)):
             if axis.percent and "relative" in axis.label:
@@ -205,15 +208,15 @@ def _fit_log_axis(axes: Axes, runs: Sequence[FinishedRun], plain: Sequence[Finis
     positive = [value for value in values if value and math.isfinite(value)]
     budget = runs[0].config.craft.epsilon_final
     top = max([*positive, runs[0].config.craft.epsilon_start])
-    bottom = max(min([*positive, budget]), budget / 10**DECADES_BELOW)
-    axes.set_ylim(bottom / 1.6, top * 1.8)
+    bottom = max(min([*positive, budget]) / 1.6, budget / 10**DECADES_BELOW)
+    axes.set_ylim(bottom, top * 2.2)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _points(axes: Axes, points: Sequence[tuple[float, float]], color: str, marker: str) -> None:
     """Small marks, and their mean with 95 % intervals where there are several."""
     axes.plot(
-        *zip(*points, strict=True), marker, color=color, markersize=5.5, alpha=0.55, markeredgewidth=0, zorder=2
+        *zip(*points, strict=True), marker, color=color, markersize=5.5, alpha=0.7, markeredgewidth=0, zorder=2
     )
     x, y = ([point[i] for point in points] for i in (0, 1))
     middle = (statistics.fmean(x), statistics.fmean(y))

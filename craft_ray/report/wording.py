@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from craft_ray.evaluation import HIGHER_IS_BETTER
@@ -40,12 +40,12 @@ def number(value: float | None) -> str:
     return f"{value:.{digits}f}" if digits <= 5 else f"{value:.2e}"
 
 
-def score(metric: str, value: float | None) -> str:
+def score_of(value: float | None, metric: str) -> str:
     """A score: a percentage for answers, a number for perplexity."""
     return percent(value) if HIGHER_IS_BETTER[metric] else number(value)
 
 
-def between(bounds: Sequence[float] | None, form: Any) -> str | None:
+def between(bounds: Sequence[float] | None, form: Callable[[float], str]) -> str | None:
     """An interval, its unit once: `[97.7, 99.1] %`. None stays None."""
     if bounds is None:
         return None
@@ -58,6 +58,15 @@ def loss_unit(run: FinishedRun) -> str:
     """The unit of a run's retention loss."""
     craft = run.config.craft
     return "nats per token" if craft.retention_mode == "token_ce" else LOSSES[craft.loss_type]
+
+
+def workers_of(run: FinishedRun) -> str:
+    """The processes of a run."""
+    workers = run.config.workers
+    place = "on a GPU" if workers.use_gpu else "on processors"
+    if workers.num_workers == 0:
+        return f"in one process, {place}"
+    return f"{workers.num_workers} of {workers.threads} thread(s), {place}"
 
 
 def judged_on(run: FinishedRun) -> str | None:
@@ -76,7 +85,7 @@ def _sentence(run: FinishedRun, numbers: dict[str, Any]) -> str:
     parts = [_old_and_new(run, numbers)]
     if run.arm != "baseline" and numbers["feasible"] is not None:
         verdict = f"{numbers['feasible']} of {numbers['runs']} {'run' if numbers['runs'] == 1 else 'runs'}"
-        parts.append(f"the budget was met on {judged_on(run)} in {verdict}")
+        parts.append(f"budget met on {judged_on(run)} in {verdict}")
     return f"{ARMS[run.arm].label} {'; '.join(parts)}."
 
 
@@ -93,11 +102,11 @@ def _old_and_new(run: FinishedRun, numbers: dict[str, Any]) -> str:
         else:
             words.append(f"kept {percent(numbers['old_ratio'])} of the old skill")
     if numbers["new_after"] is not None:
-        reached = score(new["metric"], numbers["new_after"])
+        reached = score_of(numbers["new_after"], new["metric"])
         if run.arm != "baseline" and numbers["new_ratio"] is not None:
-            words.append(f"reached {percent(numbers['new_ratio'])} of plain fine-tuning on the new one")
+            words.append(f"reached {percent(numbers['new_ratio'])} of plain fine-tuning's new skill")
         elif HIGHER_IS_BETTER[new["metric"]]:
-            words.append(f"scores {reached} on the new one")
+            words.append(f"scores {reached} on the new skill")
         else:
             words.append(f"took the new skill's perplexity from {number(new['before'])} to {reached}")
     return " and ".join(words) or f"trained for {run.result['steps']} steps, without an evaluation"

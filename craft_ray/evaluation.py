@@ -69,6 +69,8 @@ def evaluate(model: Model, source: Source, eval_set: EvalSet, workers: Workers) 
     everyone = [shares[i % workers.world_size][i // workers.world_size] for i in range(len(source))]
     if eval_set.metric == "perplexity":
         tokens = sum(record["tokens"] for record in everyone)
+        if not tokens:
+            raise DataError(f"{source.name}: the responses hold no token to predict: perplexity needs some")
         value = math.exp(sum(record["nll"] for record in everyone) / tokens)
     else:
         value = sum(record["correct"] for record in everyone) / len(everyone)
@@ -89,7 +91,9 @@ def _choice(model: Model, samples: Sequence[Sample], eval_set: EvalSet) -> list[
     for sample in samples:
         choices = sample.choices or ()
         if sample.response not in choices:
-            raise DataError(f"sample {sample.id}: its response '{sample.response}' is none of its choices {list(choices)}")
+            raise DataError(
+                f"sample {sample.id}: its response '{sample.response}' is none of its choices {list(choices)}"
+            )
         options = [Sample(sample.id, sample.prompt, sample.image, choice) for choice in choices]
         features = [model.preprocess(option, model.response_tokens(option)) for option in options]
         likelihoods = [total for total, _ in _log_likelihoods(model, features)]

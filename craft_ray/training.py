@@ -26,7 +26,7 @@ from craft_ray.config import Experiment, TrainConfig
 from craft_ray.data.prefetch import prefetch
 from craft_ray.data.sampler import StepSampler
 from craft_ray.data.source import open_source
-from craft_ray.errors import CacheRefused, ConfigError
+from craft_ray.errors import CacheRefused, ConfigError, DataError
 from craft_ray.evaluation import Score, evaluate, open_eval_set, ratio
 from craft_ray.files import write_atomically
 from craft_ray.method.dual import DualState, epsilon_at
@@ -339,6 +339,8 @@ class Run:
         craft = self.config.craft
         rows = self.heldout_rows or self.train_rows
         loss = heldout_loss(self.anchors, rows, craft.anchor_batch_size, craft.loss_type, self.workers)
+        if not math.isfinite(loss):
+            raise DataError(f"the retention loss on held-out anchors is {loss}: the last checkpoint is not usable")
         epsilon = craft.epsilon_final
         return {
             "retention_mode": craft.retention_mode,

@@ -40,10 +40,10 @@ class ConsoleObserver:
         self._print(text)
 
     def steps(self, records: Sequence[Record]) -> None:
-        for record in records:
-            self._print(console_line(record, self.total, self.mode))
-            if self._progress is not None:
-                self._progress.update(self._bar, completed=record["step"])
+        """A line for the last of them: the log has a line every `train.log_every` steps, the file has all."""
+        self._print(console_line(records[-1], self.total, self.mode))
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=records[-1]["step"])
 
     def done(self, result: dict[str, Any]) -> None:
         for line in result_lines(result):

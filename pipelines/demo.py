@@ -99,7 +99,10 @@ def conclusion(result: dict[str, Any], preset: Preset) -> Sequence[str]:
     words = {"baseline": "plain fine-tuning", "token_ce": "CRaFT token_ce", "hidden": "CRaFT hidden"}
     for arm, summary in result["summary"].items():
         kept, new = summary["old_ratio"], summary["new_ratio"]
-        line = f"  {words[arm]:18s} kept {kept:6.1%} of the old skill (lost {1 - kept:.1%})"
+        if kept is None:
+            lines.append(f"  {words[arm]:18s} cannot be judged: the teacher itself does not have the old skill")
+            continue
+        line = f"  {words[arm]:18s} kept {kept:6.1%} of the old skill (lost {max(0.0, 1 - kept):.1%})"
         if arm != "baseline" and new is not None:
             line += f", new skill {new:.1%} of plain"
         if summary["feasible"] is not None and arm != "baseline":

@@ -13,7 +13,7 @@ os.environ["HF_DATASETS_CACHE"] = f"{_CACHE.name}/datasets"
 os.environ["HF_MODULES_CACHE"] = f"{_CACHE.name}/modules"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -309,7 +309,7 @@ def test_an_empty_cell_is_named(form: str, value: float | None, column: str, tmp
 
 
 def test_a_row_without_the_column(tmp_path: Path) -> None:
-    found = source(jsonl(tmp_path / "a.jsonl", [ROWS[0], {"key": "x"}]))
+    found = source(jsonl(tmp_path / "a.jsonl", [ROWS[0], {"key": "x", "options": []}]))
     assert "row 1: column 'question' holds None" in refusal(DataError, lambda: found[1])
 
 

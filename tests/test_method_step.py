@@ -9,10 +9,14 @@ from torch import nn
 
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import GradientPair
-from craft_ray.method.step import craft_step, task_step
+from craft_ray.method.step import StepMetrics, craft_step, task_step
+
+Result = tuple[DualState, StepMetrics]
 
 
-def take_step(module: nn.Module, *, accumulate: tuple[int, ...] = (8,), anchors: bool = True, **craft: object):
+def take_step(
+    module: nn.Module, *, accumulate: tuple[int, ...] = (8,), anchors: bool = True, **craft: object
+) -> Result:
     """One AdamW step; the new state and the metrics."""
     config, pair = craft_config(**craft), GradientPair(module.named_parameters())
     result = craft_step(

@@ -157,9 +157,7 @@ def write(folder: Path, factory: Any, config: Any, processor: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder_of(
-    digits_model: Path, text_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def folder_of(digits_model: Path, text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folders = {"paligemma": digits_model, "llama": text_model}
 
     def build(name: str) -> Path:

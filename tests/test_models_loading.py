@@ -211,9 +211,7 @@ def test_names_and_shapes_count() -> None:
     assert digest(a=torch.arange(6.0).view(2, 3)) == digest(a=torch.arange(6.0).view(2, 3).t().contiguous().t())
 
 
-@pytest.mark.parametrize(
-    "changes", [{"max_length": 100}, {"append_eos": False}], ids=["max_length", "append_eos"]
-)
+@pytest.mark.parametrize("changes", [{"max_length": 100}, {"append_eos": False}], ids=["max_length", "append_eos"])
 def test_limits_of_the_preprocessing(kind: str, original: Path, changes: dict[str, Any]) -> None:
     before, after = identity(kind, original), identity(kind, original, **changes)
     assert before[0] == after[0]

@@ -79,14 +79,14 @@ class LegacyShards:
         ids_BS = shard.tensor("input_ids")
         if ids_BS.ndim != 2 or ids_BS.shape != mask_BS.shape:
             shard.refuse(f"input_ids {_shape(ids_BS)} and attention_mask {_shape(mask_BS)} are not both [B, S]")
-        suffixes = None
-        if identity.schema.has_suffix:
-            mask_BS, suffixes = shard.suffixes(ids_BS, mask_BS)
+        wanted, suffixes = identity.schema.has_suffix, None
+        if wanted or "labels" in shard.content:  # they also tell where the prompt ends
+            mask_BS, suffixes = shard.suffixes(ids_BS, mask_BS, wanted)
         return LegacyRows(
             ids=[f"{file.stem}:{row}" for row in range(len(ids_BS))],
             prompts=[ids[mask].numpy().astype(np.int32) for ids, mask in zip(ids_BS, mask_BS, strict=True)],
             pixels=shard.pixels(len(ids_BS), identity.kind),
-            suffixes=suffixes,
+            suffixes=suffixes if wanted else None,
             vectors_BVF=shard.vectors(len(ids_BS), identity) if identity.schema.has_hidden else None,
         )
 
@@ -188,7 +188,7 @@ class _Reader:
             )
         return given.reshape(rows, layers, count, width).transpose(1, 2).flatten(2)
 
-    def suffixes(self, ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, list[list[int]]]:
+    def suffixes(self, ids_BS: Tensor, mask_BS: Tensor, wanted: bool) -> tuple[Tensor, list[list[int]]]:
         """Which tokens are the prompt, [B, S], and the suffix tokens of each row."""
         if "labels" not in self.content:
             self.refuse("it holds no labels, anchors.modes asks for token_ce: set anchors.modes=[hidden]")
@@ -197,7 +197,7 @@ class _Reader:
             self.refuse(f"labels is {_shape(labels)}, [{len(ids_BS)}, S] is expected")
         labelled = labels != IGNORE
         suffixes = [row[chosen].tolist() for row, chosen in zip(labels, labelled, strict=True)]
-        if not all(suffixes):
+        if wanted and not all(suffixes):
             self.refuse(f"row {suffixes.index([])} has no label: take it out, or set anchors.modes=[hidden]")
         if labels.shape != ids_BS.shape:
             return mask_BS, suffixes

@@ -94,7 +94,9 @@ class HuggingFaceModel:
                 **self._options(),
             )
         except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-            raise ModelError(f"model {path}: its weights are damaged ({_first(error)}): fetch or save it again") from None
+            raise ModelError(
+                f"model {path}: its weights are damaged ({_first(error)}): fetch or save it again"
+            ) from None
         except (OSError, ValueError) as error:
             if "afetensor" in str(error) or "header" in str(error):
                 raise ModelError(f"model {path}: its weights do not load ({_first(error)})") from None
@@ -263,7 +265,9 @@ class HuggingFaceModel:
     def preprocessor_fingerprint(self) -> str:
         settings = self.config.model_dump(include={"max_length", "chat_template", "append_eos"})
         template = getattr(self.processor, "chat_template", None) if self.config.chat_template else None
-        return json_fingerprint([self.kind, settings, template, tokenizer_identity(self.tokenizer), self._image_identity()])
+        return json_fingerprint(
+            [self.kind, settings, template, tokenizer_identity(self.tokenizer), self._image_identity()]
+        )
 
     def _image_identity(self) -> Any:
         return None
@@ -283,7 +287,9 @@ class CausalLM(HuggingFaceModel):
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
         if self.config.chat_template:
             messages = [{"role": "user", "content": sample.prompt}]
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
         else:
             ids = self.tokenizer(sample.prompt)["input_ids"]
         return {"input_ids": torch.tensor([ids], dtype=torch.long)}

@@ -127,8 +127,8 @@ def _texts(predictions: _Predictions) -> tuple[list[str], str]:
     better = sorted((id_ for id_ in predictions.ids if gain(id_) > 0), key=gain, reverse=True)
     shown = better[:MOST_TEXTS]
     note = (
-        f"Seed {predictions.seed}: of {len(predictions.ids)} held-out samples of the old skill, {len(better)} are likelier "
-        f"under {predictions.craft_label} than under plain fine-tuning. "
+        f"Seed {predictions.seed}: of {len(predictions.ids)} held-out samples of the old skill, {len(better)} are "
+        f"likelier under {predictions.craft_label} than under plain fine-tuning. "
     )
     return shown, note + (
         f"The {len(shown)} that differ most, with the loss of each model in nats per token." if shown else ""
@@ -153,16 +153,18 @@ def _samples(eval_set: EvalSet, ids: Sequence[str], predictions: _Predictions) -
         found = _find(source, ids)
     except CraftError as error:
         return {}, f"The samples themselves could not be read again: {error.message}"
-    changed = [
-        id_ for id_ in ids
-        if id_ not in found
-        or ("response" in predictions.craft[id_] and str(found[id_].response).strip() != predictions.craft[id_]["response"])
-    ]  # fmt: skip
-    if changed:
-        return {}, (
-            f"{source.name} has changed since the runs were scored (sample {changed[0]} is another one), so no sample is shown from it."
-        )
+    for id_ in ids:
+        if id_ not in found or not _same(found[id_], predictions.craft[id_]):
+            return {}, (
+                f"{source.name} has changed since the runs were scored (sample {id_} is gone or another one), so no "
+                f"sample of it is shown."
+            )
     return found, None
+
+
+def _same(sample: Sample, record: Record) -> bool:
+    """Whether a sample is still the one that was scored. A record of perplexity has the id alone to tell."""
+    return "nll" in record or (sample.prompt, str(sample.response).strip()) == (record["prompt"], record["response"])
 
 
 def _find(source: Source, ids: Sequence[str]) -> dict[str, Sample]:

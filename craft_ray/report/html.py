@@ -36,7 +36,9 @@ def write_report(runs: Sequence[RunFolder], target: Path, *, title: str, command
         StorageError: the files could not be written.
     """
     if any(target.absolute() == folder.path.absolute() for folder in runs):
-        raise ConfigError(f"{target} is a run directory, whose result.json the report would replace: choose another --out")
+        raise ConfigError(
+            f"{target} is a run directory, and the report would replace its result.json: choose another folder (--out)"
+        )
     finished = read_runs(runs)
     different = differences(finished)
     results = [run.result for run in finished]

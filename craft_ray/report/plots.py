@@ -76,15 +76,15 @@ def cosine_plot(runs: Sequence[FinishedRun]) -> Markup:
             _line(axes, series(run, "craft/grad_cos"), style.color)
         axes.axhline(0, color=INK, linewidth=0.7, alpha=0.5)
         axes.axhline(threshold, color=INK, linestyle=(0, (2, 2)), linewidth=1.2)
-        lines = [value for run in runs for value in (*series(run, "craft/grad_cos").low, *series(run, "craft/grad_cos").high)]
-        reach = min(1.05, 1.2 * max(abs(threshold), *(abs(value) for value in lines)))
-        axes.set_ylim(-reach, reach)
+        cosines = [record["craft/grad_cos"] for run in runs for record in run.metrics]
+        reach = max(abs(threshold), *(abs(cosine) for cosine in cosines if cosine is not None))
+        axes.set_ylim(-1.2 * reach, 1.2 * reach)
         axes.set_xlabel("step")
         axes.set_ylabel("cosine of the gradients")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         handles = [
             Line2D([], [], color=style.color, label="task · retention" + (", by seed" if len(runs) > 1 else "")),
-            Line2D([], [], color=INK, linestyle=(0, (2, 2)), label=f"conflict below {threshold:g}"),
+            Line2D([], [], color=INK, linestyle=(0, (2, 2)), label=f"conflict below {threshold:g}".replace("-", "−")),
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
         return inline_svg(
@@ -108,7 +108,7 @@ def pareto_plot(runs: Sequence[FinishedRun]) -> Markup | None:
     if any(run.result[skill]["after"] is None for run in runs for skill in ("old", "new")):
         return None
     across, up = new_axis(runs), old_axis(runs)
-    with new_figure(6, 4.2) as figure:
+    with new_figure(5, 3.9) as figure:
         axes = figure.subplots()
         for axis, line in ((across, axes.axvline), (up, axes.axhline)):
             if axis.percent and "relative" in axis.label:
@@ -134,8 +134,8 @@ def pareto_plot(runs: Sequence[FinishedRun]) -> Markup | None:
             axes.invert_yaxis()
         axes.set_xlabel(across.label + "  →")
         axes.set_ylabel(up.label + "  →")
-        figure.legend(handles=handles, loc="outside upper left", ncols=4)
-        return inline_svg(figure, "pareto", "old skill kept against new skill learned, for each run and each arm's mean")
+        figure.legend(handles=handles, loc="outside upper left", ncols=2)
+        return inline_svg(figure, "pareto", "old skill kept against new skill learned, each run and each arm's mean")
 
 
 def new_axis(runs: Sequence[FinishedRun]) -> Axis:
@@ -215,9 +215,7 @@ def _fit_log_axis(axes: Axes, runs: Sequence[FinishedRun], plain: Sequence[Finis
 
 def _points(axes: Axes, points: Sequence[tuple[float, float]], color: str, marker: str) -> None:
     """Small marks, and their mean with 95 % intervals where there are several."""
-    axes.plot(
-        *zip(*points, strict=True), marker, color=color, markersize=5.5, alpha=0.7, markeredgewidth=0, zorder=2
-    )
+    axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5.5, alpha=0.7, markeredgewidth=0, zorder=2)
     x, y = ([point[i] for point in points] for i in (0, 1))
     middle = (statistics.fmean(x), statistics.fmean(y))
     for values, where in ((x, "x"), (y, "y")):

@@ -55,11 +55,8 @@ def read_runs(folders: Sequence[RunFolder]) -> list[FinishedRun]:
     _check_same(runs, "teacher", lambda run: run.teacher)
     _check_same(runs, "anchor cache", lambda run: run.result.get("cache"))
     for skill in ("old", "new"):
-        _check_same(runs, f"metric of the {skill} skill", lambda run, skill=skill: run.result[skill].get("metric"))
-        _check_same(
-            runs, f"number of held-out samples of the {skill} skill",
-            lambda run, skill=skill: run.result[skill].get("samples"),
-        )  # fmt: skip
+        for part, what in (("metric", "metric"), ("samples", "number of held-out samples")):
+            _check_same(runs, f"{what} of the {skill} skill", _scored(skill, part))
     return runs
 
 
@@ -67,7 +64,7 @@ def _read(folder: RunFolder) -> FinishedRun:
     config, result = folder.config(), folder.finished()
     if result is None:
         raise ConfigError(
-            f"{folder.path} is no finished run, it has no result.json: go on with craft-ray train --resume {folder.path}"
+            f"{folder.path} is no finished run, it has no result.json: go on with train --resume {folder.path}"
         )
     teacher = _json(folder.path / "teacher.json")
     return FinishedRun(
@@ -85,6 +82,10 @@ def _json(path: Path) -> dict[str, Any] | None:
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+def _scored(skill: str, part: str) -> Callable[[FinishedRun], Any]:
+    return lambda run: run.result[skill].get(part)
 
 
 def _check_same(runs: Sequence[FinishedRun], what: str, of: Callable[[FinishedRun], Any]) -> None:

@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 
 def interval(values: Sequence[float]) -> list[float] | None:
-    """[low, high] around the mean, not clipped to what is possible; None for one value, which says nothing of spread."""
+    """[low, high] around the mean, not clipped to what is possible. None for one value: it tells no spread."""
     if len(values) < 2:
         return None
     half = quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))

@@ -31,9 +31,7 @@ def summarize(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     _check_seeds(results)
     plain = {result["seed"]: result for result in results if result["arm"] == "baseline"}
     return {
-        arm: _summary(runs, plain)
-        for arm in ARMS
-        if (runs := [result for result in results if result["arm"] == arm])
+        arm: _summary(runs, plain) for arm in ARMS if (runs := [result for result in results if result["arm"] == arm])
     }
 
 
@@ -75,7 +73,7 @@ def _budget(runs: Sequence[Result]) -> float | None:
     budgets = {run["epsilon"] for run in runs}
     if len(budgets) > 1:
         raise ConfigError(
-            f"the runs of the arm {runs[0]['arm']} have the budgets {_listed(budgets)}: report runs of one budget together"
+            f"the {runs[0]['arm']} runs have the budgets {_listed(budgets)}: report runs of one budget together"
         )
     epsilon: float | None = budgets.pop()
     return epsilon

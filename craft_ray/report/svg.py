@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 INK, PAPER = "#101418", "#fdfdfb"
 """Stand for the page's own colours of text and background, and are replaced by them."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "craft-ray",
     "font.family": "sans-serif",
@@ -33,6 +34,7 @@ STYLE = {
     "grid.alpha": 0.13,
     "grid.linewidth": 0.6,
     "text.color": INK,
+    "text.parse_math": False,
     "xtick.color": INK,
     "ytick.color": INK,
     "xtick.labelsize": 8.5,

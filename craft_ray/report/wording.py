@@ -15,7 +15,7 @@ NONE = "–"
 METRICS = {
     "exact_match": "exact match",
     "choice": "right choice",
-    "perplexity": "perplexity, lower is better",
+    "perplexity": "perplexity ↓",
 }
 LOSSES = {
     "relative_mse": "relative squared error",

@@ -1,0 +1,42 @@
+"""Peak memory, of a process or of a GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had resident.
+
+    Linux counts it for each address space; `ru_maxrss` also contains the parent that a process was forked from.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_in_process(function: Callable[..., None], *args: Any) -> int:
+    """The peak of a fresh process that calls `function(*args)`."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report_peak, args=(sender, function, args))
+    process.start()
+    sender.close()
+    try:
+        peak: int = receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{function.__name__}{args} ended without a result") from None
+    process.join()
+    return peak
+
+
+def _report_peak(sender: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    function(*args)
+    sender.send(peak_bytes())

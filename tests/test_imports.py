@@ -1,0 +1,49 @@
+"""What an import costs and what it must not bring: Ray stays in `pipelines`, the configuration needs no torch."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import craft_ray
+
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(craft_ray.__path__, "craft_ray.")
+    if not module.name.endswith("__main__")
+)
+
+
+def loaded_by(*names: str) -> set[str]:
+    """Top-level packages in a fresh interpreter that has imported these modules."""
+    program = (
+        "import importlib, json, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_method_does_not_know_ray() -> None:
+    assert {"craft_ray.config", "craft_ray.method.step", "craft_ray.models", "craft_ray.training"} <= set(MODULES)
+    loaded = loaded_by(*MODULES)
+    assert "torch" in loaded
+    assert not loaded & {"ray", "lerobot", "pipelines"}
+
+
+@pytest.mark.parametrize("module", ["craft_ray", "craft_ray.config", "craft_ray.errors"])
+def test_a_mistake_in_the_configuration_is_told_without_torch(module: str) -> None:
+    heavy = {"torch", "ray", "transformers", "datasets", "pyarrow", "numpy", "lerobot"}
+    assert not loaded_by(module) & heavy
+
+
+def test_the_method_is_torch_only() -> None:
+    method = [name for name in MODULES if name.startswith("craft_ray.method")]
+    assert len(method) > 5
+    assert not loaded_by(*method) & {"transformers", "datasets", "pyarrow", "ray"}

@@ -42,6 +42,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"loss {loss}": {"craft.loss_type": loss} for loss in ("cosine",)},
     **{f"fixed λ {lam:g}": {**FIXED, "craft.initial_lambda": lam} for lam in (0.1, 1.0, 10.0)},
     **{f"budget {eps:g}": {"craft.epsilon_start": eps} for eps in (0.02, 0.05, 0.1, 0.2)},
+    **{
+        f"cosine budget {start:g} to 0.05": {
+            "craft.epsilon_schedule": "cosine", "craft.epsilon_start": start, "craft.epsilon_end": 0.05,
+        }
+        for start in (0.2, 0.5)
+    },
+    "PI term": {"craft.lambda_kp": 3.0},
     **{f"position {p}": {"craft.positions": [p]} for p in POSITIONS},
     "token_ce 0.1": {"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.1},
     "token_ce 0.2": {"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.2},

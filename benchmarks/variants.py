@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,7 @@ from benchmarks.workload import RetentionTask
 from craft_ray.method import surgery
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import RETENTION, TASK, GradientPair
-from craft_ray.method.step import craft_step, gate
+from craft_ray.method.step import Loss, craft_step, gate
 from craft_ray.workers import OneWorker
 
 EPSILON, MAX_NORM, MULTIPLIER = 0.03, 1.0, 0.7
@@ -45,10 +45,18 @@ def optimizer_of(parameters: list[torch.nn.Parameter]) -> AdamW:
 class Ours:
     """The product's step with its state."""
 
-    def __init__(self, parameters: Any, task_loss: Any, retention_loss: Any, task: Any, anchors: Any) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        task_loss: Loss,
+        retention_loss: Loss,
+        task: Any,
+        anchors: Any,
+        optimizer: AdamW | None = None,
+    ) -> None:
         named = list(parameters)
         self.gradients = GradientPair(named)
-        self.optimizer = optimizer_of([p for _, p in named])
+        self.optimizer = optimizer or optimizer_of([p for _, p in named])
         self.device = named[0][1].device
         self.state = DualState.start(SETTINGS, self.device)
         self.losses, self.batches = (task_loss, retention_loss), (task, anchors)
@@ -73,8 +81,9 @@ class Ours:
             self.gradients.backward(row, self.losses[row], [self.batches[row]], OneWorker(self.device))
 
 
-def ours(task: RetentionTask) -> Ours:
-    return Ours(task.model.named_parameters(), task.task_loss, task.retention_loss, task.task, task.anchors)
+def ours(task: RetentionTask, optimizer: AdamW | None = None) -> Ours:
+    parameters = task.model.named_parameters()
+    return Ours(parameters, task.task_loss, task.retention_loss, task.task, task.anchors, optimizer)
 
 
 def operate(gradients: GradientPair, state: DualState, settings: Any = SETTINGS) -> None:

@@ -139,4 +139,8 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         loss = f"retention loss {result['retention_loss']:.4g} on {result['heldout_anchors']} held-out anchors"
         verdict = "met" if result["feasible"] else "NOT met"
         lines.append(loss if result["arm"] == "baseline" else f"{loss}, budget {result['epsilon']:g}: {verdict}")
+        if not result["feasible"] and result["lambda"] is not None and result["lambda"] >= result["lambda_max"]:
+            lines.append(
+                f"λ stands at its cap, {result['lambda_max']:g}: raise craft.lambda_max, train longer, or allow a larger ε"
+            )
     return lines

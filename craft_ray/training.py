@@ -350,6 +350,7 @@ class Run:
             "feasible": loss <= epsilon,
             "heldout_anchors": len(self.heldout_rows),
             "lambda": None if self.dual is None else float(self.dual.multiplier),
+            "lambda_max": craft.lambda_max,
             "cache": self.anchors.anchors.fingerprint,
         }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -21,9 +22,9 @@ from experiments import digits_experiment
 from craft_ray.anchors.batches import AnchorBatches
 from craft_ray.anchors.build import estimate
 from craft_ray.anchors.reader import open_anchors
-from craft_ray.config import Experiment, dump_config
+from craft_ray.config import Experiment
 from craft_ray.data.source import open_source
-from craft_ray.errors import DataError
+from craft_ray.errors import DataError, StorageError
 from craft_ray.models import load_model
 from pipelines import anchors as stage
 from pipelines.anchors import build
@@ -183,27 +184,25 @@ def test_float16_that_overflows_is_refused_and_float32_holds_it(text: Experiment
     built(huge.changed({"anchors.dtype": "float32", "craft.anchor_cache_dir": str(tmp_path / "full")}))
 
 
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-sys.argv = ["craft-ray", "anchors", "build", sys.argv[2]]
-from pipelines.cli import main
-main()
-"""
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk that is full once a file has so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_damages_nothing_and_the_build_goes_on(text_model: Path, tmp_path: Path) -> None:
     source = prompts(tmp_path / "anchors.jsonl", [1] * 8 + [40] * 8)
-    config = text_experiment(text_model, source, tmp_path, {"anchors.pack_tokens": 0})
-    (tmp_path / "run.yaml").write_text(dump_config(config))
-    limit = 200_000  # the shard of short texts fits, that of long ones does not
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), str(tmp_path / "run.yaml")], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert "shard-00001.parquet could not be written" in line
-    assert "free space or choose another folder" in line
+    config = text_experiment(text_model, source, tmp_path)
+    with largest_file(200_000), pytest.raises(StorageError) as caught:  # short texts fit, long ones do not
+        built(config)
+    assert caught.value.exit_code == 1
+    assert "shard-00001.parquet could not be written" in caught.value.message
+    assert "free space or choose another folder" in caught.value.message
     assert [p.name for p in (cache_folder(config) / "shards").iterdir()] == ["shard-00000.parquet"]
     first = shards(cache_folder(config))[0].read_bytes()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import ByteLevel
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -264,6 +265,10 @@ def test_a_response_that_is_no_choice(text: Model, tmp_path: Path) -> None:
 
 
 def test_perplexity_of_nothing(text_model: Path, tmp_path: Path) -> None:
+    """An empty response, or a single token that nothing stands before."""
     model = load_model(ModelConfig(path=str(text_model), append_eos=False), "fp32")
+    with pytest.raises(DataError, match="sample q1 has an empty response"):
+        score(model, questions(tmp_path / "a.jsonl", [{"id": "q1", "prompt": "a", "response": ""}], "perplexity"))
+    model.tokenizer.backend_tokenizer.post_processor = ByteLevel()  # type: ignore[attr-defined]  # no <bos>
     with pytest.raises(DataError, match="no token to predict"):
-        score(model, questions(tmp_path / "a.jsonl", [{"prompt": "a", "response": ""}], "perplexity"))
+        score(model, questions(tmp_path / "a.jsonl", [{"prompt": "", "response": "x"}], "perplexity"))

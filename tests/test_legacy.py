@@ -280,6 +280,15 @@ def test_a_truncated_shard_leaves_nothing_behind(digits: Experiment, tmp_path: P
     refused(digits, tmp_path, CacheRefused, 4, "shard_001.pt is damaged")
 
 
+def test_an_import_that_was_killed_is_started_again(digits: Experiment, tmp_path: Path) -> None:
+    half = tmp_path / f".{cache_folder(digits).name}.1234.tmp" / "shards"
+    half.mkdir(parents=True)
+    (half / "shard-00000.parquet").write_bytes(b"PAR1 half")
+    imported(digits, tmp_path)
+    assert len(table(cache_folder(digits))) == ROWS
+    assert not half.parent.exists()
+
+
 def test_another_cache_in_the_place_is_left_alone(digits: Experiment, tmp_path: Path) -> None:
     imported(digits, tmp_path)
     manifest = read_manifest(cache_folder(digits))

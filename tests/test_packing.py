@@ -297,6 +297,14 @@ def test_layers_that_mix_tokens_outside_attention_are_found() -> None:
         check_packing(model)
 
 
+def test_a_model_whose_states_depend_on_the_length_of_the_row_is_found() -> None:
+    """Both packs are equally long, so only the comparison with the sequence alone can tell."""
+    model = build(CONFIGS["llama"])
+    model.embed_tokens.register_forward_hook(lambda _, __, states: states + 0.1 * states.shape[1])
+    with pytest.raises(ValueError, match="not what it is alone"):
+        check_packing(model)
+
+
 # --- CUDA ---------------------------------------------------------------------------------------------------
 
 

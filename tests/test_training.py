@@ -130,7 +130,7 @@ def test_what_a_run_leaves_behind(digits_model: Path, digits_data: Path, cached:
     assert [list(record) for record in folder.read_metrics()] == [keys] * 6
     result = json.loads(folder.result.read_text())
     assert result["arm"] == "hidden"
-    assert result["heldout_anchors"] == 10
+    assert result["heldout_anchors"] == 8
     for skill in ("old", "new"):
         assert 0 <= result[skill]["before"] <= 1
         assert len(folder.read_predictions(f"{skill}_after")) == 24

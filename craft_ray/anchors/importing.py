@@ -6,6 +6,7 @@ again. So what an interruption leaves is nothing, and an import is repeated by s
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,7 @@ def import_shards(
     if folder.exists():
         return _found(folder, identity), None
     for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
-        raise CacheRefused(
-            f"{stale} is left from an import that was killed, or one runs now: delete it and start again"
-        )
+        shutil.rmtree(stale, ignore_errors=True)  # what an import that was killed left behind
     with new_folder(folder) as temporary:
         written, rows, shape = [], 0, None
         for number, file in enumerate(shards.files):

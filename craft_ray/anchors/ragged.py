@@ -44,6 +44,6 @@ def write_ragged(path: Path, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) ->
     lengths = [np.zeros(1, np.int64)]
     with path.with_suffix(".bin").open("wb") as file:
         for data, counts in chunks:
-            file.write(memoryview(np.ascontiguousarray(data)).cast("B") if data.size else b"")
+            file.write(np.ascontiguousarray(data).data)
             lengths.append(counts.astype(np.int64))
     np.save(path.with_suffix(".offsets.npy"), np.cumsum(np.concatenate(lengths)))

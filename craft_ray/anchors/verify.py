@@ -129,7 +129,7 @@ def _compare_tokens(model: Model, anchors: AnchorSet, rows: Sequence[int]) -> tu
         worst = max(range(len(rows)), key=wrong.__getitem__)
         raise CacheRefused(
             f"the model finds {equal} of {tokens} cached suffix tokens the likeliest, {least:.0%} are expected (worst "
-            f"is anchor {anchors.id(rows[worst])} with {wrong[worst]} others): preprocessing, dropout or the teacher is "
-            f"not what the cache was built with, or the tokens are not the teacher's own (anchors.suffix_from)"
+            f"is anchor {anchors.id(rows[worst])} with {wrong[worst]} others): preprocessing, dropout or the teacher "
+            f"is not what the cache was built with, or the tokens are not the teacher's own (anchors.suffix_from)"
         )
     return tokens, equal

@@ -153,11 +153,13 @@ class GradientPair:
 
     def compare(self) -> Angle:
         """Dot product and squared norms of the two gradients, in one pass."""
-        gram = torch.zeros(2, 2, dtype=torch.float64, device=self.buffers[0].device)
-        for buffer in self.buffers:
-            for slab in buffer.split(SLAB, dim=1) if buffer.dtype != torch.float32 else (buffer,):
-                blocks_NB2 = slab.float().view(2, -1, BLOCK).permute(1, 2, 0)
-                gram += torch.bmm(blocks_NB2.transpose(1, 2), blocks_NB2).sum(0, dtype=torch.float64)
+        device = self.buffers[0].device
+        gram = torch.zeros(2, 2, dtype=torch.float64, device=device)
+        with torch.autocast(device.type, enabled=False):  # a caller's autocast would multiply in bf16
+            for buffer in self.buffers:
+                for slab in buffer.split(SLAB, dim=1) if buffer.dtype != torch.float32 else (buffer,):
+                    blocks_NB2 = slab.float().view(2, -1, BLOCK).permute(1, 2, 0)
+                    gram += torch.bmm(blocks_NB2.transpose(1, 2), blocks_NB2).sum(0, dtype=torch.float64)
         return Angle(dot=gram[0, 1], task_sq=gram[0, 0], retention_sq=gram[1, 1])
 
     def combine(self, task: Tensor | float, retention: Tensor) -> None:
@@ -176,7 +178,8 @@ class GradientPair:
                     task_K.mul_(task)
 
     def give(self, workers: AllReduce) -> None:
-        """Hand row 0 to the optimiser. A parameter that no loss has reached keeps no gradient, as in a plain loop."""
+        """Hand row 0 to the optimiser. A parameter that no loss has ever reached has no gradient, as in a plain loop;
+        one that is reached at some steps only (an expert without tokens) has a zero one at the others."""
         self._agree(workers)
         for p, view, reached in zip(self.parameters, self.views[TASK], self._reached, strict=True):
             p.grad = view if reached else None

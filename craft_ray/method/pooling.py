@@ -98,41 +98,30 @@ class Pooling:
     index_BV: Tensor
     """Token of each vector; 0 where there is none."""
     valid_BV: Tensor
-    mean_BVS: Tensor | None
-    """Weights of the vectors that are means, [B, V, S], or None where no position is one."""
-    is_mean_V: Tensor | None
+    mean_BMS: Tensor
+    """Weights of the M vectors that are means."""
+    mean_columns_M: Tensor
+    """Which of the V vectors they are."""
 
     @classmethod
     def plan(cls, layouts: Sequence[Layout], positions: Sequence[str], width: int) -> Pooling:
         """The plan for a right-padded batch of `width` tokens."""
-        columns_index, columns_valid, columns_mean, mean_flags = [], [], [], []
+        index, valid, means, mean_columns = [], [], [], []
+        column = 0
         for position in positions:
             tokens = [token_positions(layout, position) for layout in layouts]
             if is_mean(position):
-                weights = torch.zeros(len(layouts), 1, width)
-                for row, chosen in enumerate(tokens):
-                    weights[row, 0, chosen] = 1.0 / len(chosen)
-                columns_index.append(torch.zeros(len(layouts), 1, dtype=torch.long))
-                columns_valid.append(torch.ones(len(layouts), 1, dtype=torch.bool))
-                columns_mean.append(weights)
-                mean_flags.append(torch.ones(1, dtype=torch.bool))
-                continue
-            most = max(map(len, tokens))
-            index = torch.zeros(len(layouts), most, dtype=torch.long)
-            valid = torch.zeros(len(layouts), most, dtype=torch.bool)
-            for row, chosen in enumerate(tokens):
-                index[row, : len(chosen)] = torch.tensor(chosen)
-                valid[row, : len(chosen)] = True
-            columns_index.append(index)
-            columns_valid.append(valid)
-            columns_mean.append(torch.zeros(len(layouts), most, width))
-            mean_flags.append(torch.zeros(most, dtype=torch.bool))
-        has_mean = any(map(is_mean, positions))
+                means.append(torch.stack([_mean_weights(chosen, width) for chosen in tokens]))
+                mean_columns.append(column)
+                tokens = [[0] for _ in tokens]  # a place to put the mean
+            index.append(_padded(tokens))
+            valid.append(_padded([[1] * len(chosen) for chosen in tokens]).bool())
+            column += index[-1].shape[1]
         return cls(
-            index_BV=torch.cat(columns_index, 1),
-            valid_BV=torch.cat(columns_valid, 1),
-            mean_BVS=torch.cat(columns_mean, 1) if has_mean else None,
-            is_mean_V=torch.cat(mean_flags) if has_mean else None,
+            index_BV=torch.cat(index, 1),
+            valid_BV=torch.cat(valid, 1),
+            mean_BMS=torch.stack(means, 1) if means else torch.empty(len(layouts), 0, width),
+            mean_columns_M=torch.tensor(mean_columns, dtype=torch.long),
         )
 
     def __call__(self, hidden_BSD: Sequence[Tensor]) -> Vectors:
@@ -140,19 +129,26 @@ class Pooling:
         layers = []
         for hidden in hidden_BSD:
             values = hidden.gather(1, self.index_BV[:, :, None].expand(-1, -1, hidden.shape[-1]))
-            if self.mean_BVS is not None and self.is_mean_V is not None:
+            if self.mean_BMS.shape[1]:
                 # A weight of zero does not remove a NaN: what stands in the padding is taken out first.
-                unused_BS1 = ~self.mean_BVS.any(1)[..., None]
-                means = torch.bmm(self.mean_BVS, hidden.float().masked_fill(unused_BS1, 0.0)).to(values.dtype)
-                values = torch.where(self.is_mean_V[None, :, None], means, values)
+                unused_BS1 = ~self.mean_BMS.any(1)[..., None]
+                means = torch.bmm(self.mean_BMS, hidden.float().masked_fill(unused_BS1, 0.0))
+                values = values.index_copy(1, self.mean_columns_M, means.to(values.dtype))
             layers.append(values)
         return Vectors(torch.stack(layers, 1), self.valid_BV)
 
     def to(self, device: torch.device) -> Pooling:
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+        tensors = (self.index_BV, self.valid_BV, self.mean_BMS, self.mean_columns_M)
+        return Pooling(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
-        index, valid = move(self.index_BV), move(self.valid_BV)
-        assert index is not None
-        assert valid is not None
-        return Pooling(index, valid, move(self.mean_BVS), move(self.is_mean_V))
+
+def _mean_weights(tokens: Sequence[int], width: int) -> Tensor:
+    weights = torch.zeros(width)
+    weights[list(tokens)] = 1.0 / len(tokens)
+    return weights
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of different length as one matrix, zeros behind."""
+    most = max(map(len, rows))
+    return torch.tensor([[*row, *([0] * (most - len(row)))] for row in rows], dtype=torch.long)

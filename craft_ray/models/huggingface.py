@@ -167,7 +167,11 @@ class HuggingFaceModel:
         if sample.response is None:
             raise DataError(f"sample {sample.id} has no response: name the column that holds it (columns.response)")
         ids: list[int] = self.tokenizer(sample.response, add_special_tokens=False)["input_ids"]
-        return [*ids, self._eos] if self.config.append_eos and self._eos is not None else ids
+        if self.config.append_eos and self._eos is not None:
+            ids = [*ids, self._eos]
+        if not ids:
+            raise DataError(f"sample {sample.id} has an empty response: there is nothing to learn from it, remove it")
+        return ids
 
     def collate(self, features: Sequence[Features], positions: Sequence[str] | None = None) -> Batch:
         inputs = self._pad_batch(features, left=False)

@@ -136,7 +136,8 @@ def row_text(name: str, rows: list[dict[str, Any]], plain: list[dict[str, Any]])
         f"| {name} | {listed(old, '.3f')} | {listed(new, '.3f')} | {listed(held, '.3f')} | "
         f"{listed([h / row['epsilon'] for h, row in zip(held, rows, strict=True)], '.2f')} | "
         f"{listed([row['lambda_last_quarter'] for row in rows], '.1f')} | "
-        f"{listed([row['lambda_max_seen'] for row in rows], '.1f')} | {listed([row['conflicts'] for row in rows], 'd')} | "
+        f"{listed([row['lambda_max_seen'] for row in rows], '.1f')} | "
+        f"{listed([row['conflicts'] for row in rows], 'd')} | "
         f"{statistics.median(row['seconds'] for row in rows):.0f} |"
     )
 

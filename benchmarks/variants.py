@@ -28,14 +28,14 @@ SETTINGS: Any = SimpleNamespace(
     projection_gate="violated",
     projection_mode="weighted",
     initial_lambda=1.0,
-    lambda_lr=0.5,
-    lambda_max=100.0,
+    lambda_lr=0.1,
+    lambda_max=10.0,
     lambda_kp=0.0,
     violation="relative",
     violation_clip=1.0,
     retention_ema=0.9,
 )
-"""The defaults of `CraftConfig`, for machines without pydantic."""
+"""What a step reads of `CraftConfig`, for machines without pydantic."""
 
 
 def optimizer_of(parameters: list[torch.nn.Parameter]) -> AdamW:
@@ -141,9 +141,7 @@ class Plainly:
         self.update()
 
     def summed(self) -> None:
-        self._backward(
-            self.task.task_loss(self.task.task) + MULTIPLIER * self.task.retention_loss(self.task.anchors)
-        )
+        self._backward(self.task.task_loss(self.task.task) + MULTIPLIER * self.task.retention_loss(self.task.anchors))
         torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM)
         self.update()
 

@@ -150,9 +150,7 @@ class Perceptron(torch.nn.Module):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, width)
-        )
+        self.layers = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, width))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.layers(inputs)

@@ -55,10 +55,15 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
                 },
                 temporary / "training_state" / "state.pt",
             )
-        except (RuntimeError, ValueError, OSError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+        except (
+            RuntimeError,
+            ValueError,
+            OSError,
+            SafetensorError,
+        ) as error:  # torch and safetensors wrap the system's error
             raise StorageError(
-                f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): free space or choose another "
-                f"output_dir, then go on with --resume; earlier checkpoints are untouched"
+                f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): free space or choose "
+                f"another output_dir, then go on with --resume; earlier checkpoints are untouched"
             ) from error
     _point_last(folder, target.name)
     for old in sorted(folder.glob("step_*"))[:-keep]:

@@ -28,7 +28,7 @@ POSITIONS = ("vision_mean", "text_last", "masked_mean", "first_token", "last_tok
 
 
 def _position(name: str) -> str:
-    if name in POSITIONS and name != "every_N" or re.fullmatch(r"every_[1-9]\d*", name):
+    if (name in POSITIONS and name != "every_N") or re.fullmatch(r"every_[1-9]\d*", name):
         return name
     raise ValueError(f"'{name}' is no anchor position; the positions are {', '.join(POSITIONS)} (N a number)")
 
@@ -265,7 +265,7 @@ class WorkersConfig(Section):
     """Workers of Ray Train; 0 trains in this process, without a cluster."""
     use_gpu: bool = False
     cpus_per_worker: float = Field(1.0, gt=0)
-    resources_per_worker: dict[str, float] = {}
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Further resources of Ray that a worker takes, e.g. `{GPU: 0.5}`."""
     threads: int = Field(1, ge=1)
     """Threads of torch in each worker, where it computes on processors."""
@@ -279,13 +279,14 @@ class CompareConfig(Section):
     arms: Annotated[tuple[Arm, ...], AfterValidator(_distinct)] = ("baseline", "token_ce", "hidden")
     seeds: Annotated[tuple[int, ...], AfterValidator(_distinct)] = (0, 1, 2)
     token_ce: dict[str, Any] = {}
-    """`craft` settings of the token_ce arm where they differ, e.g. `{epsilon_start: 0.1}`: nats, not relative squares."""
+    """`craft` settings of the token_ce arm where they differ, e.g. `{epsilon_start: 0.1}`: nats, not squares."""
 
 
 class Experiment(Section):
     """One experiment: everything that decides its numbers, and where it runs."""
 
-    name: str = "run"
+    name: str = Field("run", pattern=r"^[\w.-]+$")
+    """Part of the names of run directories: letters, digits, `_`, `-` and `.`."""
     seed: int = Field(0, ge=0)
     output_dir: str = "runs"
     """Folder that run directories are made in."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from craft_ray.config import CraftConfig
 from craft_ray.errors import DataError
 from craft_ray.method.step import StepMetrics
 
@@ -113,7 +115,9 @@ def console_line(record: Record, steps: int, mode: str) -> str:
         f"mode={mode}",
     ]
     if record["craft/retention_loss"] is not None:
-        parts.append(f"L_ret={number('craft/retention_loss', '.3f' if record['craft/retention_loss'] > 0.01 else '.2e')}")
+        parts.append(
+            f"L_ret={number('craft/retention_loss', '.3f' if record['craft/retention_loss'] > 0.01 else '.2e')}"
+        )
     if record["craft/lambda"] is not None:
         parts += [f"λ={number('craft/lambda')}", f"ε={number('craft/epsilon')}"]
     if record["craft/conflict"] is not None:
@@ -123,6 +127,24 @@ def console_line(record: Record, steps: int, mode: str) -> str:
             f"cos={number('craft/grad_cos')}",
         ]
     return " | ".join(parts)
+
+
+def described(craft: CraftConfig, layers: Sequence[int], positions: Sequence[str]) -> str:
+    """The settings of a constrained run in one line."""
+    what = "nats a token"
+    if craft.retention_mode == "hidden":
+        what = f"layers {list(layers)} at {', '.join(positions)}, {craft.loss_type}"
+    budget = f"ε {craft.epsilon_schedule} {craft.epsilon_start:g}"
+    if craft.epsilon_final != craft.epsilon_start:
+        budget += f" to {craft.epsilon_final:g}"
+    surgery = "projection off"
+    if craft.use_grad_projection:
+        surgery = f"projection {craft.projection_gate} below cosine {craft.conflict_threshold:g}"
+    return (
+        f"CRaFT is enabled: {craft.retention_mode} ({what}), every {craft.retention_freq} step(s), {budget}, λ from "
+        f"{craft.initial_lambda:g} by {craft.lambda_lr:g} up to {craft.lambda_max:g}, {craft.projection_mode} merge, "
+        f"{surgery}"
+    )
 
 
 def result_lines(result: dict[str, Any]) -> list[str]:
@@ -141,6 +163,7 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         lines.append(loss if result["arm"] == "baseline" else f"{loss}, budget {result['epsilon']:g}: {verdict}")
         if not result["feasible"] and result["lambda"] is not None and result["lambda"] >= result["lambda_max"]:
             lines.append(
-                f"λ stands at its cap, {result['lambda_max']:g}: raise craft.lambda_max, train longer, or allow a larger ε"
+                f"λ stands at its cap, {result['lambda_max']:g}: raise craft.lambda_max, train longer, or allow a "
+                f"larger ε"
             )
     return lines

@@ -32,7 +32,7 @@ from craft_ray.files import write_atomically
 from craft_ray.method.dual import DualState, epsilon_at
 from craft_ray.method.gradients import GradientPair
 from craft_ray.method.step import StepMetrics, craft_step, task_step
-from craft_ray.metrics import HostSide, MetricsBuffer, Record
+from craft_ray.metrics import HostSide, MetricsBuffer, Record, described
 from craft_ray.models import load_model
 from craft_ray.models.base import Batch, Model
 from craft_ray.models.fingerprint import json_fingerprint
@@ -104,8 +104,8 @@ class Run:
             self.train_rows, self.heldout_rows = self.anchors.anchors.split(config.craft.anchor_holdout)
         elif config.craft.enabled:
             raise ConfigError(
-                "craft is enabled, but craft.anchor_cache_dir names no cache: build one with 'craft-ray anchors build', "
-                "or set craft.enabled=false for plain fine-tuning"
+                "craft is enabled, but craft.anchor_cache_dir names no cache: build one with 'craft-ray anchors "
+                "build', or set craft.enabled=false for plain fine-tuning"
             )
 
         self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=config.craft.enabled)
@@ -153,25 +153,16 @@ class Run:
     def _announce(self, checkpoint: Path | None) -> None:
         if not self.main:
             return
-        craft, count = self.config.craft, sum(p.numel() for p in self.gradients.parameters)
+        count = sum(p.numel() for p in self.gradients.parameters)
         self.observer.note(
             f"{count / 1e6:.2f} M trainable parameters, {len(self.task)} samples of the new skill, "
             f"{self.workers.world_size} worker(s) on {self.workers.device}"
         )
-        if not craft.enabled:
-            self.observer.note("CRaFT is off: plain fine-tuning (the baseline arm)")
-        elif self.anchors is not None:
-            held = self.anchors
-            place = f"layers {list(held.layers)} at {', '.join(held.positions)}, {craft.loss_type}"
+        if self.config.craft.enabled and self.anchors is not None:
             self.observer.note(f"{len(self.train_rows)} anchors loaded, {len(self.heldout_rows)} more held out")
-            self.observer.note(
-                f"CRaFT is enabled: {craft.retention_mode} ({place if craft.retention_mode == 'hidden' else 'nats a token'}), "
-                f"every {craft.retention_freq} step(s), ε {craft.epsilon_schedule} {craft.epsilon_start:g}"
-                + (f" to {craft.epsilon_final:g}" if craft.epsilon_final != craft.epsilon_start else "")
-                + f", λ from {craft.initial_lambda:g} by {craft.lambda_lr:g} up to {craft.lambda_max:g}, "
-                f"{craft.projection_mode} merge, projection "
-                + (f"{craft.projection_gate} below cosine {craft.conflict_threshold:g}" if craft.use_grad_projection else "off")
-            )
+            self.observer.note(described(self.config.craft, self.anchors.layers, self.anchors.positions))
+        else:
+            self.observer.note("CRaFT is off: plain fine-tuning (the baseline arm)")
         if checkpoint is not None:
             self.observer.note(f"going on after step {self.step}")
 
@@ -193,9 +184,7 @@ class Run:
         def make(step: int) -> StepData:
             rank, size = self.workers.rank, self.workers.world_size
             rows = tasks.local_batch(step, rank, size)
-            task = [
-                self.model.collate([self._task_features[r] for r in part]).to(device) for part in self._split(rows)
-            ]
+            task = [self.model.collate([self._task_features[r] for r in part]).to(device) for part in self._split(rows)]
             if anchors is None or step % craft.retention_freq:
                 return StepData(task, None)
             assert self.anchors is not None
@@ -293,7 +282,9 @@ class Run:
             score = Score(**json.loads(path.read_text()))
         else:
             if self.step:
-                raise ConfigError(f"{path} is gone, and a resumed run no longer has the teacher to score: start it anew")
+                raise ConfigError(
+                    f"{path} is gone, and a resumed run no longer has the teacher to score: start it anew"
+                )
             score = evaluate(self.model, source, eval_set, self.workers)
             if self.main:
                 write_atomically(path, json.dumps(asdict(score)))
@@ -360,9 +351,7 @@ class Run:
 
 def make_optimizer(parameters: Sequence[torch.Tensor], config: TrainConfig) -> Optimizer:
     """AdamW over all parameters; the fused kernel, which is the fastest and waits for nothing."""
-    return AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    return AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

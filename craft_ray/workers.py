@@ -13,9 +13,14 @@ from torch import Tensor
 class Workers(Protocol):
     """One process among `world_size`."""
 
-    rank: int
-    world_size: int
-    device: torch.device
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over the workers, in place."""
@@ -30,7 +35,7 @@ class Workers(Protocol):
 class OneWorker:
     """A run in a single process: there is nobody to talk to."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - a device is immutable
     rank: int = 0
     world_size: int = 1
 

@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the models in craft_ray.config, so that a knob is described once.
 
-    python docs/generate_configuration.py [--check]
+python docs/generate_configuration.py [--check]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import types
 import typing
 from pathlib import Path
 
+import yaml
 from pydantic_core import PydanticUndefined
 
 from craft_ray import config
@@ -83,7 +84,7 @@ def table(section: type[config.Section], prefix: str) -> str:
         elif isinstance(field.default, tuple):
             default = f"`{list(field.default)}`"
         else:
-            default = f"`{'null' if field.default is None else str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+            default = f"`{yaml.safe_dump(field.default).splitlines()[0]}`"
         hint = typing.get_type_hints(section, include_extras=True)[name]
         rows.append(f"| `{prefix}{name}` | {type_name(hint)}{bounds(field)} | {default} | {told.get(name, '')} |")
     return "\n".join(rows)

@@ -42,9 +42,7 @@ def compare(config: Experiment, arms: Sequence[Arm], seeds: Sequence[int], folde
         print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are finished already")
     if open_runs:
         _carry_out(open_runs)
-    return write_report(
-        [run.folder for run in runs], folder, title=config.name, command=" ".join(command_line())
-    )
+    return write_report([run.folder for run in runs], folder, title=config.name, command=" ".join(command_line()))
 
 
 def arm_config(config: Experiment, arm: Arm, seed: int, folder: Path) -> Experiment:

@@ -42,5 +42,6 @@ def dry_run(config: Experiment) -> None:
     place = f"{workers.num_workers} worker(s) of {resources(workers)}" if workers.num_workers else "this process"
     print(
         f"Plan: {config.train.steps} steps of {config.train.batch_size} samples on {place}, arm {config.arm}, into "
-        f"{Path(config.output_dir) / run_name(config)}. Nothing was kept of these {min(STEPS, config.train.steps)} steps."
+        f"{Path(config.output_dir) / run_name(config)}. "
+        f"Nothing was kept of these {min(STEPS, config.train.steps)} steps."
     )

@@ -32,8 +32,8 @@ def join() -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"RAY_ADDRESS is {address}, but no cluster answers there ({reason}): start it, unset RAY_ADDRESS to use "
-                f"this machine, or set RAY_AUTH_MODE=token where the cluster asks for a token"
+                f"RAY_ADDRESS is {address}, but no cluster answers there ({reason}): start it, unset RAY_ADDRESS to "
+                f"use this machine, or set RAY_AUTH_MODE=token where the cluster asks for a token"
             ) from None
     else:
         ray.init(address="local", include_dashboard=False, **options)

@@ -125,7 +125,7 @@ def fit(runs: Sequence[PlannedRun]) -> None:
             raise ConfigError(lacking)
     scratch = runs[0].folder.path / ".ray"
     trainer = TorchTrainer(
-        _work,
+        _work,  # type: ignore[arg-type]  # what it returns is the result's return_value
         train_loop_config={
             "runs": [(dump_config(run.config), str(run.folder.path)) for run in runs],
             "threads": workers.threads,
@@ -143,7 +143,7 @@ def fit(runs: Sequence[PlannedRun]) -> None:
     )
     interrupt = signal.getsignal(signal.SIGINT)
     try:
-        outcome = trainer.fit().return_value
+        outcome = trainer.fit().return_value  # type: ignore[attr-defined]  # of Train V2's Result
     except ray.train.WorkerGroupError as error:
         failures = list(error.worker_failures.values())
         raise next((f for f in failures if isinstance(f, CraftError)), error) from None

@@ -35,9 +35,7 @@ def digits_tree(model: Path, data: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def digits_experiment(
-    model: Path, data: Path, folder: Path, changes: Mapping[str, Any] | None = None
-) -> Experiment:
+def digits_experiment(model: Path, data: Path, folder: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
     return parse_config(digits_tree(model, data, folder), "test").changed(changes or {})
 
 

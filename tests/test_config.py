@@ -323,7 +323,7 @@ def test_what_follows_from_the_settings(minimal: Path) -> None:
 
 def test_written_and_read_is_the_same(minimal: Path, tmp_path: Path) -> None:
     everything = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in EVERY.items()]
-    odd = ["train.learning_rate=0.1", "craft.epsilon_start=1e-7", "name='1e3 ✓: #'", "task.revision='0012'"]
+    odd = ["train.learning_rate=0.1", "craft.epsilon_start=1e-7", "name='1e3'", "task.revision='0012 ✓: #'"]
     for overrides in ([], everything, odd):
         config = load_config(minimal, overrides)
         (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")

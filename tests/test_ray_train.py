@@ -79,7 +79,7 @@ def test_two_workers_equal_one_on_the_same_global_batches(
     for workers in (0, 2):
         config = digits_experiment(
             digits_model, digits_data, cached,
-            {"name": f"workers{workers}", "workers.num_workers": workers, "train.steps": 4, "output_dir": str(tmp_path)},
+            {"name": f"w{workers}", "workers.num_workers": workers, "train.steps": 4, "output_dir": str(tmp_path)},
         )  # fmt: skip
         code, out, err = finish(command("train", saved(config, tmp_path)))
         assert code in (0, 3), err
@@ -113,7 +113,9 @@ def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
     process = command("train", saved(lost, tmp_path))
     wait_until(lambda: len(run_folder(lost).read_metrics()) >= 15)
     workers = [
-        p for p in psutil.Process(process.pid).children(recursive=True) if any("RayTrainWorker" in c for c in p.cmdline())
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if any("RayTrainWorker" in c for c in p.cmdline())
     ]
     assert len(workers) == 1
     workers[0].send_signal(signal.SIGKILL)

@@ -115,18 +115,18 @@ def test_surgery_fires_and_the_log_says_so(digits_model: Path, digits_data: Path
 
 
 def test_what_a_run_leaves_behind(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> None:
-    config = digits_experiment(
-        digits_model, digits_data, cached, {**scored(digits_data), "train.keep_checkpoints": 2}
-    )
+    config = digits_experiment(digits_model, digits_data, cached, {**scored(digits_data), "train.keep_checkpoints": 2})
     folder = carry_out(config, tmp_path / "run")
     assert folder.config() == config
     assert sorted(p.name for p in folder.checkpoints.glob("step_*")) == ["step_000004", "step_000006"]
     assert (folder.checkpoints / "last").resolve().name == "step_000006"
     assert {p.name for p in (folder.checkpoints / "last").iterdir()} == {"model", "training_state"}
-    keys = (
-        "step train/loss train/grad_norm train/lr craft/retention_loss craft/lambda craft/epsilon craft/grad_dot "
-        "craft/grad_cos craft/conflict perf/step_s perf/data_s"
-    ).split()
+    keys = [
+        *("step", "train/loss", "train/grad_norm", "train/lr"),
+        *("craft/retention_loss", "craft/lambda", "craft/epsilon"),
+        *("craft/grad_dot", "craft/grad_cos", "craft/conflict"),
+        *("perf/step_s", "perf/data_s"),
+    ]
     assert [list(record) for record in folder.read_metrics()] == [keys] * 6
     result = json.loads(folder.result.read_text())
     assert result["arm"] == "hidden"
@@ -154,9 +154,7 @@ def test_accumulation_minimises_the_same_loss(
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
 
 
-def test_bf16_starts_within_the_tolerance_of_bf16(
-    digits_model: Path, digits_data: Path, tmp_path: Path
-) -> None:
+def test_bf16_starts_within_the_tolerance_of_bf16(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
     config = digits_experiment(digits_model, digits_data, tmp_path, {"train.precision": "bf16", "train.steps": 2})
     build(config, say=lambda _: None)
     records = measured(carry_out(config, tmp_path / "run"))
@@ -232,9 +230,7 @@ except StorageError as error:
 """
 
 
-def test_a_full_disk_damages_no_checkpoint(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_damages_no_checkpoint(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> None:
     config = digits_experiment(digits_model, digits_data, cached)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     script = FULL_DISK.format(

@@ -8,6 +8,7 @@ zeros in the other row, and a comparison is one pass over contiguous memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,7 +38,8 @@ class Counted(Protocol):
 class AllReduce(Protocol):
     """Sums a tensor over the workers, in place. With one worker there is nothing to do."""
 
-    world_size: int
+    @property
+    def world_size(self) -> int: ...
 
     def all_reduce(self, tensor: Tensor) -> None: ...
 
@@ -87,9 +89,7 @@ class GradientPair:
                 start += p.numel()
         self.views = [[views[i][row] for i in range(len(named))] for row in range(rows)]
         self._reached = [False] * len(named)
-        self._handles = [
-            p.register_post_accumulate_grad_hook(self._marker(i)) for i, p in enumerate(self.parameters)
-        ]
+        self._handles = [p.register_post_accumulate_grad_hook(self._marker(i)) for i, p in enumerate(self.parameters)]
         self._agreed: list[bool] | None = None
 
     def _marker(self, index: int) -> Callable[[Tensor], None]:
@@ -155,7 +155,7 @@ class GradientPair:
         """Dot product and squared norms of the two gradients, in one pass."""
         device = self.buffers[0].device
         gram = torch.zeros(2, 2, dtype=torch.float64, device=device)
-        with torch.autocast(device.type, enabled=False):  # a caller's autocast would multiply in bf16
+        with _no_autocast(device):
             for buffer in self.buffers:
                 for slab in buffer.split(SLAB, dim=1) if buffer.dtype != torch.float32 else (buffer,):
                     blocks_NB2 = slab.float().view(2, -1, BLOCK).permute(1, 2, 0)
@@ -199,3 +199,9 @@ class GradientPair:
                 f"{late[0]} had no gradient in the first step and has one now: with several workers the trained "
                 f"parameters must be the same at every step; freeze it, or use one worker"
             )
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A caller's autocast would multiply in bf16."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()

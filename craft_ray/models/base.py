@@ -7,10 +7,10 @@ one way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class Model(Protocol):
 
     module: nn.Module
     device: torch.device
-    kind: str
+    kind: ClassVar[str]
     hidden_size: int
     num_hidden_states: int
     """Entries of the hidden states: the embeddings and the output of every block."""
@@ -183,10 +183,10 @@ def disable_dropout(module: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def clip_suffix(tokens: Sequence[int], stop: int | None) -> list[int]:
-    """Tokens up to and including the first `stop`."""
-    tokens = list(tokens)
-    return tokens[: tokens.index(stop) + 1] if stop is not None and stop in tokens else tokens
+def clip_suffix(tokens: Sequence[int], stops: Collection[int]) -> list[int]:
+    """Tokens up to and including the first that is one of `stops`."""
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return list(tokens[:end])
 
 
 def targets(layouts: Sequence[Layout], input_ids_BS: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -63,6 +63,9 @@ class HuggingFaceModel:
         self.hidden_size: int = text.hidden_size
         self.num_hidden_states: int = text.num_hidden_layers + 1
         self._eos: int | None = self.tokenizer.eos_token_id
+        # A chat model ends its turn with a token of its own, which its generation config names.
+        own = self.module.generation_config.eos_token_id if self.module.generation_config else None
+        self._stops = sorted({*_listed(own), *_listed(self._eos)})
         pad = self.tokenizer.pad_token_id
         self._pad: int = pad if pad is not None else (self._eos or 0)
         self._takes_keep = "logits_to_keep" in inspect.signature(self.module.forward).parameters
@@ -242,7 +245,7 @@ class HuggingFaceModel:
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
         inputs = {k: v.to(self.device) for k, v in self._pad_batch(features, left=True).items()}
         settings = transformers.GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._eos, pad_token_id=self._pad
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._stops or None, pad_token_id=self._pad
         )
         # transformers fills what is left open in `settings` from the model's own, and a repetition penalty there
         # would make the suffix another one than the likeliest.
@@ -256,7 +259,7 @@ class HuggingFaceModel:
             self.module.generation_config = own_settings
             self.module.train(was_training)
         new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [clip_suffix(tokens, self._eos) for tokens in new_tokens]
+        return [clip_suffix(tokens, self._stops) for tokens in new_tokens]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -365,6 +368,11 @@ class VisionLanguageModel(HuggingFaceModel):
         settings = without_locations(self.processor.to_dict())
         settings["image_processor"] = without_locations(images.to_dict())
         return [type(images).__name__, settings]
+
+
+def _listed(value: int | list[int] | None) -> list[int]:
+    """Token ids as transformers holds them: none, one, or several."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _first(error: BaseException) -> str:

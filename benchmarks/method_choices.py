@@ -44,7 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"budget {eps:g}": {"craft.epsilon_start": eps} for eps in (0.02, 0.05, 0.1, 0.2)},
     **{
         f"cosine budget {start:g} to 0.05": {
-            "craft.epsilon_schedule": "cosine", "craft.epsilon_start": start, "craft.epsilon_end": 0.05,
+            "craft.epsilon_schedule": "cosine",
+            "craft.epsilon_start": start,
+            "craft.epsilon_end": 0.05,
         }
         for start in (0.2, 0.5)
     },

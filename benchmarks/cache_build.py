@@ -110,7 +110,7 @@ def main() -> None:
         for vocabulary in TARGETS:
             shape = replace(SHAPES["10m"], vocabulary=vocabulary)
             measure(report, shape, mixed_samples(options.rows, shape, *LENGTHS), options.rounds, LENGTHS[1])
-        measure_memory(report, 512, LENGTHS[1])
+        measure_memory(report, 1024, LENGTHS[1])
     report.finish(options.json)
 
 

@@ -1,7 +1,9 @@
-"""What each choice of the method keeps, on the digits problem, with the product's own training runs.
+"""What each choice of the method keeps, on a demo's problem, with the product's own training runs.
 
     craft-ray demo --out craft-demo          # makes teacher and data
     python benchmarks/method_choices.py craft-demo --out choices.json [--seeds 0 1 2] [--only K gate]
+    craft-ray demo --preset text --out craft-text
+    python benchmarks/method_choices.py craft-text --preset text --only position token_ce fixed
 
 Scores are on the validation split: choices are made on it, and the demo reports the test split.
 """
@@ -26,10 +28,13 @@ from craft_ray.training import train
 from craft_ray.workers import OneWorker
 from pipelines.anchors import build
 
-POSITIONS = ("text_last", "vision_mean", "masked_mean", "last_token", "first_token", "every_4", "all", "suffix")
+POSITIONS = {
+    "digits": ("text_last", "vision_mean", "masked_mean", "last_token", "first_token", "every_4", "all", "suffix"),
+    "text": ("masked_mean", "last_token", "first_token", "every_8", "every_4", "all", "suffix"),
+}
 FIXED = {"craft.lambda_lr": 0.0}
 
-VARIANTS: dict[str, dict[str, Any]] = {
+COMMON: dict[str, dict[str, Any]] = {
     "plain": {"craft.enabled": False},
     "hidden (shipped)": {},
     **{f"gate {gate}": {"craft.projection_gate": gate} for gate in ("always", "violated")},
@@ -51,10 +56,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for start in (0.2, 0.5)
     },
     "PI term": {"craft.lambda_kp": 3.0},
-    **{f"position {p}": {"craft.positions": [p]} for p in POSITIONS},
+    "budget 0.1, position suffix": {"craft.epsilon_start": 0.1, "craft.positions": ["suffix"]},
+    "budget 0.1, positions text_last and suffix": {
+        "craft.epsilon_start": 0.1,
+        "craft.positions": ["text_last", "suffix"],
+    },
     "token_ce 0.1": {"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.1},
     "token_ce 0.2": {"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.2},
 }
+
+
+def variants(preset: str) -> dict[str, dict[str, Any]]:
+    """Name and changed settings of every run."""
+    return COMMON | {f"position {p}": {"craft.positions": [p]} for p in POSITIONS[preset]}
 
 
 class Silent:
@@ -67,14 +81,14 @@ class Silent:
     def done(self, result: Any) -> None: ...
 
 
-def prepared(demo: Path, scratch: Path) -> Experiment:
+def prepared(demo: Path, scratch: Path, preset: str) -> Experiment:
     """The demo's comparison on validation data, with a cache that holds every position."""
-    config = load_config(Path(__file__).parent.parent / "pipelines/configs/demo_digits.yaml", base=demo)
+    config = load_config(Path(__file__).parent.parent / f"pipelines/configs/demo_{preset}.yaml", base=demo)
     changes: dict[str, Any] = {
         "workers.num_workers": 0,
         "craft.anchor_cache_dir": str(scratch / "anchors"),
-        "anchors.positions": list(POSITIONS),
-        "craft.positions": ["text_last"],
+        "anchors.positions": list(POSITIONS[preset]),
+        "craft.positions": list(config.anchors.positions or ()) if config.anchors else None,
         "output_dir": str(scratch),
     }
     for skill in ("old", "new"):
@@ -103,6 +117,7 @@ def run(config: Experiment, changes: Mapping[str, Any], seed: int, folder: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("demo", type=Path)
+    parser.add_argument("--preset", choices=POSITIONS, default="digits")
     parser.add_argument("--out", type=Path, default=Path("method_choices.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of the variants' names")
@@ -111,9 +126,9 @@ def main() -> None:
     torch.set_num_threads(1)
     table: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        config = prepared(arguments.demo.absolute(), Path(scratch))
-        wanted = ("plain", *arguments.only) if arguments.only else ("",)
-        for name, changes in VARIANTS.items():
+        config = prepared(arguments.demo.absolute(), Path(scratch), arguments.preset)
+        wanted = ("plain", *arguments.only) if arguments.only else ("",)  # all ratios are to plain
+        for name, changes in variants(arguments.preset).items():
             if not name.startswith(wanted):
                 continue
             rows = [run(config, changes, seed, Path(scratch) / f"{name}-{seed}") for seed in arguments.seeds]

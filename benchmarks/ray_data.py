@@ -21,10 +21,10 @@ from craft_ray.config import Experiment
 from pipelines.anchors import build
 
 CASES = {
-    "about 0.25 ms a row": (Shape(width=64, layers=2, inner=128, heads=2, vocabulary=512, head_size=32), 16),
+    "about 0.25 ms a row": (Shape(width=64, layers=2, inner=128, heads=2, vocabulary=512, head_size=32), 24),
     "about 1 ms a row": (Shape(width=128, layers=4, inner=256, heads=4, vocabulary=512, head_size=32), 32),
 }
-SIZES = {"about 0.25 ms a row": (4096, 20480), "about 1 ms a row": (2048, 8192)}
+SIZES = {"about 0.25 ms a row": (4096, 40960), "about 1 ms a row": (1024, 10240)}
 
 
 def seconds(config: Experiment, folder: Path, rows: int, workers: int) -> float:
@@ -60,7 +60,7 @@ def measure(report: Report, name: str, shape: Shape, length: int, sizes: tuple[i
 
 
 def main() -> None:
-    options = arguments(__doc__, rounds=7).parse_args()
+    options = arguments(__doc__, rounds=5).parse_args()
     one_thread()
     report = Report("ray_data", WALL.name, judge=not options.tiny)
     if options.tiny:

@@ -115,7 +115,7 @@ class AnchorsConfig(Section):
     modes: Annotated[tuple[RetentionMode, ...], AfterValidator(_distinct)] = ("hidden", "token_ce")
     """`hidden` stores hidden states, `token_ce` the teacher's own greedily generated suffix tokens."""
     positions: Positions = None
-    """Token positions whose hidden states are kept. Default: `text_last` for vision-language models, `all` for
+    """Token positions whose hidden states are kept. Default: `suffix` for vision-language models, `all` for
     language models, which measured best (docs/anchors.md)."""
     layers: Layers = (-2, -1)
     """Indices into the hidden states: 0 is the embeddings, k the output of block k, the last one after the final

@@ -21,6 +21,7 @@ def digits_tree(model: Path, data: Path, folder: Path) -> dict[str, Any]:
         "task": {"path": str(data / "new_train.parquet"), "columns": ANSWERED},
         "anchors": {
             "source": {"path": str(data / "anchors.parquet"), "columns": COLUMNS, "limit": 48},
+            "positions": ["text_last"],
             "rows_per_shard": 16,
             "max_new_tokens": 2,
         },

@@ -47,7 +47,7 @@ def check(report: dict[str, Any], name: str) -> None:
             assert row["lower"] <= row["value"] <= row["upper"]
 
 
-@pytest.mark.parametrize("name", ["cache_build", "retention_modes", "anchor_fetch"])
+@pytest.mark.parametrize("name", ["cache_build", "retention_modes", "anchor_fetch", "surgery"])
 def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(run(name, tmp_path / "report.json", monkeypatch), name)
 

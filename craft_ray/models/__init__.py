@@ -31,5 +31,5 @@ def load_model(
     return kinds[config.kind](config, precision, torch.device(device), weights)
 
 
-DEFAULT_POSITIONS = {"causal_lm": ("all",), "vision_language": ("text_last",)}
+DEFAULT_POSITIONS = {"causal_lm": ("all",), "vision_language": ("suffix",)}
 """The anchor positions that measured best for each kind of model (docs/anchors.md)."""

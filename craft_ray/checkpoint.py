@@ -41,6 +41,8 @@ class TrainingState:
 def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int) -> Path:
     """Write a checkpoint, point `last` at it, and remove all but the latest `keep`."""
     target = folder / f"step_{state.step:06d}"
+    for stale in folder.glob(".step_*"):
+        shutil.rmtree(stale)  # what a killed process left half-written
     with new_folder(target) as temporary:
         try:
             model.save(temporary / "model")
@@ -66,7 +68,7 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
                 f"another output_dir, then go on with --resume; earlier checkpoints are untouched"
             ) from error
     _point_last(folder, target.name)
-    for old in sorted(folder.glob("step_*"))[:-keep]:
+    for old in sorted(folder.glob("step_*"), key=_step)[:-keep]:
         shutil.rmtree(old)
     return target
 
@@ -74,13 +76,21 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
     link = folder / LAST
-    return link.resolve() if link.exists() else None
+    if not link.is_symlink():
+        return None
+    if not link.exists():
+        raise StorageError(f"{link} points to {link.readlink()}, which is gone: restore it, or start the run anew")
+    return link.resolve()
 
 
 def load_training_state(checkpoint: Path, device: torch.device) -> TrainingState:
     state = torch.load(checkpoint / "training_state" / "state.pt", map_location="cpu", weights_only=True)
     dual = None if state["dual"] is None else DualState.from_state_dict(state["dual"], device)
     return TrainingState(state["step"], state["optimizer"], dual, state["reached"], state["cache"])
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _point_last(folder: Path, name: str) -> None:

@@ -117,7 +117,7 @@ class AnchorsConfig(Section):
     positions: Positions = None
     """Token positions whose hidden states are kept. Default: `suffix` for vision-language models, `all` for
     language models, which measured best (docs/anchors.md)."""
-    layers: Layers = (-2, -1)
+    layers: Annotated[tuple[int, ...], AfterValidator(_distinct)] = (-2, -1)
     """Indices into the hidden states: 0 is the embeddings, k the output of block k, the last one after the final
     norm. Negative ones count from the end."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -278,6 +278,8 @@ class CompareConfig(Section):
 
     arms: Annotated[tuple[Arm, ...], AfterValidator(_distinct)] = ("baseline", "token_ce", "hidden")
     seeds: Annotated[tuple[int, ...], AfterValidator(_distinct)] = (0, 1, 2)
+    parallel: int | None = Field(None, ge=1)
+    """Runs at once, each with a model of its own in memory. Default: as many as the cluster holds."""
     token_ce: dict[str, Any] = {}
     """`craft` settings of the token_ce arm where they differ, e.g. `{epsilon_start: 0.1}`: nats, not squares."""
 
@@ -317,6 +319,10 @@ class Experiment(Section):
                 f"craft.anchor_batch_size {self.craft.anchor_batch_size} does not divide over "
                 f"{self.workers.num_workers} workers times {self.train.accumulate} micro-batches"
             )
+        for key in ("enabled", "retention_mode"):
+            if key in self.compare.token_ce:
+                raise ValueError(f"compare.token_ce.{key} is what makes the arm, it cannot be changed")
+        CraftConfig.model_validate({**self.craft.model_dump(), **self.compare.token_ce})
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}"

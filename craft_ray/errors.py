@@ -16,6 +16,13 @@ class CraftError(Exception):
     def message(self) -> str:
         return str(self.args[0])
 
+    @classmethod
+    def told(cls, message: str, exit_code: int) -> "CraftError":
+        """An error that another process met and handed over as a value."""
+        error = cls(message)
+        error.exit_code = exit_code
+        return error
+
 
 class ConfigError(CraftError):
     """The command line or the configuration cannot mean anything."""

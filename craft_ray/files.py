@@ -70,6 +70,19 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise StorageError(f"{path} could not be written ({error.strerror or error}): free space") from error
+
+
 def checksum(path: Path) -> str:
     """blake3 of a file's content."""
     digest = blake3(max_threads=blake3.AUTO)

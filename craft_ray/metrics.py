@@ -37,6 +37,7 @@ class HostSide:
     epsilon: float
     step_s: float
     data_s: float
+    with_retention: bool
 
 
 class MetricsBuffer:
@@ -69,14 +70,16 @@ class MetricsBuffer:
 
     def _record(self, row: list[float], host: HostSide) -> Record:
         numbers = dict(zip(FIELDS, row, strict=True))
-        for key, name in (("train/loss", "task loss"), ("train/grad_norm", "norm of the merged gradient")):
+        retained, measured = self.mode != "baseline", host.with_retention
+        watched = [("train/loss", "task loss", "samples"), ("train/grad_norm", "gradient's norm", "samples")]
+        if measured:
+            watched.insert(1, ("craft/retention_loss", "retention loss", "anchors"))
+        for key, name, inputs in watched:
             if not math.isfinite(numbers[key]):
                 raise DataError(
-                    f"the {name} is {numbers[key]} at step {host.step}: look for NaN in that step's samples, or lower "
+                    f"the {name} is {numbers[key]} at step {host.step}: look for NaN in that step's {inputs}, or lower "
                     f"train.learning_rate; the last checkpoint is from before it"
                 )
-        retained = self.mode != "baseline"
-        measured = not math.isnan(numbers["craft/retention_loss"])
         return {
             "step": host.step,
             "train/loss": numbers["train/loss"],
@@ -158,7 +161,9 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     if scores:
         lines.append("; ".join(scores))
     if result["retention_loss"] is not None:
-        loss = f"retention loss {result['retention_loss']:.4g} on {result['heldout_anchors']} held-out anchors"
+        held = result["heldout_anchors"]
+        judged = f"{held} held-out anchors" if held else "the training anchors (none were held out)"
+        loss = f"retention loss {result['retention_loss']:.4g} on {judged}"
         verdict = "met" if result["feasible"] else "NOT met"
         lines.append(loss if result["arm"] == "baseline" else f"{loss}, budget {result['epsilon']:g}: {verdict}")
         if not result["feasible"] and result["lambda"] is not None and result["lambda"] >= result["lambda_max"]:

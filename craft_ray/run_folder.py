@@ -16,7 +16,7 @@ import torch
 
 from craft_ray.config import Experiment, dump_config, load_config
 from craft_ray.errors import ConfigError
-from craft_ray.files import write_atomically
+from craft_ray.files import append_text, write_atomically
 from craft_ray.metrics import Record
 
 PACKAGES = ("craft-ray", "torch", "transformers", "ray", "pyarrow", "datasets", "numpy")
@@ -52,8 +52,7 @@ class RunFolder:
         return json.loads(self.result.read_text()) if self.result.exists() else None
 
     def append_metrics(self, records: Sequence[Record]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        append_text(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     def read_metrics(self) -> list[Record]:
         return read_records(self.metrics)
@@ -109,5 +108,5 @@ def _commit() -> str | None:
 
 
 def command_line() -> list[str]:
-    """The command that runs now, its program without a path."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """The command that runs now, as a user would type it."""
+    return ["craft-ray", *sys.argv[1:]]

@@ -40,6 +40,7 @@ from craft_ray.run_folder import RunFolder
 from craft_ray.workers import Workers
 
 TASK_STREAM, ANCHOR_STREAM = 0, 1
+SKILLS = ("old", "new")
 STEP0_ANCHORS = 64
 
 
@@ -91,6 +92,8 @@ class Run:
         self.teacher_weights = None if checkpoint else self.model.weights_fingerprint()
         if self.main and self.teacher_weights:
             write_atomically(folder.path / "teacher.json", json.dumps({"weights": self.teacher_weights}))
+            for skill in SKILLS:
+                self._own_teacher_score(skill).unlink(missing_ok=True)
         self.task = open_source(config.task, "task")
         if config.task.columns.response is None:
             raise ConfigError("task.columns.response names no column: fine-tuning needs responses")
@@ -115,7 +118,9 @@ class Run:
         if checkpoint is not None:
             self._restore(checkpoint)
         elif config.craft.enabled and self.anchors is not None:
-            check_untouched(self.anchors, self.train_rows[:STEP0_ANCHORS], workers)
+            check_untouched(self.anchors, self.train_rows[:STEP0_ANCHORS], config.craft.anchor_batch_size, workers)
+        if self.main:
+            folder.keep_metrics_until(self.step)  # what a lost process logged after its last checkpoint comes again
         self._announce(checkpoint)
 
     def close(self) -> None:
@@ -135,8 +140,6 @@ class Run:
         self.dual = state.dual
         self.gradients.restore_reached(state.reached)
         self.step = state.step
-        if self.main:
-            self.folder.keep_metrics_until(self.step)
 
     def _checkpoint(self) -> None:
         if self.main:
@@ -218,11 +221,14 @@ class Run:
                 epsilon = epsilon_at(self.step, config.steps, self.config.craft)
                 metrics = self._update(data, epsilon)
                 self.step += 1
-                spent = time.perf_counter() - started
-                buffer.add(metrics, HostSide(self.step, lr, epsilon, spent, waited))
                 last = self.step == config.steps
                 save = last or (config.checkpoint_every and self.step % config.checkpoint_every == 0)
-                if save or self.step == stop or self.step % config.log_every == 0:
+                log = save or self.step == stop or self.step % config.log_every == 0
+                if log and self.workers.device.type == "cuda":
+                    torch.cuda.synchronize()  # the log waits anyway; so the times add up to what the steps took
+                spent = time.perf_counter() - started
+                buffer.add(metrics, HostSide(self.step, lr, epsilon, spent, waited, data.anchors is not None))
+                if log:
                     self._log(buffer.flush())
                 if save:
                     self._checkpoint()
@@ -263,10 +269,7 @@ class Run:
 
     def evaluate_before(self) -> dict[str, Score | None]:
         """The teacher's scores, measured once for all runs beside each other that share teacher and data."""
-        scores: dict[str, Score | None] = {}
-        for skill in ("old", "new"):
-            scores[skill] = self._before(skill)
-        return scores
+        return {skill: self._before(skill) for skill in SKILLS}
 
     def _before(self, skill: str) -> Score | None:
         eval_set = getattr(self.config.evaluation, skill)
@@ -275,22 +278,33 @@ class Run:
         source = open_eval_set(eval_set, f"evaluation.{skill}")
         settings = eval_set.model_dump(mode="json", include={"metric", "max_new_tokens"})
         teacher = self.teacher_weights or self._teacher_of_resumed_run()
-        key = json_fingerprint([teacher, source.fingerprint, settings, self.config.train.precision])
-        path = self.folder.path.parent / f".teacher-scores-{key[:16]}.json"
-        known = self.workers.gather(path.exists())[0]
+        how = [self.model.preprocessor_fingerprint(), self.config.train.precision]
+        key = json_fingerprint([teacher, source.fingerprint, settings, how])
+        own = self._own_teacher_score(skill)
+        shared = self.folder.path.parent / f".teacher-score-{key[:16]}.json"
+        known = self.workers.gather([path for path in (own, shared) if path.exists()])[0]
         if known:
-            score = Score(**json.loads(path.read_text()))
-        else:
-            if self.step:
+            found = json.loads(known[0].read_text())
+            if found["key"] != key:
                 raise ConfigError(
-                    f"{path} is gone, and a resumed run no longer has the teacher to score: start it anew"
+                    f"evaluation.{skill} is not what it was when the run began: its data or settings changed, and the "
+                    f"teacher can no longer be scored on them; restore them, or start the run anew"
                 )
+            score = Score(**found["score"])
+        elif self.step:
+            raise ConfigError(f"{own} is gone, and a resumed run no longer has the teacher to score: start it anew")
+        else:
             score = evaluate(self.model, source, eval_set, self.workers)
-            if self.main:
-                write_atomically(path, json.dumps(asdict(score)))
         if self.main:
+            for path in (own, shared):
+                if path not in known:
+                    write_atomically(path, json.dumps({"key": key, "score": asdict(score)}))
             self.folder.write_predictions(f"{skill}_before", score.records)
         return score
+
+    def _own_teacher_score(self, skill: str) -> Path:
+        """The score that this run began with; a run can be moved and still be resumed."""
+        return self.folder.path / f"teacher_{skill}.json"
 
     def _teacher_of_resumed_run(self) -> str:
         """The teacher's hash, for a run whose model is no longer the teacher."""

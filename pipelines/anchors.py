@@ -7,9 +7,11 @@ a repeated one replaces itself, and the next build does what is missing.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,8 +77,24 @@ def build(config: Experiment, say: Any = print) -> Built:
         CacheRefused: the folder holds another cache, or a damaged one.
     """
     anchors, folder = needed(config)
-    device = torch.device("cpu")
-    model = load_model(config.model, config.train.precision, device)
+    with _alone(folder):
+        return _build(config, anchors, folder, say)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One build of a cache at a time; two would clear away each other's half-written files."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CacheRefused(f"another process is building the cache in {folder}: wait until it is done") from None
+        yield
+
+
+def _build(config: Experiment, anchors: AnchorsConfig, folder: Path, say: Any) -> Built:
+    model = load_model(config.model, config.train.precision)
     source = open_source(anchors.source, "anchors.source")
     ids = source.ids()
     plan = _plan(folder, identity_of(config, model, source), anchors)
@@ -120,7 +138,8 @@ def needed(config: Experiment) -> tuple[AnchorsConfig, Path]:
 def _plan(folder: Path, identity: Identity, anchors: AnchorsConfig) -> Plan:
     """The plan that the folder holds, if it is of the same cache, or a new one."""
     plan = read_plan(folder)
-    if plan is None:
+    begun = (folder / MANIFEST).exists() or any((folder / SHARDS).glob("*.parquet"))
+    if plan is None or not begun:  # a plan of which nothing was carried out binds nobody
         if (folder / MANIFEST).exists():
             raise CacheRefused(f"the cache in {folder} was imported, not built: choose another craft.anchor_cache_dir")
         plan = Plan(identity=identity, rows_per_shard=anchors.rows_per_shard)
@@ -189,9 +208,7 @@ def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) ->
         try:
             for row in _dataset(config, plan, left, actors).iter_rows():
                 if row["error"]:
-                    error = CraftError(row["error"])
-                    error.exit_code = row["exit_code"]
-                    raise error
+                    raise CraftError.told(row["error"], row["exit_code"])
                 deaths = 0
                 yield row["name"], len(left.pop(row["name"]))
         except ray.exceptions.RayActorError:

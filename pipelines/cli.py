@@ -6,6 +6,7 @@ else. A user's mistake is one line, never a traceback.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -102,6 +103,8 @@ def train(
     from pipelines.dry_run import dry_run as run_dry
 
     if dry_run:
+        if resume is not None:
+            raise ConfigError("--dry-run checks a run that has not begun, --resume goes on with one: choose one")
         run_dry(experiment)
         return
     run = stage.resume_run(resume, experiment) if resume else stage.plan_run(experiment)
@@ -149,13 +152,15 @@ def report(
         if folder.finished() is None:
             raise ConfigError(f"{folder.path} is no finished run: it has no result.json; go on with --resume")
     _quiet()
-    write_report(folders, out, title=folders[0].config().name, command=" ".join(command_line()))
+    write_report(folders, out, title=folders[0].config().name, command=shlex.join(command_line()))
     print(f"report: {out / 'report.html'}")
 
 
 @app.command("demo")
 def demo(
-    out: Annotated[Path, typer.Option(help="folder for everything that the demo makes")] = Path("craft-demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="folder for everything that the demo makes [default: craft-demo-PRESET]")
+    ] = None,
     preset: Annotated[str, typer.Option(help="digits or text")] = "digits",
     quick: Annotated[bool, typer.Option("--quick", help="one seed, fewer steps")] = False,
 ) -> None:
@@ -166,7 +171,7 @@ def demo(
 
     if preset not in stage.PRESETS:
         raise ConfigError(f"there is no preset '{preset}': choose {' or '.join(stage.PRESETS)}")
-    if not met(stage.demo(out, preset, quick)):
+    if not met(stage.demo(out or Path(f"craft-demo-{preset}"), preset, quick)):
         sys.exit(NOT_MET)
 
 

@@ -6,12 +6,14 @@ its share one after the other. A comparison that is started again passes over th
 
 from __future__ import annotations
 
-import os
+import shlex
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from craft_ray.config import Arm, Experiment
 from craft_ray.errors import ConfigError
@@ -32,9 +34,10 @@ def compare(config: Experiment, arms: Sequence[Arm], seeds: Sequence[int], folde
     Raises:
         CacheRefused, ConfigError, ...: as the single stages.
     """
+    configs = [arm_config(config, arm, seed, folder, arms) for arm in arms for seed in seeds]
     if config.craft.anchor_cache_dir is not None and config.anchors is not None:
         build(config)
-    runs = [_planned(arm_config(config, arm, seed, folder)) for arm in arms for seed in seeds]
+    runs = [_planned(run) for run in configs]
     for run in runs[:: len(seeds)]:
         check_inputs(run.config)
     open_runs = [run for run in runs if run.folder.finished() is None]
@@ -42,14 +45,21 @@ def compare(config: Experiment, arms: Sequence[Arm], seeds: Sequence[int], folde
         print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are finished already")
     if open_runs:
         _carry_out(open_runs)
-    return write_report([run.folder for run in runs], folder, title=config.name, command=" ".join(command_line()))
+    return write_report([run.folder for run in runs], folder, title=config.name, command=shlex.join(command_line()))
 
 
-def arm_config(config: Experiment, arm: Arm, seed: int, folder: Path) -> Experiment:
-    """The experiment of one arm and seed. The baseline keeps the cache: it is measured against it, not trained."""
+def arm_config(config: Experiment, arm: Arm, seed: int, folder: Path, arms: Sequence[Arm]) -> Experiment:
+    """The experiment of one arm and seed.
+
+    The baseline keeps the cache: it is not trained on it, but measured by the loss of the first other arm.
+    """
     changes: dict[str, Any] = {"seed": seed, "output_dir": str(folder / "runs"), "craft.enabled": arm != "baseline"}
+    constrained = [a for a in reversed(arms) if a != "baseline"]
     if arm != "baseline":
         changes["craft.retention_mode"] = arm
+    elif constrained:
+        preferred = config.craft.retention_mode
+        changes["craft.retention_mode"] = preferred if preferred in constrained else constrained[0]
     if arm == "token_ce":
         changes |= {f"craft.{key}": value for key, value in config.compare.token_ce.items()}
     return config.changed(changes)
@@ -82,20 +92,23 @@ def _carry_out(runs: Sequence[PlannedRun]) -> None:
             fit(lanes[0])
             return
         with ThreadPoolExecutor(len(lanes)) as pool:
-            for done in [pool.submit(fit, lane) for lane in lanes]:
-                done.result()
+            try:
+                for done in as_completed([pool.submit(fit, lane) for lane in lanes]):
+                    done.result()
+            except BaseException:
+                ray.shutdown()  # ends the other lanes: nobody waits hours to be told of a mistake in the first minute
+                raise
 
 
 def _lanes(config: Experiment) -> int:
     """Trainers that the cluster holds at once."""
     if config.workers.num_workers == 0:
         return 1
-    import ray
-
     join()
     have = ray.cluster_resources()
     need = {name: config.workers.num_workers * amount for name, amount in resources(config.workers).items()}
-    return max(1, min(int(have.get(name, 0.0) // amount) for name, amount in need.items() if amount))
+    fitting = min(int(have.get(name, 0.0) // amount) for name, amount in need.items() if amount)
+    return max(1, min(fitting, config.compare.parallel or fitting))
 
 
 def deal(runs: Sequence[PlannedRun], lanes: int) -> list[list[PlannedRun]]:
@@ -110,4 +123,4 @@ def deal(runs: Sequence[PlannedRun], lanes: int) -> list[list[PlannedRun]]:
 
 
 def default_folder(config: Experiment) -> Path:
-    return Path(os.path.join(config.output_dir, f"{config.name}-compare"))
+    return Path(config.output_dir) / f"{config.name}-compare"

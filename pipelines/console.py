@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from craft_ray.files import append_text
 from craft_ray.metrics import Record, console_line, result_lines
 from craft_ray.training import Observer
 
@@ -98,8 +99,7 @@ class FileObserver:
         self._append({"done": result})
 
     def _append(self, message: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(message) + "\n")
+        append_text(self.path, json.dumps(message) + "\n")
 
 
 @contextmanager

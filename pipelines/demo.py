@@ -16,6 +16,7 @@ from typing import Any
 
 from craft_ray.config import Experiment, load_config
 from craft_ray.errors import ConfigError
+from craft_ray.files import new_folder, write_atomically
 from craft_ray.run_folder import RunFolder, command_line
 from pipelines.compare import compare
 from pipelines.train import PlannedRun, carry_out
@@ -76,12 +77,20 @@ def demo(out: Path, preset_name: str, quick: bool) -> dict[str, Any]:
 
 
 def _make_inputs(preset: Preset, out: Path) -> None:
-    """Model and data, unless they are there from before."""
+    """Model and data, unless they are there from before; each appears when it is complete.
+
+    Raises:
+        ConfigError: the folder holds the demo of another preset.
+    """
+    mark = out / "preset"
+    if mark.exists() and mark.read_text() != preset.module:
+        raise ConfigError(f"{out} holds the demo of {mark.read_text()}, not of {preset.module}: choose another --out")
+    write_atomically(mark, preset.module)
     maker = importlib.import_module(preset.module)
-    if not (out / "model" / "config.json").exists():
-        maker.build_model(out / "model")
-    if not (out / "data" / "anchors.parquet").exists():
-        maker.write_data(out / "data")
+    for name, make in (("model", maker.build_model), ("data", maker.write_data)):
+        if not (out / name).exists():
+            with new_folder(out / name) as folder:
+                make(folder)
 
 
 def _teach(config: Experiment) -> None:
@@ -89,7 +98,8 @@ def _teach(config: Experiment) -> None:
     if folder.finished() is not None:
         print(f"  found in {folder.path}")
         return
-    folder.begin(config, command_line())
+    if not folder.started:
+        folder.begin(config, command_line())
     carry_out(PlannedRun(config, folder))
 
 

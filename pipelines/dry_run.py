@@ -5,14 +5,17 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import torch
+
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import ConfigError
+from craft_ray.evaluation import open_eval_set
 from craft_ray.run_folder import RunFolder
 from craft_ray.training import Run
 from craft_ray.workers import OneWorker
 from pipelines.console import ConsoleObserver
 from pipelines.session import check_resources, join
-from pipelines.train import check_inputs, resources, run_name
+from pipelines.train import check_inputs, check_new, resources, run_name
 
 STEPS = 3
 
@@ -24,7 +27,15 @@ def dry_run(config: Experiment) -> None:
         CraftError: what the run itself would raise.
     """
     check_inputs(config)
+    check_new(config)
+    for skill, eval_set in (("old", config.evaluation.old), ("new", config.evaluation.new)):
+        if eval_set is not None:
+            open_eval_set(eval_set, f"evaluation.{skill}")
     workers = config.workers
+    if workers.use_gpu and not torch.cuda.is_available():
+        print("workers.use_gpu is set and this machine has no GPU: the three steps are taken on its processors")
+    device = torch.device("cuda" if workers.use_gpu and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(workers.threads)
     if workers.num_workers:
         join()
         lacking = check_resources(workers.num_workers, resources(workers), "workers.num_workers")
@@ -34,7 +45,7 @@ def dry_run(config: Experiment) -> None:
     observer = ConsoleObserver(STEPS, config.arm)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            run = Run(config, RunFolder(Path(scratch) / "run"), OneWorker(), observer)
+            run = Run(config, RunFolder(Path(scratch) / "run"), OneWorker(device), observer)
             run.loop(until=STEPS)
             run.close()
         finally:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed
+import yaml
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.reader import check_shards
 from craft_ray.config import Experiment, WorkersConfig, dump_config, parse_config
-from craft_ray.errors import ConfigError, CraftError
+from craft_ray.errors import ConfigError, CraftError, StorageError
 from craft_ray.files import write_atomically
 from craft_ray.quiet import quiet_libraries
 from craft_ray.run_folder import RunFolder, command_line
@@ -53,14 +55,20 @@ def plan_run(config: Experiment) -> PlannedRun:
     Raises:
         ConfigError: a run of that name is there already.
     """
+    folder = check_new(config)
+    folder.begin(config, command_line())
+    return PlannedRun(config, folder)
+
+
+def check_new(config: Experiment) -> RunFolder:
+    """The folder of a run that has not begun."""
     folder = RunFolder(Path(config.output_dir) / run_name(config))
     if folder.started:
         state = "is finished" if folder.finished() else "has begun"
         raise ConfigError(
             f"the run {folder.path} {state}: go on with --resume {folder.path}, or choose another name=... or seed=..."
         )
-    folder.begin(config, command_line())
-    return PlannedRun(config, folder)
+    return folder
 
 
 def resume_run(path: Path, config: Experiment) -> PlannedRun:
@@ -152,7 +160,7 @@ def fit(runs: Sequence[PlannedRun]) -> None:
             signal.signal(signal.SIGINT, interrupt)  # a fit on the main thread leaves its own handler behind
         shutil.rmtree(scratch, ignore_errors=True)
     if outcome is not None and outcome["error"] is not None:
-        raise _told(outcome["error"])
+        raise CraftError.told(**outcome["error"])
 
 
 def resources(workers: WorkersConfig) -> dict[str, float]:
@@ -179,14 +187,15 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
             folder = RunFolder(Path(path))
             if folder.finished() is None:
                 observer = FileObserver(folder.progress)
-                config = parse_config(_yaml(text), str(folder.path / "config.yaml"))
+                config = parse_config(yaml.safe_load(text), str(folder.path / "config.yaml"))
                 with TensorBoardObserver(folder.path / "tensorboard", observer, workers.rank == 0) as watched:
                     train(config, folder, workers, watched)
     except CraftError as error:
-        message = {"kind": type(error).__name__, "message": error.message, "exit_code": error.exit_code}
+        message = {"message": error.message, "exit_code": error.exit_code}
         if workers.world_size == 1:
             return {"error": message}
-        write_atomically(told, json.dumps(message))
+        with suppress(StorageError):  # a full disk may be the very error
+            write_atomically(told, json.dumps(message))
         raise
     return {"error": None}
 
@@ -195,17 +204,3 @@ def _workers() -> Workers:
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         return ProcessGroup(get_device())
     return OneWorker(get_device())
-
-
-def _yaml(text: str) -> dict[str, Any]:
-    import yaml
-
-    tree: dict[str, Any] = yaml.safe_load(text)
-    return tree
-
-
-def _told(message: dict[str, Any]) -> CraftError:
-    """An error that a worker handed over as a value."""
-    error = CraftError(message["message"])
-    error.exit_code = message["exit_code"]
-    return error

@@ -45,7 +45,7 @@ def open_as_student(config: Experiment) -> None:
     """What a run does before its first step."""
     model = teacher(config)
     anchors = open_for_student(config, model, model.weights_fingerprint())
-    check_untouched(anchors, range(8), OneWorker())
+    check_untouched(anchors, range(8), 4, OneWorker())
 
 
 def refused(config: Experiment, error: type[CraftError], exit_code: int, *both_sides: str) -> None:
@@ -183,7 +183,7 @@ def test_a_student_that_drops_out(config: Experiment) -> None:
         layer.self_attn.attention_dropout = 0.5
     anchors = open_for_student(config, model, model.weights_fingerprint())
     with pytest.raises(CacheRefused) as caught:
-        check_untouched(anchors, range(8), OneWorker())
+        check_untouched(anchors, range(8), 4, OneWorker())
     told(caught.value, 4, "away from the cached teacher", "float16 storage explains 1e-06", "dropout")
 
 

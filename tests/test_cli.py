@@ -104,6 +104,27 @@ def test_the_dry_run_takes_three_steps_and_keeps_nothing(command: Command, confi
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_baseline_beside_token_ce_needs_no_hidden_states(
+    command: Command, digits_model: Path, digits_data: Path, tmp_path: Path
+) -> None:
+    changes = {**scored(digits_data), "anchors.modes": ["token_ce"], "compare.token_ce": {"epsilon_start": 20.0}}
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(digits_experiment(digits_model, digits_data, tmp_path, changes)))
+    code, _, err = command("compare", path, "--arms", "baseline,token_ce", "--seeds", "0")
+    assert code == 0, err
+
+
+def test_a_build_that_a_mistake_ended_binds_nobody(
+    command: Command, digits_model: Path, digits_data: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(digits_experiment(digits_model, digits_data, tmp_path)))
+    code, _, err = command("anchors", "build", path, "model.max_length=10")
+    assert code == 1
+    assert "model.max_length is 10: raise it" in one_line(err)
+    assert command("anchors", "build", path)[0] == 0
+
+
 def test_compare_and_report_make_one_file_with_all_arms(command: Command, config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     arguments = ("compare", config, "--seeds", "0,1", "--out", folder, "compare.token_ce={epsilon_start: 20.0}")
@@ -143,6 +164,10 @@ def test_compare_and_report_make_one_file_with_all_arms(command: Command, config
         (["train", "CONFIG", "craft.positions=[suffix]"], 4, "holds positions text_last"),
         (["train", "CONFIG", "train.precision=bf16"], 4, "cache fp32, this run bf16"),
         (["compare", "CONFIG", "--arms", "magic"], 2, "compare.arms"),
+        (["compare", "CONFIG", "compare.token_ce={epsilon_strat: 1}"], 2, "epsilon_strat"),
+        (["compare", "CONFIG", "compare.token_ce={enabled: false}"], 2, "compare.token_ce.enabled"),
+        (["train", "CONFIG", "--dry-run", "evaluation.old.data.path=/nowhere.jsonl"], 2, "evaluation.old.data"),
+        (["train", "CONFIG", "--dry-run", "--resume", "."], 2, "choose one"),
         (["report", "."], 2, "is no finished run"),
         (["demo", "--preset", "magic"], 2, "choose digits or text"),
     ],

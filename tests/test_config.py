@@ -80,7 +80,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "num_workers": 2, "use_gpu": True, "cpus_per_worker": 0.5, "resources_per_worker": {"GPU": 0.5},
         "threads": 2, "max_failures": 0,
     },
-    "compare": {"arms": ["hidden"], "seeds": [7], "token_ce": {"epsilon_start": 0.5}},
+    "compare": {"arms": ["hidden"], "seeds": [7], "parallel": 2, "token_ce": {"epsilon_start": 0.5}},
 }  # fmt: skip
 EVERY = {f"{section}.{key}".lstrip("."): value for section, keys in SECTIONS.items() for key, value in keys.items()}
 

@@ -155,7 +155,7 @@ def test_an_imported_cache_holds_every_row_and_trains(
     for mode in ("hidden", "token_ce"):
         run = config.changed({"craft.retention_mode": mode, "craft.epsilon_start": 0.01})
         student = open_for_student(run, model, model.weights_fingerprint())
-        check_untouched(student, range(ROWS), OneWorker())
+        check_untouched(student, range(ROWS), 4, OneWorker())
         records = trained(run, tmp_path / mode)
         assert len(records) == config.train.steps
     # Starting it again finds it.
@@ -233,7 +233,7 @@ def test_vectors_that_the_teacher_does_not_give_are_refused(digits: Experiment, 
     model = teacher(digits)
     student = open_for_student(digits, model, model.weights_fingerprint())
     with pytest.raises(CacheRefused, match="away from the cached teacher"):
-        check_untouched(student, range(ROWS), OneWorker())  # training would have found it, too
+        check_untouched(student, range(ROWS), 4, OneWorker())  # training would have found it, too
 
 
 def test_labels_that_are_not_the_teachers_are_refused_unless_they_are_called_so(

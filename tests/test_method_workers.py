@@ -14,6 +14,7 @@ from method_world import ONE, Batch, Terms, batch, craft_config, mlp, squared_er
 from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
+from craft_ray.errors import ModelError
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import TASK, GradientPair
 from craft_ray.method.step import craft_step, task_step
@@ -79,7 +80,7 @@ def late_parameter(workers: Workers) -> str:
     task_step(lambda _: early.sum(), [Terms()], **settings, max_norm=None)
     try:
         task_step(lambda _: (early + late).sum(), [Terms()], **settings, max_norm=None)
-    except RuntimeError as error:
+    except ModelError as error:
         return str(error)
     return "no error"
 

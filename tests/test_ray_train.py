@@ -102,7 +102,7 @@ def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
     def planned(name: str, workers: int) -> Experiment:
         changes = {
             "name": name, "workers.num_workers": workers, "output_dir": str(tmp_path),
-            "train.steps": 120, "train.checkpoint_every": 10,
+            "train.steps": 120, "train.checkpoint_every": 10, "craft.retention_freq": 3,
         }  # fmt: skip
         return digits_experiment(digits_model, digits_data, cached, changes)
 

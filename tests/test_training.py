@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from experiments import digits_experiment, scored
 from safetensors.torch import load_file
 
-from craft_ray.config import Experiment, dump_config
+from craft_ray.checkpoint import TrainingState, last_checkpoint, save_checkpoint
+from craft_ray.config import Experiment, dump_config, parse_config
 from craft_ray.data.sampler import StepSampler
 from craft_ray.data.source import open_source
-from craft_ray.errors import CacheRefused, ConfigError, DataError
+from craft_ray.errors import CacheRefused, ConfigError, DataError, StorageError
 from craft_ray.metrics import console_line
 from craft_ray.models import load_model
 from craft_ray.run_folder import RunFolder
@@ -105,6 +107,63 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         assert cut.finished()[key] == whole.finished()[key]
 
 
+def test_a_restart_before_the_first_checkpoint_leaves_each_step_once(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, {"train.checkpoint_every": 0})
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    Run(config, folder, OneWorker(), Silent()).loop(until=3)
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 4, "train/lo')  # a process was killed while it wrote
+    train(config, folder, OneWorker(), Silent())
+    assert [record["step"] for record in folder.read_metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_teachers_score_belongs_to_its_preprocessing_and_moves_with_the_run(
+    text_model: Path, text_data: Path, tmp_path: Path
+) -> None:
+    columns = {"id": "id", "prompt": "prompt", "response": "response"}
+    evaluation = {"data": {"path": str(text_data / "old_test.parquet"), "columns": columns, "limit": 4}}
+    tree = {
+        "model": {"path": str(text_model)},
+        "task": {"path": str(text_data / "new_train.parquet"), "columns": columns},
+        "craft": {"enabled": False},
+        "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 2},
+        "evaluation": {"old": {**evaluation, "metric": "perplexity"}},
+    }
+    config = parse_config(tree, "test")
+    before = {}
+    for eos in (True, False):
+        folder = carry_out(config.changed({"model.append_eos": eos}), tmp_path / "runs" / f"eos-{eos}")
+        before[eos] = folder.finished()["old"]["before"]
+    assert before[True] != before[False]
+
+    begun = RunFolder(tmp_path / "runs" / "begun")
+    begun.begin(config, ["test"])
+    run = Run(config, begun, OneWorker(), Silent())
+    run.evaluate_before()
+    run.loop(until=3)
+    moved = RunFolder(tmp_path / "elsewhere" / "moved")
+    moved.path.parent.mkdir()
+    begun.path.rename(moved.path)
+    train(config, moved, OneWorker(), Silent())
+    assert moved.finished()["old"]["before"] == before[True]
+
+
+def test_pruning_keeps_the_newest_checkpoint_beyond_a_million_steps(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    model = load_model(digits_experiment(digits_model, digits_data, cached).model, "fp32")
+    for step in (999_998, 999_999, 1_000_000):
+        save_checkpoint(tmp_path / "checkpoints", model, TrainingState(step, {}, None, [], None), keep=2)
+    assert last_checkpoint(tmp_path / "checkpoints").name == "step_1000000"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == ["step_1000000", "step_999999"]
+    shutil.rmtree(tmp_path / "checkpoints" / "step_1000000")
+    with pytest.raises(StorageError, match="which is gone"):
+        last_checkpoint(tmp_path / "checkpoints")
+
+
 def test_surgery_fires_and_the_log_says_so(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> None:
     records = measured(carry_out(digits_experiment(digits_model, digits_data, cached), tmp_path / "run"))
     assert records[0]["craft/grad_cos"] is None, "an untouched student has no retention gradient to compare"
@@ -185,9 +244,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(DataError, match=r"is nan at step \d+: look for NaN .* train.learning_rate"):
         train(config, folder, OneWorker(), Silent())
-    saved = folder.checkpoints / "last" / "model" / "model.safetensors"
-    if saved.exists():
-        assert all(torch.isfinite(t).all() for t in load_file(saved).values())
+    assert not folder.checkpoints.exists(), "the second step's weights are not finite, and must not be saved"
 
 
 def test_craft_without_a_cache_is_no_baseline(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:

@@ -55,9 +55,11 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
     anchors = experiment.anchors
     assert anchors is not None
     try:
-        layers = resolve_layers(anchors.layers or (-2, -1), model.num_hidden_states)
+        layers = resolve_layers(anchors.layers, model.num_hidden_states)
     except ValueError as error:
         raise ConfigError(f"anchors.layers: {error}") from None
+    positions = anchors.positions or DEFAULT_POSITIONS[model.kind]
+    with_suffix = "token_ce" in anchors.modes or "suffix" in positions
     return Identity(
         teacher=model.weights_fingerprint(),
         kind=model.kind,
@@ -66,12 +68,13 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
         modes=anchors.modes,
         layers=layers,
         num_hidden_states=model.num_hidden_states,
-        positions=anchors.positions or DEFAULT_POSITIONS[model.kind],
+        positions=positions,
         hidden_size=model.hidden_size,
         dtype=anchors.dtype,
         inputs="raw",
-        suffix_from=anchors.suffix_from,
-        max_new_tokens=anchors.max_new_tokens,
+        # Without suffix tokens these two decide nothing.
+        suffix_from=anchors.suffix_from if with_suffix else "none",
+        max_new_tokens=anchors.max_new_tokens if with_suffix else 0,
         source=source.fingerprint,
         rows=len(source),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from craft_ray.anchors.manifest import SHARDS, Identity, Manifest, read_manifest
 from craft_ray.anchors.ragged import Ragged, write_ragged
 from craft_ray.anchors.schema import NUMPY, hidden_column
 from craft_ray.data.sample import Sample
-from craft_ray.errors import CacheRefused
+from craft_ray.errors import CacheRefused, StorageError
 from craft_ray.files import checksum, new_folder
 
 BYTES = np.dtype("u1")
@@ -159,19 +160,28 @@ def open_anchors(folder: Path, manifest: Manifest | None = None) -> AnchorSet:
         raise CacheRefused(f"the anchor cache in {folder} has no anchor: build it from a source that has some")
     target = expansion_root() / manifest.content
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
         with (target.parent / f".{target.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of one node expand it once
             if not target.exists():
+                for stale in target.parent.glob(f".{target.name}.*.tmp"):
+                    shutil.rmtree(stale)  # what a killed process left half-written
                 check_shards(folder, manifest)
                 _expand(folder, manifest, target)
     return AnchorSet(folder, manifest, target)
 
 
 def expansion_root() -> Path:
-    """Where this node keeps expanded caches: $CRAFT_RAY_CACHE, or a folder of this user among temporary files."""
-    default = Path(tempfile.gettempdir()) / f"craft-ray-{os.getuid()}"
-    return Path(os.environ.get("CRAFT_RAY_CACHE", default))
+    """Where this node keeps expanded caches: $CRAFT_RAY_CACHE, or a folder of this user among temporary files.
+
+    Raises:
+        StorageError: another user made that folder, who could put anything into it.
+    """
+    named = os.environ.get("CRAFT_RAY_CACHE")
+    root = Path(named) if named else Path(tempfile.gettempdir()) / f"craft-ray-{os.getuid()}"
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if root.stat().st_uid != os.getuid():
+        raise StorageError(f"{root} belongs to another user: set CRAFT_RAY_CACHE to a folder of your own")
+    return root
 
 
 def _expand(folder: Path, manifest: Manifest, target: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from craft_ray.anchors.batches import AnchorBatches
+from craft_ray.anchors.batches import AnchorBatch, AnchorBatches
 from craft_ray.anchors.manifest import LAYER_DEFINITION, Identity, read_manifest
 from craft_ray.anchors.reader import check_contains, check_identity, open_anchors
 from craft_ray.anchors.schema import STEP0_AGREEMENT, STEP0_TOLERANCE
@@ -74,7 +74,7 @@ def _wanted_layers(config: Experiment, held: tuple[int, ...], model: Model) -> t
 
 
 @torch.no_grad()
-def check_untouched(anchors: AnchorBatches, rows: Sequence[int], workers: Workers) -> None:
+def check_untouched(anchors: AnchorBatches, rows: Sequence[int], batch_size: int, workers: Workers) -> None:
     """Step 0 is a test: an untouched student gives what the teacher gave, within the storage's precision.
 
     It runs in the mode in which training runs, so dropout that is left on is found here.
@@ -82,26 +82,33 @@ def check_untouched(anchors: AnchorBatches, rows: Sequence[int], workers: Worker
     Raises:
         CacheRefused: it does not; preprocessing, dropout, layers or the teacher differ.
     """
-    batch = anchors.batch(rows).to(workers.device)
+    batches = [anchors.batch(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     identity = anchors.anchors.identity
-    if batch.teacher is None:
-        _, likeliest = anchors.model.token_log_probs(batch.inputs)
-        agreement = 1 - (~likeliest).sum().item() / batch.inputs.tokens
+    remedy = (
+        f"preprocessing, dropout, layers or the teacher is not what the cache was built with; run 'craft-ray anchors "
+        f"verify {anchors.anchors.folder} --config CONFIG'"
+    )
+    if anchors.mode == "token_ce":
+        agreement = _agreement(anchors, batches, workers)
         if identity.suffix_from == "teacher" and agreement < STEP0_AGREEMENT[identity.precision]:
             raise CacheRefused(
-                f"the untouched student agrees with only {agreement:.1%} of the teacher's cached tokens: "
-                f"preprocessing, dropout or the teacher is not what the cache was built with; run "
-                f"'craft-ray anchors verify {anchors.anchors.folder} --config CONFIG'"
+                f"the untouched student agrees with only {agreement:.1%} of the teacher's cached tokens: {remedy}"
             )
         return
-    loss = anchors.loss(batch, "relative_mse").item()
+    losses = [anchors.loss(batch.to(workers.device), "relative_mse").item() for batch in batches]
+    loss = sum(loss * batch.count for loss, batch in zip(losses, batches, strict=True)) / len(rows)
     tolerance = STEP0_TOLERANCE[identity.dtype, identity.precision]
     if not loss <= tolerance:
         raise CacheRefused(
             f"the untouched student is {loss:.2e} away from the cached teacher (relative mean square), "
-            f"{identity.dtype} storage explains {tolerance:.0e}: preprocessing, dropout, layers or the teacher is not "
-            f"what the cache was built with; run 'craft-ray anchors verify {anchors.anchors.folder} --config CONFIG'"
+            f"{identity.dtype} storage explains {tolerance:.0e}: {remedy}"
         )
+
+
+def _agreement(anchors: AnchorBatches, batches: Sequence[AnchorBatch], workers: Workers) -> float:
+    """The part of the cached tokens that are the student's likeliest."""
+    wrong = sum(int((~anchors.model.token_log_probs(batch.inputs.to(workers.device))[1]).sum()) for batch in batches)
+    return 1 - wrong / sum(batch.inputs.tokens for batch in batches)
 
 
 @torch.inference_mode()

@@ -6,11 +6,14 @@ because a table would turn what looks like a date, or a number among fractions, 
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +36,24 @@ ENDINGS = {
 class Source:
     """Samples by row number. Open it with `open_source`."""
 
-    def __init__(self, table: datasets.Dataset | JsonLines, config: DataConfig, folder: Path, fingerprint: str) -> None:
+    def __init__(self, table: datasets.Dataset | JsonLines, config: DataConfig, folder: Path, content: str) -> None:
         self._table = table
         self._columns = config.columns
         self._folder = folder
+        self._content = content
         self.name = config.path
-        self.fingerprint = fingerprint
-        """Hash of the content and of how it is read; no path is part of it."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the content and of how it is read. Where an image lies is no part of it, what is in it is."""
+        digest = blake3(self._content.encode())
+        if self._columns.image is not None:
+            for row, cell in enumerate(self._table[self._columns.image]):
+                if isinstance(cell, dict) and not cell.get("bytes"):
+                    cell = cell.get("path")
+                if isinstance(cell, str):
+                    digest.update(encoded_image(cell, self._folder, f"{self.name}, row {row}"))
+        return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self._table)
@@ -115,7 +129,7 @@ def open_source(config: DataConfig, key: str) -> Source:
         digest.update(table._fingerprint.encode())
     how = config.model_dump_json(include={"split", "revision", "columns", "limit", "chunk_chars"})
     digest.update(f"{kind}{how}".encode())
-    return Source(table, config, _folder(config, files), digest.hexdigest()[:32])
+    return Source(table, config, _folder(config, files), digest.hexdigest())
 
 
 def _files(config: DataConfig, key: str) -> tuple[list[Path], str]:
@@ -181,37 +195,64 @@ def _read_text(files: Sequence[Path], size: int) -> datasets.Dataset:
 
 
 class JsonLines:
-    """Rows of files with one JSON object a line, or a list of objects; kept as text and parsed anew each time."""
+    """Rows of files with one JSON object a line, or a list of objects. Only where each line starts is kept in memory;
+    a row is read and parsed when it is asked for."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._lines: list[str] = []
+        self._files = [_Lines(file) for file in files]
+        self._places = [(file, span) for file in self._files for span in file.spans]
         names: dict[str, None] = {}
-        for file in files:
-            text = file.read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("["):
-                text = "\n".join(map(json.dumps, _parse(text, file.name)))
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    row = _parse(line, f"{file.name}, line {number}")
-                    if not isinstance(row, dict):
-                        raise ValueError(f"{file.name}, line {number}: a {type(row).__name__}, not an object")
-                    names.update(dict.fromkeys(row))
-                    self._lines.append(line)
+        for file in self._files:
+            for number, span in zip(file.numbers, file.spans, strict=True):
+                row = _parse(file.text(span), f"{file.name}, line {number}")
+                if not isinstance(row, dict):
+                    raise ValueError(f"{file.name}, line {number}: a {type(row).__name__}, not an object")
+                names.update(dict.fromkeys(row))
         self.column_names = list(names)
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._places)
 
     def __getitem__(self, key: int | str) -> Any:
         """The row of that number, every column in it, or the column of that name."""
         if isinstance(key, str):
-            return [json.loads(line).get(key) for line in self._lines]
-        return dict.fromkeys(self.column_names) | json.loads(self._lines[key])
+            return [self[row][key] for row in range(len(self))]
+        file, span = self._places[key]
+        return dict.fromkeys(self.column_names) | json.loads(file.text(span))
 
     def select(self, rows: Sequence[int]) -> JsonLines:
         chosen = JsonLines(())
-        chosen._lines, chosen.column_names = [self._lines[row] for row in rows], self.column_names
+        chosen._places, chosen.column_names = [self._places[row] for row in rows], self.column_names
         return chosen
+
+
+class _Lines:
+    """A mapped file and where its JSON objects stand."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        with path.open("rb") as file:
+            self._data: mmap.mmap | bytes = (
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+            )
+        start = len(codecs.BOM_UTF8) if self._data[:3] == codecs.BOM_UTF8 else 0
+        if self._data[start : start + 4096].lstrip().startswith(b"["):  # a list: written out a line each
+            rows = _parse(self._data[start:].decode("utf-8"), self.name)
+            self._data, start = "\n".join(map(json.dumps, rows)).encode(), 0
+        self.spans: list[tuple[int, int]] = []
+        self.numbers: list[int] = []
+        number = 0
+        while start < len(self._data):
+            end = self._data.find(b"\n", start)
+            end = len(self._data) if end < 0 else end
+            number += 1
+            if self._data[start:end].strip():
+                self.spans.append((start, end))
+                self.numbers.append(number)
+            start = end + 1
+
+    def text(self, span: tuple[int, int]) -> str:
+        return self._data[slice(*span)].decode("utf-8")
 
 
 def _parse(text: str, where: str) -> Any:

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from craft_ray.errors import ModelError
+
 TASK, RETENTION = 0, 1
 
 BLOCK = 1024
@@ -195,7 +197,7 @@ class GradientPair:
             self._agreed = list(self._reached)
         elif self._agreed != self._reached:
             late = [n for n, a, r in zip(self.names, self._agreed, self._reached, strict=True) if a != r]
-            raise RuntimeError(
+            raise ModelError(
                 f"{late[0]} had no gradient in the first step and has one now: with several workers the trained "
                 f"parameters must be the same at every step; freeze it, or use one worker"
             )

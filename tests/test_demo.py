@@ -1,0 +1,52 @@
+"""The demo as a user runs it, on Ray, with its shipped settings: what it promises is what comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from craft_ray.examples import digits
+from pipelines.demo import demo
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+def run_demo(*arguments: str) -> str:
+    """What `craft-ray demo` prints; it must end well."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "demo", *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+def test_the_digits_demo_keeps_its_promise_over_three_seeds(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    printed = run_demo("--out", str(out))
+    summary = json.loads((out / "result.json").read_text())["summary"]
+    assert summary["baseline"]["old_ratio"] < 0.60
+    assert summary["hidden"]["old_ratio"] >= 0.95
+    assert summary["hidden"]["new_ratio"] >= 0.97
+    assert summary["hidden"]["feasible"] == 3
+    assert str(out / "report.html") in printed.splitlines()[-1]
+    again = run_demo("--out", str(out))
+    assert "no row computed" in again
+    assert "9 of 9 runs are finished already" in again
+
+
+def test_the_text_demo_keeps_more_than_plain_fine_tuning(tmp_path: Path) -> None:
+    run_demo("--out", str(tmp_path), "--preset", "text", "--quick")
+    summary = json.loads((tmp_path / "result.json").read_text())["summary"]
+    assert summary["hidden"]["old_ratio"] > summary["baseline"]["old_ratio"] + 0.1
+
+
+def test_a_folder_of_another_preset_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "preset").write_text(digits.__name__)
+    with pytest.raises(Exception, match="choose another --out"):
+        demo(tmp_path, "text", quick=True)

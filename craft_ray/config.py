@@ -158,9 +158,11 @@ class CraftConfig(Section):
     loss_type: Literal["relative_mse", "mse", "cosine", "l1"] = "relative_mse"
     """Distance of hidden states. `relative_mse` divides by the teacher's mean square, so that epsilon is relative."""
     positions: Positions = None
-    """Which of the cache's positions to anchor. Default: all that it holds."""
+    """Which of the cache's positions to anchor. Default: `anchors.positions`, or all that the cache holds where the
+    config names none."""
     layers: Layers = None
-    """Which of the cache's layers to anchor. Default: all that it holds."""
+    """Which of the cache's layers to anchor. Default: `anchors.layers`, or all that the cache holds where the config
+    has no section anchors."""
 
     initial_lambda: float = Field(1.0, ge=0)
     lambda_lr: float = Field(0.1, ge=0)
@@ -334,7 +336,7 @@ class Experiment(Section):
         tree = self.model_dump()
         for key, value in changes.items():
             _set(tree, key, value)
-        return parse_config(tree, "changed config")
+        return parse_config(tree, "command line")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), base: Path | None = None) -> Experiment:

@@ -48,5 +48,11 @@ class StorageError(CraftError):
     """A file that could not be written; what was complete before is untouched."""
 
 
+class Interrupted(CraftError):
+    """A person ended the command; what was complete is kept."""
+
+    exit_code = 130
+
+
 NOT_MET = 3
 """Exit code of a command that finished, but whose retention budget was not met."""

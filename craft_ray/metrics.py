@@ -108,6 +108,9 @@ def console_line(record: Record, steps: int, mode: str) -> str:
         value = record[key]
         return "nan" if value is None else format(value, form)
 
+    def small(value: float) -> str:
+        return ".3f" if value >= 0.01 else ".2e"
+
     parts = [
         f"Step {record['step']}/{steps}",
         f"loss={number('train/loss')}",
@@ -118,11 +121,9 @@ def console_line(record: Record, steps: int, mode: str) -> str:
         f"mode={mode}",
     ]
     if record["craft/retention_loss"] is not None:
-        parts.append(
-            f"L_ret={number('craft/retention_loss', '.3f' if record['craft/retention_loss'] > 0.01 else '.2e')}"
-        )
+        parts.append(f"L_ret={number('craft/retention_loss', small(record['craft/retention_loss']))}")
     if record["craft/lambda"] is not None:
-        parts += [f"λ={number('craft/lambda')}", f"ε={number('craft/epsilon')}"]
+        parts += [f"λ={number('craft/lambda')}", f"ε={number('craft/epsilon', small(record['craft/epsilon']))}"]
     if record["craft/conflict"] is not None:
         parts += [
             f"conflict={'✓' if record['craft/conflict'] else '✗'}",

@@ -6,11 +6,12 @@ killed driver needs.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +43,7 @@ from craft_ray.workers import Workers
 TASK_STREAM, ANCHOR_STREAM = 0, 1
 SKILLS = ("old", "new")
 STEP0_ANCHORS = 64
+LOCK_WAIT_S = 30
 
 
 class Observer(Protocol):
@@ -68,11 +70,35 @@ def train(config: Experiment, folder: RunFolder, workers: Workers, observer: Obs
     Raises:
         CraftError: the cache, the data, the model or the disk does not allow it; one line says what to do.
     """
-    run = Run(config, folder, workers, observer)
-    with closing(run):
+    with only_process(folder, workers), closing(Run(config, folder, workers, observer)) as run:
         before = run.evaluate_before()
         run.loop()
         return run.conclude(before)
+
+
+@contextmanager
+def only_process(folder: RunFolder, workers: Workers) -> Iterator[None]:
+    """One process writes a run folder. A worker whose driver was killed ends a little later; wait for it.
+
+    Raises:
+        ConfigError: somebody else goes on training this run.
+    """
+    if workers.rank != 0:
+        workers.gather(None)  # nobody looks for the last checkpoint before the folder is ours
+        yield
+        return
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with (folder.path / ".lock").open("w") as lock:
+        for _ in range(LOCK_WAIT_S):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(1)
+        else:
+            raise ConfigError(f"another process is training the run {folder.path}: wait until it is done, or end it")
+        workers.gather(None)
+        yield
 
 
 class Run:

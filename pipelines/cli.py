@@ -1,12 +1,14 @@
 """The command `craft-ray`: one subcommand for each stage.
 
-Exit codes: 0 done; 2 usage or config; 3 finished, but the retention budget was not met; 4 cache refused; 1 anything
-else. A user's mistake is one line, never a traceback.
+Exit codes: 0 done; 2 usage or config; 3 finished, but the retention budget was not met; 4 cache refused; 130
+interrupted; 1 anything else. A user's mistake is one line, never a traceback.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +16,7 @@ from typing import Annotated
 import typer
 
 from craft_ray.config import Experiment, load_config
-from craft_ray.errors import NOT_MET, ConfigError, CraftError
+from craft_ray.errors import NOT_MET, ConfigError, CraftError, Interrupted
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 anchors_app = typer.Typer(no_args_is_help=True, help="Build, check, show and import anchor caches.")
@@ -27,14 +29,16 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. cra
 
 def main() -> None:
     """Run the command; a known error becomes one line and its exit code."""
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         app()
     except CraftError as error:
         print(f"craft-ray: {error.message}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("craft-ray: interrupted", file=sys.stderr)
-        sys.exit(130)
+
+
+def _interrupted(*_: object) -> None:
+    raise Interrupted("interrupted: what was complete is kept, the same command (train: with --resume RUN) goes on")
 
 
 @anchors_app.command("build")
@@ -127,6 +131,8 @@ def compare(
     if arms is not None:
         experiment = experiment.changed({"compare.arms": arms.split(",")})
     if seeds is not None:
+        if not re.fullmatch(r"\d+(,\d+)*", seeds):
+            raise ConfigError(f"--seeds is '{seeds}': name numbers with commas between, e.g. 0,1,2")
         experiment = experiment.changed({"compare.seeds": seeds.split(",")})
     _quiet()
     from pipelines import compare as stage
@@ -149,6 +155,8 @@ def report(
 
     folders = [RunFolder(path.absolute()) for path in runs]
     for folder in folders:
+        if not folder.path.exists():
+            raise ConfigError(f"there is no run at {folder.path}: name run directories")
         if folder.finished() is None:
             raise ConfigError(f"{folder.path} is no finished run: it has no result.json; go on with --resume")
     _quiet()
@@ -176,6 +184,8 @@ def demo(
 
 
 def _experiment(config: Path | None, overrides: list[str] | None, resume: Path | None) -> Experiment:
+    if resume is not None and config is not None and "=" in str(config):
+        raise ConfigError("a run is resumed with the config it began with: --resume takes no key=value")
     if config is not None:
         return load_config(config, overrides or [])
     if resume is None:

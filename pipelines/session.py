@@ -22,8 +22,7 @@ def join() -> None:
         return
     for name, value in KNOBS.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    quiet_ray()
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
@@ -37,6 +36,12 @@ def join() -> None:
             ) from None
     else:
         ray.init(address="local", include_dashboard=False, **options)
+
+
+def quiet_ray() -> None:
+    """Ray tells of itself only what needs an action."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def check_resources(count: int, each: dict[str, float], what: str) -> str | None:

@@ -26,7 +26,7 @@ from ray.train.torch import TorchTrainer, get_device
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.reader import check_shards
 from craft_ray.config import Experiment, WorkersConfig, dump_config, parse_config
-from craft_ray.errors import ConfigError, CraftError, StorageError
+from craft_ray.errors import ConfigError, CraftError, Interrupted, StorageError
 from craft_ray.files import write_atomically
 from craft_ray.quiet import quiet_libraries
 from craft_ray.run_folder import RunFolder, command_line
@@ -34,7 +34,7 @@ from craft_ray.tensorboard import TensorBoardObserver
 from craft_ray.training import train
 from craft_ray.workers import OneWorker, ProcessGroup, Workers
 from pipelines.console import ConsoleObserver, FileObserver, following
-from pipelines.session import check_resources, join
+from pipelines.session import check_resources, join, quiet_ray
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,15 @@ def plan_run(config: Experiment) -> PlannedRun:
 def check_new(config: Experiment) -> RunFolder:
     """The folder of a run that has not begun."""
     folder = RunFolder(Path(config.output_dir) / run_name(config))
-    if folder.started:
-        state = "is finished" if folder.finished() else "has begun"
+    if folder.finished() is not None:
         raise ConfigError(
-            f"the run {folder.path} {state}: go on with --resume {folder.path}, or choose another name=... or seed=..."
+            f"the run {folder.path} is finished, its scores are in result.json: choose another name=... or seed=..., "
+            f"or delete it"
+        )
+    if folder.started:
+        raise ConfigError(
+            f"the run {folder.path} has begun: go on with --resume {folder.path}, or choose another name=... or "
+            f"seed=..."
         )
     return folder
 
@@ -111,6 +116,12 @@ def carry_out(run: PlannedRun) -> dict[str, Any]:
     try:
         with following(run.folder.progress, observer):
             fit([run])
+    except Interrupted:
+        raise Interrupted(f"interrupted: go on with craft-ray train --resume {run.folder.path}") from None
+    except CraftError:
+        if not run.folder.started:
+            shutil.rmtree(run.folder.path)  # a mistake before the first step leaves nothing behind
+        raise
     finally:
         observer.close()
     result = run.folder.finished()
@@ -124,6 +135,7 @@ def fit(runs: Sequence[PlannedRun]) -> None:
     Raises:
         CraftError: a run cannot go on; the message is the worker's.
     """
+    quiet_ray()
     workers = runs[0].config.workers
     assert all(run.config.workers == workers for run in runs), "runs of one trainer share its workers"
     if workers.num_workers:
@@ -152,6 +164,8 @@ def fit(runs: Sequence[PlannedRun]) -> None:
     interrupt = signal.getsignal(signal.SIGINT)
     try:
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]  # of Train V2's Result
+    except SystemExit:  # how Ray's own handler of SIGINT ends a fit
+        raise Interrupted("interrupted") from None
     except ray.train.WorkerGroupError as error:
         failures = list(error.worker_failures.values())
         raise next((f for f in failures if isinstance(f, CraftError)), error) from None
@@ -190,6 +204,8 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
                 config = parse_config(yaml.safe_load(text), str(folder.path / "config.yaml"))
                 with TensorBoardObserver(folder.path / "tensorboard", observer, workers.rank == 0) as watched:
                     train(config, folder, workers, watched)
+    except Interrupted:
+        raise
     except CraftError as error:
         message = {"message": error.message, "exit_code": error.exit_code}
         if workers.world_size == 1:

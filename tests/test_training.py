@@ -229,7 +229,7 @@ def test_the_console_line_has_the_documented_form(
     number = r"-?\d+\.\d{3}"
     assert re.fullmatch(
         rf"Step 3/6 \| loss={number} \| grdn={number} \| lr=\d\.\de-\d\d \| updt_s={number} \| data_s={number} \| "
-        rf"mode=hidden \| L_ret=({number}|\d\.\d\de-\d\d) \| λ={number} \| ε={number} \| conflict=[✓✗] \| "
+        rf"mode=hidden \| L_ret=({number}|\d\.\d\de-\d\d) \| λ={number} \| ε=({number}|\d\.\d\de-\d\d) \| conflict=[✓✗] \| "
         rf"dot={number} \| cos={number}",
         line,
     ), line

@@ -131,7 +131,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         if (folder / PLAN).exists():
             raise CacheRefused(
-                f"the anchor cache in {folder} is half-written: its shards are there, its manifest is not; run "
+                f"the anchor cache in {folder} is half-written, a build began and did not end: run "
                 f"'craft-ray anchors build' again, it goes on where it stopped"
             )
         raise CacheRefused(f"there is no anchor cache in {folder}: build one with 'craft-ray anchors build'")

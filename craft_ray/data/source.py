@@ -31,6 +31,8 @@ ENDINGS = {
     ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text",
     ".rst": "text",
 }  # fmt: skip
+SAVED_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""Files by which a folder that datasets' `save_to_disk` wrote is known."""
 
 
 class Source:
@@ -139,6 +141,12 @@ def _files(config: DataConfig, key: str) -> tuple[list[Path], str]:
     kind = config.format
     if kind == "auto":
         kind = ENDINGS.get(found[0].suffix, "dataset") if found else "dataset"  # type: ignore[assignment]
+    if path.is_dir() and config.format == "auto":
+        # A folder of files of one kind is read as that kind.
+        kinds = {ENDINGS.get(file.suffix) for file in path.iterdir() if file.is_file()}
+        if any((path / mark).exists() for mark in SAVED_MARKS):
+            kinds.add("dataset")
+        kind = kinds.pop() or "dataset" if len(kinds) == 1 else "dataset"  # type: ignore[assignment]
     if path.is_dir():
         pattern = {"jsonl": "*.json*", "parquet": "*.parquet", "text": "*"}.get(kind, "**/*")
         found = sorted(p for p in path.glob(pattern) if p.is_file())
@@ -264,8 +272,7 @@ def _parse(text: str, where: str) -> Any:
 
 def _load_folder(path: str) -> datasets.Dataset | datasets.DatasetDict | None:
     """A folder that `save_to_disk` wrote; None for one of data files, which `load_dataset` understands."""
-    marks = ("dataset_info.json", "dataset_dict.json", "state.json")
-    if not any((Path(path) / mark).exists() for mark in marks):
+    if not any((Path(path) / mark).exists() for mark in SAVED_MARKS):
         return None
     return datasets.load_from_disk(path)
 

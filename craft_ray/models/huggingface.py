@@ -159,8 +159,8 @@ class HuggingFaceModel:
         length = len(tokens["input_ids"])
         if length > self.config.max_length:
             raise DataError(
-                f"sample {sample_id} has {length} tokens, model.max_length is {self.config.max_length}: raise it, "
-                f"or shorten the sample"
+                f"sample {sample_id} has {length} tokens, model.max_length is {self.config.max_length}: raise it, or "
+                f"shorten the sample (its prompt has {prompt.shape[1]})"
             )
         if length == 0:
             raise DataError(f"sample {sample_id} is empty: it has neither a prompt nor a response")

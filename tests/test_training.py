@@ -227,9 +227,10 @@ def test_the_console_line_has_the_documented_form(
     folder = carry_out(digits_experiment(digits_model, digits_data, cached), tmp_path / "run")
     line = console_line(folder.read_metrics()[2], 6, "hidden")
     number = r"-?\d+\.\d{3}"
+    small = rf"({number}|\d\.\d\de-\d\d)"
     assert re.fullmatch(
         rf"Step 3/6 \| loss={number} \| grdn={number} \| lr=\d\.\de-\d\d \| updt_s={number} \| data_s={number} \| "
-        rf"mode=hidden \| L_ret=({number}|\d\.\d\de-\d\d) \| λ={number} \| ε=({number}|\d\.\d\de-\d\d) \| conflict=[✓✗] \| "
+        rf"mode=hidden \| L_ret={small} \| λ={number} \| ε={small} \| conflict=[✓✗] \| "
         rf"dot={number} \| cos={number}",
         line,
     ), line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import re
@@ -194,7 +195,7 @@ def test_what_a_run_leaves_behind(digits_model: Path, digits_data: Path, cached:
         assert 0 <= result[skill]["before"] <= 1
         assert len(folder.read_predictions(f"{skill}_after")) == 24
     env = json.loads((folder.path / "env.json").read_text())
-    assert env["packages"]["torch"] == torch.__version__
+    assert env["packages"]["torch"] == importlib.metadata.version("torch")
     # The checkpoint is an ordinary folder: it loads as a model with its processor, and is the trained one.
     again = load_model(config.model.model_copy(update={"path": str(folder.checkpoints / "last" / "model")}), "fp32")
     assert again.weights_fingerprint() != load_model(config.model, "fp32").weights_fingerprint()

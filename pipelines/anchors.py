@@ -112,18 +112,24 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: Path, say: Any) -
     packed = tokens_per_pack(model, anchors)
     passes = f"packs of up to {packed} tokens" if packed else f"batches of {anchors.batch_size} anchors, padded"
     say(f"forward passes on {passes}")
-    for stale in (folder / SHARDS).glob(".*"):
-        stale.unlink()  # what a killed teacher left half-written
+    _clear(folder)
     del model
     work = _in_process if config.workers.num_workers == 0 else _on_ray
     for number, (name, rows) in enumerate(work(config, plan, missing), 1):
         say(f"  {name}: {rows} anchors ({number} of {len(missing)})")
+    _clear(folder)
     manifest = finish(folder, plan, ids)
     say(
         f"anchor cache complete: {manifest.identity.rows} anchors, {manifest.vectors} vectors, "
         f"{readable_bytes(manifest.bytes)} ({manifest.bytes} bytes; estimated {readable_bytes(expected.bytes)})"
     )
     return Built(manifest, sum(len(rows) for _, rows in missing))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed teachers left half-written, of earlier builds and of this one."""
+    for stale in (folder / SHARDS).glob(".*"):
+        stale.unlink()
 
 
 def needed(config: Experiment) -> tuple[AnchorsConfig, Path]:

@@ -24,7 +24,7 @@ from craft_ray.config import Experiment, load_config
 from craft_ray.evaluation import ratio
 from craft_ray.quiet import quiet_libraries
 from craft_ray.run_folder import RunFolder, environment
-from craft_ray.training import train
+from craft_ray.training import Silent, train
 from craft_ray.workers import OneWorker
 from pipelines.anchors import build
 
@@ -71,16 +71,6 @@ def variants(preset: str) -> dict[str, dict[str, Any]]:
     return COMMON | {f"position {p}": {"craft.positions": [p]} for p in POSITIONS[preset]}
 
 
-class Silent:
-    """Nobody watches."""
-
-    def note(self, text: str) -> None: ...
-
-    def steps(self, records: Any) -> None: ...
-
-    def done(self, result: Any) -> None: ...
-
-
 def prepared(demo: Path, scratch: Path, preset: str) -> Experiment:
     """The demo's comparison on validation data, with a cache that holds every position."""
     config = load_config(Path(__file__).parent.parent / f"pipelines/configs/demo_{preset}.yaml", base=demo)
@@ -103,7 +93,9 @@ def run(config: Experiment, changes: Mapping[str, Any], seed: int, folder: Path)
     config = config.changed({**changes, "seed": seed})
     place = RunFolder(folder)
     place.begin(config, ["benchmarks/method_choices.py"])
-    result = train(config, place, OneWorker(), Silent())
+    train(config, place, OneWorker(), Silent())
+    result = place.finished()
+    assert result is not None
     lambdas = [record["craft/lambda"] or 0.0 for record in place.read_metrics()]
     conflicts = sum(bool(record["craft/conflict"]) for record in place.read_metrics())
     return result | {

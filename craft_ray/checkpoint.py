@@ -67,8 +67,8 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
                 f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): free space or choose "
                 f"another output_dir, then go on with --resume; earlier checkpoints are untouched"
             ) from error
-    _point_last(folder, target.name)
-    for old in sorted(folder.glob("step_*"), key=_step)[:-keep]:
+    point_last(folder, target.name)
+    for old in sorted(folder.glob("step_*"), key=checkpoint_step)[:-keep]:
         shutil.rmtree(old)
     return target
 
@@ -89,11 +89,13 @@ def load_training_state(checkpoint: Path, device: torch.device) -> TrainingState
     return TrainingState(state["step"], state["optimizer"], dual, state["reached"], state["cache"])
 
 
-def _step(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
+    """The steps done at a checkpoint."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def _point_last(folder: Path, name: str) -> None:
+def point_last(folder: Path, name: str) -> None:
+    """Make `name` the checkpoint that a run goes on from."""
     temporary = folder / f".{LAST}.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from craft_ray.errors import ConfigError
 
@@ -24,6 +24,8 @@ Arm = Literal["baseline", "token_ce", "hidden"]
 Precision = Literal["fp32", "bf16"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
+BOUND = re.compile(r"\s*(>=|<=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
+SQLITE = "sqlite:///"
 POSITIONS = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token", "all", "every_N", "suffix")
 
 
@@ -31,6 +33,12 @@ def _position(name: str) -> str:
     if (name in POSITIONS and name != "every_N") or re.fullmatch(r"every_[1-9]\d*", name):
         return name
     raise ValueError(f"'{name}' is no anchor position; the positions are {', '.join(POSITIONS)} (N a number)")
+
+
+def _bound(text: Any) -> Any:
+    if isinstance(text, str) and BOUND.fullmatch(text):
+        return text
+    raise ValueError(f"'{text}' is no bound: write '>= 0.95' or '<= 0.05'")
 
 
 def _distinct(items: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
@@ -41,6 +49,7 @@ def _distinct(items: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
 
 Position = Annotated[str, AfterValidator(_position)]
 Positions = Annotated[tuple[Position, ...] | None, AfterValidator(_distinct)]
+Bound = Annotated[str, BeforeValidator(_bound)]
 Layers = Annotated[tuple[int, ...] | None, AfterValidator(_distinct)]
 
 
@@ -236,8 +245,8 @@ class TrainConfig(Section):
     """Steps between lines of the log. Losses are looked at this often, and a non-finite one stops the run."""
     checkpoint_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0 writes one at the end."""
-    keep_checkpoints: int = Field(2, ge=1)
-    """Latest checkpoints that stay on disk."""
+    keep_checkpoints: int = Field(2, ge=0)
+    """Latest checkpoints that stay on disk; 0 saves none, not even at the end."""
     prefetch: int = Field(2, ge=1)
     """Batches that are made ready ahead of the step."""
 
@@ -258,6 +267,16 @@ class EvaluationConfig(Section):
 
     old: EvalSet | None = None
     new: EvalSet | None = None
+
+
+class ValidationConfig(Section):
+    """Held-out data that settings are chosen on, looked at while a run trains. What a sweep is judged by; keep it apart
+    from `evaluation`, or the reported scores flatter."""
+
+    old: EvalSet | None = None
+    new: EvalSet | None = None
+    every: int = Field(0, ge=0)
+    """Steps between looks; 0 looks once, after the last step. Looking changes nothing in the training."""
 
 
 class WorkersConfig(Section):
@@ -286,6 +305,73 @@ class CompareConfig(Section):
     """`craft` settings of the token_ce arm where they differ, e.g. `{epsilon_start: 0.1}`: nats, not squares."""
 
 
+class ObjectiveConfig(Section):
+    """What a sweep searches for, over any logged metric (docs/sweeps.md)."""
+
+    maximize: str | None = None
+    minimize: str | None = None
+    """Name either of them: `new/score`, `new/ratio`, `train/loss`, ..."""
+    subject_to: dict[str, Bound] = {}
+    """Bounds, e.g. `{old/ratio: ">= 0.95"}`. A setting within all bounds ranks above every setting that is not."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """With several seeds a bound has to be kept by the one-sided confidence bound of the mean at this level."""
+
+    @property
+    def metric(self) -> str:
+        metric = self.minimize if self.maximize is None else self.maximize
+        assert metric is not None
+        return metric
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.maximize is None) == (self.minimize is None):
+            raise ValueError("name one metric, either under maximize or under minimize")
+        return self
+
+
+class SweepConfig(Section):
+    """How a sweep searches. What it searches over is a file of its own (`--space`)."""
+
+    samples: int = Field(16, ge=1)
+    """Settings that are tried; for each point of the grid, where the space has one."""
+    sampler: Literal["random", "tpe"] = "random"
+    """`tpe` is Optuna's tree-structured Parzen estimator with constraints; it learns from the trials before."""
+    seed: int = Field(0, ge=0)
+    """Of the sampler: the same seed draws the same settings."""
+    scheduler: Literal["asha", "median", "pbt", "none"] = "asha"
+    """Which trials are stopped early (asha, median), or go on from a better one's weights (pbt)."""
+    grace: int = Field(1, ge=1)
+    """Looks at the validation data before a trial may be stopped, or between two changes by pbt."""
+    reduction_factor: int = Field(3, ge=2)
+    """One in so many trials goes on past each rung of asha."""
+    repeat: int = Field(1, ge=1)
+    """Seeds of each setting; it is ranked by their mean."""
+    parallel: int | None = Field(None, ge=1)
+    """Trials at once. Default: as many as the cluster holds."""
+    max_failures: int = Field(1, ge=0)
+    """Times that a crashed trial is tried again before it is marked as failed."""
+
+
+class TrackingConfig(Section):
+    """Where numbers go beside the run folder. TensorBoard events are always written."""
+
+    mlflow: str | None = None
+    """MLflow's tracking URI, e.g. `sqlite:///mlflow.db`. Needs the extra `mlflow`."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; `offline` writes files for `wandb sync`. Needs the extra `wandb`."""
+    project: str = "craft-ray"
+    """The experiment of MLflow, the project of Weights & Biases."""
+
+    @model_validator(mode="after")
+    def _without_secrets(self) -> Self:
+        if self.mlflow is not None and re.search(r"://[^/\s]*@", self.mlflow):
+            raise ValueError(
+                "mlflow holds a password, and a config is written into every run folder: set MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return self
+
+
 class Experiment(Section):
     """One experiment: everything that decides its numbers, and where it runs."""
 
@@ -300,9 +386,13 @@ class Experiment(Section):
     anchors: AnchorsConfig | None = None
     craft: CraftConfig = CraftConfig()
     train: TrainConfig
+    validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     workers: WorkersConfig = WorkersConfig()
     compare: CompareConfig = CompareConfig()
+    objective: ObjectiveConfig | None = None
+    sweep: SweepConfig = SweepConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @property
     def arm(self) -> Arm:
@@ -350,7 +440,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: Path | No
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"no config at {path}: name a YAML file") from None
     except OSError as error:
@@ -359,16 +449,48 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: Path | No
         raise ConfigError(f"{path} is no YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, a config is a mapping of sections")
+    for key, value in parse_overrides(overrides).items():
+        _set(tree, key, value)
+    return parse_config(tree, str(path), base)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`key=value` texts as values by dotted key.
+
+    Raises:
+        ConfigError: one has no key, or its value is no YAML.
+    """
+    changes = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"'{override}' is no override: write key=value, e.g. craft.lambda_lr=0.05")
         try:
-            value = yaml.safe_load(text)
+            changes[key] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"the value of '{override}' is no YAML") from None
-        _set(tree, key, value)
-    return parse_config(tree, str(path), base)
+    return changes
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice: YAML would drop the first one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """The content of a YAML document.
+
+    Raises:
+        YAMLError: it is none, or names a key twice.
+    """
+    return yaml.load(text, _Loader)
 
 
 def parse_config(tree: dict[str, Any], where: str, base: Path | None = None) -> Experiment:
@@ -394,12 +516,16 @@ def absolute(config: Experiment, base: Path) -> Experiment:
     fix(tree, "output_dir", always=True)
     fix(tree["model"], "path")
     fix(tree["task"], "path")
+    tracked = tree["tracking"]["mlflow"]
+    if tracked is not None and tracked.startswith(SQLITE) and not tracked.startswith(SQLITE + "/"):
+        tree["tracking"]["mlflow"] = SQLITE + os.path.abspath(base / tracked.removeprefix(SQLITE))
     fix(tree["craft"], "anchor_cache_dir", always=True)
     if tree["anchors"]:
         fix(tree["anchors"]["source"], "path")
-    for skill in ("old", "new"):
-        if tree["evaluation"][skill]:
-            fix(tree["evaluation"][skill]["data"], "path")
+    for held_out in ("validation", "evaluation"):
+        for skill in ("old", "new"):
+            if tree[held_out][skill]:
+                fix(tree[held_out][skill]["data"], "path")
     return Experiment.model_validate(tree)
 
 

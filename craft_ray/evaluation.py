@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.models.base import IGNORE, Features, Model
+from craft_ray.models.features import FeatureCache, Shelf
 from craft_ray.workers import Workers
 
 HIGHER_IS_BETTER = {"exact_match": True, "choice": True, "perplexity": False}
@@ -51,9 +52,36 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source:
     return open_source(eval_set.data, f"{key}.data")
 
 
+class EvalData:
+    """An evaluation set as a model reads it. What was preprocessed is kept: a run may look at it often."""
+
+    def __init__(self, model: Model, source: Source, eval_set: EvalSet, shelf: Shelf | None = None) -> None:
+        self.model = model
+        self.source = source
+        self.eval_set = eval_set
+        self._kept = FeatureCache[tuple[int, str | None]](self._make, shelf)
+
+    def question(self, row: int) -> Features:
+        """The prompt of a row."""
+        return self._kept[row, None]
+
+    def answered(self, row: int, response: str | None = None) -> Features:
+        """The prompt with its own response, or with another."""
+        return self._kept[row, str(self.source[row].response) if response is None else response]
+
+    def _make(self, key: tuple[int, str | None]) -> Features:
+        row, response = key
+        sample = self.source[row]
+        if response is None:
+            return self.model.preprocess(sample)
+        sample = replace(sample, response=response)
+        return self.model.preprocess(sample, self.model.response_tokens(sample))
+
+
 @torch.inference_mode()
-def evaluate(model: Model, source: Source, eval_set: EvalSet, workers: Workers) -> Score:
+def evaluate(data: EvalData, workers: Workers) -> Score:
     """Score a model; every worker takes its share of the samples, and all get the result."""
+    model, source, eval_set = data.model, data.source, data.eval_set
     mine = range(workers.rank, len(source), workers.world_size)
     score = {"exact_match": _exact_match, "choice": _choice, "perplexity": _perplexity}[eval_set.metric]
     was_training = model.module.training
@@ -61,8 +89,7 @@ def evaluate(model: Model, source: Source, eval_set: EvalSet, workers: Workers) 
     try:
         records = []
         for start in range(0, len(mine), eval_set.batch_size):
-            samples = [source[row] for row in mine[start : start + eval_set.batch_size]]
-            records += score(model, samples, eval_set)
+            records += score(data, mine[start : start + eval_set.batch_size])
     finally:
         model.module.train(was_training)
     shares = workers.gather(records)
@@ -77,36 +104,35 @@ def evaluate(model: Model, source: Source, eval_set: EvalSet, workers: Workers) 
     return Score(eval_set.metric, value, len(everyone), everyone)
 
 
-def _exact_match(model: Model, samples: Sequence[Sample], eval_set: EvalSet) -> list[dict[str, Any]]:
-    answers = model.generate([model.preprocess(s) for s in samples], eval_set.max_new_tokens)
+def _exact_match(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
+    answers = data.model.generate([data.question(row) for row in rows], data.eval_set.max_new_tokens)
     records = []
-    for sample, tokens in zip(samples, answers, strict=True):
-        prediction, response = model.decode(tokens).strip(), str(sample.response).strip()
-        records.append(_record(sample, prediction, response))
+    for row, tokens in zip(rows, answers, strict=True):
+        sample = data.source[row]
+        records.append(_record(sample, data.model.decode(tokens).strip(), str(sample.response).strip()))
     return records
 
 
-def _choice(model: Model, samples: Sequence[Sample], eval_set: EvalSet) -> list[dict[str, Any]]:
+def _choice(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
     records = []
-    for sample in samples:
+    for row in rows:
+        sample = data.source[row]
         choices = sample.choices or ()
         if sample.response not in choices:
             raise DataError(
                 f"sample {sample.id}: its response '{sample.response}' is none of its choices {list(choices)}"
             )
-        options = [Sample(sample.id, sample.prompt, sample.image, choice) for choice in choices]
-        features = [model.preprocess(option, model.response_tokens(option)) for option in options]
-        likelihoods = [total for total, _ in _log_likelihoods(model, features)]
+        likelihoods = [total for total, _ in _log_likelihoods(data.model, [data.answered(row, c) for c in choices])]
         prediction = choices[max(range(len(choices)), key=likelihoods.__getitem__)]
         records.append(_record(sample, prediction, str(sample.response)))
     return records
 
 
-def _perplexity(model: Model, samples: Sequence[Sample], eval_set: EvalSet) -> list[dict[str, Any]]:
-    features = [model.preprocess(sample, model.response_tokens(sample)) for sample in samples]
+def _perplexity(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
+    found = _log_likelihoods(data.model, [data.answered(row) for row in rows])
     return [
-        {"id": sample.id, "nll": -total, "tokens": count}
-        for sample, (total, count) in zip(samples, _log_likelihoods(model, features), strict=True)
+        {"id": data.source[row].id, "nll": -total, "tokens": count}
+        for row, (total, count) in zip(rows, found, strict=True)
     ]
 
 

@@ -133,6 +133,19 @@ def console_line(record: Record, steps: int, mode: str) -> str:
     return " | ".join(parts)
 
 
+def validation_line(record: Record, steps: int) -> str:
+    """A look at the validation data as one line."""
+    parts = [f"Step {record['step']}/{steps}", "validation"]
+    for skill in ("old", "new"):
+        if f"{skill}/score" in record:
+            kept = record[f"{skill}/ratio"]
+            of_teacher = "" if kept is None else f" ({kept:.1%} of the teacher's)"
+            parts.append(f"{skill} {record[f'{skill}/score']:.3f}{of_teacher}")
+    if "heldout/retention_loss" in record:
+        parts.append(f"held-out L_ret={record['heldout/retention_loss']:.4g}")
+    return " | ".join(parts)
+
+
 def described(craft: CraftConfig, layers: Sequence[int], positions: Sequence[str]) -> str:
     """The settings of a constrained run in one line."""
     what = "nats a token"

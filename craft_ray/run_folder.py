@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,18 @@ PACKAGES = ("craft-ray", "torch", "transformers", "ray", "pyarrow", "datasets", 
 
 
 class RunFolder:
-    """`config.yaml`, `env.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `evaluation/`, `result.json`."""
+    """`config.yaml`, `env.json`, `metrics.jsonl`, `validation.jsonl`, `tensorboard/`, `checkpoints/`, `evaluation/`,
+    `result.json`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shared: Path | None = None) -> None:
+        """
+        Args:
+            shared: where runs of one teacher find its scores; the folder around the run's where it is None.
+        """
         self.path = path
+        self.shared = shared or path.parent
         self.metrics = path / "metrics.jsonl"
+        self.validation = path / "validation.jsonl"
         self.checkpoints = path / "checkpoints"
         self.result = path / "result.json"
         self.progress = path / "progress.jsonl"
@@ -57,10 +65,18 @@ class RunFolder:
     def read_metrics(self) -> list[Record]:
         return read_records(self.metrics)
 
+    def append_validation(self, record: Record) -> None:
+        append_text(self.validation, json.dumps(record) + "\n")
+
+    def read_validation(self) -> list[Record]:
+        return read_records(self.validation)
+
     def keep_metrics_until(self, step: int) -> None:
         """Drop the records after `step`: the run goes on from there and writes them again."""
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
-        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        for path in (self.metrics, self.validation):
+            kept = [record for record in read_records(path) if record["step"] <= step]
+            if kept or path.exists() or path == self.metrics:
+                write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write_predictions(self, name: str, records: Sequence[Record]) -> None:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -95,6 +111,7 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
     }
 
 
+@cache
 def _commit() -> str | None:
     """The commit of this package's own checkout; None where it was installed from a wheel."""
     root = Path(__file__).resolve().parent.parent

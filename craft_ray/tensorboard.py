@@ -25,15 +25,24 @@ class TensorBoardObserver:
         self.inner.note(text)
 
     def steps(self, records: Sequence[Record]) -> None:
-        if self._folder is not None and records:
-            if self._writer is None:
-                # A resumed run writes some steps again; what stands there from before is purged.
-                self._writer = SummaryWriter(str(self._folder), purge_step=records[0]["step"])
-            for record in records:
-                for key, value in record.items():
-                    if key != "step" and value is not None:
-                        self._writer.add_scalar(key, float(value), record["step"])
+        if records:
+            self._write(records, purge=records[0]["step"])
         self.inner.steps(records)
+
+    def validated(self, record: Record) -> None:
+        self._write([record], purge=record["step"] + 1)  # the step itself was logged before the look
+        self.inner.validated(record)
+
+    def _write(self, records: Sequence[Record], purge: int) -> None:
+        if self._folder is None:
+            return
+        if self._writer is None:
+            # A resumed run writes some steps again; what stands there from before is purged.
+            self._writer = SummaryWriter(str(self._folder), purge_step=purge)
+        for record in records:
+            for key, value in record.items():
+                if key != "step" and value is not None:
+                    self._writer.add_scalar(key, float(value), record["step"])
 
     def done(self, result: dict[str, Any]) -> None:
         self.inner.done(result)

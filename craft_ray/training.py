@@ -10,7 +10,7 @@ import fcntl
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,16 +19,16 @@ from typing import Any, Protocol
 import torch
 from torch.optim import AdamW, Optimizer
 
-from craft_ray.anchors.batches import AnchorBatch, AnchorBatches, FeatureCache
+from craft_ray.anchors.batches import AnchorBatch, AnchorBatches
 from craft_ray.anchors.schema import NOISE_FLOOR
 from craft_ray.anchors.student import check_untouched, heldout_loss, open_for_student
 from craft_ray.checkpoint import TrainingState, last_checkpoint, load_training_state, save_checkpoint
-from craft_ray.config import Experiment, TrainConfig
+from craft_ray.config import DataConfig, EvalSet, EvaluationConfig, Experiment, TrainConfig, ValidationConfig
 from craft_ray.data.prefetch import prefetch
 from craft_ray.data.sampler import StepSampler
 from craft_ray.data.source import open_source
 from craft_ray.errors import CacheRefused, ConfigError, DataError
-from craft_ray.evaluation import Score, evaluate, open_eval_set, ratio
+from craft_ray.evaluation import EvalData, Score, evaluate, open_eval_set, ratio
 from craft_ray.files import write_atomically
 from craft_ray.method.dual import DualState, epsilon_at
 from craft_ray.method.gradients import GradientPair
@@ -36,12 +36,14 @@ from craft_ray.method.step import StepMetrics, craft_step, task_step
 from craft_ray.metrics import HostSide, MetricsBuffer, Record, described
 from craft_ray.models import load_model
 from craft_ray.models.base import Batch, Model
+from craft_ray.models.features import FeatureCache, Shelf, Shelves
 from craft_ray.models.fingerprint import json_fingerprint
 from craft_ray.run_folder import RunFolder
 from craft_ray.workers import Workers
 
 TASK_STREAM, ANCHOR_STREAM = 0, 1
 SKILLS = ("old", "new")
+HELD_OUT = ("validation", "evaluation")
 STEP0_ANCHORS = 64
 LOCK_WAIT_S = 30
 
@@ -52,6 +54,20 @@ class Observer(Protocol):
     def note(self, text: str) -> None: ...
 
     def steps(self, records: Sequence[Record]) -> None: ...
+
+    def validated(self, record: Record) -> None: ...
+
+    def done(self, result: dict[str, Any]) -> None: ...
+
+
+class Silent:
+    """Nobody is told."""
+
+    def note(self, text: str) -> None: ...
+
+    def steps(self, records: Sequence[Record]) -> None: ...
+
+    def validated(self, record: Record) -> None: ...
 
     def done(self, result: dict[str, Any]) -> None: ...
 
@@ -64,16 +80,33 @@ class StepData:
     anchors: list[AnchorBatch] | None
 
 
-def train(config: Experiment, folder: RunFolder, workers: Workers, observer: Observer) -> dict[str, Any]:
+def train(config: Experiment, folder: RunFolder, workers: Workers, observer: Observer) -> None:
     """Carry a run to its end, from its last checkpoint if it has one, and write `result.json`.
 
     Raises:
         CraftError: the cache, the data, the model or the disk does not allow it; one line says what to do.
     """
-    with only_process(folder, workers), closing(Run(config, folder, workers, observer)) as run:
-        before = run.evaluate_before()
-        run.loop()
-        return run.conclude(before)
+    for _ in training(config, folder, workers, observer):
+        pass
+
+
+def training(
+    config: Experiment, folder: RunFolder, workers: Workers, observer: Observer, shelves: Shelves | None = None
+) -> Generator[Record]:
+    """The same, stopping at each look at the validation data with what was seen. Closed there, the run ends early. Of a
+    run that is finished the looks are read.
+
+    Args:
+        shelves: preprocessed samples of runs before it in this process.
+    """
+    with only_process(folder, workers):
+        if workers.gather(folder.finished() is not None)[0]:
+            yield from folder.read_validation()
+            return
+        with closing(Run(config, folder, workers, observer, shelves)) as run:
+            run.evaluate_before()
+            yield from run.looks()
+            run.conclude()
 
 
 @contextmanager
@@ -104,8 +137,16 @@ def only_process(folder: RunFolder, workers: Workers) -> Iterator[None]:
 class Run:
     """A run in progress: the model, its data, its optimiser, and where it stands."""
 
-    def __init__(self, config: Experiment, folder: RunFolder, workers: Workers, observer: Observer) -> None:
+    def __init__(
+        self,
+        config: Experiment,
+        folder: RunFolder,
+        workers: Workers,
+        observer: Observer,
+        shelves: Shelves | None = None,
+    ) -> None:
         self.config = config
+        self._shelves = shelves or Shelves()
         self.folder = folder
         self.workers = workers
         self.observer = observer
@@ -118,18 +159,18 @@ class Run:
         self.teacher_weights = None if checkpoint else self.model.weights_fingerprint()
         if self.main and self.teacher_weights:
             write_atomically(folder.path / "teacher.json", json.dumps({"weights": self.teacher_weights}))
-            for skill in SKILLS:
-                self._own_teacher_score(skill).unlink(missing_ok=True)
+            for score in folder.path.glob("teacher_*.json"):
+                score.unlink()
         self.task = open_source(config.task, "task")
         if config.task.columns.response is None:
             raise ConfigError("task.columns.response names no column: fine-tuning needs responses")
-        self._task_features = FeatureCache(self._preprocess_task)
+        self._task_features = FeatureCache(self._preprocess_task, self._shelf(config.task))
 
         self.anchors: AnchorBatches | None = None
         self.train_rows: list[int] = []
         self.heldout_rows: list[int] = []
         if config.craft.anchor_cache_dir is not None:
-            self.anchors = open_for_student(config, self.model, self.teacher_weights)
+            self.anchors = open_for_student(config, self.model, self.teacher_weights, self._shelves)
             self.train_rows, self.heldout_rows = self.anchors.anchors.split(config.craft.anchor_holdout)
         elif config.craft.enabled:
             raise ConfigError(
@@ -140,6 +181,9 @@ class Run:
         self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=config.craft.enabled)
         self.optimizer = make_optimizer(self.gradients.parameters, config.train)
         self.dual = DualState.start(config.craft, workers.device) if config.craft.enabled else None
+        self.before: dict[tuple[str, str], Score] = {}
+        self._held_out: dict[tuple[str, str], EvalData] = {}
+        self._heldout: tuple[int, float] | None = None
         self.step = 0
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -168,6 +212,8 @@ class Run:
         self.step = state.step
 
     def _checkpoint(self) -> None:
+        if not self.config.train.keep_checkpoints:
+            return
         if self.main:
             state = TrainingState(
                 self.step,
@@ -201,6 +247,10 @@ class Run:
         sample = self.task[row]
         return self.model.preprocess(sample, self.model.response_tokens(sample))
 
+    def _shelf(self, data: DataConfig) -> Shelf:
+        # Rows are the same however many are read.
+        return self._shelves.of(data.model_dump_json(exclude={"limit"}), self.model.preprocessor_fingerprint())
+
     def batches(self) -> Iterator[StepData]:
         """This worker's part of each step that is still to do, made and copied to the device by another thread."""
         device = self.workers.device
@@ -230,8 +280,42 @@ class Run:
 
     # -- the loop
 
+    def looks(self) -> Iterator[Record]:
+        """Train to the end, and look at the validation data every `validation.every` steps and at the end."""
+        validation, steps = self.config.validation, self.config.train.steps
+        wanted = bool(validation.every or validation.old or validation.new)
+        every = validation.every or steps
+        seen = self.workers.gather([record["step"] for record in self.folder.read_validation()])[0]
+        if wanted and self.step and self.step not in seen and (self.step % every == 0 or self.step == steps):
+            yield self.look()  # the process was lost between its checkpoint and the look
+        while self.step < steps:
+            self.loop(until=self.step + every - self.step % every)
+            if wanted:
+                yield self.look()
+
+    def look(self) -> Record:
+        """The student on validation data and held-out anchors. Weights and random numbers stay as they are.
+
+        Returns:
+            `step`; `old/score`, `old/ratio` (to the teacher's), the same of `new`; `heldout/retention_loss` and
+            `heldout/violation`, max(0, L_ret / epsilon - 1) at the final epsilon. Ratios of a teacher's zero are None.
+        """
+        record: Record = {"step": self.step}
+        for skill, eval_set in eval_sets(self.config, "validation"):
+            before, after = self.before["validation", skill], self._student_score("validation", skill, eval_set)
+            record[f"{skill}/score"] = after.value
+            record[f"{skill}/ratio"] = ratio(before.metric, after.value, before.value)
+        if self.anchors is not None:
+            loss = self._heldout_loss()
+            record["heldout/retention_loss"] = loss
+            record["heldout/violation"] = max(0.0, loss / self.config.craft.epsilon_final - 1)
+        if self.main:
+            self.folder.append_validation(record)
+            self.observer.validated(record)
+        return record
+
     def loop(self, until: int | None = None) -> None:
-        """Steps, their log, and checkpoints. `until` stops earlier, and then nothing is saved at the end."""
+        """Steps, their log, and checkpoints; the last step saves one. `until` stops earlier."""
         config = self.config.train
         stop = min(until or config.steps, config.steps)
         buffer = MetricsBuffer(self.config.arm)
@@ -293,60 +377,67 @@ class Run:
 
     # -- what came out
 
-    def evaluate_before(self) -> dict[str, Score | None]:
+    def evaluate_before(self) -> None:
         """The teacher's scores, measured once for all runs beside each other that share teacher and data."""
-        return {skill: self._before(skill) for skill in SKILLS}
+        for section in HELD_OUT:
+            for skill, eval_set in eval_sets(self.config, section):
+                self.before[section, skill] = self._teacher_score(section, skill, eval_set)
 
-    def _before(self, skill: str) -> Score | None:
-        eval_set = getattr(self.config.evaluation, skill)
-        if eval_set is None:
-            return None
-        source = open_eval_set(eval_set, f"evaluation.{skill}")
+    def _teacher_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
+        data = self._eval_data(section, skill, eval_set)
         settings = eval_set.model_dump(mode="json", include={"metric", "max_new_tokens"})
         teacher = self.teacher_weights or self._teacher_of_resumed_run()
         how = [self.model.preprocessor_fingerprint(), self.config.train.precision]
-        key = json_fingerprint([teacher, source.fingerprint, settings, how])
-        own = self._own_teacher_score(skill)
-        shared = self.folder.path.parent / f".teacher-score-{key[:16]}.json"
+        key = json_fingerprint([teacher, data.source.fingerprint, settings, how])
+        own = self._own_teacher_score(section, skill)
+        shared = self.folder.shared / f".teacher-score-{key[:16]}.json"
         known = self.workers.gather([path for path in (own, shared) if path.exists()])[0]
         if known:
             found = json.loads(known[0].read_text())
             if found["key"] != key:
                 raise ConfigError(
-                    f"evaluation.{skill} is not what it was when the run began: its data or settings changed, and the "
+                    f"{section}.{skill} is not what it was when the run began: its data or settings changed, and the "
                     f"teacher can no longer be scored on them; restore them, or start the run anew"
                 )
             score = Score(**found["score"])
         elif self.step:
             raise ConfigError(f"{own} is gone, and a resumed run no longer has the teacher to score: start it anew")
         else:
-            score = evaluate(self.model, source, eval_set, self.workers)
+            score = evaluate(data, self.workers)
         if self.main:
             for path in (own, shared):
                 if path not in known:
                     write_atomically(path, json.dumps({"key": key, "score": asdict(score)}))
-            self.folder.write_predictions(f"{skill}_before", score.records)
+            if section == "evaluation":
+                self.folder.write_predictions(f"{skill}_before", score.records)
         return score
 
-    def _own_teacher_score(self, skill: str) -> Path:
+    def _student_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
+        return evaluate(self._eval_data(section, skill, eval_set), self.workers)
+
+    def _eval_data(self, section: str, skill: str, eval_set: EvalSet) -> EvalData:
+        """Held-out data, opened once."""
+        if (section, skill) not in self._held_out:
+            source = open_eval_set(eval_set, f"{section}.{skill}")
+            self._held_out[section, skill] = EvalData(self.model, source, eval_set, self._shelf(eval_set.data))
+        return self._held_out[section, skill]
+
+    def _own_teacher_score(self, section: str, skill: str) -> Path:
         """The score that this run began with; a run can be moved and still be resumed."""
-        return self.folder.path / f"teacher_{skill}.json"
+        return self.folder.path / f"teacher_{'' if section == 'evaluation' else section + '_'}{skill}.json"
 
     def _teacher_of_resumed_run(self) -> str:
         """The teacher's hash, for a run whose model is no longer the teacher."""
         path = self.folder.path / "teacher.json"
         return str(json.loads(path.read_text())["weights"])
 
-    def conclude(self, before: dict[str, Score | None]) -> dict[str, Any]:
+    def conclude(self) -> None:
         """Score the student, certify the budget on held-out anchors, and write the result."""
         config = self.config
         result: dict[str, Any] = {"name": config.name, "arm": config.arm, "seed": config.seed, "steps": self.step}
-        for skill, score in before.items():
-            eval_set = getattr(config.evaluation, skill)
-            if score is None or eval_set is None:
-                result[skill] = {"before": None, "after": None}
-                continue
-            after = evaluate(self.model, open_eval_set(eval_set, f"evaluation.{skill}"), eval_set, self.workers)
+        result |= {skill: {"before": None, "after": None} for skill in SKILLS}
+        for skill, eval_set in eval_sets(config, "evaluation"):
+            score, after = self.before["evaluation", skill], self._student_score("evaluation", skill, eval_set)
             result[skill] = {
                 "metric": score.metric,
                 "before": score.value,
@@ -361,18 +452,13 @@ class Run:
         if self.main:
             self.folder.write_result(result)
             self.observer.done(result)
-        return result
 
     def _certificate(self) -> dict[str, Any]:
         """L_ret on anchors that training has not seen, against the final budget."""
         if self.anchors is None:
             return {"retention_loss": None, "epsilon": None, "feasible": None}
         craft = self.config.craft
-        rows = self.heldout_rows or self.train_rows
-        loss = heldout_loss(self.anchors, rows, craft.anchor_batch_size, craft.loss_type, self.workers)
-        if not math.isfinite(loss):
-            raise DataError(f"the retention loss on held-out anchors is {loss}: the last checkpoint is not usable")
-        epsilon = craft.epsilon_final
+        loss, epsilon = self._heldout_loss(), craft.epsilon_final
         return {
             "retention_mode": craft.retention_mode,
             "retention_loss": loss,
@@ -385,8 +471,25 @@ class Run:
             "cache": self.anchors.anchors.fingerprint,
         }
 
+    def _heldout_loss(self) -> float:
+        """L_ret on the held-out anchors, or on all where none is held out."""
+        assert self.anchors is not None
+        if self._heldout is None or self._heldout[0] != self.step:
+            craft, rows = self.config.craft, self.heldout_rows or self.train_rows
+            loss = heldout_loss(self.anchors, rows, craft.anchor_batch_size, craft.loss_type, self.workers)
+            if not math.isfinite(loss):
+                raise DataError(f"the retention loss on held-out anchors is {loss}: the last checkpoint is not usable")
+            self._heldout = (self.step, loss)
+        return self._heldout[1]
+
     def _seconds(self) -> float:
         return math.fsum(record["perf/step_s"] for record in self.folder.read_metrics()) if self.main else 0.0
+
+
+def eval_sets(config: Experiment, section: str) -> list[tuple[str, EvalSet]]:
+    """The skills that `validation` or `evaluation` names data for."""
+    sets: ValidationConfig | EvaluationConfig = config.validation if section == "validation" else config.evaluation
+    return [(skill, eval_set) for skill, eval_set in (("old", sets.old), ("new", sets.new)) if eval_set is not None]
 
 
 def make_optimizer(parameters: Sequence[torch.Tensor], config: TrainConfig) -> Optimizer:

@@ -96,11 +96,15 @@ SECTIONS = (
     (config.AnchorsConfig, "anchors."),
     (config.CraftConfig, "craft."),
     (config.TrainConfig, "train."),
+    (config.ValidationConfig, "validation."),
     (config.EvaluationConfig, "evaluation."),
-    (config.EvalSet, "evaluation.{old,new}."),
+    (config.EvalSet, "{validation,evaluation}.{old,new}."),
     (config.WorkersConfig, "workers."),
     (config.CompareConfig, "compare."),
-    (config.DataConfig, "{task,anchors.source,evaluation.*.data}."),
+    (config.ObjectiveConfig, "objective."),
+    (config.SweepConfig, "sweep."),
+    (config.TrackingConfig, "tracking."),
+    (config.DataConfig, "{task,anchors.source,validation.*.data,evaluation.*.data}."),
     (config.Columns, "....columns."),
 )
 

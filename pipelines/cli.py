@@ -1,7 +1,9 @@
 """The command `craft-ray`: one subcommand for each stage.
 
-Exit codes: 0 done; 2 usage or config; 3 finished, but the retention budget was not met; 4 cache refused; 130
-interrupted; 1 anything else. A user's mistake is one line, never a traceback.
+Exit codes: 0 done; 2 usage or config; 3 finished, but the retention
+budget was not met, or no setting of a sweep is within the bounds; 4 cache
+refused; 130 interrupted; 1 anything else. A user's mistake is one line,
+never a traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from craft_ray.config import Experiment, load_config
+from craft_ray.config import Experiment, load_config, parse_overrides
 from craft_ray.errors import NOT_MET, ConfigError, CraftError, Interrupted
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -144,6 +146,47 @@ def compare(
         sys.exit(NOT_MET)
 
 
+@app.command("sweep")
+def sweep(
+    config: Annotated[Path | None, typer.Argument(help="a YAML config with an objective", show_default=False)] = None,
+    overrides: Overrides = None,
+    space: Annotated[str | None, typer.Option(help="a YAML file, or craft, ablation or smoke")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="settings that are tried (for each point of a grid)")
+    ] = None,
+    repeat: Annotated[int | None, typer.Option(min=1, help="seeds of each setting")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for trials and report")] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with the sweep in this folder")] = None,
+) -> None:
+    """Search the settings that do best within the bounds of the objective."""
+    from craft_ray.sweep.space import load_space
+
+    if resume is not None and (repeat is not None or out is not None):
+        raise ConfigError("a sweep is resumed in its own folder and with its own seeds: leave --out and --repeat out")
+    if resume is not None and config is not None and "=" in str(config):
+        config, overrides = None, [str(config), *(overrides or [])]
+    if resume is None and (config is None or space is None):
+        raise ConfigError("name a config and a space: craft-ray sweep CONFIG --space craft")
+    changes = {"sweep.samples": samples, "sweep.repeat": repeat}
+    experiment = None
+    if config is not None:
+        experiment = load_config(config, overrides or [])
+        experiment = experiment.changed({key: value for key, value in changes.items() if value is not None})
+    searched = None if space is None else load_space(space)
+    _quiet()
+    from pipelines.sweep import driver as stage
+
+    if resume is not None:
+        changed = parse_overrides(overrides or []) if config is None else {}
+        folder, plan = stage.resume_sweep(resume.absolute(), experiment, searched, samples, changed)
+    else:
+        assert experiment is not None
+        assert searched is not None
+        folder, plan = stage.plan_sweep(experiment, searched, out and out.absolute())
+    if not stage.sweep(folder, plan):
+        sys.exit(NOT_MET)
+
+
 @app.command("report")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run directories", show_default=False)],
@@ -170,16 +213,15 @@ def demo(
         Path | None, typer.Option(help="folder for everything that the demo makes [default: craft-demo-PRESET]")
     ] = None,
     preset: Annotated[str, typer.Option(help="digits or text")] = "digits",
-    quick: Annotated[bool, typer.Option("--quick", help="one seed, fewer steps")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="one seed, fewer steps, no sweep")] = False,
 ) -> None:
     """See on real data what plain fine-tuning forgets and what a budget keeps."""
     _quiet()
     from pipelines import demo as stage
-    from pipelines.compare import met
 
     if preset not in stage.PRESETS:
         raise ConfigError(f"there is no preset '{preset}': choose {' or '.join(stage.PRESETS)}")
-    if not met(stage.demo(out or Path(f"craft-demo-{preset}"), preset, quick)):
+    if not stage.demo(out or Path(f"craft-demo-{preset}"), preset, quick):
         sys.exit(NOT_MET)
 
 

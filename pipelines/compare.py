@@ -51,9 +51,15 @@ def compare(config: Experiment, arms: Sequence[Arm], seeds: Sequence[int], folde
 def arm_config(config: Experiment, arm: Arm, seed: int, folder: Path, arms: Sequence[Arm]) -> Experiment:
     """The experiment of one arm and seed.
 
-    The baseline keeps the cache: it is not trained on it, but measured by the loss of the first other arm.
+    The baseline keeps the cache: it is not trained on it, but measured by the loss of the first other arm. Nobody looks
+    at validation data: nothing is chosen here.
     """
-    changes: dict[str, Any] = {"seed": seed, "output_dir": str(folder / "runs"), "craft.enabled": arm != "baseline"}
+    changes: dict[str, Any] = {
+        "seed": seed,
+        "output_dir": str(folder / "runs"),
+        "craft.enabled": arm != "baseline",
+        "validation": {},
+    }
     constrained = [a for a in reversed(arms) if a != "baseline"]
     if arm != "baseline":
         changes["craft.retention_mode"] = arm

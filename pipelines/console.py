@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from craft_ray.files import append_text
-from craft_ray.metrics import Record, console_line, result_lines
+from craft_ray.metrics import Record, console_line, result_lines, validation_line
 from craft_ray.training import Observer
 
 POLL_S = 0.1
@@ -45,6 +45,9 @@ class ConsoleObserver:
         self._print(console_line(records[-1], self.total, self.mode))
         if self._progress is not None:
             self._progress.update(self._bar, completed=records[-1]["step"])
+
+    def validated(self, record: Record) -> None:
+        self._print(validation_line(record, self.total))
 
     def done(self, result: dict[str, Any]) -> None:
         for line in result_lines(result):
@@ -79,6 +82,9 @@ class QuarterObserver:
             self._quarter = quarter
             _line(f"[{self.label}] {console_line(records[-1], self.total, self.mode)}")
 
+    def validated(self, record: Record) -> None:
+        pass
+
     def done(self, result: dict[str, Any]) -> None:
         _line(f"[{self.label}] " + "; ".join(result_lines(result)))
 
@@ -94,6 +100,9 @@ class FileObserver:
 
     def steps(self, records: Sequence[Record]) -> None:
         self._append({"steps": list(records)})
+
+    def validated(self, record: Record) -> None:
+        self._append({"validated": record})
 
     def done(self, result: dict[str, Any]) -> None:
         self._append({"done": result})
@@ -121,6 +130,8 @@ def following(path: Path, observer: Observer) -> Iterator[None]:
                     message = json.loads(line)
                     if "note" in message:
                         observer.note(message["note"])
+                    elif "validated" in message:
+                        observer.validated(message["validated"])
                     elif "done" in message:
                         observer.done(message["done"])
                     else:

@@ -1,7 +1,8 @@
 """`craft-ray demo`: the whole chain on real data that comes with a package, in a few minutes on two cores.
 
 A teacher learns an old skill, the anchor cache is built from it, and the arms learn a new one: plainly, and under a
-budget for the old. Started again in the same folder it finds what is finished and computes nothing anew.
+budget for the old; then a small sweep looks for the setting that learns most of the new one. Started again in the same
+folder it finds what is finished and computes nothing anew.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from craft_ray.config import Experiment, load_config
 from craft_ray.errors import ConfigError
 from craft_ray.files import new_folder, write_atomically
 from craft_ray.run_folder import RunFolder, command_line
-from pipelines.compare import compare
+from craft_ray.sweep.space import load_space
+from craft_ray.sweep.trials import SweepFolder
+from pipelines.compare import compare, met
+from pipelines.sweep.driver import plan_sweep, resume_sweep, sweep
 from pipelines.train import PlannedRun, carry_out
 
 CONFIGS = Path(__file__).parent / "configs"
+SWEEP_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,12 @@ PRESETS = {
 }
 
 
-def demo(out: Path, preset_name: str, quick: bool) -> dict[str, Any]:
-    """Run a preset into `out` and print what was kept and what was lost."""
+def demo(out: Path, preset_name: str, quick: bool) -> bool:
+    """Run a preset into `out` and print what was kept and what was lost.
+
+    Returns:
+        Whether every constrained run met its budget, and the sweep found a setting within its bounds.
+    """
     started = time.perf_counter()
     preset = PRESETS[preset_name]
     if preset.needs is not None and importlib.util.find_spec(preset.needs) is None:
@@ -62,18 +71,23 @@ def demo(out: Path, preset_name: str, quick: bool) -> dict[str, Any]:
     out = out.absolute()
     _make_inputs(preset, out)
     teach_config = load_config(CONFIGS / f"demo_{preset_name}_teacher.yaml", base=out)
-    print(f"1/3 the teacher learns the old skill: {preset.old}")
+    stages = 3 if quick else 4
+    print(f"1/{stages} the teacher learns the old skill: {preset.old}")
     _teach(teach_config)
-    print("2/3 the teacher's anchor cache, and the arms learn the new skill: " + preset.new)
+    print(f"2/{stages} the teacher's anchor cache, and the arms learn the new skill: {preset.new}")
     config = load_config(CONFIGS / f"demo_{preset_name}.yaml", preset.quick if quick else (), base=out)
     if quick:
         config = config.changed({"name": config.name + "-quick"})
     result = compare(config, config.compare.arms, config.compare.seeds, out)
-    print("3/3 the report")
+    print(f"3/{stages} the report")
     for line in conclusion(result, preset):
         print(line)
+    found = True
+    if not quick:
+        print(f"4/{stages} a sweep: the settings that learn most of the new skill and keep the old one")
+        found = _search(config, out / "sweep")
     print(f"{time.perf_counter() - started:.0f} s in all; report: {out / 'report.html'}")
-    return result
+    return met(result) and found
 
 
 def _make_inputs(preset: Preset, out: Path) -> None:
@@ -101,6 +115,15 @@ def _teach(config: Experiment) -> None:
     if not folder.started:
         folder.begin(config, command_line())
     carry_out(PlannedRun(config, folder))
+
+
+def _search(config: Experiment, path: Path) -> bool:
+    """A sweep of a few settings, or what is left of it."""
+    if SweepFolder(path).plan.exists():
+        return sweep(*resume_sweep(path))
+    # So few trials are all run to their end: which of them asha would stop depends on which reports first.
+    config = config.changed({"sweep.samples": SWEEP_SAMPLES, "sweep.scheduler": "none"})
+    return sweep(*plan_sweep(config, load_space("craft"), path))
 
 
 def conclusion(result: dict[str, Any], preset: Preset) -> Sequence[str]:

@@ -11,7 +11,7 @@ from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import ConfigError
 from craft_ray.evaluation import open_eval_set
 from craft_ray.run_folder import RunFolder
-from craft_ray.training import Run
+from craft_ray.training import HELD_OUT, Run, eval_sets
 from craft_ray.workers import OneWorker
 from pipelines.console import ConsoleObserver
 from pipelines.session import check_resources, join
@@ -28,9 +28,9 @@ def dry_run(config: Experiment) -> None:
     """
     check_inputs(config)
     check_new(config)
-    for skill, eval_set in (("old", config.evaluation.old), ("new", config.evaluation.new)):
-        if eval_set is not None:
-            open_eval_set(eval_set, f"evaluation.{skill}")
+    for section in HELD_OUT:
+        for skill, eval_set in eval_sets(config, section):
+            open_eval_set(eval_set, f"{section}.{skill}")
     workers = config.workers
     if workers.use_gpu and not torch.cuda.is_available():
         print("workers.use_gpu is set and this machine has no GPU: the three steps are taken on its processors")

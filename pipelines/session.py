@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -16,14 +19,27 @@ KNOBS = {
 }
 
 
-def join() -> None:
-    """Connect this process to Ray, once."""
+_dashboard = False
+"""Whether the cluster that this process is connected to has a dashboard."""
+
+
+def join(dashboard: bool = False) -> None:
+    """Connect this process to Ray, once.
+
+    Args:
+        dashboard: whether a cluster that is started here has Ray's dashboard, on the loopback interface. Ray Train
+            frees the workers of a trial whose process was killed through it, and hangs without.
+    """
+    global _dashboard
     if ray.is_initialized():
-        return
+        if not dashboard or _dashboard:
+            return
+        ray.shutdown()  # ours and idle: a stage is done before the next one joins
     for name, value in KNOBS.items():
         os.environ.setdefault(name, value)
     quiet_ray()
     address = os.environ.get("RAY_ADDRESS")
+    _dashboard = dashboard or bool(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
         try:
@@ -35,7 +51,32 @@ def join() -> None:
                 f"use this machine, or set RAY_AUTH_MODE=token where the cluster asks for a token"
             ) from None
     else:
-        ray.init(address="local", include_dashboard=False, **options)
+        with _told_its_address():
+            ray.init(address="local", include_dashboard=dashboard, **options)
+
+
+@contextmanager
+def _told_its_address() -> Iterator[None]:
+    """Let the processes of the cluster that is started meanwhile know which one is theirs.
+
+    What watches over the workers of Ray Train looks its run up by the address in the environment. Without one it takes
+    the newest cluster of the machine: it finds no such run there and ends the workers, or finds several clusters and no
+    longer frees what a killed trial held.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def quiet_ray() -> None:
@@ -54,3 +95,10 @@ def check_resources(count: int, each: dict[str, float], what: str) -> str | None
                 f"join a larger cluster with RAY_ADDRESS"
             )
     return None
+
+
+def capacity(each: dict[str, float]) -> int:
+    """How many processes that each take `each` the nodes of the cluster hold."""
+    wanted = {name: amount for name, amount in each.items() if amount}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()) for node in nodes)

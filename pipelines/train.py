@@ -11,7 +11,7 @@ import shutil
 import signal
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ from craft_ray.files import write_atomically
 from craft_ray.quiet import quiet_libraries
 from craft_ray.run_folder import RunFolder, command_line
 from craft_ray.tensorboard import TensorBoardObserver
-from craft_ray.training import train
+from craft_ray.tracking import TrackedRun, Tracker, TrackingObserver, open_trackers
+from craft_ray.training import training
 from craft_ray.workers import OneWorker, ProcessGroup, Workers
 from pipelines.console import ConsoleObserver, FileObserver, following
 from pipelines.session import check_resources, join, quiet_ray
+from pipelines.word import Word
 
 
 @dataclass(frozen=True)
@@ -87,17 +89,18 @@ def resume_run(path: Path, config: Experiment) -> PlannedRun:
     if folder.finished() is not None:
         raise ConfigError(f"the run {path} is finished: its scores are in {folder.result}")
     if begun != config:
-        key = next(iter(_differences(begun.model_dump(), config.model_dump())))
+        key = next(iter(differences(begun.model_dump(), config.model_dump())))
         raise ConfigError(
             f"the run {path} began with another config ({key}): resume it with its own, craft-ray train --resume {path}"
         )
     return PlannedRun(config, folder)
 
 
-def _differences(began: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def differences(began: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What two configs do not share, a key at a time, with both sides."""
     for key, value in began.items():
         if isinstance(value, dict) and isinstance(given[key], dict):
-            yield from _differences(value, given[key], f"{prefix}{key}.")
+            yield from differences(value, given[key], f"{prefix}{key}.")
         elif value != given[key]:
             yield f"{prefix}{key} was {value}, is {given[key]}"
 
@@ -112,9 +115,13 @@ def check_inputs(config: Experiment) -> None:
 def carry_out(run: PlannedRun) -> dict[str, Any]:
     """Train one run with its lines on the console."""
     check_inputs(run.config)
+    trackers = open_trackers(run.config.tracking, run.folder.path)
     observer = ConsoleObserver(run.config.train.steps, run.config.arm)
     try:
-        with following(run.folder.progress, observer):
+        with (
+            TrackingObserver(observer, [tracked(tracker, run) for tracker in trackers]) as watched,
+            following(run.folder.progress, watched),
+        ):
             fit([run])
     except Interrupted:
         raise Interrupted(f"interrupted: go on with craft-ray train --resume {run.folder.path}") from None
@@ -129,8 +136,20 @@ def carry_out(run: PlannedRun) -> dict[str, Any]:
     return result
 
 
-def fit(runs: Sequence[PlannedRun]) -> None:
+def tracked(tracker: Tracker, run: PlannedRun) -> TrackedRun:
+    """A run in a tracker: the one that it began with, where it is resumed."""
+    path = run.folder.path / f"tracking-{tracker.name}.json"
+    known = json.loads(path.read_text())["id"] if path.exists() else None
+    found = tracker.start(run.folder.path.name, run.config.model_dump(mode="json"), id=known)
+    write_atomically(path, json.dumps({"id": found.id}))
+    return found
+
+
+def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
     """Carry out runs one after the other on the same workers; those that are finished are passed over.
+
+    Args:
+        supervised: wait at each look at the validation data for a word (pipelines.word), and end where it says so.
 
     Raises:
         CraftError: a run cannot go on; the message is the worker's.
@@ -144,12 +163,14 @@ def fit(runs: Sequence[PlannedRun]) -> None:
         if lacking:
             raise ConfigError(lacking)
     scratch = runs[0].folder.path / ".ray"
+    shutil.rmtree(scratch, ignore_errors=True)  # a killed driver may have left an error there
     trainer = TorchTrainer(
         _work,  # type: ignore[arg-type]  # what it returns is the result's return_value
         train_loop_config={
             "runs": [(dump_config(run.config), str(run.folder.path)) for run in runs],
             "threads": workers.threads,
             "scratch": str(scratch),
+            "supervised": supervised,
         },
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources(workers)
@@ -203,7 +224,13 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
                 observer = FileObserver(folder.progress)
                 config = parse_config(yaml.safe_load(text), str(folder.path / "config.yaml"))
                 with TensorBoardObserver(folder.path / "tensorboard", observer, workers.rank == 0) as watched:
-                    train(config, folder, workers, watched)
+                    word = Word(folder.path) if loop["supervised"] else None
+                    with closing(training(config, folder, workers, watched)) as looks:
+                        for look in looks:
+                            # All workers go by what the first was told.
+                            heard = word.wait(look["step"]) if word and workers.rank == 0 else True
+                            if not workers.gather(heard)[0]:
+                                break
     except Interrupted:
         raise
     except CraftError as error:

@@ -53,6 +53,7 @@ def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(run("ray_data", tmp_path / "report.json", monkeypatch), "ray_data")
 

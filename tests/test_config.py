@@ -80,6 +80,16 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "num_workers": 2, "use_gpu": True, "cpus_per_worker": 0.5, "resources_per_worker": {"GPU": 0.5},
         "threads": 2, "max_failures": 0,
     },
+    "validation": {"every": 9},
+    **{f"validation.{skill}": EVAL for skill in ("old", "new")},
+    "objective": {
+        "maximize": None, "minimize": "train/loss", "subject_to": {"old/ratio": ">= 0.9"}, "confidence": 0.9,
+    },
+    "sweep": {
+        "samples": 3, "sampler": "tpe", "seed": 4, "scheduler": "median", "grace": 2, "reduction_factor": 4,
+        "repeat": 2, "parallel": 3, "max_failures": 0,
+    },
+    "tracking": {"mlflow": "http://tracking", "wandb": "offline", "project": "mine"},
     "compare": {"arms": ["hidden"], "seeds": [7], "parallel": 2, "token_ce": {"epsilon_start": 0.5}},
 }  # fmt: skip
 EVERY = {f"{section}.{key}".lstrip("."): value for section, keys in SECTIONS.items() for key, value in keys.items()}
@@ -95,7 +105,8 @@ def test_every_key_can_be_overridden(minimal: Path) -> None:
 
 def test_the_list_of_keys_is_complete_and_changes_each(minimal: Path) -> None:
     """Guards the test above: a key that is new must be added to it, with a value that is not the default."""
-    config = load_config(minimal, [f"{k}={v}" for k, v in EVERY.items() if k.endswith("path") and v is not None])
+    paths = [f"{k}={v}" for k, v in EVERY.items() if k.endswith("path") and v is not None]
+    config = load_config(minimal, [*paths, "objective.maximize=new/score"])
 
     def leaves(section: Section, prefix: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}

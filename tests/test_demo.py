@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from craft_ray.examples import digits
@@ -35,9 +37,24 @@ def test_the_digits_demo_keeps_its_promise_over_three_seeds(tmp_path: Path) -> N
     assert summary["hidden"]["new_ratio"] >= 0.97
     assert summary["hidden"]["feasible"] == 3
     assert str(out / "report.html") in printed.splitlines()[-1]
+    trials = pq.read_table(out / "sweep" / "trials.parquet").to_pylist()
+    assert [trial["trial"] for trial in trials] == [0, 1, 2, 3]
+    assert next(trial for trial in trials if trial["rank"] == 1)["feasible"]
+    assert (out / "sweep" / "report.html").exists()
     again = run_demo("--out", str(out))
     assert "no row computed" in again
     assert "9 of 9 runs are finished already" in again
+    assert "[1/4]" not in again, "no trial is run again"
+    assert sweep_benchmark(out, tmp_path / "report.json") == 4
+
+
+def sweep_benchmark(demo: Path, path: Path) -> int:
+    """The costs of a few trials are finite and not judged; how many rows there are."""
+    command = [sys.executable, "-m", "benchmarks.sweep", "--tiny", "--demo", str(demo), "--json", str(path)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, timeout=200)
+    rows = json.loads(path.read_text())["rows"]
+    assert all(math.isfinite(row["value"]) and row["target"] is None for row in rows)
+    return len(rows)
 
 
 def test_the_text_demo_keeps_more_than_plain_fine_tuning(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch.nn.functional import log_softmax
 from craft_ray.config import Columns, DataConfig, EvalSet, ModelConfig
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError
-from craft_ray.evaluation import Score, evaluate, open_eval_set, ratio
+from craft_ray.evaluation import EvalData, Score, evaluate, open_eval_set, ratio
 from craft_ray.models import load_model
 from craft_ray.models.base import IGNORE, Model
 from craft_ray.workers import OneWorker
@@ -47,7 +47,7 @@ def questions(path: Path, rows: Sequence[dict[str, Any]], metric: str, **setting
 
 
 def score(model: Model, asked: tuple[Source, EvalSet]) -> Score:
-    return evaluate(model, *asked, OneWorker())
+    return evaluate(EvalData(model, *asked), OneWorker())
 
 
 def answers(model: Model, prompts: Sequence[str], most: int) -> list[str]:
@@ -205,7 +205,7 @@ def test_several_workers_give_the_score_of_one(metric: str, count: int, text_mod
     table, barrier = [None] * count, threading.Barrier(count)
     with ThreadPoolExecutor(count) as pool:
         runs = [
-            pool.submit(evaluate, model, *asked, Share(rank, count, table, barrier))
+            pool.submit(evaluate, EvalData(model, *asked), Share(rank, count, table, barrier))
             for rank, model in enumerate(models)
         ]
         results = [run.result(timeout=120) for run in runs]

@@ -23,7 +23,7 @@ from craft_ray.data.source import open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError, StorageError
 from craft_ray.models.base import IGNORE, Model
 from craft_ray.run_folder import RunFolder
-from craft_ray.training import train
+from craft_ray.training import Silent, train
 from craft_ray.workers import OneWorker
 from pipelines.anchors import import_legacy
 
@@ -108,14 +108,6 @@ def imported(config: Experiment, tmp_path: Path, check: bool = True) -> list[str
     said: list[str] = []
     import_legacy(tmp_path / "legacy", config, check, say=said.append)
     return said
-
-
-class Silent:
-    def note(self, text: str) -> None: ...
-
-    def steps(self, records: list) -> None: ...
-
-    def done(self, result: dict) -> None: ...
 
 
 def trained(config: Experiment, path: Path) -> list[dict]:

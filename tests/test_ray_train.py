@@ -96,6 +96,7 @@ def test_two_workers_equal_one_on_the_same_global_batches(
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
     digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
 ) -> None:

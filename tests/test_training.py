@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -9,32 +10,32 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from experiments import digits_experiment, scored
+from experiments import ANSWERED, digits_experiment, scored
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from craft_ray.checkpoint import TrainingState, last_checkpoint, save_checkpoint
 from craft_ray.config import Experiment, dump_config, parse_config
+from craft_ray.data.sample import Sample
 from craft_ray.data.sampler import StepSampler
 from craft_ray.data.source import open_source
 from craft_ray.errors import CacheRefused, ConfigError, DataError, StorageError
-from craft_ray.metrics import console_line
+from craft_ray.metrics import console_line, validation_line
 from craft_ray.models import load_model
+from craft_ray.models.base import Features
+from craft_ray.models.features import Shelves
+from craft_ray.models.huggingface import VisionLanguageModel
 from craft_ray.run_folder import RunFolder
-from craft_ray.training import TASK_STREAM, Run, learning_rate, train
+from craft_ray.tensorboard import TensorBoardObserver
+from craft_ray.training import TASK_STREAM, Run, Silent, learning_rate, train, training
 from craft_ray.workers import OneWorker
 from pipelines.anchors import build
-
-
-class Silent:
-    def note(self, text: str) -> None: ...
-
-    def steps(self, records: list) -> None: ...
-
-    def done(self, result: dict) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -274,10 +275,9 @@ from pathlib import Path
 from craft_ray.config import load_config
 from craft_ray.errors import StorageError
 from craft_ray.run_folder import RunFolder
-from craft_ray.training import Run, train
+from craft_ray.training import Run, Silent, train
 from craft_ray.workers import OneWorker
 sys.path.insert(0, {tests!r})
-from test_training import Silent
 config = load_config({config!r})
 folder = RunFolder(Path({run!r}))
 Run(config, folder, OneWorker(), Silent()).loop(until=3)
@@ -302,3 +302,187 @@ def test_a_full_disk_damages_no_checkpoint(digits_model: Path, digits_data: Path
     assert [p.name for p in folder.checkpoints.iterdir() if p.name != "last"] == ["step_000002"]
     train(config, folder, OneWorker(), Silent())  # with room again it goes on
     assert folder.finished()["steps"] == 6
+
+
+# --- looks at the validation data ---------------------------------------------------------------------------------
+
+
+def looked_at(data: Path, every: int, **changes: Any) -> dict[str, Any]:
+    """Changes that look at both skills, by a number that the last bit of a weight changes and by generated answers."""
+    sets = {
+        f"validation.{skill}": {
+            "data": {"path": str(data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": 24},
+            "metric": metric,
+            "max_new_tokens": 2,
+        }
+        for skill, metric in (("old", "perplexity"), ("new", "exact_match"))
+    }
+    return {**sets, "validation.every": every, **changes}
+
+
+@pytest.fixture(scope="module")
+def watched(digits_model: Path, digits_data: Path, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run that went undisturbed and was looked at after each step. Read only."""
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 1))
+    return carry_out(config, tmp_path_factory.mktemp("watched") / "run")
+
+
+def test_looking_changes_nothing(
+    watched: RunFolder, digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    blind = carry_out(digits_experiment(digits_model, digits_data, cached, {"train.log_every": 4}), tmp_path / "run")
+    assert measured(watched) == measured(blind)
+    ours, theirs = weights(watched), weights(blind)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not blind.validation.exists()
+    assert [look["step"] for look in watched.read_validation()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, [6]), (4, [4, 6]), (9, [6])])
+def test_when_a_run_is_looked_at(
+    every: int, steps: list[int], digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, every))
+    folder = carry_out(config, tmp_path / "run")
+    looks = folder.read_validation()
+    assert [look["step"] for look in looks] == steps
+    expected = ["step", "old/score", "old/ratio", "new/score", "new/ratio"]
+    assert all(list(look) == [*expected, "heldout/retention_loss", "heldout/violation"] for look in looks)
+    last, result = looks[-1], folder.finished()
+    assert last["heldout/retention_loss"] == result["retention_loss"]
+    assert last["heldout/violation"] == result["violation"]
+    teacher = json.loads((folder.path / "teacher_validation_old.json").read_text())["score"]["value"]
+    assert last["old/ratio"] == teacher / last["old/score"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_every", "every", "closed_at", "lost"),
+    [
+        *((2, 2, 2, False), (3, 2, 4, False), (2, 3, 3, False), (0, 2, 4, False)),
+        *((2, 2, 4, True), (2, 2, 6, True), (0, 2, 4, True)),
+    ],
+)
+def test_a_resumed_run_has_each_look_once(
+    checkpoint_every: int,
+    every: int,
+    closed_at: int,
+    lost: bool,
+    watched: RunFolder,
+    digits_model: Path,
+    digits_data: Path,
+    cached: Path,
+    tmp_path: Path,
+) -> None:
+    """
+    Args:
+        lost: the process went while it wrote the look down, after the checkpoint of the same step where there is one.
+    """
+    changes = {"train.checkpoint_every": checkpoint_every, "train.keep_checkpoints": 1 if checkpoint_every else 0}
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, every, **changes))
+    cut = RunFolder(tmp_path / "run")
+    cut.begin(config, ["test"])
+    with closing(training(config, cut, OneWorker(), Silent())) as looks:
+        while next(looks)["step"] < closed_at:
+            pass
+    if lost:
+        lines = cut.validation.read_text().splitlines(keepends=True)
+        cut.validation.write_text("".join(lines[:-1]) + lines[-1][:20])
+    train(config, cut, OneWorker(), Silent())
+    assert cut.read_validation() == [look for look in watched.read_validation() if look["step"] % every == 0]
+    assert measured(cut) == measured(watched)
+
+
+def test_a_run_that_was_lost_after_its_last_look_is_concluded(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 3))
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    with closing(training(config, folder, OneWorker(), Silent())) as looks:
+        assert [next(looks)["step"], next(looks)["step"]] == [3, 6]
+    assert folder.finished() is None
+    seen = folder.read_validation()
+    train(config, folder, OneWorker(), Silent())
+    assert folder.finished()["steps"] == 6
+    assert folder.read_validation() == seen
+
+
+def test_a_run_that_is_closed_at_a_look_is_left_open_for_others(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 2))
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    with closing(training(config, folder, OneWorker(), Silent())) as looks:
+        assert next(looks)["step"] == 2
+    assert [record["step"] for record in folder.read_metrics()] == [1, 2], "the log is complete up to the look"
+    with (folder.path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is still held
+
+
+def test_validation_is_in_tensorboard_beside_the_steps(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 2))
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    with TensorBoardObserver(folder.path / "tensorboard", Silent(), enabled=True) as observer:
+        train(config, folder, OneWorker(), observer)
+    events = EventAccumulator(str(folder.path / "tensorboard")).Reload()
+    looks = folder.read_validation()
+    for key in ("old/score", "old/ratio", "new/score", "heldout/retention_loss", "heldout/violation"):
+        found = [(event.step, event.value) for event in events.Scalars(key)]
+        assert found == [(look["step"], pytest.approx(look[key])) for look in looks]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_line_of_a_look() -> None:
+    look = {
+        "step": 25, "old/score": 0.875, "old/ratio": 0.9512, "new/score": 0.5, "new/ratio": None,
+        "heldout/retention_loss": 0.0123456, "heldout/violation": 0.0,
+    }  # fmt: skip
+    assert validation_line(look, 150) == (
+        "Step 25/150 | validation | old 0.875 (95.1% of the teacher's) | new 0.500 | held-out L_ret=0.01235"
+    )
+    assert validation_line({"step": 2, "new/score": 1.0, "new/ratio": 2.0}, 4) == (
+        "Step 2/4 | validation | new 1.000 (200.0% of the teacher's)"
+    )
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 2])
+def test_a_run_that_keeps_no_checkpoints_leaves_none(
+    checkpoint_every: int, digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    changes = {"train.keep_checkpoints": 0, "train.checkpoint_every": checkpoint_every}
+    config = digits_experiment(digits_model, digits_data, cached, changes)
+    folder = carry_out(config, tmp_path / "run")
+    assert not folder.checkpoints.exists()
+    assert folder.finished()["steps"] == 6
+
+
+def test_runs_of_one_process_share_what_is_preprocessed(
+    cached: Path, digits_model: Path, digits_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their numbers do not depend on it."""
+    config = digits_experiment(digits_model, digits_data, cached, scored(digits_data))
+    made: list[str] = []
+    preprocess = VisionLanguageModel.preprocess
+
+    def counted(self: VisionLanguageModel, sample: Sample, *rest: Any) -> Features:
+        made.append(sample.id)
+        return preprocess(self, sample, *rest)
+
+    monkeypatch.setattr(VisionLanguageModel, "preprocess", counted)
+    shelves, losses = Shelves(), []
+    for name, shared in (("first", shelves), ("second", shelves), ("alone", None)):
+        before = len(made)
+        folder = RunFolder(tmp_path / name / "run")
+        list(training(config, folder, OneWorker(), Silent(), shared))
+        losses.append([record["train/loss"] for record in folder.read_metrics()])
+        assert (len(made) > before) is (name != "second")
+    assert losses[0] == losses[1] == losses[2]
+
+    other = config.changed({"model.append_eos": False, "craft": {"enabled": False}, "evaluation": {}})
+    before = len(made)
+    list(training(other, RunFolder(tmp_path / "other" / "run"), OneWorker(), Silent(), shelves))
+    assert len(made) > before, "another way to read the same data has features of its own"

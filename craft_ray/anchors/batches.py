@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,7 @@ from craft_ray.errors import CacheRefused
 from craft_ray.method.pooling import Vectors
 from craft_ray.method.retention import hidden_loss
 from craft_ray.models.base import Batch, Features, Model
-
-FEATURE_CACHE_BYTES = 1 << 30
-"""Preprocessed anchors kept in memory; they come back every few steps, and decoding an image is dear."""
+from craft_ray.models.features import FeatureCache, Shelves
 
 
 @dataclass(frozen=True)
@@ -41,34 +39,23 @@ class AnchorBatch:
         return AnchorBatch(self.inputs.to(device), teacher)
 
 
-class FeatureCache:
-    """Features by row, kept while they fit."""
-
-    def __init__(self, make: Callable[[int], Features], limit: int = FEATURE_CACHE_BYTES) -> None:
-        self._make = make
-        self._room = limit
-        self._kept: dict[int, Features] = {}
-
-    def __getitem__(self, row: int) -> Features:
-        found = self._kept.get(row)
-        if found is None:
-            found = self._make(row)
-            if found.nbytes <= self._room:
-                self._room -= found.nbytes
-                self._kept[row] = found
-        return found
-
-
 class AnchorBatches:
     """Makes batches of anchors for one student, mode, choice of layers and positions.
 
     Args:
         layers: resolved indices, a subset of the cache's.
         positions: a subset of the cache's.
+        shelves: preprocessed anchors of runs before this one.
     """
 
     def __init__(
-        self, model: Model, anchors: AnchorSet, mode: RetentionMode, layers: Sequence[int], positions: Sequence[str]
+        self,
+        model: Model,
+        anchors: AnchorSet,
+        mode: RetentionMode,
+        layers: Sequence[int],
+        positions: Sequence[str],
+        shelves: Shelves | None = None,
     ) -> None:
         self.model = model
         self.anchors = anchors
@@ -77,7 +64,8 @@ class AnchorBatches:
         self.positions = tuple(positions)
         self._layer_rows = [anchors.identity.layers.index(k) for k in layers]
         self._with_suffix = mode == "token_ce" or "suffix" in positions
-        self._features = FeatureCache(self._preprocess)
+        how = (anchors.fingerprint, f"suffix {self._with_suffix}", model.preprocessor_fingerprint())
+        self._features = FeatureCache(self._preprocess, (shelves or Shelves()).of(*how))
 
     def _preprocess(self, row: int) -> Features:
         suffix = self.anchors.suffix(row) if self._with_suffix else None

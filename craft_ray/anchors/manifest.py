@@ -121,6 +121,11 @@ def read_plan(folder: Path) -> Plan | None:
         raise CacheRefused(f"{folder / PLAN} is damaged: delete the folder and build the cache again") from None
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a cache was built to its end there. Its files are checked when it is read."""
+    return (folder / MANIFEST).exists()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete cache.
 

@@ -14,15 +14,19 @@ from craft_ray.anchors.schema import STEP0_AGREEMENT, STEP0_TOLERANCE
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused
 from craft_ray.models.base import Model, resolve_layers
+from craft_ray.models.features import Shelves
 from craft_ray.workers import Workers
 
 
-def open_for_student(config: Experiment, model: Model, teacher_weights: str | None) -> AnchorBatches:
+def open_for_student(
+    config: Experiment, model: Model, teacher_weights: str | None, shelves: Shelves | None = None
+) -> AnchorBatches:
     """The cache of a run, after every check that its identity allows.
 
     Args:
         teacher_weights: hash of the untouched student's weights; None on resume, where it is no longer the teacher
             and the checkpoint names the cache instead.
+        shelves: preprocessed anchors of runs before this one.
 
     Raises:
         CacheRefused: the cache is of another teacher or preprocessor, or lacks what the config asks for.
@@ -33,14 +37,25 @@ def open_for_student(config: Experiment, model: Model, teacher_weights: str | No
     manifest = read_manifest(folder)
     found = manifest.identity
     check_model(folder, found, config, model, teacher_weights)
+    layers, positions = asked_of(folder, found, config)
+    anchors = open_anchors(folder, manifest)
+    return AnchorBatches(model, anchors, craft.retention_mode, layers, positions, shelves)
+
+
+def asked_of(folder: Path, found: Identity, config: Experiment) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The layers and positions of a cache that a config anchors.
+
+    Raises:
+        CacheRefused: the cache does not hold them, or not this retention mode.
+    """
+    craft, layers, positions = config.craft, found.layers, found.positions
     check_contains(folder, "mode", [craft.retention_mode], found.modes)
-    layers, positions = found.layers, found.positions
     if craft.retention_mode == "hidden":
-        layers = _wanted_layers(config, found.layers, model)
+        layers = _wanted_layers(config, found)
         positions = craft.positions or (config.anchors and config.anchors.positions) or positions
         check_contains(folder, "layers", layers, found.layers)
         check_contains(folder, "positions", positions, found.positions)
-    return AnchorBatches(model, open_anchors(folder, manifest), craft.retention_mode, layers, positions)
+    return layers, positions
 
 
 def check_model(folder: Path, found: Identity, config: Experiment, model: Model, teacher_weights: str | None) -> None:
@@ -63,12 +78,12 @@ def check_model(folder: Path, found: Identity, config: Experiment, model: Model,
     check_identity(folder, found, expected)
 
 
-def _wanted_layers(config: Experiment, held: tuple[int, ...], model: Model) -> tuple[int, ...]:
+def _wanted_layers(config: Experiment, found: Identity) -> tuple[int, ...]:
     asked = config.craft.layers or (config.anchors and config.anchors.layers)
     if not asked:
-        return held
+        return found.layers
     try:
-        return resolve_layers(asked, model.num_hidden_states)
+        return resolve_layers(asked, found.num_hidden_states)
     except ValueError as error:
         raise CacheRefused(str(error)) from None
 

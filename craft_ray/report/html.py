@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from craft_ray.config import dump_config
 from craft_ray.errors import ConfigError
 from craft_ray.files import write_atomically
@@ -17,6 +15,7 @@ from craft_ray.metrics import Record
 from craft_ray.report import wording
 from craft_ray.report.arms import ARMS
 from craft_ray.report.examples import examples
+from craft_ray.report.page import template
 from craft_ray.report.plots import cosine_plot, pareto_plot, retention_plot, series
 from craft_ray.report.runs import FinishedRun, read_runs
 from craft_ray.report.settings import differences
@@ -44,7 +43,7 @@ def write_report(runs: Sequence[RunFolder], target: Path, *, title: str, command
     results = [run.result for run in finished]
     summary = summarize(results)
     content = {"runs": results, "summary": summary, "command": command, "environment": environments(finished)}
-    page = _template().render(
+    page = template("report.html.j2").render(
         title=title,
         command=command,
         summary=summary,
@@ -70,24 +69,6 @@ def environments(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
         else:
             same["runs"].append(run.name)
     return found
-
-
-def _template() -> Any:
-    environment = Environment(
-        loader=PackageLoader("craft_ray", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        percent=wording.percent,
-        number=wording.number,
-        score_of=wording.score_of,
-        percent_interval=lambda bounds: wording.between(bounds, wording.percent),
-        score_interval=lambda bounds, metric: wording.between(bounds, lambda value: wording.score_of(value, metric)),
-    )
-    return environment.get_template("report.html.j2")
 
 
 def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dict[str, Any]:

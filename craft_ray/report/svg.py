@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,12 +54,13 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
         yield figure
 
 
-def inline_svg(figure: Figure, prefix: str, description: str) -> Markup:
+def inline_svg(figure: Figure, prefix: str, description: str, titles: Mapping[str, str] | None = None) -> Markup:
     """The figure as one `<svg>` element.
 
     Args:
         prefix: put before every id, which must be unique in the page.
         description: what readers hear who do not see it.
+        titles: by `gid` of an artist, what is shown when a pointer rests on it.
     """
     buffer = io.StringIO()
     figure.savefig(
@@ -71,6 +72,8 @@ def inline_svg(figure: Figure, prefix: str, description: str) -> Markup:
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}-", text)
     text = text.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
+    for gid, title in (titles or {}).items():
+        text = text.replace(f'<g id="{prefix}-{gid}">', f'<g id="{prefix}-{gid}"><title>{escape(title)}</title>')
     # Sized by the page, not by points.
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1))

@@ -1,0 +1,171 @@
+"""The objective of a sweep: one metric to maximise or minimise, within bounds on others.
+
+A tuner ranks by one number, and without care a setting that broke the bound wins. So the number is made of both:
+
+    score = 1/2 + f(x) / 2 in (0, 1)    within all bounds, f(x) = x / (1 + |x|), x the metric (negated to minimise)
+    score = -sum of violations < 0      otherwise
+
+Every setting within the bounds is above every other one; among those the metric decides, and among the others the
+size of the violation, relative to the bound.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from craft_ray.config import BOUND, EvalSet, Experiment, ObjectiveConfig
+from craft_ray.errors import ConfigError, DataError
+from craft_ray.evaluation import HIGHER_IS_BETTER
+from craft_ray.metrics import FIELDS, Record
+from craft_ray.report.student_t import quantile
+
+SCORES = ("old/score", "old/ratio", "new/score", "new/ratio")
+HELDOUT = ("heldout/retention_loss", "heldout/violation")
+LOSSES = ("train/loss", "craft/retention_loss", "perf/step_s", "perf/data_s")
+STEPS = (*FIELDS, "train/lr", "craft/epsilon", "perf/step_s", "perf/data_s")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a setting stands against an objective."""
+
+    value: float
+    """Of the metric, the mean over seeds."""
+    reached: dict[str, float]
+    """Of each bounded metric what is held against the bound: the value, or over seeds the mean's confidence bound."""
+    violations: dict[str, float]
+    """Of each bound, relative to its size; 0 where it is kept."""
+    score: float
+    """The one number that orders settings; more is better."""
+
+    @property
+    def violation(self) -> float:
+        return math.fsum(self.violations.values())
+
+    @property
+    def feasible(self) -> bool:
+        return self.violation == 0
+
+
+def judge(objective: ObjectiveConfig, runs: Sequence[Mapping[str, Any]]) -> Verdict:
+    """The verdict on a setting from the metrics of its runs, one for each seed.
+
+    Raises:
+        DataError: a metric of the objective has no value.
+    """
+    value = statistics.mean(_values(objective.metric, runs))
+    reached, violations = {}, {}
+    for metric, bound in objective.subject_to.items():
+        least, limit = parse_bound(bound)
+        reached[metric] = confidence_bound(_values(metric, runs), objective.confidence, lower=least)
+        missing = limit - reached[metric] if least else reached[metric] - limit
+        violations[metric] = max(0.0, missing) / (abs(limit) or 1.0)
+    total = math.fsum(violations.values())
+    x = -value if objective.maximize is None else value
+    score = -total if total else (1 + x / (1 + abs(x))) / 2
+    return Verdict(value, reached, violations, score)
+
+
+def confidence_bound(values: Sequence[float], confidence: float, lower: bool) -> float:
+    """One-sided bound of the mean by Student's t; the value itself where there is but one.
+
+    mean -+ t s / sqrt(n),   P(T < t) = confidence for T with n - 1 degrees of freedom
+    """
+    mean = statistics.mean(values)  # exact: seeds that all stand at the bound keep it
+    if len(values) == 1:
+        return mean
+    half = quantile(len(values) - 1, 2 * confidence - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half if lower else mean + half
+
+
+def parse_bound(text: str) -> tuple[bool, float]:
+    """`>= 0.95` as (True, 0.95): whether it is a least value, and the limit."""
+    match = BOUND.fullmatch(text)
+    assert match is not None, "checked by the config"
+    return match[1] == ">=", float(match[2])
+
+
+def objective_of(config: Experiment) -> ObjectiveConfig:
+    """The objective, checked against what the config measures.
+
+    Raises:
+        ConfigError: there is none, or it names what is not measured or would search for the worst.
+    """
+    objective = config.objective
+    if objective is None:
+        raise ConfigError(
+            "the config has no objective: add e.g. 'objective: {maximize: new/score, subject_to: {old/ratio: \">= "
+            "0.95\"}}'"
+        )
+    for metric in (objective.metric, *objective.subject_to):
+        _check_measured(metric, config)
+    wanted = [(objective.metric, objective.maximize is not None)]
+    wanted += [(metric, parse_bound(bound)[0]) for metric, bound in objective.subject_to.items()]
+    for metric, more in wanted:
+        better = more_is_better(metric, config)
+        if better is not None and better is not more:
+            raise ConfigError(_wrong_way(metric, better))
+    return objective
+
+
+def more_is_better(metric: str, config: Experiment) -> bool | None:
+    """Whether a metric is wanted high or low; None where that depends on what it is looked at for."""
+    skill, _, number = metric.partition("/")
+    if metric in SCORES:
+        return number == "ratio" or HIGHER_IS_BETTER[_eval_set(config, skill).metric]
+    return False if metric in (*HELDOUT, *LOSSES) else None
+
+
+def _wrong_way(metric: str, better: bool) -> str:
+    if better:
+        return f"objective: of {metric} more is better: maximize it, or bound it with >="
+    if metric in SCORES:
+        return (
+            f"objective: {metric} is a perplexity, where lower is better: minimize it, bound it with <=, or use "
+            f"{metric.partition('/')[0]}/ratio, where higher is better"
+        )
+    return f"objective: of {metric} less is better: minimize it, or bound it with <="
+
+
+def means(records: Iterable[Record]) -> Record:
+    """The mean of each metric over steps, leaving out the steps that have none."""
+    columns: dict[str, list[float]] = {metric: [] for metric in STEPS}
+    for record in records:
+        for metric, values in columns.items():
+            if record[metric] is not None:
+                values.append(float(record[metric]))
+    return {metric: statistics.fmean(values) for metric, values in columns.items() if values}
+
+
+def _check_measured(metric: str, config: Experiment) -> None:
+    if metric in SCORES:
+        _eval_set(config, metric.partition("/")[0])
+    elif metric in HELDOUT:
+        if config.craft.anchor_cache_dir is None:
+            raise ConfigError(f"objective: {metric} needs anchors: set craft.anchor_cache_dir")
+    elif metric not in STEPS:
+        raise ConfigError(
+            f"objective: '{metric}' is not measured: choose among {', '.join((*SCORES, *HELDOUT, *STEPS))}"
+        )
+
+
+def _eval_set(config: Experiment, skill: str) -> EvalSet:
+    found = config.validation.old if skill == "old" else config.validation.new
+    if found is None:
+        raise ConfigError(f"objective: a score of the {skill} skill needs data: add validation.{skill}")
+    return found
+
+
+def _values(metric: str, runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    values = [run.get(metric) for run in runs]
+    if any(value is None for value in values):
+        reason = "the teacher's own score is 0" if metric.endswith("/ratio") else "it was not measured in these steps"
+        raise DataError(f"objective: {metric} has no value ({reason})")
+    numbers = [float(value) for value in values if value is not None]
+    if not all(math.isfinite(number) for number in numbers):
+        raise DataError(f"objective: {metric} is {numbers[0] if len(numbers) == 1 else numbers}: it must be finite")
+    return numbers

@@ -1,0 +1,187 @@
+"""A sweep on disk: its plan, and a folder for each trial that holds what it was asked, what it reported, how it ended.
+
+Everything that comes out of a sweep is read from here, and a sweep that is resumed knows from here what is done. A
+trial is one setting; it trains one run for each seed, one after the other, each in a folder of its own.
+
+    sweep.yaml                 the config and the space, as they were at the start
+    trials/0003/params.json    the setting
+    trials/0003/reports.jsonl  a line at each look at the validation data
+    trials/0003/outcome.json   finished, stopped or failed, and why; an open trial has none
+    trials/0003/seed0/         a run folder
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from craft_ray.config import Experiment, dump_config, parse_config
+from craft_ray.errors import ConfigError
+from craft_ray.files import write_atomically
+from craft_ray.run_folder import RunFolder, read_records
+from craft_ray.sweep.space import Params, Space, parse_space
+
+Status = Literal["open", "finished", "stopped", "failed"]
+Report = dict[str, Any]
+"""`step`: steps over all seeds so far; `seeds`: runs that the numbers are of; `metrics`: their means; `params`;
+`value`, `reached`, `violations`, `feasible`, `score`: the verdict (craft_ray.sweep.objective); `seconds`: since the
+trial began."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended."""
+
+    status: Status
+    reason: str | None = None
+
+
+class TrialFolder:
+    """The folder of one trial."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.number = int(path.name)
+
+    def begin(self, params: Params) -> None:
+        write_atomically(self.path / "params.json", json.dumps(params))
+
+    def params(self) -> Params | None:
+        """The setting; None before the trial was begun."""
+        path = self.path / "params.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def reports(self) -> list[Report]:
+        return read_records(self.path / "reports.jsonl")
+
+    def add_report(self, report: Report) -> None:
+        """Append a report; those of its step or later are replaced by it."""
+        self._keep_reports([known for known in self.reports() if known["step"] < report["step"]] + [report])
+
+    def drop_reports_after(self, step: int) -> None:
+        """Forget what another way than the trial's present one reported."""
+        self._keep_reports([known for known in self.reports() if known["step"] <= step])
+
+    def _keep_reports(self, reports: list[Report]) -> None:
+        write_atomically(self.path / "reports.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
+
+    def outcome(self) -> Outcome:
+        path = self.path / "outcome.json"
+        return Outcome(**json.loads(path.read_text())) if path.exists() else Outcome("open")
+
+    def end(self, status: Status, reason: str | None = None) -> None:
+        """Say how the trial ended. What was said first stays."""
+        if self.outcome().status == "open":
+            write_atomically(self.path / "outcome.json", json.dumps({"status": status, "reason": reason}))
+
+    def told_error(self) -> str | None:
+        """What the last attempt ended with, if it could still tell."""
+        path = self.path / "error.txt"
+        return path.read_text() if path.exists() else None
+
+    def tell_error(self, message: str | None) -> None:
+        if message is None:
+            (self.path / "error.txt").unlink(missing_ok=True)
+        else:
+            write_atomically(self.path / "error.txt", message)
+
+    def run(self, seed: int) -> RunFolder:
+        return RunFolder(self.path / f"seed{seed}", shared=self.path.parent)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is searched, and the command that asked for it."""
+
+    config: Experiment
+    space: Space
+    command: list[str]
+
+
+class SweepFolder:
+    """The folder of a sweep."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.plan = path / "sweep.yaml"
+        self.scratch = path / ".ray"
+        self.new = False
+        """Whether this process began it."""
+
+    def begin(self, plan: Plan) -> None:
+        """Write what is searched.
+
+        Raises:
+            ConfigError: there is a sweep in the folder.
+        """
+        if self.plan.exists():
+            raise ConfigError(
+                f"there is a sweep in {self.path}: go on with --resume {self.path}, or choose another folder (--out)"
+            )
+        if self.path.exists() and {entry.name for entry in self.path.iterdir()} - {".lock", ".ray"}:
+            raise ConfigError(f"{self.path} is not empty and holds no sweep: choose another folder (--out)")
+        self.write(plan)
+        self.new = True
+
+    def write(self, plan: Plan) -> None:
+        tree = {
+            "command": plan.command,
+            "space": {"name": plan.space.name, "knobs": plan.space.source},
+            "config": yaml.safe_load(dump_config(plan.config)),
+        }
+        write_atomically(self.plan, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+    def load(self) -> Plan:
+        """What is searched.
+
+        Raises:
+            ConfigError: there is no sweep in the folder.
+        """
+        if not self.plan.exists():
+            raise ConfigError(f"{self.path} holds no sweep (no sweep.yaml): name the folder of a sweep that was begun")
+        tree = yaml.safe_load(self.plan.read_text())
+        config = parse_config(tree["config"], str(self.plan))
+        return Plan(config, parse_space(tree["space"]["knobs"], tree["space"]["name"]), tree["command"])
+
+    def assign(self, trial_id: str, number: int) -> None:
+        """Tell the process that Tune calls `trial_id` which trial it is."""
+        write_atomically(self.scratch / "ids" / trial_id, str(number))
+
+    def trial_of(self, trial_id: str) -> TrialFolder:
+        return self.trial(int((self.scratch / "ids" / trial_id).read_text()))
+
+    def trial(self, number: int) -> TrialFolder:
+        return TrialFolder(self.path / "trials" / f"{number:04d}")
+
+    def trials(self) -> list[TrialFolder]:
+        """The trials that have begun, by number."""
+        folders = [TrialFolder(path) for path in (self.path / "trials").glob("[0-9]*")]
+        return sorted((trial for trial in folders if trial.params() is not None), key=lambda trial: trial.number)
+
+
+def trial_config(base: Experiment, params: Params, trial: TrialFolder, seed: int) -> Experiment:
+    """The config of one run of a trial: looked at on validation data alone, and saved only where it has to be.
+
+    A checkpoint is kept where the config asks for them, so that a lost trial goes on, and where pbt copies them.
+    """
+    own: dict[str, Any] = {
+        "seed": seed,
+        "output_dir": str(trial.path),
+        "evaluation": {"old": None, "new": None},
+        "train.keep_checkpoints": 1 if base.train.checkpoint_every else 0,
+        # Said in full: a run without validation data would not stop for a look at its end.
+        "validation.every": base.validation.every or params.get("train.steps", base.train.steps),
+    }
+    if base.sweep.scheduler == "pbt":
+        own |= {"train.keep_checkpoints": 1, "train.checkpoint_every": base.validation.every}
+    return base.changed({**params, **own})
+
+
+def seeds(base: Experiment, params: Params) -> list[int]:
+    """The seeds that a setting is run on."""
+    first = params.get("seed", base.seed)
+    return [first + number for number in range(base.sweep.repeat)]

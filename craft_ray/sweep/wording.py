@@ -1,0 +1,216 @@
+"""A sweep in words: its metrics by name and unit, and what came out of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from craft_ray.config import Experiment, ObjectiveConfig
+from craft_ray.evaluation import HIGHER_IS_BETTER
+from craft_ray.report.wording import NONE, number, percent
+from craft_ray.sweep.objective import SCORES, parse_bound
+from craft_ray.sweep.results import SweepResult, TrialResult
+from craft_ray.sweep.trials import Report
+
+PROSE = {
+    "exact_match": "exact match",
+    "choice": "right choices",
+    "perplexity": "perplexity",
+}
+HELDOUT = {
+    "heldout/retention_loss": "retention loss on held-out anchors",
+    "heldout/violation": "violation of the budget on held-out anchors",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of the reports as a reader sees it."""
+
+    key: str
+    label: str
+    percent: bool
+    higher: bool
+    """Whether more is better."""
+    least: float | None = None
+    """The bound from below, `>=`."""
+    most: float | None = None
+    """The bound from above, `<=`."""
+
+    @property
+    def limit(self) -> float | None:
+        return self.most if self.least is None else self.least
+
+    @property
+    def named(self) -> str:
+        """The label, with the key that the config has."""
+        return self.key if self.label == self.key else f"{self.label} ({self.key})"
+
+    @property
+    def bound(self) -> str:
+        """The bound as an inequality; empty where there is none."""
+        return "" if self.limit is None else f"{'≥' if self.least is not None else '≤'} {self.form(self.limit)}"
+
+    def form(self, value: float | None) -> str:
+        return percent(value) if self.percent else number(value)
+
+    def of(self, report: Report | None) -> float | None:
+        """The number in a report. None where it has none that could be drawn."""
+        value = None if report is None else report["metrics"].get(self.key)
+        return value if value is not None and math.isfinite(value) else None
+
+
+def objective_in(config: Experiment) -> ObjectiveConfig:
+    """The objective of a config that a sweep was begun with."""
+    assert config.objective is not None, "a sweep does not begin without one"
+    return config.objective
+
+
+def metric_of(config: Experiment, key: str) -> Metric:
+    """A metric in the terms of the objective, whether it is part of it or not."""
+    objective = objective_in(config)
+    bound = objective.subject_to.get(key)
+    least, limit = (True, None) if bound is None else parse_bound(bound)
+    label, of_hundred, higher = _described(config, key)
+    if key == objective.metric:
+        higher = objective.maximize is not None
+    elif bound is not None:
+        higher = least
+    return Metric(key, label, of_hundred, higher, limit if least else None, None if least else limit)
+
+
+def metrics_of(config: Experiment) -> list[Metric]:
+    """The objective's metric, then those that are bounded."""
+    objective = objective_in(config)
+    return [metric_of(config, key) for key in dict.fromkeys((objective.metric, *objective.subject_to))]
+
+
+def _described(config: Experiment, key: str) -> tuple[str, bool, bool]:
+    """Label, whether it is a part of one, whether more is better."""
+    if key not in SCORES:
+        return HELDOUT.get(key, key), False, False
+    skill, _, kind = key.partition("/")
+    scored = config.validation.old if skill == "old" else config.validation.new
+    assert scored is not None, "only what is measured is shown"
+    higher = HIGHER_IS_BETTER[scored.metric]
+    if kind == "score":
+        return f"{PROSE[scored.metric]} on the {skill} skill", higher, higher
+    inverse = "" if higher else " (inverse perplexity)"
+    return f"{skill} skill relative to the teacher's{inverse}", True, True
+
+
+def shown(value: Any) -> str:
+    """The value of a knob as a person would write it."""
+    if type(value) in (int, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def knob_value(trial: TrialResult, knob: str) -> str:
+    return shown(trial.params[knob]) if knob in trial.params else NONE
+
+
+def short_names(knobs: Sequence[str]) -> dict[str, str]:
+    """Knobs by the last part of their keys, where it is theirs alone."""
+    ends = {knob: knob.rpartition(".")[2] for knob in knobs}
+    often = Counter(ends.values())
+    return {knob: end if often[end] == 1 else knob for knob, end in ends.items()}
+
+
+def headline(result: SweepResult) -> list[str]:
+    """What was searched for and what came out, in sentences."""
+    return [_searched(metrics_of(result.plan.config)), *_found(result)]
+
+
+def standing(result: SweepResult, report: Report | None) -> str:
+    """The numbers of a report."""
+    parts = (f"{metric.label} {metric.form(metric.of(report))}" for metric in metrics_of(result.plan.config))
+    return ", ".join(parts)
+
+
+def tooltip(result: SweepResult, trial: TrialResult) -> str:
+    """A trial in a few lines."""
+    return "\n".join(
+        [
+            f"trial {trial.number}, {status(trial)}",
+            standing(result, trial.last),
+            *(f"{name} {shown(value)}" for name, value in trial.params.items()),
+        ]
+    )
+
+
+def status(trial: TrialResult) -> str:
+    if trial.outcome.status == "stopped" and trial.last is not None:
+        return f"stopped early at step {trial.last['step']}"
+    return trial.outcome.status
+
+
+def violation(report: Report) -> float:
+    """Of all bounds together, each relative to its size."""
+    return math.fsum(report["violations"].values())
+
+
+def shortfalls(result: SweepResult, report: Report) -> list[str]:
+    """How each bound that was not kept was missed."""
+    return [
+        _shortfall(metric, objective_in(result.plan.config).confidence, report)
+        for metric in metrics_of(result.plan.config)
+        if report["violations"].get(metric.key)
+    ]
+
+
+def _shortfall(metric: Metric, confidence: float, report: Report) -> str:
+    limit, seeds = metric.limit, report["seeds"]
+    assert limit is not None
+    missing = report["violations"][metric.key] * (abs(limit) or 1.0)
+    amount = f"{number(100 * missing)} percentage points" if metric.percent else number(missing)
+    reached = metric.form(metric.of(report))
+    if seeds == 1:
+        return f"{metric.label} is {reached} and misses {metric.bound} by {amount}"
+    held = metric.form(limit - missing if metric.least is not None else limit + missing)
+    return (
+        f"{metric.label} is {reached} in the mean of {seeds} seeds, and its {100 * confidence:g} % confidence bound, "
+        f"{held}, misses {metric.bound} by {amount}"
+    )
+
+
+def _searched(metrics: Sequence[Metric]) -> str:
+    goal, bounds = metrics[0], [metric for metric in metrics if metric.limit is not None]
+    extreme = "highest" if goal.higher else "lowest"
+    within = " and ".join(f"{metric.named} {metric.bound}" for metric in bounds)
+    return f"Searched for the {extreme} {goal.named}{', with ' + within if within else ', without bounds'}."
+
+
+def _found(result: SweepResult) -> list[str]:
+    best = result.best
+    if best is None:
+        return _unfinished(result)
+    assert best.last is not None, "a trial that finished has reported its end"
+    if best.feasible:
+        return [f"Trial {best.number} is best: {standing(result, best.last)}."]
+    return [
+        f"NO finished trial is within the bounds. The least violating is trial {best.number}: "
+        f"{standing(result, best.last)}.",
+        *(f"Its {words}." for words in shortfalls(result, best.last)),
+    ]
+
+
+def _unfinished(result: SweepResult) -> list[str]:
+    if not result.trials:
+        return ["No trial has begun."]
+    failed = [trial for trial in result.trials if trial.outcome.status == "failed"]
+    if len(failed) == len(result.trials):
+        count = "The only trial" if len(failed) == 1 else f"All {len(failed)} trials"
+        return [f"{count} failed. Trial {failed[0].number}: {failed[0].outcome.reason or 'no reason was recorded'}"]
+    reporting = [(trial, trial.last) for trial in result.trials if trial.last is not None]
+    if not reporting:
+        return ["No trial has finished, and none has reported a number."]
+    furthest, last = max(reporting, key=lambda pair: (pair[1]["step"], pair[1]["score"]))
+    return [
+        f"No trial has finished, so none is ranked. The one that got furthest is trial {furthest.number}, "
+        f"{status(furthest)}: {standing(result, last)}."
+    ]

@@ -1,0 +1,1 @@
+"""Search spaces that come with the product, one YAML file each."""

@@ -45,7 +45,7 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
         shutil.rmtree(stale)  # what a killed process left half-written
     with new_folder(target) as temporary:
         try:
-            model.save(temporary / "model")
+            model.save(temporary / "model", final=target / "model")
             (temporary / "training_state").mkdir()
             torch.save(
                 {

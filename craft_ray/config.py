@@ -20,7 +20,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from craft_ray.errors import ConfigError
 
 RetentionMode = Literal["hidden", "token_ce"]
-Arm = Literal["baseline", "token_ce", "hidden"]
+ARMS = ("baseline", "token_ce", "hidden")
+MOST_VARIANTS = 4
+"""What a report can still tell apart by colours."""
 Precision = Literal["fp32", "bf16"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -41,15 +43,40 @@ def _bound(text: Any) -> Any:
     raise ValueError(f"'{text}' is no bound: write '>= 0.95' or '<= 0.05'")
 
 
+def _episodes(value: Any) -> Any:
+    """Numbers, or ranges such as "0:40" (0 to 39), as numbers."""
+    numbers: list[Any] = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        part = re.fullmatch(r"(\d+):(\d+)", item) if isinstance(item, str) else None
+        if isinstance(item, str) and (part is None or int(part[1]) >= int(part[2])):
+            raise ValueError(f"'{item}' is no range of episodes: write first:last+1, e.g. 0:40")
+        numbers += [item] if part is None else range(int(part[1]), int(part[2]))
+    return numbers
+
+
 def _distinct(items: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     if items is not None and (not items or len(set(items)) != len(items)):
         raise ValueError(f"{list(items)} must name each entry once, and at least one")
     return items
 
 
+def _variant(name: str) -> str:
+    if name in ARMS:
+        raise ValueError(f"'{name}' is an arm: a variant needs another name")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"'{name}' is no name of a variant: write small letters, digits and _, a letter first")
+    return name
+
+
 Position = Annotated[str, AfterValidator(_position)]
+VariantName = Annotated[str, AfterValidator(_variant)]
 Positions = Annotated[tuple[Position, ...] | None, AfterValidator(_distinct)]
 Bound = Annotated[str, BeforeValidator(_bound)]
+Episodes = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...] | None,
+    AfterValidator(_distinct),
+    BeforeValidator(lambda value: None if value is None else _episodes(value)),
+]
 Layers = Annotated[tuple[int, ...] | None, AfterValidator(_distinct)]
 
 
@@ -62,8 +89,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The model: the teacher before fine-tuning, the student after."""
 
-    kind: Literal["vision_language", "causal_lm"] = "causal_lm"
-    """`vision_language` loads AutoModelForImageTextToText, `causal_lm` loads AutoModelForCausalLM."""
+    kind: Literal["vision_language", "causal_lm", "lerobot"] = "causal_lm"
+    """`vision_language` loads AutoModelForImageTextToText, `causal_lm` loads AutoModelForCausalLM, `lerobot` a policy
+    of LeRobot with its processors (docs/lerobot.md; needs the extra `lerobot`)."""
     path: str
     """A local folder or a hub name."""
     revision: str | None = None
@@ -73,7 +101,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. Keep float32 for training; `train.precision` chooses the type of the arithmetic."""
     max_length: int = Field(512, ge=2)
-    """Longest sequence in tokens, images and suffix included. A longer sample is an error, never a cut."""
+    """Longest sequence in tokens, images and suffix included. A longer sample is an error, never a cut. A policy of
+    LeRobot has limits of its own (`tokenizer_max_length`, `max_action_tokens`), which are kept to as strictly."""
     chat_template: bool = False
     """Format prompts with the model's own chat template."""
     append_eos: bool = True
@@ -82,6 +111,9 @@ class ModelConfig(Section):
     """Anchors compare student and teacher; dropout would be counted as forgetting."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    merge_statistics: tuple[str, ...] = ()
+    """LeRobotDatasets (folders or hub names) whose statistics widen those of a policy's normaliser. By default the
+    teacher's own stay as they are, whatever the new data are."""
 
 
 class Columns(Section):
@@ -97,6 +129,19 @@ class Columns(Section):
     """What the model shall answer. Anchors need none."""
     choices: str | None = None
     """The answers among which `metric: choice` decides."""
+    answer_index: str | None = None
+    """Which of the choices is right, from 0; in place of a response."""
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> Self:
+        if self.answer_index is not None and self.response is not None:
+            raise ValueError(
+                f"response '{self.response}' and answer_index '{self.answer_index}' both say what is right: name one "
+                f"of them"
+            )
+        if self.answer_index is not None and self.choices is None:
+            raise ValueError(f"answer_index '{self.answer_index}' counts choices: name their column under choices, too")
+        return self
 
 
 class DataConfig(Section):
@@ -104,8 +149,9 @@ class DataConfig(Section):
 
     path: str
     """A file, a folder, a glob pattern of text files, or a hub name."""
-    format: Literal["auto", "jsonl", "parquet", "dataset", "text"] = "auto"
-    """`auto` goes by the ending: .jsonl/.json, .parquet, .txt/.md/.py, otherwise a Hugging Face dataset."""
+    format: Literal["auto", "jsonl", "parquet", "dataset", "text", "lerobot"] = "auto"
+    """`auto` goes by the ending: .jsonl/.json, .parquet, .txt/.md/.py; a folder with meta/info.json is a
+    LeRobotDataset; otherwise a Hugging Face dataset. For a LeRobotDataset on the hub say `lerobot`."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     revision: str | None = None
@@ -113,6 +159,13 @@ class DataConfig(Section):
     columns: Columns = Columns()
     limit: int | None = Field(None, ge=1)
     """Read only the first rows."""
+    episodes: Episodes = None
+    """Episodes of a LeRobotDataset: numbers, or ranges such as `0:40`. Default: all."""
+    stride: int = Field(1, ge=1)
+    """Take every N-th frame of a LeRobotDataset."""
+    rename: dict[str, str] = {}
+    """Names of a LeRobotDataset's features to the policy's, e.g. `{observation.images.top:
+    observation.images.base_0_rgb}`."""
     chunk_chars: int = Field(512, ge=1)
     """Length of a chunk of a plain text file, in characters. A text source has the one column `text`."""
 
@@ -251,15 +304,48 @@ class TrainConfig(Section):
     """Batches that are made ready ahead of the step."""
 
 
-class EvalSet(Section):
-    """Held-out samples of one skill and how they are scored."""
+class RolloutConfig(Section):
+    """Episodes in a simulator."""
 
-    data: DataConfig
-    metric: Literal["exact_match", "choice", "perplexity"] = "exact_match"
+    env: str
+    """`metaworld`, or another type of environment that LeRobot knows."""
+    task: str
+    """The simulator's name of the task, e.g. drawer-close-v3."""
+    episodes: int = Field(20, ge=1)
+    seed: int = Field(0, ge=0)
+    """Initial condition of the first episode; the others follow. Choose settings on other seeds than are reported."""
+    max_steps: int | None = Field(None, ge=1)
+    """Actions after which an episode has failed. Default: what the simulator's own limit comes to."""
+    execute: int | None = Field(None, ge=1)
+    """Actions of a chunk that are carried out before the policy looks again. Default: the policy's n_action_steps."""
+    action_repeat: int = Field(1, ge=1)
+    """Times that the simulator repeats an action. It has to be what the demonstrations were recorded with."""
+    rename: dict[str, str] = {}
+    """Names of the simulator's observations to the policy's."""
+    films: int = Field(3, ge=0)
+    """Episodes of which a film strip is kept."""
+
+
+class EvalSet(Section):
+    """How one skill is scored: on held-out samples, or in a simulator."""
+
+    data: DataConfig | None = None
+    rollout: RolloutConfig | None = None
+    metric: Literal["exact_match", "choice", "perplexity", "success"] = "exact_match"
     """exact_match: greedy answer equals the response; choice: the response is the likeliest of the choices;
-    perplexity: of the response, per token (lower is better)."""
+    perplexity: of the response, per token (lower is better); success: the part of `rollout`'s episodes that a policy
+    ends with success."""
     batch_size: int = Field(64, ge=1)
+    """Samples of one forward pass; of rollouts, episodes that go on side by side."""
     max_new_tokens: int = Field(16, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        needed = "rollout" if self.metric == "success" else "data"
+        for name, value in (("data", self.data), ("rollout", self.rollout)):
+            if (value is not None) != (name == needed):
+                raise ValueError(f"metric {self.metric} goes with a section {needed}, and no other")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -295,14 +381,31 @@ class WorkersConfig(Section):
 
 
 class CompareConfig(Section):
-    """The three arms on one cache, over seeds."""
+    """The three arms and variants of them on one cache, over seeds."""
 
-    arms: Annotated[tuple[Arm, ...], AfterValidator(_distinct)] = ("baseline", "token_ce", "hidden")
+    arms: Annotated[tuple[str, ...] | None, AfterValidator(_distinct)] = None
+    """Which of `baseline`, `token_ce`, `hidden` and the variants run. Default: all."""
     seeds: Annotated[tuple[int, ...], AfterValidator(_distinct)] = (0, 1, 2)
     parallel: int | None = Field(None, ge=1)
     """Runs at once, each with a model of its own in memory. Default: as many as the cluster holds."""
     token_ce: dict[str, Any] = {}
     """`craft` settings of the token_ce arm where they differ, e.g. `{epsilon_start: 0.1}`: nats, not squares."""
+    variants: Annotated[dict[VariantName, dict[str, Any]], Field(max_length=MOST_VARIANTS)] = {}
+    """Further constrained arms by name, each with the `craft` settings in which it differs from the config, e.g.
+    `{hidden_prefix: {retention_mode: hidden, positions: [vision_mean, text_last]}}`."""
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The arms and variants that run."""
+        return (*ARMS, *self.variants) if self.arms is None else self.arms
+
+    def craft_settings(self, arm: str) -> dict[str, Any]:
+        """What makes an arm or variant out of the config's section `craft`."""
+        if arm == "baseline":
+            return {"enabled": False}
+        if arm in self.variants:
+            return {"enabled": True, **self.variants[arm]}
+        return {"enabled": True, "retention_mode": arm, **(self.token_ce if arm == "token_ce" else {})}
 
 
 class ObjectiveConfig(Section):
@@ -377,6 +480,8 @@ class Experiment(Section):
 
     name: str = Field("run", pattern=r"^[\w.-]+$")
     """Part of the names of run directories: letters, digits, `_`, `-` and `.`."""
+    variant: VariantName | None = None
+    """What this run's arm is called where it is a variant of a comparison; `craft-ray compare` sets it."""
     seed: int = Field(0, ge=0)
     output_dir: str = "runs"
     """Folder that run directories are made in."""
@@ -395,8 +500,9 @@ class Experiment(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @property
-    def arm(self) -> Arm:
-        return self.craft.retention_mode if self.craft.enabled else "baseline"
+    def arm(self) -> str:
+        """What runs are compared by: `baseline`, or the name of the variant, or the retention mode."""
+        return (self.variant or self.craft.retention_mode) if self.craft.enabled else "baseline"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -411,15 +517,31 @@ class Experiment(Section):
                 f"craft.anchor_batch_size {self.craft.anchor_batch_size} does not divide over "
                 f"{self.workers.num_workers} workers times {self.train.accumulate} micro-batches"
             )
-        for key in ("enabled", "retention_mode"):
-            if key in self.compare.token_ce:
-                raise ValueError(f"compare.token_ce.{key} is what makes the arm, it cannot be changed")
-        CraftConfig.model_validate({**self.craft.model_dump(), **self.compare.token_ce})
+        self._check_arms()
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}"
             )
         return self
+
+    def _check_arms(self) -> None:
+        """Arms that are chosen exist, and the settings of each make one."""
+        known = (*ARMS, *self.compare.variants)
+        for arm in self.compare.chosen:
+            if arm not in known:
+                raise ValueError(f"compare.arms: '{arm}' is no arm and no variant; there are {', '.join(known)}")
+        for arm, own in {"token_ce": self.compare.token_ce, **self.compare.variants}.items():
+            where = f"compare.{arm}" if arm in ARMS else f"compare.variants.{arm}"
+            if "anchor_cache_dir" in own:
+                raise ValueError(f"{where}.anchor_cache_dir cannot be changed: all arms read one cache")
+            for key in ("enabled", "retention_mode") if arm in ARMS else ("enabled",):
+                if key in own:
+                    raise ValueError(f"{where}.{key} is what makes the arm, it cannot be changed")
+            try:
+                CraftConfig.model_validate({**self.craft.model_dump(), **self.compare.craft_settings(arm)})
+            except ValidationError as error:
+                told = "; ".join(_explain({**e, "loc": ("craft", *e["loc"])}) for e in error.errors())
+                raise ValueError(f"{where}: {told}") from None
 
     def changed(self, changes: Mapping[str, Any]) -> Experiment:
         """A copy with values at dotted keys changed, validated again."""
@@ -515,6 +637,10 @@ def absolute(config: Experiment, base: Path) -> Experiment:
 
     fix(tree, "output_dir", always=True)
     fix(tree["model"], "path")
+    merged = {str(number): path for number, path in enumerate(tree["model"]["merge_statistics"])}
+    for number in merged:
+        fix(merged, number)
+    tree["model"]["merge_statistics"] = tuple(merged.values())
     fix(tree["task"], "path")
     tracked = tree["tracking"]["mlflow"]
     if tracked is not None and tracked.startswith(SQLITE) and not tracked.startswith(SQLITE + "/"):
@@ -524,7 +650,7 @@ def absolute(config: Experiment, base: Path) -> Experiment:
         fix(tree["anchors"]["source"], "path")
     for held_out in ("validation", "evaluation"):
         for skill in ("old", "new"):
-            if tree[held_out][skill]:
+            if tree[held_out][skill] and tree[held_out][skill]["data"]:
                 fix(tree[held_out][skill]["data"], "path")
     return Experiment.model_validate(tree)
 
@@ -547,7 +673,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _explain(error: Any) -> str:
     """One pydantic error as `key: what is wrong`, with a guess where a key is misspelt."""
-    location = [str(part) for part in error["loc"]]
+    location = [str(part) for part in error["loc"] if part != "[key]"]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _fields(location[:-1]), 1, 0.5)

@@ -162,7 +162,8 @@ class Run:
             for score in folder.path.glob("teacher_*.json"):
                 score.unlink()
         self.task = open_source(config.task, "task")
-        if config.task.columns.response is None:
+        self.model.check_source(self.task)
+        if not self.task.has_responses:
             raise ConfigError("task.columns.response names no column: fine-tuning needs responses")
         self._task_features = FeatureCache(self._preprocess_task, self._shelf(config.task))
 
@@ -388,7 +389,7 @@ class Run:
         settings = eval_set.model_dump(mode="json", include={"metric", "max_new_tokens"})
         teacher = self.teacher_weights or self._teacher_of_resumed_run()
         how = [self.model.preprocessor_fingerprint(), self.config.train.precision]
-        key = json_fingerprint([teacher, data.source.fingerprint, settings, how])
+        key = json_fingerprint([teacher, data.of.fingerprint, settings, how])
         own = self._own_teacher_score(section, skill)
         shared = self.folder.shared / f".teacher-score-{key[:16]}.json"
         known = self.workers.gather([path for path in (own, shared) if path.exists()])[0]
@@ -419,7 +420,8 @@ class Run:
         """Held-out data, opened once."""
         if (section, skill) not in self._held_out:
             source = open_eval_set(eval_set, f"{section}.{skill}")
-            self._held_out[section, skill] = EvalData(self.model, source, eval_set, self._shelf(eval_set.data))
+            shelf = None if eval_set.data is None else self._shelf(eval_set.data)
+            self._held_out[section, skill] = EvalData(self.model, source, eval_set, shelf)
         return self._held_out[section, skill]
 
     def _own_teacher_score(self, section: str, skill: str) -> Path:
@@ -445,6 +447,8 @@ class Run:
                 "ratio": ratio(score.metric, after.value, score.value),
                 "samples": score.samples,
             }
+            for when, seen in (("before", score), ("after", after)):
+                result[skill] |= {f"{name}_{when}": value for name, value in seen.details.items()}
             if self.main:
                 self.folder.write_predictions(f"{skill}_after", after.records)
         result |= self._certificate()

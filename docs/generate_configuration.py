@@ -99,6 +99,7 @@ SECTIONS = (
     (config.ValidationConfig, "validation."),
     (config.EvaluationConfig, "evaluation."),
     (config.EvalSet, "{validation,evaluation}.{old,new}."),
+    (config.RolloutConfig, "{validation,evaluation}.{old,new}.rollout."),
     (config.WorkersConfig, "workers."),
     (config.CompareConfig, "compare."),
     (config.ObjectiveConfig, "objective."),

@@ -96,6 +96,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _build(config: Experiment, anchors: AnchorsConfig, folder: Path, say: Any) -> Built:
     model = load_model(config.model, config.train.precision)
     source = open_source(anchors.source, "anchors.source")
+    model.check_source(source)
     ids = source.ids()
     plan = _plan(folder, identity_of(config, model, source), anchors)
     done = finished_shards(folder, plan, ids)

@@ -124,7 +124,9 @@ def train(
 def compare(
     config: Config,
     overrides: Overrides = None,
-    arms: Annotated[str | None, typer.Option(help="comma-separated: baseline,token_ce,hidden")] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="comma-separated: baseline,token_ce,hidden and variants; all of them by default")
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="comma-separated numbers")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for runs and report")] = None,
 ) -> None:
@@ -140,7 +142,7 @@ def compare(
     from pipelines import compare as stage
 
     folder = (out or stage.default_folder(experiment)).absolute()
-    result = stage.compare(experiment, experiment.compare.arms, experiment.compare.seeds, folder)
+    result = stage.compare(experiment, experiment.compare.chosen, experiment.compare.seeds, folder)
     print(f"report: {folder / 'report.html'}")
     if not stage.met(result):
         sys.exit(NOT_MET)
@@ -185,6 +187,24 @@ def sweep(
         folder, plan = stage.plan_sweep(experiment, searched, out and out.absolute())
     if not stage.sweep(folder, plan):
         sys.exit(NOT_MET)
+
+
+@app.command("evaluate")
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Option(help="a run, one of its checkpoints, or a model folder; can be given several times"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="a .json file for the scores; samples go beside it")] = None,
+) -> None:
+    """Score the model and checkpoints of it side by side on what the config's evaluation names."""
+    experiment = load_config(config, overrides or [])
+    _quiet()
+    from pipelines import evaluate as stage
+
+    stage.evaluate(experiment, checkpoint or [], out)
 
 
 @app.command("report")

@@ -1,4 +1,4 @@
-"""The arms side by side: one cache, the same steps and data, over seeds; then the report.
+"""The arms and variants side by side: one cache, the same steps and data, over seeds; then the report.
 
 Processes are dear to start, so the runs are dealt to as many trainers as the cluster holds at once, and each carries
 its share one after the other. A comparison that is started again passes over the runs that are finished.
@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from craft_ray.config import Arm, Experiment
+from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError
 from craft_ray.report.html import write_report
 from craft_ray.run_folder import RunFolder, command_line
@@ -24,11 +24,11 @@ from pipelines.console import QuarterObserver, following
 from pipelines.session import join
 from pipelines.train import PlannedRun, check_inputs, fit, resources, run_name
 
-COST = {"baseline": 1.0, "token_ce": 2.0, "hidden": 2.0}
-"""Expected time of an arm relative to plain fine-tuning; only used to deal runs evenly."""
+CONSTRAINED_COST = 2.0
+"""Expected time of a constrained run relative to plain fine-tuning; only used to deal runs evenly."""
 
 
-def compare(config: Experiment, arms: Sequence[Arm], seeds: Sequence[int], folder: Path) -> dict[str, Any]:
+def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[str, Any]:
     """Run every arm on every seed into `folder/runs`, and write `report.html` and `result.json` into `folder`.
 
     Raises:
@@ -48,27 +48,31 @@ def compare(config: Experiment, arms: Sequence[Arm], seeds: Sequence[int], folde
     return write_report([run.folder for run in runs], folder, title=config.name, command=shlex.join(command_line()))
 
 
-def arm_config(config: Experiment, arm: Arm, seed: int, folder: Path, arms: Sequence[Arm]) -> Experiment:
+def arm_config(config: Experiment, arm: str, seed: int, folder: Path, arms: Sequence[str]) -> Experiment:
     """The experiment of one arm and seed.
 
-    The baseline keeps the cache: it is not trained on it, but measured by the loss of the first other arm. Nobody looks
-    at validation data: nothing is chosen here.
+    The baseline keeps the cache: it is not trained on it, but measured by the loss of the preferred other arm. Nobody
+    looks at validation data: nothing is chosen here. What else is compared is no part of a run, so that an arm can be
+    added to a comparison that is finished.
     """
+    settings = config.compare.craft_settings(arm)
+    if arm == "baseline" and len(arms) > 1:
+        settings = config.compare.craft_settings(preferred(config, arms)) | settings
     changes: dict[str, Any] = {
+        "variant": arm if arm in config.compare.variants else None,
         "seed": seed,
         "output_dir": str(folder / "runs"),
-        "craft.enabled": arm != "baseline",
         "validation": {},
+        "compare": {"parallel": config.compare.parallel},
     }
-    constrained = [a for a in reversed(arms) if a != "baseline"]
-    if arm != "baseline":
-        changes["craft.retention_mode"] = arm
-    elif constrained:
-        preferred = config.craft.retention_mode
-        changes["craft.retention_mode"] = preferred if preferred in constrained else constrained[0]
-    if arm == "token_ce":
-        changes |= {f"craft.{key}": value for key, value in config.compare.token_ce.items()}
-    return config.changed(changes)
+    return config.changed(changes | {f"craft.{key}": value for key, value in settings.items()})
+
+
+def preferred(config: Experiment, arms: Sequence[str]) -> str:
+    """The constrained arm whose loss plain fine-tuning is measured by: the config's own retention mode where it is
+    compared, or else hidden, token_ce, or the first variant."""
+    order = (config.craft.retention_mode, "hidden", "token_ce", *config.compare.variants)
+    return next(arm for arm in order if arm in arms)
 
 
 def met(result: dict[str, Any]) -> bool:
@@ -121,11 +125,15 @@ def deal(runs: Sequence[PlannedRun], lanes: int) -> list[list[PlannedRun]]:
     """Runs to lanes, the dearest first, each to the lane with the least to do."""
     share: list[list[PlannedRun]] = [[] for _ in range(min(lanes, len(runs)))]
     load = [0.0] * len(share)
-    for run in sorted(runs, key=lambda run: -COST[run.config.arm]):
+    for run in sorted(runs, key=_cost, reverse=True):
         lane = load.index(min(load))
         share[lane].append(run)
-        load[lane] += COST[run.config.arm]
+        load[lane] += _cost(run)
     return share
+
+
+def _cost(run: PlannedRun) -> float:
+    return CONSTRAINED_COST if run.config.craft.enabled else 1.0
 
 
 def default_folder(config: Experiment) -> Path:

@@ -12,6 +12,7 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +35,47 @@ class Preset:
     """A demonstration: who makes its model and data, and its two configs."""
 
     module: str
+    config: str
+    """The comparison's config; the teacher's has `_teacher` behind its name."""
     old: str
     new: str
     quick: tuple[str, ...]
     """Overrides of the comparison for --quick."""
-    needs: str | None = None
+    quick_teacher: tuple[str, ...] = ()
+    """Overrides of the teacher for --quick. One that differs needs a name of its own."""
+    needs: tuple[str, str] | None = None
+    """A package, and the extra that brings it."""
+    model_from_data: bool = False
+    """Whether the model is made to fit the data: its tokenizers, its ranges."""
+    with_sweep: bool = True
 
 
 PRESETS = {
     "digits": Preset(
         "craft_ray.examples.digits",
+        "demo_digits",
         "reading digits upright",
         "reading them through a rotated, inverted camera",
         ("compare.seeds=[0]", "train.steps=100"),
-        needs="sklearn",
+        needs=("sklearn", "demo"),
     ),
     "text": Preset(
         "craft_ray.examples.text",
+        "demo_text",
         "English documentation prose",
         "Python source",
         ("compare.seeds=[0]", "train.steps=100", "craft.lambda_lr=0.1"),  # half the steps need a quicker multiplier
+    ),
+    "robot": Preset(
+        "craft_ray.examples.robot",
+        "robot",
+        "closing a drawer with a robot arm",
+        "opening it",
+        ("model.path=teacher-quick/checkpoints/last/model", "craft.anchor_cache_dir=anchors-quick"),
+        ("name=teacher-quick",),
+        needs=("lerobot", "lerobot"),
+        model_from_data=True,
+        with_sweep=False,
     ),
 }
 
@@ -66,24 +88,27 @@ def demo(out: Path, preset_name: str, quick: bool) -> bool:
     """
     started = time.perf_counter()
     preset = PRESETS[preset_name]
-    if preset.needs is not None and importlib.util.find_spec(preset.needs) is None:
-        raise ConfigError(f"the preset {preset_name} needs scikit-learn's data: pip install 'craft-ray[demo]'")
+    if preset.needs is not None and importlib.util.find_spec(preset.needs[0]) is None:
+        package, extra = preset.needs
+        raise ConfigError(f"the preset {preset_name} needs the package {package}: pip install 'craft-ray[{extra}]'")
     out = out.absolute()
     _make_inputs(preset, out)
-    teach_config = load_config(CONFIGS / f"demo_{preset_name}_teacher.yaml", base=out)
-    stages = 3 if quick else 4
+    quickly = preset.quick_teacher if quick else ()
+    teach_config = load_config(CONFIGS / f"{preset.config}_teacher.yaml", quickly, base=out)
+    searches = preset.with_sweep and not quick
+    stages = 4 if searches else 3
     print(f"1/{stages} the teacher learns the old skill: {preset.old}")
     _teach(teach_config)
     print(f"2/{stages} the teacher's anchor cache, and the arms learn the new skill: {preset.new}")
-    config = load_config(CONFIGS / f"demo_{preset_name}.yaml", preset.quick if quick else (), base=out)
+    config = load_config(CONFIGS / f"{preset.config}.yaml", preset.quick if quick else (), base=out)
     if quick:
         config = config.changed({"name": config.name + "-quick"})
-    result = compare(config, config.compare.arms, config.compare.seeds, out)
+    result = compare(config, config.compare.chosen, config.compare.seeds, out)
     print(f"3/{stages} the report")
     for line in conclusion(result, preset):
         print(line)
     found = True
-    if not quick:
+    if searches:
         print(f"4/{stages} a sweep: the settings that learn most of the new skill and keep the old one")
         found = _search(config, out / "sweep")
     print(f"{time.perf_counter() - started:.0f} s in all; report: {out / 'report.html'}")
@@ -101,7 +126,8 @@ def _make_inputs(preset: Preset, out: Path) -> None:
         raise ConfigError(f"{out} holds the demo of {mark.read_text()}, not of {preset.module}: choose another --out")
     write_atomically(mark, preset.module)
     maker = importlib.import_module(preset.module)
-    for name, make in (("model", maker.build_model), ("data", maker.write_data)):
+    build_model = partial(maker.build_model, data=out / "data") if preset.model_from_data else maker.build_model
+    for name, make in (("data", maker.write_data), ("model", build_model)):
         if not (out / name).exists():
             with new_folder(out / name) as folder:
                 make(folder)
@@ -129,13 +155,13 @@ def _search(config: Experiment, path: Path) -> bool:
 def conclusion(result: dict[str, Any], preset: Preset) -> Sequence[str]:
     """What was kept and lost, a line for each arm."""
     lines = [f"Old skill: {preset.old}. New skill: {preset.new}."]
-    words = {"baseline": "plain fine-tuning", "token_ce": "CRaFT token_ce", "hidden": "CRaFT hidden"}
     for arm, summary in result["summary"].items():
+        who = "plain fine-tuning" if arm == "baseline" else f"CRaFT {arm}"
         kept, new = summary["old_ratio"], summary["new_ratio"]
         if kept is None:
-            lines.append(f"  {words[arm]:18s} cannot be judged: the teacher itself does not have the old skill")
+            lines.append(f"  {who:18s} cannot be judged: the teacher itself does not have the old skill")
             continue
-        line = f"  {words[arm]:18s} kept {kept:6.1%} of the old skill (lost {max(0.0, 1 - kept):.1%})"
+        line = f"  {who:18s} kept {kept:6.1%} of the old skill (lost {max(0.0, 1 - kept):.1%})"
         if arm != "baseline" and new is not None:
             line += f", new skill {new:.1%} of plain"
         if summary["feasible"] is not None and arm != "baseline":

@@ -45,7 +45,10 @@ def dry_run(config: Experiment) -> None:
     observer = ConsoleObserver(STEPS, config.arm)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            run = Run(config, RunFolder(Path(scratch) / "run"), OneWorker(device), observer)
+            # However seldom the run itself logs, these steps are what one wants to see.
+            run = Run(
+                config.changed({"train.log_every": 1}), RunFolder(Path(scratch) / "run"), OneWorker(device), observer
+            )
             run.loop(until=STEPS)
             run.close()
         finally:

@@ -25,6 +25,7 @@ from ray.train.torch import TorchTrainer, get_device
 
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.reader import check_shards
+from craft_ray.anchors.student import asked_of
 from craft_ray.config import Experiment, WorkersConfig, dump_config, parse_config
 from craft_ray.errors import ConfigError, CraftError, Interrupted, StorageError
 from craft_ray.files import write_atomically
@@ -106,10 +107,12 @@ def differences(began: dict[str, Any], given: dict[str, Any], prefix: str = "") 
 
 
 def check_inputs(config: Experiment) -> None:
-    """What can be checked before any process starts: the cache is complete and undamaged."""
+    """What can be checked before any process starts: the cache holds what is asked of it, complete and undamaged."""
     if config.craft.enabled and config.craft.anchor_cache_dir is not None:
         folder = Path(config.craft.anchor_cache_dir)
-        check_shards(folder, read_manifest(folder))
+        manifest = read_manifest(folder)
+        asked_of(folder, manifest.identity, config)
+        check_shards(folder, manifest)
 
 
 def carry_out(run: PlannedRun) -> dict[str, Any]:

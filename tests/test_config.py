@@ -48,7 +48,7 @@ DATA = {
 }  # fmt: skip
 EVAL = {**{f"data.{k}": v for k, v in DATA.items()}, "metric": "choice", "batch_size": 3, "max_new_tokens": 5}
 SECTIONS: dict[str, dict[str, Any]] = {
-    "": {"name": "other", "seed": 5, "output_dir": "/tmp/elsewhere"},
+    "": {"name": "other", "variant": "other", "seed": 5, "output_dir": "/tmp/elsewhere"},
     "model": {
         "kind": "vision_language", "path": "org/other", "revision": "abc", "trust_remote_code": True,
         "dtype": "bfloat16", "max_length": 77, "chat_template": True, "append_eos": False, "disable_dropout": False,
@@ -90,7 +90,10 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "repeat": 2, "parallel": 3, "max_failures": 0,
     },
     "tracking": {"mlflow": "http://tracking", "wandb": "offline", "project": "mine"},
-    "compare": {"arms": ["hidden"], "seeds": [7], "parallel": 2, "token_ce": {"epsilon_start": 0.5}},
+    "compare": {
+        "arms": ["hidden"], "seeds": [7], "parallel": 2, "token_ce": {"epsilon_start": 0.5},
+        "variants": {"near": {"epsilon_start": 0.25}},
+    },
 }  # fmt: skip
 EVERY = {f"{section}.{key}".lstrip("."): value for section, keys in SECTIONS.items() for key, value in keys.items()}
 
@@ -202,7 +205,14 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("evaluation.old={data: {path: a}, metric: f1}", "evaluation.old.metric"),
         ("workers.num_workers=-1", "workers.num_workers"),
         ("compare.seeds=[1, 1]", "compare.seeds"),
-        ("compare.arms=[none]", "compare.arms.0"),
+        ("compare.arms=[none]", "compare.arms"),
+        ("compare.arms=[hidden, hidden]", "compare.arms"),
+        ("compare.variants={Near: {}}", "compare.variants.Near"),
+        ("compare.variants={hidden: {}}", "compare.variants.hidden"),
+        ("compare.variants={near: 3}", "compare.variants.near"),
+        ("compare.variants={a: {}, b: {}, c: {}, d: {}, e: {}}", "compare.variants"),
+        ("compare.variants={near: {epsilon_start: 0}}", "compare.variants.near"),
+        ("variant=baseline", "variant"),
         ("seed=-1", "seed"),
         ("name=12", "name"),
     ],
@@ -225,6 +235,18 @@ def test_a_value_that_cannot_be(override: str, key: str, minimal: Path) -> None:
             "train.batch_size 8 does not divide over 1 workers times 3 micro-batches",
         ),
         (["craft.anchor_batch_size=9", "workers.num_workers=2"], "craft.anchor_batch_size 9 does not divide"),
+        (
+            ["compare.variants={near: {epsilon_strat: 1}}"],
+            "compare.variants.near: unknown key craft.epsilon_strat; did you mean craft.epsilon_start?",
+        ),
+        (["compare.token_ce={epsilon_strat: 1}"], "compare.token_ce: unknown key craft.epsilon_strat"),
+        (["compare.variants={near: {enabled: false}}"], "compare.variants.near.enabled is what makes the arm"),
+        (["compare.variants={near: {anchor_cache_dir: a}}"], "compare.variants.near.anchor_cache_dir cannot be"),
+        (["compare.token_ce={retention_mode: hidden}"], "compare.token_ce.retention_mode is what makes the arm"),
+        (
+            ["compare.variants={near: {}}", "compare.arms=[far]"],
+            "compare.arms: 'far' is no arm and no variant; there are baseline, token_ce, hidden, near",
+        ),
         (["train.warmup_steps=5"], "train.warmup_steps 5 is more than train.steps 4"),
     ],
 )
@@ -324,6 +346,10 @@ def test_what_follows_from_the_settings(minimal: Path) -> None:
     assert [load_config(minimal, [f"craft.retention_mode={mode}"]).arm for mode in ("hidden", "token_ce")] == [
         "hidden", "token_ce",
     ]  # fmt: skip
+    assert load_config(minimal, ["variant=near"]).arm == "near"
+    assert load_config(minimal, ["variant=near", "craft.enabled=false"]).arm == "baseline"
+    assert load_config(minimal).compare.chosen == ("baseline", "token_ce", "hidden")
+    assert load_config(minimal, ["compare.variants={near: {}}"]).compare.chosen[-2:] == ("hidden", "near")
     assert load_config(minimal, ["craft.epsilon_start=0.5"]).craft.epsilon_final == 0.5
     tightening = ["craft.epsilon_schedule=cosine", "craft.epsilon_start=0.5", "craft.epsilon_end=0.25"]
     assert load_config(minimal, tightening).craft.epsilon_final == 0.25

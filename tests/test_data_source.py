@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from craft_ray.config import Columns, DataConfig
 from craft_ray.data.images import decode_image, encoded_image
@@ -32,6 +33,7 @@ ROWS: Rows = [
     {"key": "c", "question": "naïve \u2028 ✓\n", "answer": " ", "options": [" ", "x"]},
 ]
 COLUMNS = {"id": "key", "prompt": "question", "response": "answer", "choices": "options"}
+INDEXED: dict[str, str | None] = {"prompt": "question", "choices": "options", "answer_index": "right"}
 SAMPLES = [
     Sample(row["key"], row["question"], None, row["answer"], tuple(row["options"])) for row in ROWS
 ]  # fmt: skip
@@ -319,6 +321,38 @@ def test_choices_that_are_no_list(form: str, value: str | None, tmp_path: Path) 
     """A word would be taken for a list of letters."""
     path = (parquet if form == "parquet" else jsonl)(tmp_path / f"a.{form}", [{**ROWS[0], "options": value}])
     assert f"row 0: column 'options' holds {value!r}" in refusal(DataError, lambda: source(path)[0])
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_the_place_of_the_right_choice_is_as_good_as_a_response(form: str, tmp_path: Path) -> None:
+    rows = [{**row, "right": i % 2} for i, row in enumerate(ROWS)]
+    path = (parquet if form == "parquet" else jsonl)(tmp_path / f"a.{form}", rows)
+    found = source(path, {**INDEXED, "id": "key"})
+    assert found.has_responses
+    assert [sample.response for sample in found] == ["hier", "no", " "]
+    assert [sample.choices for sample in found] == [sample.choices for sample in SAMPLES]
+
+
+@pytest.mark.parametrize("value", [2, -1, 1.0, "1", None, True])
+def test_a_place_that_is_none_of_the_choices(value: Any, tmp_path: Path) -> None:
+    """Counted from the end, rounded or read out of a text it would be another answer."""
+    rows = [{**ROWS[0], "right": 0}, {**ROWS[1], "right": value}]
+    found = source(jsonl(tmp_path / "a.jsonl", rows), INDEXED)
+    assert found[0].response == "hier"
+    message = refusal(DataError, lambda: found[1])
+    assert f"a.jsonl, row 1: column 'right' holds {value!r}; the place of the right one among its 2 choices" in message
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"answer_index": "i", "choices": "c", "response": "r"}, "response 'r' and answer_index 'i' both say"),
+        ({"answer_index": "i"}, "answer_index 'i' counts choices: name their column under choices"),
+    ],
+)
+def test_a_place_goes_with_choices_and_with_no_response(columns: dict[str, str], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Columns(**columns)
 
 
 def test_an_id_that_stands_twice(tmp_path: Path) -> None:

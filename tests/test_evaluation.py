@@ -22,7 +22,7 @@ from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.evaluation import EvalData, Score, evaluate, open_eval_set, ratio
 from craft_ray.models import load_model
-from craft_ray.models.base import IGNORE, Model
+from craft_ray.models.base import IGNORE, Batch, Model
 from craft_ray.workers import OneWorker
 
 TEXTS = ["Call me Ishmael.", "To be", "All happy families", "It was the best of times", "Once"]
@@ -40,7 +40,7 @@ def digits(digits_model: Path) -> Model:
 
 def questions(path: Path, rows: Sequence[dict[str, Any]], metric: str, **settings: Any) -> tuple[Source, EvalSet]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    columns = {name: name for name in ("id", "prompt", "response", "choices") if name in rows[0]}
+    columns = {name: name for name in Columns.model_fields if name in rows[0]}
     data = DataConfig(path=str(path), columns=Columns(**columns))
     eval_set = EvalSet(data=data, metric=metric, **settings)  # type: ignore[arg-type]
     return open_eval_set(eval_set, "evaluation.old"), eval_set
@@ -106,6 +106,76 @@ def test_choice_is_the_likeliest(text: Model, tmp_path: Path) -> None:
     assert [record["correct"] for record in result.records] == correct
     assert result.value == 4 / 5
     assert len({record["prediction"] for record in result.records}) > 1
+
+
+def leaning(model: Model, token: str, by: float) -> Model:
+    """Made to say `token` with a logit of `by`, and everything else with one of 0, whatever it reads."""
+    head = model.module.get_output_embeddings()  # type: ignore[operator]
+    (index,) = model.tokenizer(token, add_special_tokens=False)["input_ids"]  # type: ignore[attr-defined]
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias = torch.nn.Parameter(by * torch.eye(len(head.weight))[index])
+    return model
+
+
+def test_the_margin_of_a_model_that_leans_to_one_choice(text_model: Path, tmp_path: Path) -> None:
+    model = leaning(load_model(ModelConfig(path=str(text_model)), "fp32"), "a", 2.5)
+    rows = [
+        {"prompt": "?", "choices": ["a", "b"], "answer_index": 0},  # right by what it leans
+        {"prompt": "Which?", "choices": ["a", "b", "c"], "answer_index": 1},  # wrong by as much
+        {"prompt": "", "choices": ["b", "aa", "a"], "answer_index": 1},  # two tokens lean twice, and cost two
+    ]
+    result = score(model, questions(tmp_path / "a.jsonl", rows, "choice"))
+    vocabulary = model.module.config.vocab_size  # type: ignore[union-attr]
+    said = 2.5 - math.log(vocabulary - 1 + math.exp(2.5))  # log-probability of an "a"
+    margins = [2.5, -2.5, said]
+    assert [record["margin"] for record in result.records] == pytest.approx(margins, abs=1e-4)
+    assert [record["prediction"] for record in result.records] == ["a", "a", "a"]
+    assert result.value == pytest.approx(1 / 3)
+    assert result.details == {"margin": pytest.approx(sum(margins) / 3, abs=1e-4)}
+
+
+def test_margins_are_those_of_one_sequence_at_a_time(text: Model, tmp_path: Path) -> None:
+    """Prompts, choices and their numbers are of all lengths; a pass holds the choices of several samples."""
+    options = [["a", "bc", "Z"], ["yes", "no"], ["x", "yyyy", "z", "w"], ["1", "22 and more"], [" ", "."]]
+    rows = [
+        {"prompt": prompt, "choices": choices, "answer_index": i % len(choices)}
+        for i, (prompt, choices) in enumerate(zip(TEXTS, options, strict=True))
+    ]
+    expected = []
+    for row in rows:
+        totals = {choice: log_likelihood(text, row["prompt"], choice)[0] for choice in row["choices"]}
+        right = totals.pop(row["choices"][row["answer_index"]])
+        expected.append(right - max(totals.values()))
+    for size in (1, 3, 64):
+        result = score(text, questions(tmp_path / "a.jsonl", rows, "choice", batch_size=size))
+        assert [record["margin"] for record in result.records] == pytest.approx(expected, abs=1e-4)
+        assert [record["correct"] for record in result.records] == [margin > 0 for margin in expected]
+        assert result.details["margin"] == pytest.approx(sum(expected) / 5, abs=1e-4)
+
+
+def test_choices_of_several_samples_fill_a_pass_and_no_more(
+    digits: Model, digits_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = Columns(id="id", image="image", prompt="prompt", response="response", choices="choices")
+    data = DataConfig(path=str(digits_data / "old_val.parquet"), columns=columns, limit=7)
+    passes, log_probs = [], digits.token_log_probs
+
+    def counted(batch: Batch) -> tuple[Tensor, Tensor]:
+        passes.append(batch.samples)
+        return log_probs(batch)
+
+    monkeypatch.setattr(digits, "token_log_probs", counted)
+    results = []
+    for size in (1, 4, 64):
+        eval_set = EvalSet(data=data, metric="choice", batch_size=size)
+        results.append(score(digits, (open_eval_set(eval_set, "evaluation.old"), eval_set)))
+    assert passes == [1] * 70 + [4] * 10 + [4] * 7 + [2] + [64, 6]  # ten choices each, of 4 samples and of 3
+    for result in results[1:]:
+        assert [record["id"] for record in result.records] == [record["id"] for record in results[0].records]
+        assert [record["margin"] for record in result.records] == pytest.approx(
+            [record["margin"] for record in results[0].records], abs=1e-4
+        )
 
 
 def test_perplexity_of_one_sample_is_that_of_transformers(text: Model, tmp_path: Path) -> None:
@@ -261,6 +331,19 @@ def test_a_metric_needs_its_columns(metric: Any, columns: dict[str, str], said: 
 def test_a_response_that_is_no_choice(text: Model, tmp_path: Path) -> None:
     rows = [{"id": "q1", "prompt": "a", "response": "c", "choices": ["a", "b"]}]
     with pytest.raises(DataError, match=r"sample q1: its response 'c' is none of its choices \['a', 'b'\]"):
+        score(text, questions(tmp_path / "a.jsonl", rows, "choice"))
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        (["a"], "sample q1 has the one choice 'a': add a wrong one"),
+        (["a", "b", "a"], r"sample q1: its response 'a' stands more than once among its choices \['a', 'b', 'a'\]"),
+    ],
+)
+def test_choices_among_which_nothing_is_decided(choices: list[str], said: str, text: Model, tmp_path: Path) -> None:
+    rows = [{"id": "q1", "prompt": "?", "response": "a", "choices": choices}]
+    with pytest.raises(DataError, match=said):
         score(text, questions(tmp_path / "a.jsonl", rows, "choice"))
 
 

@@ -25,6 +25,7 @@ from craft_ray.report.runs import read_runs
 from craft_ray.report.student_t import interval, quantile
 from craft_ray.report.summary import summarize
 from craft_ray.report.thin import curve
+from craft_ray.report.wilson import wilson
 from craft_ray.run_folder import RunFolder
 
 STEPS = 12
@@ -50,20 +51,26 @@ def data_file(folder: Path, rows: int = 20) -> Path:
     return path
 
 
-def config_of(arm: str, seed: int, folder: Path, metric: str = "exact_match", **craft: Any) -> Experiment:
-    eval_set = {
+def config_of(
+    arm: str, seed: int, folder: Path, metric: str = "exact_match", mode: str | None = None, **craft: Any
+) -> Experiment:
+    """The config of a run. An arm with a `mode` is a variant."""
+    eval_set: dict[str, Any] = {
         "metric": metric,
         "data": {
             "path": str(folder / "old.parquet"),
             "columns": {"id": "id", "image": "image", "prompt": "prompt", "response": "response"},
         },
     }
+    if metric == "success":
+        eval_set = {"metric": metric, "rollout": {"env": "metaworld", "task": "drawer-close-v3"}}
     settings = {"enabled": arm != "baseline", "anchor_cache_dir": str(folder / "cache"), "epsilon_start": 0.05} | craft
     if arm != "baseline":
-        settings["retention_mode"] = arm
+        settings["retention_mode"] = mode or arm
     return Experiment.model_validate(
         {
             "name": "made-up",
+            "variant": mode and arm,
             "seed": seed,
             "output_dir": str(folder),
             "model": {"path": "nowhere"},
@@ -108,10 +115,11 @@ def write_run(
     loss: float | None = 0.04,
     metric: str = "exact_match",
     predictions: bool = True,
+    mode: str | None = None,
     **craft: Any,
 ) -> RunFolder:
     """A finished run with the scores `(before, after)` and the held-out retention loss that are given."""
-    config = config_of(arm, seed, folder, metric, **craft)
+    config = config_of(arm, seed, folder, metric, mode, **craft)
     run = RunFolder(folder / f"{config.name}-{arm}-seed{seed}")
     run.begin(config, ["craft-ray", "train"])
     (run.path / "teacher.json").write_text('{"weights": "feedc0de"}')
@@ -219,6 +227,13 @@ def test_interval_by_hand() -> None:
     assert interval([1.0, 2.0, 3.0]) == pytest.approx([2 - 2.484138, 2 + 2.484138], abs=1e-6)
     assert interval([0.99, 1.0, 1.0]) == pytest.approx([0.982324, 1.011010], abs=2e-6), "an interval is not clipped"
     assert interval([0.5]) is None
+
+
+def test_wilson_by_hand() -> None:
+    # z = 1.959964, z^2 = 3.841459; 8 of 10: (0.8 + 0.192073 -+ 1.959964 sqrt(0.016 + 0.0096036)) / 1.384146
+    assert wilson(0.8, 10) == pytest.approx([0.490162, 0.943318], abs=1e-6)
+    assert wilson(0.0, 20) == pytest.approx([0.0, 3.841459 / 23.841459], abs=1e-6)
+    assert wilson(1.0, 20) == pytest.approx([20 / 23.841459, 1.0], abs=1e-6)
 
 
 def test_summary_by_hand(three_arms: list[RunFolder]) -> None:

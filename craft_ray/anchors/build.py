@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,7 +31,6 @@ from craft_ray.data.source import Source
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.files import checksum, new_file
 from craft_ray.method.pooling import vector_count
-from craft_ray.models import DEFAULT_POSITIONS
 from craft_ray.models.base import Model, resolve_layers
 
 ESTIMATE_ROWS = 32
@@ -43,6 +42,9 @@ class Content(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def features(self) -> Mapping[str, tuple[int, ...]] | None: ...
+
     def __len__(self) -> int: ...
 
 
@@ -50,7 +52,7 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
     """The identity of the cache that this experiment builds.
 
     Raises:
-        ConfigError: the model has no such layers.
+        ConfigError: the model has no such layers, or does not give such anchors.
     """
     anchors = experiment.anchors
     assert anchors is not None
@@ -58,7 +60,8 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
         layers = resolve_layers(anchors.layers, model.num_hidden_states)
     except ValueError as error:
         raise ConfigError(f"anchors.layers: {error}") from None
-    positions = anchors.positions or DEFAULT_POSITIONS[model.kind]
+    positions = anchors.positions or model.default_positions
+    model.check_anchors(anchors.modes, positions)
     with_suffix = "token_ce" in anchors.modes or "suffix" in positions
     return Identity(
         teacher=model.weights_fingerprint(),
@@ -71,7 +74,7 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
         positions=positions,
         hidden_size=model.hidden_size,
         dtype=anchors.dtype,
-        inputs="raw",
+        inputs="raw" if source.features is None else "frames",
         # Without suffix tokens these two decide nothing.
         suffix_from=anchors.suffix_from if with_suffix else "none",
         max_new_tokens=anchors.max_new_tokens if with_suffix else 0,
@@ -99,7 +102,8 @@ def estimate(model: Model, source: Source, schema: CacheSchema, anchors: Anchors
         layout = model.preprocess(sample, suffix).layout
         if schema.has_hidden:
             counts += sum(vector_count(layout, position) for position in schema.positions)
-        size += len(sample.image or b"") + len(sample.prompt.encode()) + len(sample.id) + 4 * len(suffix)
+        size += len(sample.image or b"") + (len(sample.frame.to_bytes()) if sample.frame else 0)
+        size += len(sample.prompt.encode()) + len(sample.id) + 4 * len(suffix)
     size += counts * schema.vector_size * NUMPY[schema.dtype].itemsize
     empty = pa.BufferOutputStream()
     pq.write_table(schema.arrow().empty_table(), empty)
@@ -126,7 +130,10 @@ def write_shard(path: Path, schema: CacheSchema, row_groups: Iterable[pa.Table])
             temporary,
             arrow,
             # Encoded images and hidden states do not shrink.
-            compression={**dict.fromkeys(packed, "zstd"), **dict.fromkeys(["image", "pixel_values", *hidden], "none")},
+            compression={
+                **dict.fromkeys(packed, "zstd"),
+                **dict.fromkeys(["image", "frame", "pixel_values", *hidden], "none"),
+            },
             use_dictionary=False,  # hidden states do not repeat; a dictionary and statistics only cost
             write_statistics=False,
         ) as writer,

@@ -34,6 +34,7 @@ class _Unread:
     """Stands for the rows until they are counted."""
 
     fingerprint: str
+    features: None = None
 
     def __len__(self) -> int:
         return 0

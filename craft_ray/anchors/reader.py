@@ -17,6 +17,7 @@ from blake3 import blake3
 from craft_ray.anchors.manifest import SHARDS, Identity, Manifest, read_manifest
 from craft_ray.anchors.ragged import Ragged, write_ragged
 from craft_ray.anchors.schema import NUMPY, hidden_column
+from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
 from craft_ray.errors import CacheRefused, StorageError
 from craft_ray.files import checksum, new_folder
@@ -83,6 +84,10 @@ def _listed(items: Sequence[object]) -> str:
     return ", ".join(map(str, items)) or "none"
 
 
+INPUTS = {"raw": ("image", "prompt"), "frames": ("frame", "prompt"), "tensors": ("input_ids", "pixel_values")}
+"""The columns that hold an anchor's input."""
+
+
 class AnchorSet:
     """The anchors of a complete, matching cache, by row. Open it with `open_anchors`."""
 
@@ -93,8 +98,7 @@ class AnchorSet:
         schema = manifest.identity.schema
         self._ids = Ragged(expanded / "id", BYTES)
         self._inputs = {
-            name: Ragged(expanded / name, INT32 if name == "input_ids" else BYTES)
-            for name in (("image", "prompt") if schema.inputs == "raw" else ("input_ids", "pixel_values"))
+            name: Ragged(expanded / name, INT32 if name == "input_ids" else BYTES) for name in INPUTS[schema.inputs]
         }
         self._suffix = Ragged(expanded / "suffix", INT32) if schema.has_suffix else None
         self._hidden = {
@@ -110,8 +114,10 @@ class AnchorSet:
 
     def sample(self, row: int) -> Sample:
         """The raw input of an anchor."""
-        image = self._inputs["image"][row]
         prompt = self._inputs["prompt"][row].tobytes().decode()
+        if self.identity.inputs == "frames":
+            return Sample(self.id(row), prompt, frame=Frame.from_bytes(self._inputs["frame"][row].tobytes()))
+        image = self._inputs["image"][row]
         return Sample(id=self.id(row), prompt=prompt, image=image.tobytes() if len(image) else None)
 
     def tensors(self, row: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -2,6 +2,7 @@
 
 id              string
 image, prompt   the raw input                                           (inputs: raw)
+frame, prompt   the observation of a robot as safetensors, and the task (inputs: frames)
 input_ids, pixel_values                                                 (inputs: tensors, imported caches)
 suffix          list<int32>, the suffix tokens                          (token_ce, or the position `suffix`)
 hidden_<pos>    list<fixed_size_list<float16|float32>[L * D]>, one entry for each vector of that position;
@@ -53,7 +54,7 @@ class CacheSchema:
     hidden_size: int
     dtype: str
     inputs: str
-    """`raw` or `tensors`."""
+    """`raw`, `frames` or `tensors`."""
 
     @property
     def has_hidden(self) -> bool:
@@ -70,10 +71,11 @@ class CacheSchema:
 
     def arrow(self) -> pa.Schema:
         fields = [pa.field("id", pa.string(), nullable=False)]
-        if self.inputs == "raw":
-            fields += [pa.field("image", pa.binary()), pa.field("prompt", pa.string())]
-        else:
+        if self.inputs == "tensors":
             fields += [pa.field("input_ids", pa.list_(pa.int32())), pa.field("pixel_values", pa.binary())]
+        else:
+            seen = "image" if self.inputs == "raw" else "frame"
+            fields += [pa.field(seen, pa.binary()), pa.field("prompt", pa.string())]
         if self.has_suffix:
             fields.append(pa.field("suffix", pa.list_(pa.int32())))
         if self.has_hidden:

@@ -30,6 +30,7 @@ def open_for_student(
 
     Raises:
         CacheRefused: the cache is of another teacher or preprocessor, or lacks what the config asks for.
+        ConfigError: the model cannot be held to such anchors.
     """
     craft = config.craft
     assert craft.anchor_cache_dir is not None
@@ -38,6 +39,8 @@ def open_for_student(
     found = manifest.identity
     check_model(folder, found, config, model, teacher_weights)
     layers, positions = asked_of(folder, found, config)
+    if craft.enabled:
+        model.check_anchors([craft.retention_mode], positions)
     anchors = open_anchors(folder, manifest)
     return AnchorBatches(model, anchors, craft.retention_mode, layers, positions, shelves)
 

@@ -37,9 +37,12 @@ class Teacher:
         prompts = [self.model.preprocess(sample) for sample in samples]
         columns: dict[str, pa.Array | list] = {
             "id": [s.id for s in samples],
-            "image": [s.image for s in samples],
             "prompt": [s.prompt for s in samples],
         }
+        if self.schema.inputs == "frames":
+            columns["frame"] = [s.frame and s.frame.to_bytes() for s in samples]
+        else:
+            columns["image"] = [s.image for s in samples]
         suffixes: list[list[int]] = [[] for _ in samples]
         if self.schema.has_suffix:
             suffixes = self.suffixes(samples, prompts)

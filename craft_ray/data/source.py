@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import codecs
 import glob
+import importlib.util
 import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import pyarrow.parquet as pq
@@ -35,8 +36,46 @@ SAVED_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 """Files by which a folder that datasets' `save_to_disk` wrote is known."""
 
 
-class Source:
-    """Samples by row number. Open it with `open_source`."""
+LEROBOT_MARK = "meta/info.json"
+"""By which the folder of a LeRobotDataset is known."""
+
+
+class Source(Protocol):
+    """Samples by row number. Open one with `open_source`."""
+
+    name: str
+    has_responses: bool
+    """Whether a sample comes with what the model shall answer."""
+
+    @property
+    def features(self) -> Mapping[str, tuple[int, ...]] | None:
+        """What a robot's frames hold, with its shape (of pictures: channels, height, width); None for other samples."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content and of how it is read."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Sample: ...
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+    def ids(self) -> list[str]:
+        """The ids of all rows, in order.
+
+        Raises:
+            DataError: two rows have the same id.
+        """
+        ...
+
+
+class TableSource:
+    """The rows of a table."""
+
+    features = None
 
     def __init__(self, table: datasets.Dataset | JsonLines, config: DataConfig, folder: Path, content: str) -> None:
         self._table = table
@@ -44,10 +83,11 @@ class Source:
         self._folder = folder
         self._content = content
         self.name = config.path
+        self.has_responses = config.columns.response is not None or config.columns.answer_index is not None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the content and of how it is read. Where an image lies is no part of it, what is in it is."""
+        """Where an image lies is no part of it, what is in it is."""
         digest = blake3(self._content.encode())
         if self._columns.image is not None:
             for row, cell in enumerate(self._table[self._columns.image]):
@@ -67,11 +107,6 @@ class Source:
         return (self[row] for row in range(len(self)))
 
     def ids(self) -> list[str]:
-        """The ids of all rows, in order.
-
-        Raises:
-            DataError: two rows have the same id.
-        """
         if self._columns.id is None:
             return [f"{row:08d}" for row in range(len(self))]
         column = self._columns.id
@@ -97,9 +132,16 @@ class Source:
             id=f"{row:08d}" if columns.id is None else _text(cells[columns.id], where, columns.id),
             prompt="" if columns.prompt is None else _text(cells[columns.prompt], where, columns.prompt),
             image=image,
-            response=None if columns.response is None else _text(cells[columns.response], where, columns.response),
+            response=self._response(cells, choices, where),
             choices=choices,
         )
+
+    def _response(self, cells: dict[str, Any], choices: tuple[str, ...] | None, where: str) -> str | None:
+        columns = self._columns
+        if columns.answer_index is None:
+            return None if columns.response is None else _text(cells[columns.response], where, columns.response)
+        assert choices is not None, "Columns refuses an answer_index without choices"
+        return choices[_index(cells[columns.answer_index], len(choices), where, columns.answer_index)]
 
 
 def open_source(config: DataConfig, key: str) -> Source:
@@ -112,6 +154,14 @@ def open_source(config: DataConfig, key: str) -> Source:
         ConfigError: nothing is there, it is of another format, or a named column is missing.
         DataError: it holds no row.
     """
+    if config.format == "lerobot" or (config.format == "auto" and (Path(config.path) / LEROBOT_MARK).exists()):
+        require_lerobot(f"{key} is a LeRobotDataset")
+        from craft_ray.lerobot.dataset import open_lerobot
+
+        return open_lerobot(config, key)
+    for name, used in (("episodes", config.episodes), ("stride", config.stride > 1), ("rename", config.rename)):
+        if used:
+            raise ConfigError(f"{key}.{name} is for a LeRobotDataset, but {config.path} is none: leave it out")
     files, kind = _files(config, key)
     digest = blake3()
     for file in files:
@@ -129,9 +179,22 @@ def open_source(config: DataConfig, key: str) -> Source:
     if not files:  # a hub data set: the library's own hash knows its revision
         assert isinstance(table, datasets.Dataset)
         digest.update(table._fingerprint.encode())
-    how = config.model_dump_json(include={"split", "revision", "columns", "limit", "chunk_chars"})
+    # A key that is not used leaves the hash as it was before there was such a key: caches and runs go by it.
+    unused = None if config.columns.answer_index else {"columns": {"answer_index"}}
+    how = config.model_dump_json(include={"split", "revision", "columns", "limit", "chunk_chars"}, exclude=unused)
     digest.update(f"{kind}{how}".encode())
-    return Source(table, config, _folder(config, files), digest.hexdigest())
+    return TableSource(table, config, _folder(config, files), digest.hexdigest())
+
+
+def require_lerobot(why: str) -> None:
+    """
+    Raises:
+        ConfigError: LeRobot is not installed.
+    """
+    if importlib.util.find_spec("lerobot") is None:
+        raise ConfigError(
+            f"{why}, but LeRobot is not installed: pip install 'craft-ray[lerobot]' (Python 3.12 or newer)"
+        )
 
 
 def _files(config: DataConfig, key: str) -> tuple[list[Path], str]:
@@ -290,3 +353,12 @@ def _text(value: Any, where: str, column: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise DataError(f"{where}: column '{column}' holds {value}; mend or remove the row")
     return str(value)
+
+
+def _index(value: Any, count: int, where: str, column: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+        raise DataError(
+            f"{where}: column '{column}' holds {value!r}; the place of the right one among its {count} choices is "
+            f"expected, a whole number from 0"
+        )
+    return value

@@ -8,7 +8,8 @@ Shapes: B samples, S tokens, L layers, D width, V vectors a sample (padded to th
     first_token   the first token of the prompt;  last_token  its last, image or text
     all           every token of the prompt;      every_N     every N-th: tokens N-1, 2N-1, ...
     suffix        the positions at which the suffix tokens are predicted: the last prompt token, and every suffix
-                  token but the last. They feed the vocabulary projection
+                  token but the last. They feed the vocabulary projection. Of a policy that speaks actions, these are
+                  the action tokens
 
 All but `suffix` are positions of the prompt, so a suffix behind it does not change them (its tokens are not seen by
 the prompt). Positions are found on the host while batches are made; on the device pooling is gathering and a
@@ -34,6 +35,22 @@ class Layout:
     prompt_length: int
     image_tokens: tuple[int, ...] = ()
     """Indices of the image tokens within the prompt."""
+    absent: tuple[int, ...] = ()
+    """Indices of prompt tokens that stand for nothing, such as those of a camera that is not there. No position names
+    them."""
+    given: int = 0
+    """Suffix tokens at its start that are given and not predicted."""
+
+    @property
+    def prompt(self) -> list[int]:
+        """Indices of the prompt's tokens."""
+        absent = set(self.absent)
+        return [t for t in range(self.prompt_length) if t not in absent]
+
+    @property
+    def predicted(self) -> range:
+        """Indices of the tokens that are predicted, each from the position before it."""
+        return range(max(self.prompt_length + self.given, 1), self.length)
 
 
 @dataclass(frozen=True)
@@ -51,23 +68,23 @@ def token_positions(layout: Layout, position: str) -> list[int]:
     Raises:
         DataError: the sequence has no such token.
     """
-    prompt = range(layout.prompt_length)
+    prompt = layout.prompt
     if position == "vision_mean":
         tokens = list(layout.image_tokens)
     elif position == "text_last":
         image = set(layout.image_tokens)
         tokens = [t for t in prompt if t not in image][-1:]
     elif position in ("masked_mean", "all"):
-        tokens = list(prompt)
+        tokens = prompt
     elif position == "first_token":
-        tokens = list(prompt[:1])
+        tokens = prompt[:1]
     elif position == "last_token":
-        tokens = list(prompt[-1:])
+        tokens = prompt[-1:]
     elif position == "suffix":
-        tokens = list(range(layout.prompt_length - 1, layout.length - 1)) if layout.prompt_length else []
+        tokens = [t - 1 for t in layout.predicted] if layout.prompt_length else []
     elif position.startswith("every_"):
         stride = int(position.removeprefix("every_"))
-        tokens = list(prompt[stride - 1 :: stride]) or list(prompt[-1:])
+        tokens = prompt[stride - 1 :: stride] or prompt[-1:]
     else:
         raise ValueError(f"unknown anchor position '{position}'")
     if not tokens:
@@ -104,12 +121,22 @@ class Pooling:
     """Which of the V vectors they are."""
 
     @classmethod
-    def plan(cls, layouts: Sequence[Layout], positions: Sequence[str], width: int) -> Pooling:
-        """The plan for a right-padded batch of `width` tokens."""
+    def plan(
+        cls, layouts: Sequence[Layout], positions: Sequence[str], width: int, gaps: Sequence[int] | None = None
+    ) -> Pooling:
+        """The plan for a right-padded batch of `width` tokens.
+
+        Args:
+            gaps: padding tokens between prompt and suffix, for each row.
+        """
+        gaps = gaps or [0] * len(layouts)
         index, valid, means, mean_columns = [], [], [], []
         column = 0
         for position in positions:
-            tokens = [token_positions(layout, position) for layout in layouts]
+            tokens = [
+                [t + gap * (t >= layout.prompt_length) for t in token_positions(layout, position)]
+                for layout, gap in zip(layouts, gaps, strict=True)
+            ]
             if is_mean(position):
                 means.append(torch.stack([_mean_weights(chosen, width) for chosen in tokens]))
                 mean_columns.append(column)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from craft_ray.data.source import require_lerobot
 from craft_ray.models.base import Model
 
 if TYPE_CHECKING:  # craft_ray.models.packing needs torch and transformers alone
@@ -27,9 +28,10 @@ def load_model(
     """
     from craft_ray.models.huggingface import CausalLM, VisionLanguageModel
 
+    if config.kind == "lerobot":
+        require_lerobot("model.kind is lerobot")
+        from craft_ray.lerobot.policy import load_policy
+
+        return load_policy(config, precision, torch.device(device), weights)
     kinds = {"causal_lm": CausalLM, "vision_language": VisionLanguageModel}
     return kinds[config.kind](config, precision, torch.device(device), weights)
-
-
-DEFAULT_POSITIONS = {"causal_lm": ("all",), "vision_language": ("suffix",)}
-"""The anchor positions that measured best for each kind of model (docs/anchors.md)."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from craft_ray.data.sample import Sample
+from craft_ray.data.source import Source
 from craft_ray.method.pooling import Layout, Pooling
 
 IGNORE = -100
@@ -54,8 +55,8 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """Terms of the mean of the token loss."""
-        return self.tokens
+        """Terms of the mean of the task loss: tokens, or samples where the model predicts no tokens."""
+        return self.tokens or self.samples
 
     def to(self, device: torch.device) -> Batch:
         def move(tensor: Tensor) -> Tensor:
@@ -81,6 +82,16 @@ class Model(Protocol):
     hidden_size: int
     num_hidden_states: int
     """Entries of the hidden states: the embeddings and the output of every block."""
+    default_positions: ClassVar[tuple[str, ...]]
+    """The anchor positions that measured best for this kind of model (docs/anchors.md)."""
+
+    def check_source(self, source: Source) -> None:
+        """Refuse data that this model cannot read at all.
+
+        Raises:
+            ConfigError: a feature is missing or has another shape, or the data are of another kind of model.
+        """
+        ...
 
     def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
         """One sample as tensors: its prompt, and `suffix` tokens behind it, if any.
@@ -121,6 +132,18 @@ class Model(Protocol):
         """Hidden states [B, S, D] at each of `layers` (resolved, not negative), without the vocabulary projection."""
         ...
 
+    def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
+        """Refuse anchors that this model does not give, or that cannot bind it.
+
+        Args:
+            modes: of retention: `hidden`, `token_ce`.
+
+        Raises:
+            ConfigError: they need tokens and the model answers in none, or nothing that is trained reaches its hidden
+                states.
+        """
+        ...
+
     def check_packing(self) -> None:
         """Whether `packed_hidden_states` gives what `hidden_states` gives.
 
@@ -150,8 +173,12 @@ class Model(Protocol):
         """Hash of everything that decides how a sample becomes tensors."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write a folder that `from_pretrained` loads."""
+    def save(self, folder: Path, final: Path | None = None) -> None:
+        """Write a folder that `from_pretrained` loads.
+
+        Args:
+            final: where the folder will stand, if it is now written elsewhere.
+        """
         ...
 
 
@@ -191,7 +218,7 @@ def clip_suffix(tokens: Sequence[int], stops: Collection[int]) -> list[int]:
 
 def targets(layouts: Sequence[Layout], input_ids_BS: Tensor) -> tuple[Tensor, Tensor, int]:
     """(keep_P, targets_BP, count) for next-token prediction of every sample's suffix."""
-    spans = [range(max(layout.prompt_length, 1), layout.length) for layout in layouts]
+    spans = [layout.predicted for layout in layouts]
     keep = sorted({t - 1 for span in spans for t in span})
     place = {position: column for column, position in enumerate(keep)}
     result = torch.full((len(layouts), len(keep)), IGNORE)

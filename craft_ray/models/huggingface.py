@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
+from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError, ModelError
 from craft_ray.method.pooling import Layout, Pooling
 from craft_ray.method.retention import token_loss
@@ -43,6 +44,7 @@ class HuggingFaceModel:
     """What causal language models and vision-language models share; a subclass says how a prompt is encoded."""
 
     kind: ClassVar[str]
+    default_positions: ClassVar[tuple[str, ...]]
     auto_class: ClassVar[Any]
     processor_class: ClassVar[Any]
 
@@ -115,6 +117,12 @@ class HuggingFaceModel:
                 f"random; save the folder again or choose the right model.kind (it is {self.kind})"
             )
         return module
+
+    def check_source(self, source: Source) -> None:
+        if source.features is not None:
+            raise ConfigError(
+                f"{source.name} is a LeRobotDataset, but model.kind is {self.kind}: choose other data, or model.kind=lerobot"
+            )
 
     # -- host side: samples to batches
 
@@ -235,6 +243,9 @@ class HuggingFaceModel:
         assert len(states) == self.num_hidden_states
         return [states[k] for k in layers]
 
+    def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
+        """It gives all of them."""
+
     def check_packing(self) -> None:
         raise ValueError(f"a model of kind {self.kind} cannot be packed, its images are not part of a row of tokens")
 
@@ -279,7 +290,7 @@ class HuggingFaceModel:
     def _image_identity(self) -> Any:
         return None
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, final: Path | None = None) -> None:
         self.module.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
@@ -288,6 +299,7 @@ class CausalLM(HuggingFaceModel):
     """A language model: AutoModelForCausalLM with its tokenizer."""
 
     kind = "causal_lm"
+    default_positions = ("all",)
     auto_class = transformers.AutoModelForCausalLM
     processor_class = transformers.AutoTokenizer
 
@@ -321,6 +333,7 @@ class VisionLanguageModel(HuggingFaceModel):
     """An image-text-to-text model: AutoModelForImageTextToText with its processor."""
 
     kind = "vision_language"
+    default_positions = ("suffix",)
     auto_class = transformers.AutoModelForImageTextToText
     processor_class = transformers.AutoProcessor
 

@@ -1,27 +1,61 @@
 """How the arms are named and drawn: one colour and one marker each, everywhere in the report.
 
 The colours are of Okabe and Ito's set, which people with any colour vision can tell apart
-(https://jfly.uni-koeln.de/color/); the markers tell the arms apart in print.
+(https://jfly.uni-koeln.de/color/), but for the brown, which is darker than all of them; the markers tell the arms apart
+in print.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from craft_ray.config import Arm
+from craft_ray.config import MOST_VARIANTS
+from craft_ray.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """Name, colour (hex) and matplotlib marker of an arm."""
+    """Name, colour (hex) and marker of an arm: for matplotlib, and as a path of SVG within 6 of the origin."""
 
     label: str
     color: str
     marker: str
+    path: str
 
 
-ARMS: dict[Arm, ArmStyle] = {
-    "baseline": ArmStyle("Plain fine-tuning", "#d55e00", "s"),
-    "token_ce": ArmStyle("CRaFT token_ce", "#0f82c4", "^"),
-    "hidden": ArmStyle("CRaFT hidden", "#009e73", "o"),
+ARMS = {
+    "baseline": ArmStyle("Plain fine-tuning", "#d55e00", "s", "M-4-4h8v8h-8Z"),
+    "token_ce": ArmStyle("CRaFT token_ce", "#0f82c4", "^", "M0-5 5 4H-5Z"),
+    "hidden": ArmStyle("CRaFT hidden", "#009e73", "o", "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0"),
 }
+VARIANTS = (
+    ("#cc79a7", "v", "M0 5 5-4H-5Z"),
+    ("#56b4e9", "D", "M0-5 5 0 0 5-5 0Z"),
+    ("#e69f00", "P", "M-1.8-5h3.6v3.2H5v3.6H1.8V5h-3.6V1.8H-5v-3.6h3.2Z"),
+    ("#a0522d", "p", "M0-5 4.8-1.5 2.9 4h-5.8l-1.9-5.5Z"),
+)
+assert len(VARIANTS) == MOST_VARIANTS
+
+
+def in_order(arms: Iterable[str]) -> list[str]:
+    """Each arm once: baseline, token_ce, hidden, and then the variants as they come."""
+    found = list(dict.fromkeys(arms))
+    return [arm for arm in ARMS if arm in found] + [arm for arm in found if arm not in ARMS]
+
+
+def styles_of(arms: Iterable[str]) -> dict[str, ArmStyle]:
+    """How each of these arms is drawn, in the report's order.
+
+    Raises:
+        ConfigError: there are more variants than can be told apart.
+    """
+    order = in_order(arms)
+    variants = [arm for arm in order if arm not in ARMS]
+    if len(variants) > MOST_VARIANTS:
+        raise ConfigError(
+            f"the runs are of the variants {', '.join(variants)}, and a report tells {MOST_VARIANTS} apart: report "
+            f"fewer of them together"
+        )
+    own = {arm: ArmStyle(f"CRaFT {arm}", *look) for arm, look in zip(variants, VARIANTS, strict=False)}
+    return {arm: (ARMS | own)[arm] for arm in order}

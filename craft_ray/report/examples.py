@@ -61,13 +61,16 @@ class Examples:
 
 
 def examples(runs: Sequence[FinishedRun]) -> Examples | None:
-    """None where there is no pair of plain fine-tuning and CRaFT of one seed with predictions of the old skill."""
+    """None where there is no pair of plain fine-tuning and CRaFT of one seed with predictions of the old skill.
+    Episodes are none: craft_ray.report.rollouts shows those."""
     pair = _pair(runs)
     if pair is None:
         return None
     plain, craft = pair
     eval_set = craft.config.evaluation.old
     assert eval_set is not None, "predictions were written, so the skill was evaluated"
+    if eval_set.metric == "success":
+        return None
     predictions = _Predictions(plain, craft)
     select = _texts if eval_set.metric == "perplexity" else _answers
     ids, note = select(predictions)
@@ -81,7 +84,7 @@ class _Predictions:
 
     def __init__(self, plain: FinishedRun, craft: FinishedRun) -> None:
         self.seed = craft.seed
-        self.craft_label = ARMS[craft.arm].label
+        self.craft_label = craft.style.label
         self.plain = _by_id(plain, "old_after")
         self.craft = _by_id(craft, "old_after")
         self.teacher = _by_id(craft, "old_before")
@@ -93,10 +96,10 @@ class _Predictions:
 
 
 def _pair(runs: Sequence[FinishedRun]) -> tuple[FinishedRun, FinishedRun] | None:
-    """Plain fine-tuning and CRaFT of the first seed that has both; hidden before token_ce."""
+    """Plain fine-tuning and CRaFT of the first seed that has both; hidden before token_ce before variants."""
     usable = [run for run in runs if run.folder.read_predictions("old_after")]
     plain = {run.seed: run for run in usable if run.arm == "baseline"}
-    for arm in ("hidden", "token_ce"):
+    for arm in dict.fromkeys(["hidden", "token_ce", *(run.arm for run in usable if run.arm != "baseline")]):
         for run in usable:
             if run.arm == arm and run.seed in plain:
                 return plain[run.seed], run
@@ -146,7 +149,7 @@ def _outcome(record: Record) -> str:
 
 def _samples(eval_set: EvalSet, ids: Sequence[str], predictions: _Predictions) -> tuple[dict[str, Sample], str | None]:
     """The samples from where the run read them, and what is to be told if they are not there any more."""
-    if not ids:
+    if not ids or eval_set.data is None:
         return {}, None
     try:
         source = open_source(eval_set.data, "evaluation.old.data")

@@ -13,10 +13,10 @@ from craft_ray.errors import ConfigError
 from craft_ray.files import write_atomically
 from craft_ray.metrics import Record
 from craft_ray.report import wording
-from craft_ray.report.arms import ARMS
 from craft_ray.report.examples import examples
 from craft_ray.report.page import template
 from craft_ray.report.plots import cosine_plot, pareto_plot, retention_plot, series
+from craft_ray.report.rollouts import rollouts
 from craft_ray.report.runs import FinishedRun, read_runs
 from craft_ray.report.settings import differences
 from craft_ray.report.summary import new_ratio, old_ratio, summarize
@@ -76,13 +76,23 @@ def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> di
     arms = {arm: [run for run in runs if run.arm == arm] for arm in summary}
     constrained = {arm: chosen for arm, chosen in arms.items() if arm != "baseline"}
     plain = {run.seed: run.result for run in runs if run.arm == "baseline"}
+
+    def after_interval(arm: str, skill: str) -> list[float] | None:
+        alone = len(arms[arm]) == 1
+        interval: list[float] | None = summary[arm][f"{skill}_after_interval"]
+        return wording.spread(arms[arm][0].result[skill], "after") if alone else interval
+
     return {
         "runs": runs,
         "arms": arms,
-        "styles": ARMS,
+        "styles": {run.arm: run.style for run in runs},
         "configs": {arm: dump_config(chosen[0].config) for arm, chosen in arms.items()},
         "headline": wording.headline(runs, summary),
         "metrics": wording.METRICS,
+        "of_whom": wording.of_whom,
+        "counted": wording.counted,
+        "spread": wording.spread,
+        "after_interval": after_interval,
         "loss_unit": wording.loss_unit,
         "judged_on": wording.judged_on,
         "workers": list(dict.fromkeys(wording.workers_of(run) for run in runs)),
@@ -100,6 +110,7 @@ def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> di
         "conflicts": {arm: _conflicts(chosen) for arm, chosen in constrained.items()},
         "bin_size": max((series(run, "craft/lambda").bin_size for run in runs if run.arm != "baseline"), default=1),
         "examples": examples(runs),
+        "rollouts": rollouts(runs),
         "teachers": sorted({run.teacher for run in runs if run.teacher is not None}),
         "caches": sorted({run.result["cache"] for run in runs if run.result.get("cache") is not None}),
     }

@@ -25,6 +25,9 @@ from craft_ray.report.wording import METRICS, loss_unit
 DECADES_BELOW = 3
 """L_ret begins at the cache's rounding, which would leave the budget a thin strip at the top of a log axis."""
 
+LEGEND_LINE = 0.2
+"""Inches that a line of the legend takes."""
+
 
 def retention_plot(runs: Sequence[FinishedRun], plain: Sequence[FinishedRun]) -> Markup:
     """L_ret against epsilon, lambda below, of one arm over the steps.
@@ -33,7 +36,7 @@ def retention_plot(runs: Sequence[FinishedRun], plain: Sequence[FinishedRun]) ->
         runs: of one arm with CRaFT, one line each.
         plain: plain fine-tuning that was measured by the same retention loss; only its end is known.
     """
-    style = ARMS[runs[0].arm]
+    style = runs[0].style
     with new_figure(4.5, 4.5) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         for run in runs:
@@ -69,7 +72,7 @@ def retention_plot(runs: Sequence[FinishedRun], plain: Sequence[FinishedRun]) ->
 
 def cosine_plot(runs: Sequence[FinishedRun]) -> Markup:
     """Cosine between task gradient and retention gradient of one arm over the steps."""
-    style, threshold = ARMS[runs[0].arm], runs[0].config.craft.conflict_threshold
+    style, threshold = runs[0].style, runs[0].config.craft.conflict_threshold
     with new_figure(4.5, 2.5) as figure:
         axes = figure.subplots()
         for run in runs:
@@ -108,17 +111,15 @@ def pareto_plot(runs: Sequence[FinishedRun]) -> Markup | None:
     if any(run.result[skill]["after"] is None for run in runs for skill in ("old", "new")):
         return None
     across, up = new_axis(runs), old_axis(runs)
-    with new_figure(5, 3.9) as figure:
+    styles = {run.arm: run.style for run in runs}
+    with new_figure(5, 3.9 + LEGEND_LINE * max(0, len(styles) - 3) / 2) as figure:
         axes = figure.subplots()
         for axis, line in ((across, axes.axvline), (up, axes.axhline)):
             if axis.percent and "relative" in axis.label:
                 line(1, color=INK, linewidth=0.8, alpha=0.45, linestyle=(0, (2, 2)))
         handles = []
-        for arm, style in ARMS.items():
-            chosen = [run for run in runs if run.arm == arm]
-            if not chosen:
-                continue
-            points = [(_known(across.of(run)), _known(up.of(run))) for run in chosen]
+        for arm, style in styles.items():
+            points = [(_known(across.of(run)), _known(up.of(run))) for run in runs if run.arm == arm]
             _points(axes, points, style.color, style.marker)
             handles.append(_mark(style.color, style.marker, style.label))
         if across.teacher is not None and up.teacher is not None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from craft_ray.config import Arm, Experiment
+from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError
 from craft_ray.metrics import Record
-from craft_ray.report.arms import ARMS
+from craft_ray.report.arms import ArmStyle, styles_of
 from craft_ray.run_folder import RunFolder
 
 
@@ -28,13 +28,15 @@ class FinishedRun:
     """Its env.json; None where the folder came without it."""
     teacher: str | None
     """Hash of the weights that it started from; None where the folder came without it."""
+    style: ArmStyle
+    """How its arm is drawn."""
 
     @property
     def name(self) -> str:
         return self.folder.path.name
 
     @property
-    def arm(self) -> Arm:
+    def arm(self) -> str:
         return self.config.arm
 
     @property
@@ -43,15 +45,19 @@ class FinishedRun:
 
 
 def read_runs(folders: Sequence[RunFolder]) -> list[FinishedRun]:
-    """The runs by arm and seed.
+    """The runs by arm and seed, variants in the order in which they are given.
 
     Raises:
-        ConfigError: none is given, one is not finished, or two differ in teacher, evaluation or cache.
+        ConfigError: none is given, one is not finished, two differ in teacher, evaluation or cache, or there are too
+            many variants.
     """
     if not folders:
         raise ConfigError("a report needs at least one run directory")
-    order = list(ARMS)
-    runs = sorted((_read(folder) for folder in folders), key=lambda run: (order.index(run.arm), run.seed))
+    configs = [folder.config() for folder in folders]
+    styles = styles_of(config.arm for config in configs)
+    order = list(styles)
+    runs = [_read(folder, config, styles[config.arm]) for folder, config in zip(folders, configs, strict=True)]
+    runs.sort(key=lambda run: (order.index(run.arm), run.seed))
     _check_same(runs, "teacher", lambda run: run.teacher)
     _check_same(runs, "anchor cache", lambda run: run.result.get("cache"))
     for skill in ("old", "new"):
@@ -60,8 +66,8 @@ def read_runs(folders: Sequence[RunFolder]) -> list[FinishedRun]:
     return runs
 
 
-def _read(folder: RunFolder) -> FinishedRun:
-    config, result = folder.config(), folder.finished()
+def _read(folder: RunFolder, config: Experiment, style: ArmStyle) -> FinishedRun:
+    result = folder.finished()
     if result is None:
         raise ConfigError(
             f"{folder.path} is no finished run, it has no result.json: go on with train --resume {folder.path}"
@@ -74,6 +80,7 @@ def _read(folder: RunFolder) -> FinishedRun:
         folder.read_metrics(),
         _json(folder.path / "env.json"),
         None if teacher is None else teacher["weights"],
+        style,
     )
 
 

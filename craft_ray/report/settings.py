@@ -10,7 +10,7 @@ from typing import Any
 from craft_ray.errors import ConfigError
 from craft_ray.report.runs import FinishedRun
 
-WHERE = ("seed", "name", "output_dir", "compare", "workers")
+WHERE = ("seed", "name", "variant", "output_dir", "compare", "workers")
 """Keys and sections that tell runs apart or say where they ran; they do not decide an arm's numbers."""
 LOCATIONS = ("path", "anchor_cache_dir")
 """Last parts of keys that name a place. What is at the place is compared by its fingerprint."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from craft_ray.errors import ConfigError
 from craft_ray.evaluation import ratio
-from craft_ray.report.arms import ARMS
+from craft_ray.report.arms import in_order
 from craft_ray.report.student_t import interval
 
 Result = dict[str, Any]
@@ -23,7 +23,7 @@ Result = dict[str, Any]
 
 
 def summarize(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """Means and 95 % intervals of each arm that has a run, in the order baseline, token_ce, hidden.
+    """Means and 95 % intervals of each arm that has a run, in the order baseline, token_ce, hidden, variants.
 
     Raises:
         ConfigError: an arm has two runs of one seed, or runs of different budgets.
@@ -31,7 +31,8 @@ def summarize(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     _check_seeds(results)
     plain = {result["seed"]: result for result in results if result["arm"] == "baseline"}
     return {
-        arm: _summary(runs, plain) for arm in ARMS if (runs := [result for result in results if result["arm"] == arm])
+        arm: _summary([result for result in results if result["arm"] == arm], plain)
+        for arm in in_order(result["arm"] for result in results)
     }
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from craft_ray.evaluation import HIGHER_IS_BETTER
-from craft_ray.report.arms import ARMS
 from craft_ray.report.runs import FinishedRun
+from craft_ray.report.wilson import wilson
 
 NONE = "–"
 
@@ -16,6 +16,7 @@ METRICS = {
     "exact_match": "exact match",
     "choice": "right choice",
     "perplexity": "perplexity ↓",
+    "success": "success rate",
 }
 LOSSES = {
     "relative_mse": "relative squared error",
@@ -54,6 +55,25 @@ def between(bounds: Sequence[float] | None, form: Callable[[float], str]) -> str
     return f"[{low.removesuffix(unit)}, {high.removesuffix(unit)}]{unit}"
 
 
+def of_whom(whose: str, metric: str) -> str:
+    """What a relative score is relative to: `of the teacher's`, of episodes `of the teacher's success`."""
+    return f"of {whose}{' success' if metric == 'success' else ''}"
+
+
+def counted(samples: int, skill: str, metric: str) -> str:
+    """What a skill was scored on: `20 held-out samples of the old skill`, or `n = 20 episodes of the old skill`."""
+    if metric == "success":
+        return f"n = {samples} episodes of the {skill} skill"
+    return f"{samples} held-out samples of the {skill} skill"
+
+
+def spread(score: dict[str, Any], when: str) -> list[float] | None:
+    """Wilson's interval of a success rate of one run (`before` or `after`). None for what is no part of episodes."""
+    if score[when] is None or score["metric"] != "success":
+        return None
+    return wilson(score[when], score["samples"])
+
+
 def loss_unit(run: FinishedRun) -> str:
     """The unit of a run's retention loss."""
     craft = run.config.craft
@@ -86,7 +106,7 @@ def _sentence(run: FinishedRun, numbers: dict[str, Any]) -> str:
     if run.arm != "baseline" and numbers["feasible"] is not None:
         verdict = f"{numbers['feasible']} of {numbers['runs']} {'run' if numbers['runs'] == 1 else 'runs'}"
         parts.append(f"budget met on {judged_on(run)} in {verdict}")
-    return f"{ARMS[run.arm].label} {'; '.join(parts)}."
+    return f"{run.style.label} {'; '.join(parts)}."
 
 
 def _old_and_new(run: FinishedRun, numbers: dict[str, Any]) -> str:
@@ -100,11 +120,13 @@ def _old_and_new(run: FinishedRun, numbers: dict[str, Any]) -> str:
         elif numbers["old_ratio"] is None:
             words.append(f"scores {percent(numbers['old_after'])} on the old skill, the teacher 0 %")
         else:
-            words.append(f"kept {percent(numbers['old_ratio'])} of the old skill")
+            whole = "the teacher's success on the old skill" if old["metric"] == "success" else "the old skill"
+            words.append(f"kept {percent(numbers['old_ratio'])} of {whole}")
     if numbers["new_after"] is not None:
         reached = score_of(numbers["new_after"], new["metric"])
         if run.arm != "baseline" and numbers["new_ratio"] is not None:
-            words.append(f"reached {percent(numbers['new_ratio'])} of plain fine-tuning's new skill")
+            whole = "success on the new skill" if new["metric"] == "success" else "new skill"
+            words.append(f"reached {percent(numbers['new_ratio'])} of plain fine-tuning's {whole}")
         elif HIGHER_IS_BETTER[new["metric"]]:
             words.append(f"scores {reached} on the new skill")
         else:

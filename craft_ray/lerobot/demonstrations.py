@@ -1,0 +1,84 @@
+"""Demonstrations of Meta-World's scripted experts as LeRobotDatasets."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from craft_ray.errors import DataError
+from craft_ray.files import new_folder
+from craft_ray.lerobot.metaworld import PICTURE, STATE, STATES, MetaworldSimulation
+
+CONTROL_HZ = 80
+AFTER = 2
+"""Actions that are recorded after the task is done: a policy should learn to stay."""
+MOST = 60
+"""Actions after which an attempt is given up."""
+
+
+def write_demonstrations(
+    root: Path, task: str, episodes: int, size: int, *, action_repeat: int = 1, noise: float = 0.0, seed: int = 0
+) -> None:
+    """Successful episodes of the task's expert, with pictures; the data set appears when it is complete.
+
+    Args:
+        size: side of the pictures, in pixels.
+        noise: standard deviation of what disturbs the arm while the expert's own actions are recorded, so that they tell
+            how to come back, too.
+        seed: of the first attempt's initial condition, and of the noise.
+
+    Raises:
+        DataError: the expert fails too often.
+    """
+    hz = max(1, round(CONTROL_HZ / action_repeat))
+    features = {
+        PICTURE: {"dtype": "image", "shape": (size, size, 3), "names": ["height", "width", "channels"]},
+        STATE: {"dtype": "float32", "shape": (STATES,), "names": ["x", "y", "z", "gripper"]},
+        "action": {"dtype": "float32", "shape": (STATES,), "names": ["dx", "dy", "dz", "gripper"]},
+    }
+    simulation = MetaworldSimulation(task, size, size, action_repeat)
+    rng = np.random.default_rng(seed)
+    with new_folder(root) as temporary, contextlib.redirect_stdout(io.StringIO()):
+        temporary.rmdir()  # LeRobot makes it
+        data = LeRobotDataset.create(root.name, hz, features, root=temporary, robot_type="sawyer", use_videos=False)
+        done = 0
+        for attempt in range(2 * episodes + 5):
+            frames = _attempt(simulation, seed + attempt, noise, rng)
+            if frames is None:
+                continue
+            for frame in frames:
+                data.add_frame(frame)
+            data.save_episode()
+            done += 1
+            if done == episodes:
+                break
+        data.finalize()
+        if done < episodes:
+            raise DataError(f"the expert of {task} succeeds in only {done} of {attempt + 1} attempts: lower the noise")
+    simulation.close()
+
+
+def _attempt(
+    simulation: MetaworldSimulation, seed: int, noise: float, rng: np.random.Generator
+) -> list[dict[str, object]] | None:
+    """The frames of an episode, or None where the expert fails."""
+    simulation.reset(seed)
+    frames: list[dict[str, object]] = []
+    left = None
+    for _ in range(MOST):
+        seen = simulation.observe()
+        action = simulation.expert()
+        frames.append({**seen.images, **seen.state, "action": action, "task": simulation.description})
+        disturbed = action.copy()
+        disturbed[:3] += rng.normal(size=3) * noise  # the gripper's last number opens and closes: it is left alone
+        if simulation.step(disturbed) and left is None:
+            left = AFTER
+        if left is not None:
+            if not left:
+                return frames
+            left -= 1
+    return None

@@ -1,0 +1,350 @@
+"""The folder of a LeRobot policy: its configuration, weights and processors, loaded completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from lerobot.configs import NormalizationMode
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from craft_ray.config import ModelConfig
+from craft_ray.errors import ConfigError, DataError, ModelError
+from craft_ray.lerobot.size import SIZE_FILE, sized
+from craft_ray.lerobot.tokenizers import (
+    ACTION_TOKENIZER,
+    TEXT_TOKENIZER,
+    complete_processor_config,
+    fast_tokenizer,
+    local_names,
+    without_foreign_code,
+)
+
+WEIGHTS = "model.safetensors"
+SUPPORTED = ("pi0_fast", "pi05", "smolvla", "act")
+
+
+@dataclass
+class Processors:
+    """LeRobot's two pipelines: what a policy is given becomes tensors, what it returns becomes actions."""
+
+    before: Any
+    after: Any
+
+    def normalizers(self) -> Iterator[NormalizerProcessorStep | UnnormalizerProcessorStep]:
+        for step in (*self.before.steps, *self.after.steps):
+            if isinstance(step, NormalizerProcessorStep | UnnormalizerProcessorStep):
+                yield step
+
+
+@dataclass
+class PolicyFolder:
+    """What a folder holds, beside the weights."""
+
+    path: Path
+    policy: PreTrainedPolicy
+    processors: Processors
+    device: str | None
+    """The device that the folder's own configuration names."""
+
+
+def load_folder(config: ModelConfig, device: torch.device, weights: str | None) -> PolicyFolder:
+    """A policy with its processors.
+
+    Args:
+        weights: another folder to take the weights from; configuration and processors stay those of `config.path`.
+
+    Raises:
+        ConfigError: no policy loads from the path, or one of a type that is not supported.
+        ModelError: its weights do not load completely, or its normaliser lacks statistics.
+    """
+    path = _resolve(config)
+    settings = _settings(path)
+    own_device, settings.device = settings.device, str(device)
+    _adapt(settings, config)
+    local_names(settings, path)
+    tokenizer = _action_tokenizer(config, settings)
+    with _silent(), sized(path), without_foreign_code(tokenizer, config.trust_remote_code):
+        try:
+            policy = get_policy_class(settings.type)(settings)
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            raise ConfigError(f"model.path {path}: no {settings.type} is built from it ({_first(error)})") from None
+    if "dtype" not in vars(settings):
+        policy.float()  # smolvla's takes the type that its vision-language model was published in
+    load_weights(policy, Path(weights) if weights else path)
+    return PolicyFolder(path, policy, _processors(config, settings, path, tokenizer), own_device)
+
+
+def folder_around(config: ModelConfig, policy: PreTrainedPolicy) -> PolicyFolder:
+    """The processors of `config.path` with a policy that somebody else has loaded and trains.
+
+    Raises:
+        ConfigError: the path holds a policy of another type.
+    """
+    path = _resolve(config)
+    settings = _settings(path)
+    if settings.type != policy.name:
+        raise ConfigError(
+            f"model.path {path} holds a {settings.type}, the policy in training is a {policy.name}: name the teacher's "
+            f"own folder"
+        )
+    local_names(settings, path)
+    processors = _processors(config, settings, path, _action_tokenizer(config, settings))
+    return PolicyFolder(path, policy, processors, settings.device)
+
+
+def _action_tokenizer(config: ModelConfig, settings: PreTrainedConfig) -> Any:
+    if settings.type != "pi0_fast":
+        return None
+    return fast_tokenizer(settings.action_tokenizer_name, config.trust_remote_code)
+
+
+def _processors(config: ModelConfig, settings: PreTrainedConfig, path: Path, tokenizer: Any) -> Processors:
+    with _silent(), without_foreign_code(tokenizer, config.trust_remote_code):
+        processors = _load_processors(settings, path, tokenizer)
+    _check_statistics(processors, path)
+    if config.merge_statistics:
+        merge_statistics(processors, config.merge_statistics)
+    return processors
+
+
+def _resolve(config: ModelConfig) -> Path:
+    path = Path(config.path)
+    if path.is_dir():
+        return path
+    if path.is_absolute():
+        raise ConfigError(f"model.path {path}: there is no such folder: name one, or a policy on the hub")
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision))
+    except Exception as error:  # the hub's client raises anything
+        raise ConfigError(
+            f"model.path {config.path}: there is no such folder, and no such policy on the hub or in its local cache "
+            f"({_first(error)})"
+        ) from None
+
+
+def _settings(path: Path) -> PreTrainedConfig:
+    """The policy's configuration."""
+    try:
+        kind = json.loads((path / "config.json").read_text()).get("type")
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            f"model.path {path} is no folder of a LeRobot policy (config.json: {_first(error)})"
+        ) from None
+    if kind not in SUPPORTED:
+        raise ConfigError(
+            f"model.path {path} holds {f'a policy of type {kind}' if kind else 'a model without a policy type'}, "
+            f"model.kind lerobot knows {', '.join(SUPPORTED)}: choose one of them, or another model.kind"
+        )
+    get_policy_class(kind)  # registers its configuration
+    try:
+        return PreTrainedConfig.from_pretrained(path)
+    except Exception as error:  # draccus raises its own
+        raise ConfigError(f"model.path {path}: its config.json is not LeRobot's ({_first(error)})") from None
+
+
+def _adapt(settings: PreTrainedConfig, config: ModelConfig) -> None:
+    """Set in a policy's configuration what is decided here.
+
+    Raises:
+        ConfigError: a type of policy leaves no choice.
+    """
+    ours = {
+        "dtype": config.dtype,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "compile_model": False,
+        # All weights are in the folder; LeRobot would first fetch those that training once began with.
+        "pretrained_backbone_weights": None,
+        "load_vlm_weights": False,
+    }
+    known = vars(settings).keys()
+    for name, only in (("dtype", "float32"), ("gradient_checkpointing", False)):
+        if name not in known and ours[name] != only:
+            raise ConfigError(
+                f"model.{name} is {ours[name]}, a policy of type {settings.type} knows only {only}: leave it out"
+            )
+    for name in ours.keys() & known:
+        setattr(settings, name, ours[name])
+
+
+def _load_processors(settings: PreTrainedConfig, path: Path, tokenizer: Any) -> Processors:
+    before: dict[str, Any] = {"device_processor": {"device": "cpu"}}
+    if tokenizer is not None:
+        before["action_tokenizer_processor"] = {
+            "action_tokenizer_input_object": tokenizer,
+            "max_action_tokens": settings.max_action_tokens,
+            "fast_skip_tokens": settings.fast_skip_tokens,
+            "paligemma_tokenizer_name": settings.text_tokenizer_name,
+        }
+        before["tokenizer_processor"] = {"tokenizer_name": settings.text_tokenizer_name}
+    try:
+        loaded = make_pre_post_processors(settings, pretrained_path=str(path), preprocessor_overrides=before)
+    except Exception as error:  # a pipeline raises anything of its steps
+        raise ConfigError(
+            f"model.path {path}: its processors do not load ({_first(error)}): save the policy with LeRobot 0.6, which "
+            f"writes policy_preprocessor.json and policy_postprocessor.json beside the weights"
+        ) from None
+    return Processors(*loaded)
+
+
+def load_weights(policy: PreTrainedPolicy, path: Path) -> None:
+    """Fill a policy with the weights of a folder. LeRobot's own `from_pretrained` may leave random ones in silence.
+
+    Raises:
+        ModelError: a weight is missing, superfluous or of another shape.
+    """
+    file = path / WEIGHTS
+    if not file.exists():
+        raise ModelError(f"model {path} has no {WEIGHTS}: the policy would be random; name a folder with its weights")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"model {path}: its weights are damaged ({_first(error)}): fetch or save it again") from None
+    if hasattr(policy, "_fix_pytorch_state_dict_keys"):  # names of older checkpoints of the pi family
+        with _silent():
+            state = policy._fix_pytorch_state_dict_keys(state, policy.config)
+        state = {key if key.startswith("model.") else f"model.{key}": value for key, value in state.items()}
+    expected = policy.state_dict()
+    shared = _shared(expected)
+    missing = sorted(key for key in expected if key not in state and not shared[key] & state.keys())
+    superfluous = sorted(key for key in state if key not in expected)
+    reshaped = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
+    for keys, what in ((missing, "are missing"), (superfluous, "are unknown"), (reshaped, "have another shape")):
+        if keys:
+            raise ModelError(
+                f"model {path} did not load completely: {len(keys)} weights {what} (e.g. {keys[0]}), and the policy "
+                f"would be partly random; name the folder of a {policy.name} of this size, saved in full"
+            )
+    policy.load_state_dict(state, strict=False)
+
+
+def _shared(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:
+    """For each tensor the names of those that share its memory: a file holds one of them."""
+    groups: dict[int, set[str]] = {}
+    for key, tensor in state.items():
+        groups.setdefault(tensor.data_ptr(), set()).add(key)
+    return {key: groups[tensor.data_ptr()] if tensor.numel() else {key} for key, tensor in state.items()}
+
+
+def _check_statistics(processors: Processors, path: Path) -> None:
+    """LeRobot passes a feature without statistics through as it is."""
+    for step in processors.normalizers():
+        for name, feature in step.features.items():
+            mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
+            if mode is not NormalizationMode.IDENTITY and name not in (step.stats or {}):
+                raise ModelError(
+                    f"model {path}: its normaliser has no statistics of {name}, which it scales by {mode.value}: take "
+                    f"the folder that LeRobot's training saved, with its policy_preprocessor files"
+                )
+
+
+def merge_statistics(processors: Processors, datasets: tuple[str, ...]) -> None:
+    """Widen the normalisers by the statistics of data sets: extremes are the outer ones, mean and variance are of all
+    frames together where the policy's folder tells how many its own are of, and otherwise with equal weight.
+
+    Raises:
+        ConfigError: a data set does not open.
+        DataError: it has other shapes.
+    """
+    others = [_dataset_statistics(name) for name in datasets]
+    for step in processors.normalizers():
+        merged = {}
+        for name, own in (step.stats or {}).items():
+            parts = [own, *(other[name] for other in others if name in other)]
+            merged[name] = _merged(name, [{k: np.asarray(v, dtype=np.float64) for k, v in p.items()} for p in parts])
+        step.stats = merged
+        step.to(device=step.device, dtype=step.dtype)
+
+
+def _dataset_statistics(name: str) -> dict[str, dict[str, Any]]:
+    path = Path(name)
+    try:
+        metadata = LeRobotDatasetMetadata(path.name, root=path) if path.is_dir() else LeRobotDatasetMetadata(name)
+    except Exception as error:  # of the hub or of damaged files
+        raise ConfigError(f"model.merge_statistics: {name} is no LeRobotDataset ({_first(error)})") from None
+    return metadata.stats or {}
+
+
+def _merged(name: str, parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    keys = set.intersection(*(set(part) for part in parts))
+    for key in keys - {"count"}:
+        shapes = {part[key].squeeze().shape for part in parts}
+        if len(shapes) > 1:
+            raise DataError(
+                f"model.merge_statistics: {name} has the shapes {' and '.join(map(str, sorted(shapes)))} in the policy "
+                f"and the data set: leave that data set out"
+            )
+    weights = np.array([float(part["count"].max()) if "count" in keys else 1.0 for part in parts])
+    weights /= weights.sum()
+
+    def mean(values: list[np.ndarray]) -> np.ndarray:
+        return sum((w * v for w, v in zip(weights, values, strict=True)), np.zeros_like(values[0]))
+
+    merged = {"min": np.minimum.reduce, "max": np.maximum.reduce}
+    result = {key: merge([part[key] for part in parts]) for key, merge in merged.items() if key in keys}
+    for key in keys - {"min", "max", "mean", "std", "count"}:  # a quantile of the whole lies between those of the parts
+        outer = np.minimum if key in ("q01", "q10") else np.maximum
+        result[key] = outer.reduce([part[key] for part in parts])
+    if {"mean", "std"} <= keys:
+        result["mean"] = mean([part["mean"] for part in parts])
+        result["std"] = np.sqrt(mean([part["std"] ** 2 + (part["mean"] - result["mean"]) ** 2 for part in parts]))
+    if "count" in keys:
+        result["count"] = sum((part["count"] for part in parts), np.zeros_like(parts[0]["count"]))
+    return result
+
+
+def save_folder(found: PolicyFolder, folder: Path, final: Path | None = None) -> None:
+    """Write a folder that LeRobot's `from_pretrained` loads, and `load_folder`. Tokenizers that lie in the policy's own
+    folder go with it.
+
+    Args:
+        final: where the folder will stand, if it is now written elsewhere.
+    """
+    settings = found.policy.config
+    device, settings.device = settings.device, found.device
+    try:
+        with _silent():
+            found.policy.save_pretrained(folder)
+            found.processors.before.save_pretrained(folder)
+            found.processors.after.save_pretrained(folder)
+    finally:
+        settings.device = device
+    for inside in (TEXT_TOKENIZER, ACTION_TOKENIZER):
+        if (found.path / inside).is_dir():
+            shutil.copytree(found.path / inside, folder / inside)
+    complete_processor_config(folder, final)
+    if (found.path / SIZE_FILE).exists():
+        shutil.copyfile(found.path / SIZE_FILE, folder / SIZE_FILE)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """LeRobot prints and logs while it loads."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,169 @@
+"""CRaFT's step in LeRobot's own training loop.
+
+    with craft_updates(load_config("run.yaml")):
+        lerobot_train.train(...)
+
+LeRobot's loop keeps its data, its optimiser, its schedule, its logs and its checkpoints; while this is open it takes
+CRaFT's step in place of its own, and leaves the teacher's normaliser statistics as they are. It begins runs in one
+process; it does not go on with one, for LeRobot's checkpoints do not hold the multiplier.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lerobot.scripts.lerobot_train as loop
+from torch import Tensor
+
+from craft_ray.anchors.schema import NOISE_FLOOR
+from craft_ray.anchors.student import check_untouched, open_for_student
+from craft_ray.config import Experiment
+from craft_ray.data.sampler import StepSampler
+from craft_ray.errors import ConfigError
+from craft_ray.lerobot.folder import folder_around
+from craft_ray.lerobot.policy import policy_of
+from craft_ray.method.dual import DualState, epsilon_at
+from craft_ray.method.gradients import GradientPair
+from craft_ray.method.step import craft_step
+from craft_ray.training import ANCHOR_STREAM, STEP0_ANCHORS
+from craft_ray.workers import OneWorker
+
+
+@contextmanager
+def craft_updates(experiment: Experiment) -> Iterator[CraftUpdate]:
+    """While open, LeRobot's `train` takes CRaFT's step.
+
+    Args:
+        experiment: of it, `model.path` (the teacher's folder, which LeRobot trains), `craft`, `seed` and `train.steps`
+            count.
+
+    Yields:
+        What is called at each step; it remembers what each step measured.
+
+    Raises:
+        ConfigError: CRaFT is off, or the experiment names no anchor cache.
+    """
+    if not experiment.craft.enabled or experiment.craft.anchor_cache_dir is None:
+        raise ConfigError("craft_updates needs craft.enabled and craft.anchor_cache_dir: build a cache and name it")
+    update = CraftUpdate(experiment)
+    own = loop.update_policy, loop.make_pre_post_processors
+    loop.update_policy, loop.make_pre_post_processors = update, _with_own_statistics
+    try:
+        yield update
+    finally:
+        loop.update_policy, loop.make_pre_post_processors = own
+
+
+def _with_own_statistics(**arguments: Any) -> Any:
+    """LeRobot's processors without the new data set's statistics, which it would put in the place of the teacher's."""
+    for name in ("preprocessor_overrides", "postprocessor_overrides"):
+        for step in ("normalizer_processor", "unnormalizer_processor"):
+            arguments.get(name, {}).get(step, {}).pop("stats", None)
+    return own_processors(**arguments)
+
+
+own_processors = loop.make_pre_post_processors
+
+
+@dataclass(frozen=True)
+class _TaskBatch:
+    """A batch of LeRobot's loop."""
+
+    content: Any
+    count: int = 1
+
+
+class CraftUpdate:
+    """In the place of LeRobot's `update_policy`."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.records: list[dict[str, float]] = []
+        """Of each step: task_loss, retention_loss, lambda, epsilon, dot, cos."""
+        self._begun = False
+
+    def _begin(self, policy: Any, optimizer: Any) -> None:
+        """Open the cache for the policy as the loop made it, and check that it still is the teacher."""
+        config = self.experiment
+        device = next(policy.parameters()).device
+        self.workers = OneWorker(device)
+        model = policy_of(config.model, config.train.precision, device, folder_around(config.model, policy))
+        self.anchors = open_for_student(config, model, model.weights_fingerprint())
+        self.rows, _ = self.anchors.anchors.split(config.craft.anchor_holdout)
+        check_untouched(self.anchors, self.rows[:STEP0_ANCHORS], config.craft.anchor_batch_size, self.workers)
+        self.sampler = StepSampler(len(self.rows), config.craft.anchor_batch_size, config.seed, ANCHOR_STREAM)
+        self.gradients = GradientPair(policy.named_parameters())
+        self.dual = DualState.start(config.craft, device)
+        self.floor = NOISE_FLOOR[self.anchors.anchors.identity.dtype] if self.anchors.mode == "hidden" else 0.0
+        self._begun = True
+
+    def __call__(
+        self,
+        train_metrics: Any,
+        policy: Any,
+        batch: Any,
+        optimizer: Any,
+        grad_clip_norm: float,
+        accelerator: Any,
+        lr_scheduler: Any = None,
+        lock: Any = None,
+        sample_weighter: Any = None,
+    ) -> tuple[Any, dict[str, float]]:
+        """One step, as LeRobot's loop asks for it.
+
+        Raises:
+            ConfigError: the loop runs in several processes, or weighs its samples.
+            CacheRefused: the policy is not the cache's teacher.
+        """
+        started = time.perf_counter()
+        if accelerator.num_processes > 1 or sample_weighter is not None:
+            raise ConfigError(
+                "craft_updates steps in one process and without sample weights: use craft-ray train for several workers"
+            )
+        inner = accelerator.unwrap_model(policy)
+        if not self._begun:
+            inner.train()
+            self._begin(inner, optimizer)
+        inner.train()
+        config, step = self.experiment, len(self.records)
+        epsilon = epsilon_at(step, config.train.steps, config.craft)
+
+        def task_loss(part: _TaskBatch) -> Tensor:
+            with accelerator.autocast():
+                loss: Tensor = inner.forward(part.content)[0]
+            return loss
+
+        anchors = None
+        if step % config.craft.retention_freq == 0:
+            chosen = self.sampler.global_batch(step // config.craft.retention_freq)
+            anchors = [self.anchors.batch([self.rows[i] for i in chosen]).to(self.workers.device)]
+        self.dual, metrics = craft_step(
+            task_loss,
+            [_TaskBatch(batch)],
+            lambda part: self.anchors.loss(part, config.craft.loss_type),
+            anchors,
+            self.dual,
+            epsilon,
+            craft=config.craft,
+            optimizer=optimizer,
+            gradients=self.gradients,
+            workers=self.workers,
+            max_norm=grad_clip_norm or None,
+            noise_floor=self.floor,
+        )
+        if lr_scheduler is not None:
+            lr_scheduler.step()
+        record = {
+            "task_loss": float(metrics.task_loss), "retention_loss": float(metrics.retention_loss),
+            "lambda": float(metrics.multiplier), "epsilon": epsilon, "dot": float(metrics.dot), "cos": float(metrics.cos),
+        }  # fmt: skip
+        self.records.append(record)
+        train_metrics.loss = record["task_loss"]
+        train_metrics.grad_norm = float(metrics.grad_norm)
+        train_metrics.lr = optimizer.param_groups[0]["lr"]
+        train_metrics.update_s = time.perf_counter() - started
+        return train_metrics, record

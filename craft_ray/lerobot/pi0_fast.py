@@ -1,0 +1,284 @@
+"""pi0_fast: a PaliGemma that speaks actions (arXiv 2501.09747).
+
+Its sequence is [pictures | text | suffix]. Pictures and text see each other; the suffix, BOS and the FAST tokens of
+the actions, is causal. BOS is given, every other suffix token is predicted. The hidden states of pictures and text do
+not depend on the suffix, so anchors that need only those leave it out, and with it most of the time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from craft_ray.config import ModelConfig, Precision
+from craft_ray.data.images import decode_image
+from craft_ray.data.sample import Sample
+from craft_ray.errors import ConfigError, DataError
+from craft_ray.lerobot.folder import PolicyFolder
+from craft_ray.lerobot.policy import (
+    LANGUAGE,
+    LANGUAGE_MASK,
+    LeRobotPolicy,
+    evaluating,
+    image_tokens,
+    padded,
+)
+from craft_ray.lerobot.taps import Taps
+from craft_ray.method.pooling import Layout
+from craft_ray.models.base import IGNORE, Batch, Features, clip_suffix
+
+SUFFIX, SUFFIX_MASK = "action.tokens", "action.token_mask"
+END = "|"
+"""The token that closes the actions."""
+
+
+class PI0Fast(LeRobotPolicy):
+    """Frames with actions; and, on its language side, questions about a picture with their answers."""
+
+    default_positions = ("suffix",)
+    speaks = True
+
+    def __init__(self, config: ModelConfig, precision: Precision, device: torch.device, folder: PolicyFolder) -> None:
+        super().__init__(config, precision, device, folder)
+        paligemma = self._paligemma
+        self.hidden_size: int = paligemma.config.text_config.hidden_size
+        self.tokenizer: Any = self.policy._paligemma_tokenizer
+        self._bos: int = self.tokenizer.bos_token_id
+        self._end: int = self.tokenizer.convert_tokens_to_ids(END)
+        self._per_camera = image_tokens(self.settings.image_resolution, paligemma.config.vision_config.patch_size)
+        self._absent = (len(self.settings.image_features) - len(self.cameras)) * self._per_camera
+        known, rows = len(self.tokenizer), paligemma.model.language_model.embed_tokens.num_embeddings
+        if known > rows:
+            raise ConfigError(
+                f"model.path {folder.path}: its text tokenizer {self.settings.text_tokenizer_name} has {known} tokens, "
+                f"the policy {rows}: it is another policy's; name the one that it was trained with"
+            )
+
+    @property
+    def _paligemma(self) -> Any:
+        return self.policy.model.paligemma_with_expert.paligemma
+
+    def make_taps(self) -> Taps:
+        language = self._paligemma.model.language_model
+        return Taps([layer.input_layernorm for layer in language.layers], language.norm)
+
+    # -- host side
+
+    def layout(self, encoded: Mapping[str, Tensor], suffix: int) -> Layout:
+        cameras = sum(name in encoded for name in self.cameras)
+        pictures = len(self.settings.image_features) * self._per_camera
+        prompt = pictures + int(encoded[LANGUAGE_MASK].sum())
+        seen = cameras * self._per_camera
+        # Cameras that are not there stand behind those that are.
+        return Layout(prompt + suffix, prompt, tuple(range(seen)), tuple(range(seen, pictures)), given=0)
+
+    def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
+        """A frame with its action tokens, or a question about a picture with the tokens of its answer."""
+        tokens = list(suffix or ())
+        if sample.frame is None:
+            encoded, given = self._encode_question(sample), []
+            text = {"language": encoded[LANGUAGE][0]}
+        else:
+            encoded, given = self.encode(sample), [self._bos]
+            text = self.language(encoded)
+        most = self.settings.max_action_tokens
+        if len(tokens) > most:
+            raise DataError(
+                f"sample {sample.id} has {len(tokens)} suffix tokens, the policy's max_action_tokens is {most}: lower "
+                f"max_new_tokens where they are generated, or take a policy with a larger max_action_tokens"
+            )
+        layout = self.layout(encoded, len(given) + len(tokens))
+        images = {name: encoded[name] for name in self.cameras if name in encoded}
+        own = {"suffix": torch.tensor([*given, *tokens], dtype=torch.long)}
+        return Features(text | own, images, replace(layout, given=len(given)))
+
+    def _encode_question(self, sample: Sample) -> dict[str, Any]:
+        """A picture before the first camera, a question as PaliGemma is asked it: BOS, the text and a line break."""
+        if sample.image is None:
+            raise DataError(f"sample {sample.id} has no image: name the column that holds it (columns.image)")
+        picture = decode_image(sample.image, f"sample {sample.id}").convert("RGB")
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
+            picture.height, picture.width, 3
+        )
+        # Pictures of one batch need one size; the policy would bring them to this one, too.
+        resized = self._resize(pixels.permute(2, 0, 1)[None])
+        # LeRobot has this tokenizer put the end of the sequence behind every text, which belongs behind no question.
+        text = self.tokenizer(f"{sample.prompt}\n", add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[self._bos, *text]])
+        most = self.settings.tokenizer_max_length
+        if ids.shape[1] > most:
+            raise DataError(
+                f"the question of sample {sample.id} has {ids.shape[1]} tokens, the policy's tokenizer_max_length is "
+                f"{most}: shorten it"
+            )
+        return {
+            self.cameras[0]: resized, LANGUAGE: ids, LANGUAGE_MASK: torch.ones_like(ids), "task": [sample.prompt]
+        }  # fmt: skip
+
+    def _resize(self, picture_BCHW: Tensor) -> Tensor:
+        from lerobot.policies.common.vla_utils import resize_with_pad_torch
+
+        floats = picture_BCHW.permute(0, 2, 3, 1).float() / 255
+        return resize_with_pad_torch(floats, *self.settings.image_resolution).permute(0, 3, 1, 2)
+
+    def response_tokens(self, sample: Sample) -> list[int]:
+        """The actions as FAST tokens, closed by the end marker; or the answer to a question."""
+        if sample.frame is None:
+            return self._answer_tokens(sample)
+        encoded = self.encode(sample, actions=True)
+        tokens: list[int] = encoded[SUFFIX][0][encoded[SUFFIX_MASK][0].bool()].tolist()
+        if self._end not in tokens:
+            raise DataError(
+                f"the actions of sample {sample.id} have more tokens than the policy's max_action_tokens of "
+                f"{self.settings.max_action_tokens}: they are of another robot or of another scale"
+            )
+        self._check_whole(tokens, sample)
+        return tokens[1:]
+
+    def _check_whole(self, tokens: Sequence[int], sample: Sample) -> None:
+        """FAST passes over a number that is too large for it, and all numbers behind it move up."""
+        before = 1 + len(self.tokenizer.encode("Action: ", add_special_tokens=False))
+        spoken = torch.tensor(tokens[before : tokens.index(self._end)])
+        fast = self.policy.action_tokenizer.bpe_tokenizer
+        numbers = len(fast.decode(self.policy._paligemma_tokens_to_act_tokens(spoken).tolist()))
+        if numbers != self.settings.chunk_size * self.action_size:
+            raise DataError(
+                f"the actions of sample {sample.id} leave the range that the policy's action tokenizer has tokens for: "
+                f"widen the statistics by the data set (model.merge_statistics), or leave its episode out"
+            )
+
+    def _answer_tokens(self, sample: Sample) -> list[int]:
+        if sample.response is None:
+            raise DataError(f"sample {sample.id} has no response: name the column that holds it (columns.response)")
+        ids: list[int] = self.tokenizer(sample.response, add_special_tokens=False)["input_ids"]
+        eos = [self.tokenizer.eos_token_id] if self.config.append_eos else []
+        return ids + eos
+
+    def collate(self, features: Sequence[Features], positions: Sequence[str] | None = None) -> Batch:
+        batch = super().collate(features, positions)
+        rows = [f.tokens["suffix"] for f in features]
+        given = torch.tensor([f.layout.given for f in features])
+        most = max(map(len, rows))
+        if not most:
+            return batch
+        tokens, mask = padded(rows, most)
+        predicted = mask & (torch.arange(most) >= given[:, None])
+        first = int(given.min())  # a column that is given in every row has no targets
+        targets_BP = tokens.masked_fill(~predicted, IGNORE)[:, first:]
+        inputs = batch.inputs | {SUFFIX: tokens, SUFFIX_MASK: mask}
+        return replace(batch, inputs=inputs, targets_BP=targets_BP, tokens=int(predicted.sum()))
+
+    # -- device side
+
+    def run_prompt(self, inputs: Mapping[str, Tensor]) -> None:
+        self._run(inputs)
+
+    def _run(self, inputs: Mapping[str, Tensor], use_cache: bool = False) -> tuple[Tensor, Tensor, Any]:
+        """The last hidden state after the final norm [B, S, D], which positions are real [B, S], and keys and values."""
+        core = self.policy.model
+        images, masks = self.policy._preprocess_images(inputs)
+        embedded, real, attention, _, _ = core.embed_prefix_fast(
+            images, masks, inputs[LANGUAGE], inputs[LANGUAGE_MASK], inputs.get(SUFFIX), inputs.get(SUFFIX_MASK)
+        )
+        embedded = embedded.to(self._paligemma.lm_head.weight.dtype)
+        (hidden, _), cache = core.paligemma_with_expert.forward(
+            attention_mask=prepare_attention_masks_4d(attention, dtype=embedded.dtype),
+            position_ids=torch.cumsum(real, dim=1) - 1,
+            inputs_embeds=[embedded, None],
+            use_cache=use_cache,
+        )
+        return hidden, real, cache
+
+    def _before_suffix(self, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The hidden state of the prompt's last token, [B, 1, D]."""
+        most = inputs[SUFFIX].shape[1] if SUFFIX in inputs else 0
+        pictures = hidden.shape[1] - most - inputs[LANGUAGE].shape[1]
+        last = pictures + inputs[LANGUAGE_MASK].sum(1) - 1
+        return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
+
+    def task_loss(self, batch: Batch) -> Tensor:
+        return self.token_loss(batch)
+
+    def token_loss(self, batch: Batch) -> Tensor:
+        """LeRobot's own loss: cross-entropy over the FAST tokens behind BOS. Of answers, over all of their tokens."""
+        if not batch.tokens:
+            raise DataError("a batch holds no tokens to predict: its samples have no actions, or empty answers")
+        inputs = self.inputs(batch)
+        if batch.targets_BP.shape[1] == inputs[SUFFIX].shape[1]:  # LeRobot's leaves out the first token of every suffix
+            return -self.token_log_probs(batch)[0].sum() / batch.tokens
+        with self.autocast():
+            images, masks = self.policy._preprocess_images(inputs)
+            tokens = (inputs[name] for name in (LANGUAGE, LANGUAGE_MASK, SUFFIX, SUFFIX_MASK))
+            loss: Tensor = self.policy.model.forward(images, masks, *tokens)["loss"]
+        return loss.float()
+
+    def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = self.inputs(batch)
+        most, columns = inputs[SUFFIX].shape[1], batch.targets_BP.shape[1]
+        with self.autocast():
+            hidden, _, _ = self._run(inputs)
+            feeding = torch.cat([self._before_suffix(hidden, inputs), hidden[:, -most:-1]], 1)[:, most - columns :]
+            logits_BPV = self._paligemma.lm_head(feeding).float()
+        log_probs = -cross_entropy(
+            logits_BPV.flatten(0, 1), batch.targets_BP.flatten(), ignore_index=IGNORE, reduction="none"
+        ).view_as(batch.targets_BP)
+        return log_probs, (logits_BPV.argmax(-1) == batch.targets_BP) | (batch.targets_BP == IGNORE)
+
+    @torch.inference_mode()
+    def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
+        """Greedy tokens under the attention of training.
+
+        LeRobot's own decoding shows BOS to the prompt, which training does not: a few of its tokens are not the
+        likeliest to the loss that a student learns from.
+        """
+        acting = {f.layout.given for f in features} == {1}
+        assert acting or not any(f.layout.given for f in features), "frames and questions share no batch"
+        stop = self._end if acting else self.tokenizer.eos_token_id
+        inputs = self.inputs(self.collate(features).to(self.device))
+        with evaluating(self.module), self.autocast():
+            tokens = self._greedy(inputs, stop, max_new_tokens)
+        return [clip_suffix(row, {stop}) for row in tokens.tolist()]
+
+    def _greedy(self, inputs: Mapping[str, Tensor], stop: int, most: int) -> Tensor:
+        """Up to `most` tokens [B, T] behind what the batch holds, until every row has said `stop`."""
+        model, lm_head = self.policy.model.paligemma_with_expert, self._paligemma.lm_head
+        hidden, real, cache = self._run(inputs, use_cache=True)
+        feeding = hidden[:, -1:] if SUFFIX in inputs else self._before_suffix(hidden, inputs)
+        tokens = lm_head(feeding).argmax(-1)
+        while tokens.shape[1] < most and not (tokens == stop).any(1).all():
+            embedded = model.embed_language_tokens(tokens[:, -1:]).to(lm_head.weight.dtype)
+            place = real.sum(1, keepdim=True)
+            real = torch.cat([real, torch.ones_like(real[:, :1])], 1)
+            (feeding, _), cache = model.forward(
+                attention_mask=prepare_attention_masks_4d(real[:, None], dtype=embedded.dtype),
+                position_ids=place,
+                past_key_values=cache,
+                inputs_embeds=[embedded, None],
+                use_cache=True,
+            )
+            tokens = torch.cat([tokens, lm_head(feeding).argmax(-1)], 1)
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def predict(self, inputs: dict[str, Tensor]) -> Tensor:
+        # LeRobot takes apart n_action_steps of a chunk, whatever the chunk was; and it ends the program where a policy
+        # that forgot how to speak actions says something else, which is a failed episode and no error.
+        settings = self.settings
+        own = settings.n_action_steps, settings.validate_action_token_prefix
+        settings.n_action_steps, settings.validate_action_token_prefix = settings.chunk_size, False
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            return super().predict(inputs)
+        finally:
+            settings.n_action_steps, settings.validate_action_token_prefix = own
+            logging.disable(level)

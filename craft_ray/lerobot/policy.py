@@ -1,0 +1,373 @@
+"""A policy of LeRobot behind the interface of every model: what all types share.
+
+Anchors and task samples go through LeRobot's own preprocessor one at a time, on the host; padding is cut off there and
+put back in a batch only as far as its longest sample needs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import numpy as np
+import torch
+from lerobot.configs import FeatureType, NormalizationMode
+from torch import Tensor, nn
+
+from craft_ray.config import ModelConfig, Precision
+from craft_ray.data.frame import Frame
+from craft_ray.data.sample import Sample
+from craft_ray.data.source import Source
+from craft_ray.errors import ConfigError, DataError
+from craft_ray.lerobot.dataset import action_chunk
+from craft_ray.lerobot.folder import PolicyFolder, load_folder, save_folder
+from craft_ray.lerobot.taps import Taps
+from craft_ray.method.pooling import Layout, Pooling
+from craft_ray.models.base import Batch, Features, disable_dropout
+from craft_ray.models.fingerprint import json_fingerprint, tokenizer_identity, weights_fingerprint
+
+ACTION = "action"
+PICTURES = "observation.images."
+IS_PAD = "action_is_pad"
+LANGUAGE, LANGUAGE_MASK = "observation.language.tokens", "observation.language.attention_mask"
+LOCATIONS = {"tokenizer_name", "action_tokenizer_name", "paligemma_tokenizer_name", "device", "trust_remote_code"}
+"""Settings of a processor step that say where something came from; what it does is told otherwise."""
+
+
+def load_policy(config: ModelConfig, precision: Precision, device: torch.device, weights: str | None) -> LeRobotPolicy:
+    """The policy of a configuration, in training mode.
+
+    Raises:
+        ConfigError: no policy loads from the path, or one of a type that is not supported.
+        ModelError: its weights do not load completely.
+    """
+    return policy_of(config, precision, device, load_folder(config, device, weights))
+
+
+def policy_of(config: ModelConfig, precision: Precision, device: torch.device, found: PolicyFolder) -> LeRobotPolicy:
+    """The interface around what a folder holds."""
+    from craft_ray.lerobot.act import ACT
+    from craft_ray.lerobot.pi0_fast import PI0Fast
+    from craft_ray.lerobot.pi05 import PI05
+    from craft_ray.lerobot.smolvla import SmolVLA
+
+    kinds = {"pi0_fast": PI0Fast, "pi05": PI05, "smolvla": SmolVLA, "act": ACT}
+    return kinds[found.policy.name](config, precision, device, found)
+
+
+class LeRobotPolicy:
+    """What all policies share; a subclass says what its sequence of tokens is and how it is run."""
+
+    kind: ClassVar[str] = "lerobot"
+    default_positions: ClassVar[tuple[str, ...]] = ("all",)
+    speaks: ClassVar[bool] = False
+    """Whether it answers in tokens."""
+    counts_steps: ClassVar[bool] = False
+    """Whether its loss is a mean over the actions within the episode; otherwise over samples."""
+    one_size: ClassVar[bool] = False
+    """Whether pictures must have the size that the policy names; otherwise it resizes them itself."""
+
+    def __init__(self, config: ModelConfig, precision: Precision, device: torch.device, folder: PolicyFolder) -> None:
+        self.config = config
+        self.precision = precision
+        self.device = device
+        self.folder = folder
+        self.policy: Any = folder.policy
+        self.settings: Any = folder.policy.config
+        self.module: nn.Module = folder.policy
+        self.module.to(device)
+        self.module.train()
+        if config.disable_dropout:
+            disable_dropout(self.module)
+        self.taps = self.make_taps()
+        self.num_hidden_states = self.taps.count
+        inputs = {
+            name: feature for name, feature in self.settings.input_features.items() if ".empty_camera_" not in name
+        }
+        self.features: dict[str, tuple[int, ...]] = {name: tuple(f.shape) for name, f in inputs.items()}
+        """What the policy looks at, with its shape; of pictures [3, H, W]."""
+        self.cameras = [name for name, feature in inputs.items() if feature.type is FeatureType.VISUAL]
+        self.action_size: int = self.settings.output_features[ACTION].shape[0]
+        visual = self.settings.normalization_mapping.get("VISUAL", NormalizationMode.IDENTITY)
+        # A picture that is not scaled stays one byte a value until it is on the device.
+        self._bytes = visual is NormalizationMode.IDENTITY
+        if (self.settings.n_obs_steps or 1) > 1:
+            raise ConfigError(
+                f"{self.settings.type} looks at {self.settings.n_obs_steps} moments at once; only 1 is supported"
+            )
+
+    # -- what a subclass says
+
+    hidden_size: int
+
+    def make_taps(self) -> Taps:
+        raise NotImplementedError
+
+    def layout(self, encoded: Mapping[str, Tensor], suffix: int) -> Layout:
+        """What the tokens of one sample are, without padding.
+
+        Args:
+            encoded: the preprocessor's output, with a batch dimension of one.
+            suffix: suffix tokens behind the prompt.
+        """
+        raise NotImplementedError
+
+    def run_prompt(self, inputs: Mapping[str, Tensor]) -> None:
+        """A forward pass over the prompt, and the suffix tokens if there are any; the taps see it."""
+        raise NotImplementedError
+
+    # -- data
+
+    def check_source(self, source: Source) -> None:
+        if source.features is None:
+            if self.speaks:
+                return  # questions and answers for its language side
+            raise ConfigError(
+                f"{source.name} is no LeRobotDataset, and a policy of type {self.settings.type} learns and anchors "
+                f"nothing else: name one"
+            )
+        for name, shape in {**self.features, ACTION: (self.action_size,)}.items():
+            found = source.features.get(name)
+            if found is None:
+                known = ", ".join(source.features)
+                raise ConfigError(
+                    f"{source.name} has no {name}, which the policy {self.config.path} "
+                    f"{'returns' if name == ACTION else 'looks at'}; it has {known}: name another data set, or map one "
+                    f"of its features with rename"
+                )
+            if name in self.cameras and not self.one_size:
+                continue
+            if found != shape:
+                raise ConfigError(
+                    f"{name} is {list(found)} in {source.name}, the policy {self.config.path} takes {list(shape)}: "
+                    f"name a data set of the same robot"
+                )
+
+    # -- host side: samples to batches
+
+    def encode(self, sample: Sample, actions: bool = False) -> dict[str, Any]:
+        """The preprocessor's output for one sample, with a batch dimension of one.
+
+        Raises:
+            DataError: it is no moment of an episode, or has no actions.
+        """
+        if sample.frame is None:
+            raise DataError(f"sample {sample.id} is no frame of a LeRobotDataset: the policy acts on nothing else")
+        item: dict[str, Any] = {**self.observe(sample.frame), "task": [sample.prompt]}
+        if actions:
+            if sample.frame.actions is None:
+                raise DataError(f"sample {sample.id} has no actions: name a LeRobotDataset that holds them")
+            chunk, is_pad = action_chunk(sample.frame.actions, self.settings.chunk_size)
+            item |= {ACTION: torch.from_numpy(chunk)[None], IS_PAD: torch.from_numpy(is_pad)[None]}
+        output: dict[str, Any] = self.folder.processors.before(item)
+        return output
+
+    def observe(self, frame: Frame) -> dict[str, Tensor]:
+        """What the policy looks at, as LeRobot's data sets give it."""
+        pictures = {name: torch.tensor(frame.images[name]).permute(2, 0, 1)[None] for name in self.cameras}
+        if not self._bytes:
+            pictures = {name: picture.float() / 255 for name, picture in pictures.items()}
+        rest = [name for name in self.features if name not in pictures]
+        return pictures | {name: torch.from_numpy(np.array(frame.state[name]))[None] for name in rest}
+
+    def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
+        if suffix:
+            self._refuse_tokens()
+        encoded = self.encode(sample, actions=sample.frame is not None and sample.frame.actions is not None)
+        images = {name: encoded[name] for name in (*self.features, ACTION, IS_PAD) if encoded.get(name) is not None}
+        return Features(self.language(encoded), images, self.layout(encoded, 0))
+
+    def language(self, encoded: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tokens of the prompt's text, without padding."""
+        if LANGUAGE not in encoded:
+            return {}
+        tokens, mask = encoded[LANGUAGE][0], encoded[LANGUAGE_MASK][0].bool()
+        most = len(mask)
+        if mask.all() and hasattr(self.settings, "tokenizer_max_length") and most >= self.settings.tokenizer_max_length:
+            raise DataError(
+                f"the prompt '{encoded['task'][0].strip()}' fills the policy's tokenizer_max_length of {most} and may "
+                f"be cut: shorten the task, or teach with a larger one"
+            )
+        return {"language": tokens[mask]}
+
+    def from_tensors(
+        self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None, suffix: Sequence[int] | None = None
+    ) -> Features:
+        raise ConfigError("a legacy cache holds no frames of a robot: build the cache of a policy with anchors build")
+
+    def response_tokens(self, sample: Sample) -> list[int]:
+        """Nothing: a policy that does not speak in tokens is taught by the actions in its batch."""
+        return []
+
+    def collate(self, features: Sequence[Features], positions: Sequence[str] | None = None) -> Batch:
+        """A batch in LeRobot's names; text is padded to its longest, on the right."""
+        inputs: dict[str, Tensor] = {}
+        width = 0
+        if "language" in features[0].tokens:
+            width = max(len(f.tokens["language"]) for f in features)
+            inputs[LANGUAGE], inputs[LANGUAGE_MASK] = padded([f.tokens["language"] for f in features], width)
+        for name in features[0].images:
+            inputs[name] = torch.cat([f.images[name] for f in features])
+        pooling = None
+        if positions is not None:
+            pooling = self._pooling(features, positions, width)
+        none = torch.empty(0, dtype=torch.long)
+        steps = int((~inputs[IS_PAD]).sum()) if self.counts_steps and IS_PAD in inputs else 0
+        return Batch(inputs, none, none.expand(len(features), 0), steps, len(features), pooling)
+
+    def _pooling(self, features: Sequence[Features], positions: Sequence[str], width: int) -> Pooling:
+        gaps = [width - len(f.tokens["language"]) if "language" in f.tokens else 0 for f in features]
+        layouts = [f.layout for f in features]
+        most = max(layout.length + gap for layout, gap in zip(layouts, gaps, strict=True))
+        return Pooling.plan(layouts, positions, most, gaps)
+
+    # -- device side
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """A batch as LeRobot's forward takes it: pictures from 0 to 1."""
+        return {k: v.float() / 255 if v.dtype == torch.uint8 else v for k, v in batch.inputs.items()}
+
+    def task_loss(self, batch: Batch) -> Tensor:
+        """LeRobot's own loss."""
+        if ACTION not in batch.inputs:
+            raise DataError("a batch holds no actions to learn: name a LeRobotDataset that holds them")
+        with self.autocast():
+            loss: Tensor = self.policy.forward(self.inputs(batch))[0]
+        return loss.float()
+
+    def token_loss(self, batch: Batch) -> Tensor:
+        self._refuse_tokens()
+
+    def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        self._refuse_tokens()
+
+    def hidden_states(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
+        with self.autocast(), self.taps.capture(layers) as seen:
+            self.run_prompt(self.inputs(batch))
+        return [seen[k] for k in layers]
+
+    def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
+        if not self.speaks and ("token_ce" in modes or "suffix" in positions):
+            self._refuse_tokens()
+
+    def check_packing(self) -> None:
+        raise ValueError(f"a policy of type {self.settings.type} cannot be packed, its pictures are no row of tokens")
+
+    def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
+        raise NotImplementedError
+
+    def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
+        self._refuse_tokens()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        self._refuse_tokens()
+
+    def _refuse_tokens(self) -> NoReturn:
+        raise ConfigError(
+            f"a policy of type {self.settings.type} has no action tokens: anchor its hidden states at positions of the "
+            f"prompt (anchors.modes=[hidden], anchors.positions=[{','.join(self.default_positions)}]), and score it by "
+            f"episodes (metric success)"
+        )
+
+    @torch.inference_mode()
+    def act(self, samples: Sequence[Sample]) -> np.ndarray:
+        """The actions to execute next, [B, n_action_steps, D] in the robot's units: LeRobot's own inference.
+
+        Args:
+            samples: frames, whose actions are not looked at.
+        """
+        frames = [sample.frame for sample in samples]
+        assert all(frame is not None for frame in frames)
+        observed = [self.observe(frame) for frame in frames if frame is not None]
+        item: dict[str, Any] = {name: torch.cat([one[name] for one in observed]) for name in self.features}
+        item["task"] = [sample.prompt for sample in samples]
+        encoded = self.folder.processors.before(item)
+        moved = {k: v.to(self.device) for k, v in encoded.items() if isinstance(v, Tensor)}
+        moved = {k: v.float() / 255 if v.dtype == torch.uint8 else v for k, v in moved.items()}
+        with evaluating(self.module), self.autocast():
+            actions = self.predict(moved)
+        actions = self.folder.processors.after(actions.float())
+        return actions[:, : self.settings.n_action_steps].cpu().numpy()
+
+    def predict(self, inputs: dict[str, Tensor]) -> Tensor:
+        """A chunk of normalised actions [B, T, D]."""
+        self.policy.reset()
+        actions: Tensor = self.policy.predict_action_chunk(inputs)
+        return actions
+
+    # -- identity and storage
+
+    def weights_fingerprint(self) -> str:
+        return weights_fingerprint(self.module)
+
+    def preprocessor_fingerprint(self) -> str:
+        return json_fingerprint([self.kind, self.settings.type, self.features, *map(_step_identity, self.steps())])
+
+    def steps(self) -> list[Any]:
+        return list(self.folder.processors.before.steps)
+
+    def save(self, folder: Path, final: Path | None = None) -> None:
+        save_folder(self.folder, folder, final)
+
+
+def _step_identity(step: Any) -> Any:
+    """What a step of a processor does."""
+    settings = {key: value for key, value in step.get_config().items() if key not in LOCATIONS}
+    state = {key: tensor.tolist() for key, tensor in sorted(step.state_dict().items())}
+    tokenizers = [
+        tokenizer_identity(tokenizer)
+        for tokenizer in (vars(step).get("input_tokenizer"), vars(step).get("_paligemma_tokenizer"))
+        if tokenizer is not None
+    ]
+    actions = vars(step).get("action_tokenizer")
+    if actions is not None:
+        tokenizers.append([tokenizer_identity(actions.bpe_tokenizer), actions.scale, actions.min_token])
+    return [type(step).__name__, settings, state, tokenizers]
+
+
+def check_trained(part: nn.Module, settings: Any) -> None:
+    """
+    Args:
+        part: what the hidden states come from.
+
+    Raises:
+        ConfigError: none of its weights is trained, and a retention loss would have no gradient.
+    """
+    if not any(parameter.requires_grad for parameter in part.parameters()):
+        raise ConfigError(
+            f"of this {settings.type} only the action expert is trained (train_expert_only), and the hidden states of "
+            f"the prompt cannot change: set train_expert_only to false in the config.json of its folder, or train "
+            f"without retention (craft.enabled=false)"
+        )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode, and back in the mode it was in."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def padded(rows: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:
+    """Rows of tokens as a matrix with zeros on the right, and which are real."""
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+        mask[index, : len(row)] = True
+    return tokens, mask
+
+
+def image_tokens(resolution: Sequence[int], patch: int) -> int:
+    """Tokens of one picture."""
+    return math.prod(side // patch for side in resolution)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +167,7 @@ def measure(report: Report, rounds: int, names: tuple[str, ...]) -> None:
             write_policy(Path(folder), name)
             steps = Steps(folder, ARMS)
             count = sum(p.numel() for p in steps.gradients.parameters) / 1e6
-            bound: dict[str, Callable[[], None]] = {arm: (lambda arm=arm: steps.step(arm)) for arm in ARMS}  # type: ignore[misc]
-            timings = interleaved({arm: Variant(run) for arm, run in bound.items()}, rounds)
+            timings = interleaved({arm: Variant(partial(steps.step, arm)) for arm in ARMS}, rounds)
             for arm in ARMS:
                 what = f"{name} ({count:.2f} M), batch {BATCH}: {arm}"
                 report.add(Row(what, timings.median(arm), "s"))

@@ -44,13 +44,13 @@ def _bound(text: Any) -> Any:
 
 
 def _episodes(value: Any) -> Any:
-    """Numbers, or ranges such as "0:40" (0 to 39), as numbers."""
+    """Numbers, or ranges such as "0-39", as numbers. (YAML reads 0:40 as minutes and seconds.)"""
     numbers: list[Any] = []
     for item in value if isinstance(value, list | tuple) else [value]:
-        part = re.fullmatch(r"(\d+):(\d+)", item) if isinstance(item, str) else None
-        if isinstance(item, str) and (part is None or int(part[1]) >= int(part[2])):
-            raise ValueError(f"'{item}' is no range of episodes: write first:last+1, e.g. 0:40")
-        numbers += [item] if part is None else range(int(part[1]), int(part[2]))
+        part = re.fullmatch(r"(\d+)-(\d+)", item) if isinstance(item, str) else None
+        if isinstance(item, str) and (part is None or int(part[1]) > int(part[2])):
+            raise ValueError(f"'{item}' is no range of episodes: write the first and the last, e.g. 0-39")
+        numbers += [item] if part is None else range(int(part[1]), int(part[2]) + 1)
     return numbers
 
 
@@ -160,7 +160,7 @@ class DataConfig(Section):
     limit: int | None = Field(None, ge=1)
     """Read only the first rows."""
     episodes: Episodes = None
-    """Episodes of a LeRobotDataset: numbers, or ranges such as `0:40`. Default: all."""
+    """Episodes of a LeRobotDataset: numbers, or ranges such as `0-39`. Default: all."""
     stride: int = Field(1, ge=1)
     """Take every N-th frame of a LeRobotDataset."""
     rename: dict[str, str] = {}

@@ -11,13 +11,10 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from craft_ray.errors import DataError
 from craft_ray.files import new_folder
-from craft_ray.lerobot.metaworld import PICTURE, STATE, STATES, MetaworldSimulation
+from craft_ray.lerobot.metaworld import ACTIONS, CONTROL_HZ, PICTURE, STATE, STATES, MetaworldSimulation, check_task
 
-CONTROL_HZ = 80
 AFTER = 2
 """Actions that are recorded after the task is done: a policy should learn to stay."""
-MOST = 60
-"""Actions after which an attempt is given up."""
 
 
 def write_demonstrations(
@@ -27,18 +24,20 @@ def write_demonstrations(
 
     Args:
         size: side of the pictures, in pixels.
-        noise: standard deviation of what disturbs the arm while the expert's own actions are recorded, so that they tell
+        noise: standard deviation of what disturbs the arm while the expert's own actions are recorded: they then tell
             how to come back, too.
         seed: of the first attempt's initial condition, and of the noise.
 
     Raises:
+        ConfigError: there is no such task.
         DataError: the expert fails too often.
     """
+    check_task(task, "demonstrations")
     hz = max(1, round(CONTROL_HZ / action_repeat))
     features = {
         PICTURE: {"dtype": "image", "shape": (size, size, 3), "names": ["height", "width", "channels"]},
         STATE: {"dtype": "float32", "shape": (STATES,), "names": ["x", "y", "z", "gripper"]},
-        "action": {"dtype": "float32", "shape": (STATES,), "names": ["dx", "dy", "dz", "gripper"]},
+        "action": {"dtype": "float32", "shape": (ACTIONS,), "names": ["dx", "dy", "dz", "gripper"]},
     }
     simulation = MetaworldSimulation(task, size, size, action_repeat)
     rng = np.random.default_rng(seed)
@@ -69,7 +68,7 @@ def _attempt(
     simulation.reset(seed)
     frames: list[dict[str, object]] = []
     left = None
-    for _ in range(MOST):
+    for _ in range(simulation.max_decisions):
         seen = simulation.observe()
         action = simulation.expert()
         frames.append({**seen.images, **seen.state, "action": action, "task": simulation.description})

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
+import torch
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env, make_env_config
 from lerobot.envs.utils import preprocess_observation
+from lerobot.utils.constants import ACTION
+from lerobot.utils.import_utils import register_third_party_plugins
 
 from craft_ray.data.frame import Frame
 from craft_ray.errors import ConfigError
@@ -17,57 +22,79 @@ from craft_ray.errors import ConfigError
 PICTURES = "observation.image"
 
 
-def check_env(env: str, task: str, key: str) -> None:
+def check_env(env: str, key: str) -> None:
     """
     Raises:
         ConfigError: LeRobot has no such type of environment.
     """
-    known = sorted({"metaworld", *EnvConfig.get_known_choices()})
+    register_third_party_plugins()
+    known = sorted(EnvConfig.get_known_choices())
     if env not in known:
-        raise ConfigError(f"{key}.env is {env}, LeRobot knows {', '.join(known)}")
+        near = difflib.get_close_matches(env, known, 3)
+        raise ConfigError(
+            f"{key}.env is {env}, LeRobot has no such environment: choose one of {', '.join(near or known)}"
+        )
 
 
 class GymSimulation:
     """One environment of LeRobot's."""
 
-    def __init__(self, env: str, task: str, action_repeat: int = 1, config: Any = None) -> None:
+    def __init__(
+        self,
+        env: str,
+        task: str,
+        size: tuple[int, int] | None = None,
+        action_repeat: int = 1,
+        config: EnvConfig | None = None,
+    ) -> None:
         """
         Args:
+            task: as the environment names it; one of a suite of tasks is SUITE/NUMBER.
+            size: height and width of the pictures, where the environment lets them be chosen.
             config: LeRobot's own configuration of the environment, in place of its defaults.
 
         Raises:
-            ConfigError: its package is not installed, or there is no such task.
+            ConfigError: its package is not installed, there is no such task, or there are several.
         """
         self._repeat = action_repeat
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                settings = config or make_env_config(env, task=task)
-                suites = make_env(settings, n_envs=1)
-                self._before, _ = settings.get_env_processors()
-            self._env = next(iter(next(iter(suites.values())).values()))
-            self._observed, _ = self._env.reset(seed=[0])
+                settings = config or _settings(env, task, size)
+                found = [made for suite in make_env(settings, n_envs=1).values() for made in suite.values()]
+                self._before, self._after = settings.get_env_processors()
         except Exception as error:  # a simulator raises anything
             raise ConfigError(
                 f"the environment {env} with task {task} cannot be made ({type(error).__name__}: "
                 f"{(str(error).strip() or '-').splitlines()[0]}): install its package, or choose another task"
             ) from None
-        self.description: str = self._describe(task)
+        if len(found) != 1:
+            raise ConfigError(f"{env} has {len(found)} tasks in {task}: name one of them, as in {task}/0")
+        self._env = found[0]
+        self._observed, _ = self._env.reset(seed=[0])
+        self.description = self._describe()
+        self.action_size: int = self._env.single_action_space.shape[0]
         self.max_decisions = int(self._env.call("_max_episode_steps")[0]) // action_repeat
+        self.over = False
+        """Whether the environment has ended the episode."""
 
-    def _describe(self, task: str) -> str:
+    def _describe(self) -> str:
+        """The task in words, where LeRobot's own evaluation takes it from."""
         for name in ("task_description", "task"):
-            with contextlib.suppress(AttributeError):
+            with contextlib.suppress(AttributeError, NotImplementedError):
                 return str(self._env.call(name)[0])
-        return task
+        return ""
 
     def reset(self, seed: int) -> None:
+        """Begin an episode: the initial condition is what the environment makes of the seed."""
+        self.over = False
         self._observed, _ = self._env.reset(seed=[seed])
 
     def observe(self) -> Frame:
+        """What a policy sees now, in LeRobot's names."""
         seen = self._before(preprocess_observation(self._observed))
         images, state = {}, {}
         for name, tensor in seen.items():
-            if not name.startswith("observation."):
+            if not name.startswith("observation.") or not isinstance(tensor, torch.Tensor):
                 continue
             array = tensor[0].numpy()
             if name.startswith(PICTURES):  # LeRobot has made numbers from 0 to 1 of the pixels, channels first
@@ -77,13 +104,42 @@ class GymSimulation:
         return Frame(images, state)
 
     def step(self, action: np.ndarray) -> bool:
+        """Carry out one decision, float32 [D], and tell whether the task is done."""
+        assert not self.over, "the environment has begun another episode by itself"
+        done = self._after({ACTION: torch.from_numpy(action)[None]})[ACTION].numpy()
         for _ in range(self._repeat):
-            self._observed, _, ended, _, info = self._env.step(action[None])
+            self._observed, _, terminated, truncated, info = self._env.step(done)
+            self.over = bool(terminated[0] or truncated[0])
+            if "final_obs" in info:  # what is observed then is already the next episode's beginning
+                self._observed = _batch_of_one(info["final_obs"][0])
             if _succeeded(info):
                 return True
-            if ended[0]:
+            if self.over:
                 return False
         return False
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def _settings(env: str, task: str, size: tuple[int, int] | None) -> EnvConfig:
+    """LeRobot's configuration of an environment."""
+    suite, _, number = task.rpartition("/")
+    chosen: dict[str, Any] = (
+        {"task": suite, "task_ids": [int(number)]} if suite and number.isdigit() else {"task": task}
+    )
+    if size is not None:
+        known = {field.name for field in fields(EnvConfig.get_choice_class(env))}
+        sizes = {"observation_height": size[0], "observation_width": size[1]}
+        chosen |= {name: pixels for name, pixels in sizes.items() if name in known}
+    settings: EnvConfig = make_env_config(env, **chosen)
+    return settings
+
+
+def _batch_of_one(observed: Any) -> Any:
+    if isinstance(observed, dict):
+        return {name: _batch_of_one(part) for name, part in observed.items()}
+    return np.asarray(observed)[None]
 
 
 def _succeeded(info: dict[str, Any]) -> bool:

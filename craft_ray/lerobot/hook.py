@@ -158,9 +158,13 @@ class CraftUpdate:
         if lr_scheduler is not None:
             lr_scheduler.step()
         record = {
-            "task_loss": float(metrics.task_loss), "retention_loss": float(metrics.retention_loss),
-            "lambda": float(metrics.multiplier), "epsilon": epsilon, "dot": float(metrics.dot), "cos": float(metrics.cos),
-        }  # fmt: skip
+            "task_loss": float(metrics.task_loss),
+            "retention_loss": float(metrics.retention_loss),
+            "lambda": float(metrics.multiplier),
+            "epsilon": epsilon,
+            "dot": float(metrics.dot),
+            "cos": float(metrics.cos),
+        }
         self.records.append(record)
         train_metrics.loss = record["task_loss"]
         train_metrics.grad_norm = float(metrics.grad_norm)

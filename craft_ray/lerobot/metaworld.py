@@ -78,6 +78,8 @@ class Renderer:
     things stand, and that is told with each picture.
     """
 
+    _freed = True
+
     def __init__(self, model: Any, height: int, width: int) -> None:
         model.vis.quality.shadowsize = 0
         model.vis.quality.offsamples = 0
@@ -92,6 +94,7 @@ class Renderer:
                 f"{str(error).partition(chr(10))[0]}): {NO_RENDERER}"
             ) from None
         self._thread = threading.get_ident()
+        self._freed = False
         atexit.register(_free, weakref.ref(self))  # before the interpreter takes the driver's module apart
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._gpu)
         self._scene = mujoco.MjvScene(model, GEOMS)
@@ -116,14 +119,16 @@ class Renderer:
 
     def free(self) -> None:
         """Give the driver's memory back; what lies in it can only be reached from the thread that made it."""
+        if self._freed:
+            return
+        self._freed = True
         if self._thread == threading.get_ident():
             self._context.make_current()
             self._gpu.free()
         self._context.free()
 
     def __del__(self) -> None:
-        if "_thread" in vars(self):
-            self.free()
+        self.free()
 
 
 class _Renderers(threading.local):

@@ -22,14 +22,7 @@ from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.lerobot.folder import PolicyFolder
-from craft_ray.lerobot.policy import (
-    LANGUAGE,
-    LANGUAGE_MASK,
-    LeRobotPolicy,
-    evaluating,
-    image_tokens,
-    padded,
-)
+from craft_ray.lerobot.policy import LANGUAGE, LANGUAGE_MASK, LeRobotPolicy, evaluating, image_tokens, padded
 from craft_ray.lerobot.taps import Taps
 from craft_ray.method.pooling import Layout
 from craft_ray.models.base import IGNORE, Batch, Features, clip_suffix
@@ -181,7 +174,7 @@ class PI0Fast(LeRobotPolicy):
         self._run(inputs)
 
     def _run(self, inputs: Mapping[str, Tensor], use_cache: bool = False) -> tuple[Tensor, Tensor, Any]:
-        """The last hidden state after the final norm [B, S, D], which positions are real [B, S], and keys and values."""
+        """The last hidden state after the final norm [B, S, D], which positions are real [B, S], keys and values."""
         core = self.policy.model
         images, masks = self.policy._preprocess_images(inputs)
         embedded, real, attention, _, _ = core.embed_prefix_fast(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -19,6 +20,10 @@ from craft_ray.models.base import Model
 from craft_ray.models.fingerprint import json_fingerprint
 
 FILM_PICTURES = 8
+FILM_HEIGHT = 128
+"""Pixels of a picture in a film, at most."""
+NO_CAMERA = (96, 96)
+"""Height and width of the pictures in the films of a policy that looks at none."""
 
 
 class Simulation(Protocol):
@@ -26,7 +31,11 @@ class Simulation(Protocol):
 
     description: str
     """The task in words, as the policy is told it."""
+    action_size: int
     max_decisions: int
+    """Actions that an episode has room for."""
+    over: bool
+    """Whether the simulator has ended the episode."""
 
     def reset(self, seed: int) -> None: ...
 
@@ -37,6 +46,8 @@ class Simulation(Protocol):
     def step(self, action: np.ndarray) -> bool:
         """Carry out an action, and tell whether the task is done."""
         ...
+
+    def close(self) -> None: ...
 
 
 class Rollouts:
@@ -54,6 +65,7 @@ class Rollouts:
         self.name = f"{config.env} {config.task}"
         self._key = key
         self._simulations: list[Simulation] = []
+        self._size: tuple[int, int] | None = None
         self._names: dict[str, str] = {}
         if config.env == "metaworld":
             from craft_ray.lerobot.metaworld import check_task
@@ -62,60 +74,103 @@ class Rollouts:
         else:
             from craft_ray.lerobot.gym import check_env
 
-            check_env(config.env, config.task, key)
+            check_env(config.env, key)
 
     def __len__(self) -> int:
         return self.config.episodes
 
     @property
     def fingerprint(self) -> str:
-        return json_fingerprint(self.config.model_dump(mode="json", exclude={"films"}))
+        """Of all that decides an episode, beside the policy."""
+        packages = ("metaworld", "mujoco") if self.config.env == "metaworld" else ("lerobot",)
+        versions = {name: version(name) for name in packages}
+        return json_fingerprint([self.config.model_dump(mode="json", exclude={"films"}), versions])
 
     def check(self, model: Model) -> None:
         """Whether the simulator shows what a policy looks at; one camera and one state match under any names.
 
         Raises:
-            ConfigError: the model is no policy, or something that it looks at is not there.
+            ConfigError: the model is no policy, something that it looks at is not there, or the simulator cannot be made.
         """
         if model.kind != "lerobot":
             raise ConfigError(f"{self._key}: only a policy acts in a simulator, model.kind is {model.kind}")
         policy = cast("LeRobotPolicy", model)
-        if not self._simulations:
-            self._simulations.append(self._make(policy))
+        size = cast("tuple[int, int]", policy.features[policy.cameras[0]][1:]) if policy.cameras else NO_CAMERA
+        if size != self._size:
+            self.close()
+            self._size = size
+            self._simulations.append(self._make())
         simulation = self._simulations[0]
         simulation.reset(self.config.seed)
         frame = simulation.observe()
-        self._names = dict(self.config.rename)
-        for shown, wanted in (
+        self._names = self._match(frame, policy)
+        self._check_shapes(self._renamed(frame), policy)
+        if simulation.action_size != policy.action_size:
+            raise ConfigError(
+                f"{self._key}: an action has {simulation.action_size} numbers in {self.name}, the policy returns "
+                f"{policy.action_size}: choose the simulator of its robot"
+            )
+        if (self.config.max_steps or 1) > simulation.max_decisions:
+            raise ConfigError(
+                f"{self._key}: max_steps is {self.config.max_steps or 1}, an episode in {self.name} has room for "
+                f"{simulation.max_decisions} actions that are repeated {self.config.action_repeat} times: lower one"
+            )
+        if (self.config.execute or 1) > policy.settings.n_action_steps:
+            raise ConfigError(
+                f"{self._key}.execute is {self.config.execute}, the policy returns {policy.settings.n_action_steps} "
+                f"actions at a time (n_action_steps): carry out no more"
+            )
+
+    def _match(self, frame: Frame, policy: LeRobotPolicy) -> dict[str, str]:
+        """The simulator's names to the policy's."""
+        shown = [*frame.images, *frame.state]
+        for name in self.config.rename:
+            if name not in shown:
+                raise ConfigError(f"{self._key}.rename: {self.name} shows no {name}, but {', '.join(shown)}")
+        names = dict(self.config.rename)
+        for given, wanted in (
             (list(frame.images), policy.cameras),
             (list(frame.state), [name for name in policy.features if name not in policy.cameras]),
         ):
-            if len(shown) == len(wanted) == 1:
-                self._names.setdefault(shown[0], wanted[0])
-        given = {self._names.get(name, name) for name in (*frame.images, *frame.state)}
-        missing = [name for name in policy.features if name not in given]
-        if missing:
-            raise ConfigError(
-                f"{self._key}: the policy looks at {missing[0]}, {self.name} shows "
-                f"{', '.join((*frame.images, *frame.state))}: map one to the other with rename"
-            )
-        for name, values in frame.state.items():
-            size = policy.features[self._names.get(name, name)]
-            if values.shape != size:
+            if len(given) == len(wanted) == 1:
+                names.setdefault(given[0], wanted[0])
+        known = [names.get(name, name) for name in shown]
+        for name in policy.features:
+            if known.count(name) != 1:
                 raise ConfigError(
-                    f"{self._key}: {name} has {values.shape[0]} numbers in {self.name}, the policy takes {size[0]}: choose "
-                    f"the simulator of its robot"
+                    f"{self._key}: the policy looks at {name}, {self.name} shows {', '.join(shown)}: map one (and one "
+                    f"only) to the other with rename"
+                )
+        return names
+
+    def _check_shapes(self, frame: Frame, policy: LeRobotPolicy) -> None:
+        for name, wanted in policy.features.items():
+            if name in policy.cameras:
+                height, width, channels = frame.images[name].shape
+                found, matters = (channels, height, width), policy.one_size
+            else:
+                found, matters = frame.state[name].shape, True
+            if matters and found != wanted:
+                raise ConfigError(
+                    f"{self._key}: {name} is {list(found)} in {self.name}, the policy takes {list(wanted)}: choose the "
+                    f"simulator of its robot"
                 )
 
-    def _make(self, policy: LeRobotPolicy) -> Simulation:
-        height, width = policy.features[policy.cameras[0]][1:]
-        if self.config.env == "metaworld":
+    def _make(self) -> Simulation:
+        assert self._size is not None, "check comes first"
+        config = self.config
+        if config.env == "metaworld":
             from craft_ray.lerobot.metaworld import MetaworldSimulation
 
-            return MetaworldSimulation(self.config.task, height, width, self.config.action_repeat)
+            return MetaworldSimulation(config.task, *self._size, config.action_repeat)
         from craft_ray.lerobot.gym import GymSimulation
 
-        return GymSimulation(self.config.env, self.config.task, self.config.action_repeat)
+        return GymSimulation(config.env, config.task, self._size, config.action_repeat)
+
+    def close(self) -> None:
+        """Let the simulations go."""
+        while self._simulations:
+            self._simulations.pop().close()
 
     def run(self, model: Model, rows: Sequence[int]) -> list[dict[str, Any]]:
         """
@@ -124,20 +179,20 @@ class Rollouts:
         """
         policy = cast("LeRobotPolicy", model)
         while len(self._simulations) < len(rows):
-            self._simulations.append(self._make(policy))
+            self._simulations.append(self._make())
         episodes = [
             _Episode(simulation, self.config, row) for simulation, row in zip(self._simulations, rows, strict=False)
         ]
         going = episodes
         while going:
-            frames = [episode.look() for episode in going]
             samples = [
-                Sample("", e.simulation.description, frame=self._renamed(f)) for e, f in zip(going, frames, strict=True)
+                Sample(e.id, e.simulation.description, frame=self._renamed(e.simulation.observe())) for e in going
             ]
             for episode, actions in zip(going, policy.act(samples), strict=True):
                 if not np.isfinite(actions).all():
                     raise DataError(
-                        f"the policy returns an action that is no number in {self.name}: its weights are broken"
+                        f"{self.name}: at step {episode.steps} of {episode.id} the policy returns an action that is no "
+                        f"finite number: its weights are broken, take another checkpoint"
                     )
                 episode.carry_out(actions[: self.config.execute])
             going = [episode for episode in going if not episode.ended]
@@ -153,52 +208,74 @@ class _Episode:
 
     def __init__(self, simulation: Simulation, config: RolloutConfig, row: int) -> None:
         self.simulation = simulation
-        self._seed = config.seed + row
-        self._task = config.task
+        self.id = f"{config.task}-seed{config.seed + row}"
+        self.steps = 0
         self._most = config.max_steps or simulation.max_decisions
-        self._filmed = row < config.films
-        self._pictures: list[np.ndarray] = []
-        self._steps = 0
+        self._film = Film() if row < config.films else None
         self._success = False
-        simulation.reset(self._seed)
+        simulation.reset(config.seed + row)
+        self._record_picture()
 
     @property
     def ended(self) -> bool:
-        return self._success or self._steps >= self._most
-
-    def look(self) -> Frame:
-        frame = self.simulation.observe()
-        if self._filmed:
-            self._pictures.append(next(iter(frame.images.values())))
-        return frame
+        return self._success or self.simulation.over or self.steps >= self._most
 
     def carry_out(self, actions: np.ndarray) -> None:
+        """Actions [T, D], one after the other, until the episode ends."""
         for action in actions:
             if self.ended:
                 return
             self._success = self.simulation.step(action)
-            self._steps += 1
+            self.steps += 1
+            self._record_picture()
 
     def record(self) -> dict[str, Any]:
-        told = f"success after {self._steps} actions" if self._success else f"no success in {self._steps} actions"
+        told = f"success after {self.steps} steps" if self._success else f"no success in {self.steps} steps"
         record = {
-            "id": f"{self._task}-seed{self._seed}",
+            "id": self.id,
             "prompt": self.simulation.description,
             "response": "success",
             "prediction": told,
             "correct": self._success,
-            "steps": self._steps,
+            "steps": self.steps,
         }
-        if self._filmed:
-            self.look()
-            record["film"] = base64.b64encode(film_strip(self._pictures)).decode()
+        if self._film is not None:
+            record["film"] = base64.b64encode(self._film.strip(self.steps, self._picture())).decode()
         return record
 
+    def _record_picture(self) -> None:
+        if self._film is not None and self._film.wants(self.steps):
+            self._film.add(self.steps, self._picture())
 
-def film_strip(pictures: Sequence[np.ndarray]) -> bytes:
-    """Up to eight pictures side by side as a PNG, evenly spaced, the first and the last among them."""
-    count = min(FILM_PICTURES, len(pictures))
-    chosen = np.linspace(0, len(pictures) - 1, count).round().astype(int)
-    buffer = io.BytesIO()
-    Image.fromarray(np.concatenate([pictures[i] for i in chosen], axis=1)).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    def _picture(self) -> np.ndarray:
+        """Of the first camera."""
+        return next(iter(self.simulation.observe().images.values()))
+
+
+class Film:
+    """Pictures of an episode whose length is not known: every second one goes when there are many, so that what is left
+    is evenly spaced and few are made."""
+
+    def __init__(self) -> None:
+        self._pictures: dict[int, np.ndarray] = {}
+        self._every = 1
+
+    def wants(self, step: int) -> bool:
+        return step % self._every == 0
+
+    def add(self, step: int, picture: np.ndarray) -> None:
+        self._pictures[step] = picture
+        if len(self._pictures) > 4 * FILM_PICTURES:
+            self._every *= 2
+            self._pictures = {step: kept for step, kept in self._pictures.items() if self.wants(step)}
+
+    def strip(self, step: int, last: np.ndarray) -> bytes:
+        """Up to eight pictures side by side as a PNG, evenly spaced, the first and the last of the episode among them."""
+        pictures = {**self._pictures, step: last}
+        taken = [min(pictures, key=lambda at: abs(at - moment)) for moment in np.linspace(0, step, FILM_PICTURES)]
+        strip = Image.fromarray(np.concatenate([pictures[at] for at in dict.fromkeys(taken)], axis=1))
+        if strip.height > FILM_HEIGHT:
+            strip = strip.resize((round(strip.width * FILM_HEIGHT / strip.height), FILM_HEIGHT))
+        buffer = io.BytesIO()
+        strip.save(buffer, format="PNG", optimize=True)
+        return buffer.getvalue()

@@ -121,7 +121,8 @@ class HuggingFaceModel:
     def check_source(self, source: Source) -> None:
         if source.features is not None:
             raise ConfigError(
-                f"{source.name} is a LeRobotDataset, but model.kind is {self.kind}: choose other data, or model.kind=lerobot"
+                f"{source.name} is a LeRobotDataset, but model.kind is {self.kind}: choose other data, or "
+                f"model.kind=lerobot"
             )
 
     # -- host side: samples to batches

@@ -311,6 +311,8 @@ class RolloutConfig(Section):
     """`metaworld`, or another type of environment that LeRobot knows."""
     task: str
     """The simulator's name of the task, e.g. drawer-close-v3."""
+    prompt: str | None = None
+    """What the policy is told to do: the words of its data set. Default: the simulator's own."""
     episodes: int = Field(20, ge=1)
     seed: int = Field(0, ge=0)
     """Initial condition of the first episode; the others follow. Choose settings on other seeds than are reported."""

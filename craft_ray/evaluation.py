@@ -80,6 +80,11 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes:
         return Rollouts(eval_set.rollout, f"{key}.rollout")
     assert eval_set.data is not None
     source = open_source(eval_set.data, f"{key}.data")
+    if source.features is not None and eval_set.metric != "perplexity":
+        raise ConfigError(
+            f"{key}.metric is {eval_set.metric}, but {source.name} is a LeRobotDataset: its actions are scored by "
+            f"perplexity, and a policy by success in a rollout"
+        )
     if not source.has_responses or (eval_set.metric == "choice" and eval_set.data.columns.choices is None):
         needed = "choices" if source.has_responses else "response"
         raise ConfigError(f"{key}.metric is {eval_set.metric}, but {key}.data.columns.{needed} names no column")

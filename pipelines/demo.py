@@ -70,7 +70,7 @@ PRESETS = {
         "craft_ray.examples.robot",
         "robot",
         "closing a drawer with a robot arm",
-        "opening it",
+        "closing a door",
         ("model.path=teacher-quick/checkpoints/last/model", "craft.anchor_cache_dir=anchors-quick"),
         ("name=teacher-quick",),
         needs=("lerobot", "lerobot"),

@@ -234,7 +234,7 @@ def test_ids_name_episode_and_frame_whatever_is_selected(images: Path) -> None:
     assert len(set(every)) == len(every) == sum(LENGTHS)
     assert every[0] == "episode_000000-frame_000000"
     assert every[-1] == "episode_000003-frame_000004"
-    for settings in ({"episodes": ("1:3",)}, {"episodes": (3, 1)}, {"stride": 2}, {"limit": 5}):
+    for settings in ({"episodes": ("1-2",)}, {"episodes": (3, 1)}, {"stride": 2}, {"limit": 5}):
         found = source(images, **settings)
         assert [sample.id for sample in found] == found.ids()
         assert [i for i in every if i in found.ids()] == found.ids()

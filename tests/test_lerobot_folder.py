@@ -112,7 +112,7 @@ def test_a_config_of_no_known_policy(content: str | None, said: str, own: Path) 
 
 def test_a_policy_without_pictures(own: Path) -> None:
     edit(own / "config.json", lambda config: config["input_features"].pop("observation.images.camera0") and None)
-    refused(ConfigError, "camera", own)
+    refused(ConfigError, "names no camera, and a pi0_fast needs one", own)
 
 
 # -- weights
@@ -197,7 +197,7 @@ def test_weights_of_another_folder_with_the_configuration_of_this_one(folder: Pa
     config = ModelConfig(kind="lerobot", path=str(folder))
     again = load_model(config, "fp32", weights=str(tmp_path / "checkpoint"))
     assert again.weights_fingerprint() == model.weights_fingerprint() != loaded(folder).weights_fingerprint()
-    with pytest.raises(ModelError, match="nowhere has no model.safetensors"):
+    with pytest.raises(ModelError, match=r"nowhere has no model\.safetensors"):
         load_model(config, "fp32", weights=str(tmp_path / "nowhere"))
 
 
@@ -235,7 +235,7 @@ def test_a_normaliser_without_statistics(which: str, lost: str, own: Path) -> No
     """LeRobot would leave the feature unscaled."""
     file = statistics_file(own, which)
     save_file({name: value for name, value in load_file(file).items() if not name.startswith(lost)}, file)
-    refused(ModelError, f"its normaliser has no statistics of {lost}, which it scales by MIN_MAX", own)
+    refused(ModelError, rf"its normaliser has no statistics of {lost} \(min, max\), which it scales by MIN_MAX", own)
 
 
 def test_a_normaliser_with_the_statistics_of_another_scaling(own: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_normaliser_with_the_statistics_of_another_scaling(own: Path) -> None:
     file = statistics_file(own)
     renamed = {name.replace("min", "mean").replace("max", "std"): value for name, value in load_file(file).items()}
     save_file(renamed, file)
-    refused(ModelError, "its normaliser has no statistics", own)
+    refused(ModelError, r"its normaliser has no statistics of \S+ \(min, max\), which it scales by MIN_MAX", own)
 
 
 def test_a_text_tokenizer_with_more_tokens_than_the_policy(own: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_text_tokenizer_with_more_tokens_than_the_policy(own: Path) -> None:
 
 def test_a_text_tokenizer_without_what_a_suffix_begins_and_ends_with(own: Path) -> None:
     edit(own / TEXT_TOKENIZER / "tokenizer_config.json", lambda config: config.pop("bos_token") and None)
-    refused(ConfigError, "its text tokenizer .* has no BOS token", own)
+    refused(ConfigError, "its text tokenizer .* has no BOS token, between which", own)
 
 
 @pytest.mark.parametrize("inside", [TEXT_TOKENIZER, ACTION_TOKENIZER])
@@ -303,7 +303,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("robot", "said"),
     [
         ({"cameras": ("wrist",)}, "has no observation.images.camera0, which the policy .* looks at; it has .*rename"),
-        ({"state": 5}, r"observation.state is \[5\] in .*, the policy .* takes \[4\]: name a data set of the same robot"),
+        (
+            {"state": 5},
+            r"observation.state is \[5\] in .*, the policy .* takes \[4\]: name a data set of the same robot",
+        ),
         ({"action": 3}, r"action is \[3\] in .*, the policy .* takes \[4\]: name a data set of the same robot"),
     ],
 )
@@ -325,11 +328,13 @@ def test_texts_for_a_policy_and_frames_for_a_language_model(
         {"task": {"path": str(rows), "columns": {"response": "response"}}, "craft.enabled": False}
     )
     texts = texts.changed({"craft.anchor_cache_dir": None})
-    with pytest.raises(DataError, match="sample 0 has no image.*columns.image") as told:
+    with pytest.raises(DataError, match=r"sample \d+ has no image.*columns.image") as told:
         carried_out(texts, tmp_path / "texts")
     assert "\n" not in str(told.value)
     frames = texts.changed({"task": {"path": str(data)}, "model": {"kind": "causal_lm", "path": str(text_model)}})
-    with pytest.raises(ConfigError, match="is a LeRobotDataset, but model.kind is causal_lm.*model.kind=lerobot") as told:
+    with pytest.raises(
+        ConfigError, match=r"is a LeRobotDataset, but model\.kind is causal_lm.*model\.kind=lerobot"
+    ) as told:
         carried_out(frames, tmp_path / "frames")
     assert "\n" not in str(told.value)
 
@@ -460,12 +465,16 @@ def far(root: Path, scale: float = 3.0, **robot: Any) -> Path:
     stats = root / "meta" / "stats.json"
     edit(
         stats,
-        lambda content: content
-        | {
-            name: {key: value if key == "count" else (np.array(value) * scale).tolist() for key, value in one.items()}
-            for name, one in content.items()
-            if name in ("observation.state", "action")
-        },
+        lambda content: (
+            content
+            | {
+                name: {
+                    key: value if key == "count" else (np.array(value) * scale).tolist() for key, value in one.items()
+                }
+                for name, one in content.items()
+                if name in ("observation.state", "action")
+            }
+        ),
     )
     return root
 
@@ -581,7 +590,7 @@ def test_a_cache_of_other_statistics_is_refused(folder: Path, data: Path, tmp_pa
 def test_statistics_that_cannot_be_merged(folder: Path, tmp_path: Path) -> None:
     refused_line(ConfigError, "nowhere is no LeRobotDataset", folder, tmp_path / "nowhere")
     other = write_dataset(tmp_path / "other", episodes=1, action=3)
-    shapes = r"action has the shapes \(3,\) and \(4,\) in the policy and the data set: leave that data set out"
+    shapes = r"action is \[3\] in .*, \[4\] in the policy: leave that data set out"
     refused_line(DataError, shapes, folder, other)
     unlike = write_dataset(tmp_path / "unlike", episodes=1)
     edit(unlike / "meta" / "stats.json", lambda stats: {k: v for k, v in stats.items() if k.startswith("next")})

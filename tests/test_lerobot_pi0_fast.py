@@ -44,6 +44,8 @@ from craft_ray.lerobot.size import sized
 from craft_ray.method.pooling import Vectors
 from craft_ray.models import load_model
 from craft_ray.models.base import IGNORE
+from craft_ray.run_folder import RunFolder
+from craft_ray.training import Silent, train
 from craft_ray.workers import OneWorker
 from pipelines.anchors import build
 
@@ -129,13 +131,12 @@ def close(ours: Tensor, theirs: Tensor, within: float = 1e-5) -> None:
 
 @pytest.fixture(scope="module")
 def taught(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy that has learnt the actions of twelve samples for a while, and says other things of other pictures."""
+    """A policy that has learnt the actions of six samples for a while, and says other things of other pictures."""
     model = loaded(folders["one"])
-    features = answered(model, samples("one", 12))
+    batch = model.collate(answered(model, samples("one", 6)))
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=3e-3)
-    random = np.random.default_rng(0)
     for _ in range(100):
-        model.task_loss(model.collate([features[i] for i in random.choice(12, 6)])).backward()
+        model.task_loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(model.module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -204,7 +205,7 @@ def test_a_suffix_longer_than_the_policys_is_refused_with_both_lengths(folders: 
 
 @pytest.mark.parametrize(
     ("scale", "said"),
-    [(2, "have more tokens than the policy's max_action_tokens of 24"), (90, "leave the range.*merge_statistics")],
+    [(2, r"have more tokens than the policy's max_action_tokens of \d+"), (90, "leave the range.*merge_statistics")],
 )
 def test_actions_that_the_tokenizer_cannot_speak_are_refused(scale: float, said: str, folders: dict[str, Path]) -> None:
     """FAST itself drops a number that it does not know, without a word, and the robot is taught something else."""
@@ -390,7 +391,7 @@ def test_action_tokens_come_back_as_the_normalised_actions(folders: dict[str, Pa
         actions = model.policy.detokenize_actions(torch.tensor(tokens), action_horizon=CHUNK, action_dim=4)
         assert s.frame is not None
         assert s.frame.actions is not None
-        assert abs(actions.numpy() - s.frame.actions[:CHUNK]).max() <= 0.5 / scale * CHUNK
+        assert abs(actions.numpy() - s.frame.actions[:CHUNK]).max() <= 0.5 / scale * CHUNK**0.5 + 1e-6
 
 
 # -- acting
@@ -412,7 +413,7 @@ def test_it_acts_as_lerobot_does(shape: str, folders: dict[str, Path]) -> None:
 
 
 def test_a_taught_policy_acts_as_lerobot_does_and_as_it_was_taught(taught: Path) -> None:
-    chosen = samples("one", 12)
+    chosen = samples("one", 6)
     policy, before, after = lerobots(taught)
     acted = loaded(taught).act(chosen)
     theirs = after(policy.predict_action_chunk(before(item(chosen, actions=False)))).numpy()
@@ -589,6 +590,31 @@ def test_an_untouched_student_gives_what_is_in_the_cache(
     assert student.module.training
 
 
+def carried_out(config: Experiment, path: Path) -> RunFolder:
+    run = RunFolder(path)
+    run.begin(config, ["test"])
+    train(config, run, OneWorker(), Silent())
+    return run
+
+
+def test_a_run_begins_at_its_teacher_and_learns(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    config = experiment(folders["two"], data, tmp_path, {"craft.anchor_holdout": 0.25})
+    build(config, say=lambda _: None)
+    for mode, at_first in (("hidden", 1e-6), ("token_ce", 8.0)):
+        changes = {"craft.retention_mode": mode, "train.accumulate": 2}
+        run = carried_out(config.changed(changes), tmp_path / mode)
+        records = run.read_metrics()
+        assert records[0]["craft/retention_loss"] < at_first
+        assert all(np.isfinite(record["train/loss"]) for record in records)
+        result = run.finished()
+        assert result is not None
+        assert result["retention_loss"] > 0
+        policy, _, _ = lerobots(run.checkpoints / "last" / "model")
+        student = loaded(run.checkpoints / "last" / "model")
+        assert all(torch.equal(value, student.module.state_dict()[name]) for name, value in policy.state_dict().items())
+        assert student.weights_fingerprint() != loaded(folders["two"]).weights_fingerprint()
+
+
 def test_a_cache_needs_no_room_for_bos(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     """LeRobot's own limit is what is generated behind it."""
     most = loaded(folders["two"]).settings.max_action_tokens
@@ -711,17 +737,26 @@ def test_a_question_that_is_none_is_one_line(question: Sample, said: str, folder
     assert "\n" not in str(caught.value)
 
 
-def test_choices_are_decided_from_a_file_of_questions(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As lines of JSON, with the paths of their pictures."""
+    root = tmp_path_factory.mktemp("questions")
     rows = []
     for question in QUESTIONS:
-        (tmp_path / f"{question.id}.png").write_bytes(question.image or b"")
+        (root / f"{question.id}.png").write_bytes(question.image or b"")
         choices = list(question.choices or ())
         row = {"image_path": f"{question.id}.png", "question": question.prompt, "choices": choices}
         rows.append(row | {"answer_index": choices.index(str(question.response))})
-    path = tmp_path / "questions.jsonl"
+    path = root / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    columns = {"image": "image_path", "prompt": "question", "choices": "choices", "answer_index": "answer_index"}
-    eval_set = EvalSet(data=DataConfig(path=str(path), columns=columns), metric="choice", batch_size=2)
+    return path
+
+
+COLUMNS = {"image": "image_path", "prompt": "question", "choices": "choices", "answer_index": "answer_index"}
+
+
+def test_choices_are_decided_from_a_file_of_questions(folders: dict[str, Path], questions: Path) -> None:
+    eval_set = EvalSet(data=DataConfig(path=str(questions), columns=COLUMNS), metric="choice", batch_size=2)
     model = loaded(folders["empty"])
     score = evaluate(EvalData(model, open_eval_set(eval_set, "evaluation.old"), eval_set), OneWorker())
     margins = []
@@ -731,6 +766,27 @@ def test_choices_are_decided_from_a_file_of_questions(folders: dict[str, Path], 
         margins.append(right - max(found.values()))
     assert score.value == sum(margin > 0 for margin in margins) / 3
     assert [record["margin"] for record in score.records] == pytest.approx(margins, abs=1e-4)
+
+
+def test_questions_are_anchors_of_what_the_language_side_knows(
+    folders: dict[str, Path], data: Path, questions: Path, tmp_path: Path
+) -> None:
+    """While actions are learnt, the teacher's answers are retained."""
+    source = {"anchors.source": {"path": str(questions), "columns": COLUMNS}}
+    config = experiment(folders["empty"], data, tmp_path, source | {"anchors.max_new_tokens": 6})
+    two = experiment(folders["two"], data, tmp_path).task
+    config = config.changed({"model.path": str(folders["two"]), "task": two.model_dump()})
+    build(config, say=lambda _: None)
+    manifest = read_manifest(tmp_path / "anchors")
+    assert manifest.identity.inputs == "raw"
+    agreement = reforward(tmp_path / "anchors", manifest, config, loaded(folders["two"]), 3)
+    assert agreement.distance is not None
+    assert agreement.distance < 1e-7
+    assert agreement.tokens == agreement.equal_tokens > 0
+    for mode in ("hidden", "token_ce"):
+        records = carried_out(config.changed({"craft.retention_mode": mode}), tmp_path / mode).read_metrics()
+        assert len(records) == 3
+        assert all(np.isfinite(record["craft/retention_loss"]) for record in records)
 
 
 # -- the same through a saved folder

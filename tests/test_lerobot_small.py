@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer
 
 from craft_ray.errors import ConfigError, CraftError, DataError
-from craft_ray.examples.robot import SIZE, build_policy
+from craft_ray.examples.robot import ACTION_TOKENS, SCALE, SIZE, build_policy
 from craft_ray.files import new_folder
 from craft_ray.lerobot.size import SIZE_FILE, PaliGemmaSize, sized
 from craft_ray.lerobot.tokenizers import (
@@ -236,7 +236,7 @@ def test_a_damaged_size_file_is_one_line_with_its_name(own_folder: Path, text: s
 # -- tokenizers
 
 
-def quantisation(length: int, scale: float = 10.0) -> float:
+def quantisation(length: int, scale: float = SCALE) -> float:
     """The most that an action moves if each of its `length` coefficients is rounded by half a step.
 
     A row of the orthonormal transform has length 1, so its absolute entries sum to sqrt(length) at most.
@@ -463,4 +463,5 @@ def test_data_sets_of_other_features_are_refused_by_name(tmp_path: Path) -> None
 
 
 def test_the_size_of_the_example_holds_its_tokenizers() -> None:
-    assert SIZE.vocabulary > 1024 + RESERVED + 512
+    words = 512
+    assert SIZE.vocabulary > ACTION_TOKENS + RESERVED + words

@@ -36,7 +36,7 @@ from craft_ray.lerobot.tokenizers import (
 
 # -- what `craft-ray demo --preset robot` makes
 
-OLD, NEW = "drawer-close-v3", "drawer-open-v3"
+OLD, NEW = "drawer-close-v3", "door-close-v3"
 EPISODES: Final = 120
 ACTION_REPEAT: Final = 6
 """The arm is told 13 times a second what to do."""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow.parquet as pq
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from craft_ray.errors import DataError
@@ -41,24 +46,28 @@ def write_demonstrations(
     }
     simulation = MetaworldSimulation(task, size, size, action_repeat)
     rng = np.random.default_rng(seed)
-    with new_folder(root) as temporary, contextlib.redirect_stdout(io.StringIO()):
+    with new_folder(root) as temporary, contextlib.closing(simulation), _silent():
         temporary.rmdir()  # LeRobot makes it
-        data = LeRobotDataset.create(root.name, hz, features, root=temporary, robot_type="sawyer", use_videos=False)
+        kept = {"robot_type": "sawyer", "use_videos": False, "video_backend": "pyav"}  # a search for one logs a page
+        data = LeRobotDataset.create(root.name, hz, features, temporary, **kept)
         done = 0
-        for attempt in range(2 * episodes + 5):
-            frames = _attempt(simulation, seed + attempt, noise, rng)
-            if frames is None:
-                continue
-            for frame in frames:
-                data.add_frame(frame)
-            data.save_episode()
-            done += 1
-            if done == episodes:
-                break
-        data.finalize()
+        try:
+            for attempt in range(2 * episodes + 5):
+                frames = _attempt(simulation, seed + attempt, noise, rng)
+                if frames is None:
+                    continue
+                for frame in frames:
+                    data.add_frame(frame)
+                data.save_episode()
+                done += 1
+                if done == episodes:
+                    break
+        finally:
+            data.finalize()  # else it writes when it is collected, into a folder that is gone
+        for file in sorted(temporary.glob("data/**/*.parquet")):
+            _drop_fingerprint(file)
         if done < episodes:
             raise DataError(f"the expert of {task} succeeds in only {done} of {attempt + 1} attempts: lower the noise")
-    simulation.close()
 
 
 def _attempt(
@@ -81,3 +90,27 @@ def _attempt(
                 return frames
             left -= 1
     return None
+
+
+def _drop_fingerprint(path: Path) -> None:
+    """The same demonstrations are the same files: datasets notes in them a hash of where they were written."""
+    with pq.ParquetFile(path) as file:
+        groups = [file.read_row_group(i) for i in range(file.num_row_groups)]
+        notes = json.loads(file.schema_arrow.metadata[b"huggingface"])
+        schema = file.schema_arrow.with_metadata({"huggingface": json.dumps({"info": notes["info"]})})
+    with pq.ParquetWriter(path, schema) as writer:
+        for group in groups:
+            writer.write_table(group.cast(schema))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what LeRobot prints, and the bar that datasets draws for each episode."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

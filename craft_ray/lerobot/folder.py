@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from lerobot.configs import NormalizationMode
+from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
@@ -39,6 +39,14 @@ from craft_ray.lerobot.tokenizers import (
 
 WEIGHTS = "model.safetensors"
 SUPPORTED = ("pi0_fast", "pi05", "smolvla", "act")
+SCALES_BY = {
+    NormalizationMode.IDENTITY: (),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
+"""The statistics that a way of scaling needs."""
 
 
 @dataclass
@@ -76,8 +84,8 @@ def load_folder(config: ModelConfig, device: torch.device, weights: str | None) 
         ModelError: its weights do not load completely, or its normaliser lacks statistics.
     """
     path = _resolve(config)
-    settings = _settings(path)
-    own_device, settings.device = settings.device, str(device)
+    settings, own_device = _settings(path)
+    settings.device = str(device)
     _adapt(settings, config)
     local_names(settings, path)
     tokenizer = _action_tokenizer(config, settings)
@@ -99,7 +107,7 @@ def folder_around(config: ModelConfig, policy: PreTrainedPolicy) -> PolicyFolder
         ConfigError: the path holds a policy of another type.
     """
     path = _resolve(config)
-    settings = _settings(path)
+    settings, own_device = _settings(path)
     if settings.type != policy.name:
         raise ConfigError(
             f"model.path {path} holds a {settings.type}, the policy in training is a {policy.name}: name the teacher's "
@@ -107,7 +115,7 @@ def folder_around(config: ModelConfig, policy: PreTrainedPolicy) -> PolicyFolder
         )
     local_names(settings, path)
     processors = _processors(config, settings, path, _action_tokenizer(config, settings))
-    return PolicyFolder(path, policy, processors, settings.device)
+    return PolicyFolder(path, policy, processors, own_device)
 
 
 def _action_tokenizer(config: ModelConfig, settings: PreTrainedConfig) -> Any:
@@ -140,11 +148,12 @@ def _resolve(config: ModelConfig) -> Path:
         ) from None
 
 
-def _settings(path: Path) -> PreTrainedConfig:
-    """The policy's configuration."""
+def _settings(path: Path) -> tuple[PreTrainedConfig, str | None]:
+    """The policy's configuration, and the device that it names, in whose place LeRobot puts one that is there."""
     try:
-        kind = json.loads((path / "config.json").read_text()).get("type")
-    except (OSError, json.JSONDecodeError) as error:
+        stored = json.loads((path / "config.json").read_text())
+        kind, device = stored.get("type"), stored.get("device")
+    except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"model.path {path} is no folder of a LeRobot policy (config.json: {_first(error)})"
         ) from None
@@ -155,7 +164,8 @@ def _settings(path: Path) -> PreTrainedConfig:
         )
     get_policy_class(kind)  # registers its configuration
     try:
-        return PreTrainedConfig.from_pretrained(path)
+        with _silent():
+            return PreTrainedConfig.from_pretrained(path), device
     except Exception as error:  # draccus raises its own
         raise ConfigError(f"model.path {path}: its config.json is not LeRobot's ({_first(error)})") from None
 
@@ -246,12 +256,14 @@ def _shared(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:
 def _check_statistics(processors: Processors, path: Path) -> None:
     """LeRobot passes a feature without statistics through as it is."""
     for step in processors.normalizers():
+        stats = step.stats or {}
         for name, feature in step.features.items():
             mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
-            if mode is not NormalizationMode.IDENTITY and name not in (step.stats or {}):
+            if lacking := [key for key in SCALES_BY[mode] if key not in stats.get(name, {})]:
                 raise ModelError(
-                    f"model {path}: its normaliser has no statistics of {name}, which it scales by {mode.value}: take "
-                    f"the folder that LeRobot's training saved, with its policy_preprocessor files"
+                    f"model {path}: its normaliser has no statistics of {name} ({', '.join(lacking)}), which it scales "
+                    f"by {mode.value}: take the folder that LeRobot's training saved, with its policy_preprocessor "
+                    f"files"
                 )
 
 
@@ -261,16 +273,55 @@ def merge_statistics(processors: Processors, datasets: tuple[str, ...]) -> None:
 
     Raises:
         ConfigError: a data set does not open.
-        DataError: it has other shapes.
+        DataError: it has other shapes, or lacks what is scaled.
     """
-    others = [_dataset_statistics(name) for name in datasets]
+    others = {name: _dataset_statistics(name) for name in datasets}
     for step in processors.normalizers():
         merged = {}
-        for name, own in (step.stats or {}).items():
-            parts = [own, *(other[name] for other in others if name in other)]
-            merged[name] = _merged(name, [{k: np.asarray(v, dtype=np.float64) for k, v in p.items()} for p in parts])
+        for feature, own in (step.stats or {}).items():
+            needed = _needed(step, feature)
+            parts = [_numbers(own)]
+            for name, other in others.items():
+                if needed or feature in other:
+                    parts.append(_fitting(feature, _numbers(other.get(feature, {})), parts[0], needed, name))
+            merged[feature] = _merged(parts)
         step.stats = merged
         step.to(device=step.device, dtype=step.dtype)
+
+
+def _needed(step: NormalizerProcessorStep | UnnormalizerProcessorStep, feature: str) -> Sequence[str]:
+    """The statistics of a feature that a data set must have. Its cameras may have other names; their range is known."""
+    known = step.features.get(feature)
+    if known is None or known.type is FeatureType.VISUAL:
+        return ()
+    return SCALES_BY[step.norm_map.get(known.type, NormalizationMode.IDENTITY)]
+
+
+def _numbers(stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {key: np.asarray(value, dtype=np.float64) for key, value in stats.items()}
+
+
+def _fitting(
+    feature: str, other: dict[str, np.ndarray], own: dict[str, np.ndarray], needed: Sequence[str], dataset: str
+) -> dict[str, np.ndarray]:
+    """A data set's statistics of a feature, if they can be merged with the policy's.
+
+    Raises:
+        DataError: they have other shapes, or not what is needed.
+    """
+    if lacking := [key for key in needed if key not in other]:
+        raise DataError(
+            f"model.merge_statistics: {dataset} has no statistics of {feature} ({', '.join(lacking)}), by which the "
+            f"policy scales it: leave that data set out"
+        )
+    for key in (own.keys() & other.keys()) - {"count"}:
+        ours, theirs = own[key].squeeze().shape, other[key].squeeze().shape
+        if ours != theirs:
+            raise DataError(
+                f"model.merge_statistics: {feature} is {list(theirs)} in {dataset}, {list(ours)} in the policy: leave "
+                f"that data set out"
+            )
+    return other
 
 
 def _dataset_statistics(name: str) -> dict[str, dict[str, Any]]:
@@ -282,15 +333,8 @@ def _dataset_statistics(name: str) -> dict[str, dict[str, Any]]:
     return metadata.stats or {}
 
 
-def _merged(name: str, parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _merged(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     keys = set.intersection(*(set(part) for part in parts))
-    for key in keys - {"count"}:
-        shapes = {part[key].squeeze().shape for part in parts}
-        if len(shapes) > 1:
-            raise DataError(
-                f"model.merge_statistics: {name} has the shapes {' and '.join(map(str, sorted(shapes)))} in the policy "
-                f"and the data set: leave that data set out"
-            )
     weights = np.array([float(part["count"].max()) if "count" in keys else 1.0 for part in parts])
     weights /= weights.sum()
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import io
+import os
+import sys
+import weakref
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +22,9 @@ from lerobot.utils.import_utils import register_third_party_plugins
 
 from craft_ray.data.frame import Frame
 from craft_ray.errors import ConfigError
+
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen; whatever imports mujoco first decides it for all
 
 PICTURES = "observation.image"
 
@@ -62,6 +69,8 @@ class GymSimulation:
                 settings = config or _settings(env, task, size)
                 found = [made for suite in make_env(settings, n_envs=1).values() for made in suite.values()]
                 self._before, self._after = settings.get_env_processors()
+                if len(found) == 1:
+                    self._observed, _ = found[0].reset(seed=[0])  # some are only made now
         except Exception as error:  # a simulator raises anything
             raise ConfigError(
                 f"the environment {env} with task {task} cannot be made ({type(error).__name__}: "
@@ -70,7 +79,7 @@ class GymSimulation:
         if len(found) != 1:
             raise ConfigError(f"{env} has {len(found)} tasks in {task}: name one of them, as in {task}/0")
         self._env = found[0]
-        self._observed, _ = self._env.reset(seed=[0])
+        atexit.register(_close, weakref.ref(self))  # before the driver, which registered itself at the first picture
         self.description = self._describe()
         self.action_size: int = self._env.single_action_space.shape[0]
         self.max_decisions = int(self._env.call("_max_episode_steps")[0]) // action_repeat
@@ -119,21 +128,28 @@ class GymSimulation:
         return False
 
     def close(self) -> None:
+        """Let it go. A second time does nothing."""
         self._env.close()
 
 
 def _settings(env: str, task: str, size: tuple[int, int] | None) -> EnvConfig:
     """LeRobot's configuration of an environment."""
     suite, _, number = task.rpartition("/")
-    chosen: dict[str, Any] = (
-        {"task": suite, "task_ids": [int(number)]} if suite and number.isdigit() else {"task": task}
-    )
+    chosen: dict[str, Any] = {"task": task}
+    if suite and number.isdigit():
+        chosen = {"task": suite, "task_ids": [int(number)]}
     if size is not None:
         known = {field.name for field in fields(EnvConfig.get_choice_class(env))}
         sizes = {"observation_height": size[0], "observation_width": size[1]}
         chosen |= {name: pixels for name, pixels in sizes.items() if name in known}
     settings: EnvConfig = make_env_config(env, **chosen)
     return settings
+
+
+def _close(simulation: weakref.ref[GymSimulation]) -> None:
+    found = simulation()
+    if found is not None:
+        found.close()
 
 
 def _batch_of_one(observed: Any) -> Any:

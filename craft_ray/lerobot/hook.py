@@ -10,6 +10,7 @@ process; it does not go on with one, for LeRobot's checkpoints do not hold the m
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lerobot.scripts.lerobot_train as loop
+import torch
 from torch import Tensor
 
 from craft_ray.anchors.schema import NOISE_FLOOR
@@ -45,10 +47,15 @@ def craft_updates(experiment: Experiment) -> Iterator[CraftUpdate]:
         What is called at each step; it remembers what each step measured.
 
     Raises:
-        ConfigError: CRaFT is off, or the experiment names no anchor cache.
+        ConfigError: CRaFT is off, or the experiment names no anchor cache, or statistics to merge.
     """
     if not experiment.craft.enabled or experiment.craft.anchor_cache_dir is None:
         raise ConfigError("craft_updates needs craft.enabled and craft.anchor_cache_dir: build a cache and name it")
+    if experiment.model.merge_statistics:
+        raise ConfigError(
+            "craft_updates leaves LeRobot's processors with the teacher's statistics, and model.merge_statistics would "
+            "have the anchors see others: leave it out, or save a teacher with the merged ones first"
+        )
     update = CraftUpdate(experiment)
     own = loop.update_policy, loop.make_pre_post_processors
     loop.update_policy, loop.make_pre_post_processors = update, _with_own_statistics
@@ -56,6 +63,7 @@ def craft_updates(experiment: Experiment) -> Iterator[CraftUpdate]:
         yield update
     finally:
         loop.update_policy, loop.make_pre_post_processors = own
+        update.close()
 
 
 def _with_own_statistics(**arguments: Any) -> Any:
@@ -86,7 +94,12 @@ class CraftUpdate:
         """Of each step: task_loss, retention_loss, lambda, epsilon, dot, cos."""
         self._begun = False
 
-    def _begin(self, policy: Any, optimizer: Any) -> None:
+    def close(self) -> None:
+        """Give the policy back without hooks and gradients."""
+        if self._begun:
+            self.gradients.close()
+
+    def _begin(self, policy: Any) -> None:
         """Open the cache for the policy as the loop made it, and check that it still is the teacher."""
         config = self.experiment
         device = next(policy.parameters()).device
@@ -127,7 +140,7 @@ class CraftUpdate:
         inner = accelerator.unwrap_model(policy)
         if not self._begun:
             inner.train()
-            self._begin(inner, optimizer)
+            self._begin(inner)
         inner.train()
         config, step = self.experiment, len(self.records)
         epsilon = epsilon_at(step, config.train.steps, config.craft)
@@ -152,7 +165,7 @@ class CraftUpdate:
             optimizer=optimizer,
             gradients=self.gradients,
             workers=self.workers,
-            max_norm=grad_clip_norm or None,
+            max_norm=grad_clip_norm if grad_clip_norm > 0 else None,
             noise_floor=self.floor,
         )
         if lr_scheduler is not None:
@@ -170,4 +183,8 @@ class CraftUpdate:
         train_metrics.grad_norm = float(metrics.grad_norm)
         train_metrics.lr = optimizer.param_groups[0]["lr"]
         train_metrics.update_s = time.perf_counter() - started
+        if self.workers.device.type == "cuda":
+            train_metrics.gpu_mem_gb = torch.cuda.max_memory_allocated() / 1024**3
+        # A mean over steps; where there is no retention step, nothing was measured.
+        train_metrics.update_metrics({k: v for k, v in record.items() if k != "task_loss" and math.isfinite(v)})
         return train_metrics, record

@@ -12,6 +12,7 @@ import difflib
 import os
 import sys
 import threading
+import warnings
 import weakref
 from typing import Any
 
@@ -21,7 +22,8 @@ from craft_ray.data.frame import Frame
 from craft_ray.errors import ConfigError
 
 os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "")  # read when mujoco is imported
-os.environ.setdefault("LP_NUM_THREADS", "1")  # of the software renderer
+# The software renderer draws in the thread that asks: no slower at this size, and a forked process can draw, too.
+os.environ.setdefault("LP_NUM_THREADS", "0")
 
 NO_RENDERER = (
     "install OpenGL's EGL (on Debian libegl1 and libgl1-mesa-dri), or set the environment variable MUJOCO_GL to "
@@ -35,11 +37,8 @@ try:
     from metaworld.policies import ENV_POLICY_MAP
 except ModuleNotFoundError as error:
     raise ConfigError(f"Meta-World needs the package {error.name}: pip install 'craft-ray[lerobot]'") from None
-except (
-    ImportError,
-    AttributeError,
-    RuntimeError,
-) as error:  # mujoco's, where MUJOCO_GL asks for what is not there
+except (ImportError, AttributeError, RuntimeError) as error:
+    # mujoco meets one of them where MUJOCO_GL asks for what is not there.
     raise ConfigError(
         f"mujoco cannot be imported with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}): {NO_RENDERER}"
     ) from None
@@ -190,7 +189,9 @@ class MetaworldSimulation:
     def expert(self) -> np.ndarray:
         """What Meta-World's script would do now, float32 [4]."""
         seen = self._observed.copy()  # some scripts write into what they are shown
-        return np.clip(self._expert.get_action(seen), -1, 1).astype(np.float32)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that they ask for more than 1
+            action = self._expert.get_action(seen)
+        return np.clip(action, -1, 1).astype(np.float32)
 
     def step(self, action: np.ndarray) -> bool:
         """Carry out one decision, float32 [4], and tell whether the task is done."""

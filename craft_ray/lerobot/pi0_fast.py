@@ -26,6 +26,7 @@ from craft_ray.lerobot.policy import LANGUAGE, LANGUAGE_MASK, LeRobotPolicy, eva
 from craft_ray.lerobot.taps import Taps
 from craft_ray.method.pooling import Layout
 from craft_ray.models.base import IGNORE, Batch, Features, clip_suffix
+from craft_ray.models.fingerprint import json_fingerprint
 
 SUFFIX, SUFFIX_MASK = "action.tokens", "action.token_mask"
 END = "|"
@@ -43,14 +44,23 @@ class PI0Fast(LeRobotPolicy):
         paligemma = self._paligemma
         self.hidden_size: int = paligemma.config.text_config.hidden_size
         self.tokenizer: Any = self.policy._paligemma_tokenizer
+        where = f"model.path {folder.path}"
+        if not self.cameras:
+            raise ConfigError(f"{where}: its config.json names no camera, and a pi0_fast needs one: name another")
+        vocabulary = self.tokenizer.get_vocab()
+        named = {"BOS": self.tokenizer.bos_token, "end marker": END, "EOS": self.tokenizer.eos_token}
+        if lacking := [name for name, token in named.items() if token not in vocabulary]:
+            raise ConfigError(
+                f"{where}: its text tokenizer {self.settings.text_tokenizer_name} has no {' and no '.join(lacking)} "
+                f"token, between which actions are spoken: name the one that the policy was trained with"
+            )
         self._bos: int = self.tokenizer.bos_token_id
         self._end: int = self.tokenizer.convert_tokens_to_ids(END)
         self._per_camera = image_tokens(self.settings.image_resolution, paligemma.config.vision_config.patch_size)
-        self._absent = (len(self.settings.image_features) - len(self.cameras)) * self._per_camera
         known, rows = len(self.tokenizer), paligemma.model.language_model.embed_tokens.num_embeddings
         if known > rows:
             raise ConfigError(
-                f"model.path {folder.path}: its text tokenizer {self.settings.text_tokenizer_name} has {known} tokens, "
+                f"{where}: its text tokenizer {self.settings.text_tokenizer_name} has {known} tokens, "
                 f"the policy {rows}: it is another policy's; name the one that it was trained with"
             )
 
@@ -167,6 +177,9 @@ class PI0Fast(LeRobotPolicy):
         targets_BP = tokens.masked_fill(~predicted, IGNORE)[:, first:]
         inputs = batch.inputs | {SUFFIX: tokens, SUFFIX_MASK: mask}
         return replace(batch, inputs=inputs, targets_BP=targets_BP, tokens=int(predicted.sum()))
+
+    def preprocessor_fingerprint(self) -> str:
+        return json_fingerprint([super().preprocessor_fingerprint(), list(self.settings.image_resolution)])
 
     # -- device side
 

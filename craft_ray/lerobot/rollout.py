@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any, Protocol, cast
 
 import numpy as np
+import torch
 from PIL import Image
 
 from craft_ray.config import RolloutConfig
@@ -90,13 +91,14 @@ class Rollouts:
         """Whether the simulator shows what a policy looks at; one camera and one state match under any names.
 
         Raises:
-            ConfigError: the model is no policy, something that it looks at is not there, or the simulator cannot be made.
+            ConfigError: the model is no policy, the simulator does not show what it looks at or take what it returns,
+                or cannot be made.
         """
         if model.kind != "lerobot":
             raise ConfigError(f"{self._key}: only a policy acts in a simulator, model.kind is {model.kind}")
         policy = cast("LeRobotPolicy", model)
         size = cast("tuple[int, int]", policy.features[policy.cameras[0]][1:]) if policy.cameras else NO_CAMERA
-        if size != self._size:
+        if size != self._size or not self._simulations:
             self.close()
             self._size = size
             self._simulations.append(self._make())
@@ -110,10 +112,11 @@ class Rollouts:
                 f"{self._key}: an action has {simulation.action_size} numbers in {self.name}, the policy returns "
                 f"{policy.action_size}: choose the simulator of its robot"
             )
-        if (self.config.max_steps or 1) > simulation.max_decisions:
+        steps = self.config.max_steps or 1
+        if steps > simulation.max_decisions:
             raise ConfigError(
-                f"{self._key}: max_steps is {self.config.max_steps or 1}, an episode in {self.name} has room for "
-                f"{simulation.max_decisions} actions that are repeated {self.config.action_repeat} times: lower one"
+                f"{self._key}: {steps} actions repeated {self.config.action_repeat} times are too many for an episode "
+                f"in {self.name}, which has room for {simulation.max_decisions}: lower max_steps or action_repeat"
             )
         if (self.config.execute or 1) > policy.settings.n_action_steps:
             raise ConfigError(
@@ -173,7 +176,8 @@ class Rollouts:
             self._simulations.pop().close()
 
     def run(self, model: Model, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """
+        """The records of these episodes. What a policy draws depends on the first of them, and on nothing before.
+
         Raises:
             DataError: the policy returns something that is no number.
         """
@@ -183,10 +187,17 @@ class Rollouts:
         episodes = [
             _Episode(simulation, self.config, row) for simulation, row in zip(self._simulations, rows, strict=False)
         ]
-        going = episodes
+        device = [policy.device] if policy.device.type == "cuda" else []
+        with torch.random.fork_rng(device):
+            torch.manual_seed(self.config.seed + rows[0])
+            self._play(policy, episodes)
+        return [episode.record() for episode in episodes]
+
+    def _play(self, policy: LeRobotPolicy, going: Sequence[_Episode]) -> None:
+        """All of them to their ends, side by side."""
         while going:
             samples = [
-                Sample(e.id, e.simulation.description, frame=self._renamed(e.simulation.observe())) for e in going
+                Sample(e.id, e.prompt, frame=self._renamed(e.simulation.observe())) for e in going
             ]
             for episode, actions in zip(going, policy.act(samples), strict=True):
                 if not np.isfinite(actions).all():
@@ -196,7 +207,6 @@ class Rollouts:
                     )
                 episode.carry_out(actions[: self.config.execute])
             going = [episode for episode in going if not episode.ended]
-        return [episode.record() for episode in episodes]
 
     def _renamed(self, frame: Frame) -> Frame:
         images = {self._names.get(name, name): image for name, image in frame.images.items()}
@@ -209,6 +219,7 @@ class _Episode:
     def __init__(self, simulation: Simulation, config: RolloutConfig, row: int) -> None:
         self.simulation = simulation
         self.id = f"{config.task}-seed{config.seed + row}"
+        self.prompt = config.prompt or simulation.description
         self.steps = 0
         self._most = config.max_steps or simulation.max_decisions
         self._film = Film() if row < config.films else None
@@ -233,7 +244,7 @@ class _Episode:
         told = f"success after {self.steps} steps" if self._success else f"no success in {self.steps} steps"
         record = {
             "id": self.id,
-            "prompt": self.simulation.description,
+            "prompt": self.prompt,
             "response": "success",
             "prediction": told,
             "correct": self._success,
@@ -270,7 +281,11 @@ class Film:
             self._pictures = {step: kept for step, kept in self._pictures.items() if self.wants(step)}
 
     def strip(self, step: int, last: np.ndarray) -> bytes:
-        """Up to eight pictures side by side as a PNG, evenly spaced, the first and the last of the episode among them."""
+        """Up to eight pictures side by side as a PNG, evenly spaced, the first and the last of the episode among them.
+
+        Args:
+            step: the episode's last.
+        """
         pictures = {**self._pictures, step: last}
         taken = [min(pictures, key=lambda at: abs(at - moment)) for moment in np.linspace(0, step, FILM_PICTURES)]
         strip = Image.fromarray(np.concatenate([pictures[at] for at in dict.fromkeys(taken)], axis=1))

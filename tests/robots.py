@@ -44,7 +44,8 @@ def smooth_chunks(count: int = 64, length: int = 8, dimensions: int = 4, seed: i
 def small_policy(
     folder: Path,
     *,
-    cameras: int = 1,
+    cameras: int | Sequence[str] = 1,
+    tasks: Sequence[str] = TASKS,
     empty_cameras: int = 0,
     states: int = 4,
     actions: int = 4,
@@ -53,8 +54,14 @@ def small_policy(
     depth: int = 2,
     seed: int = 0,
 ) -> Path:
-    """A pi0_fast policy of 0.1 million parameters that sees pictures of 32 pixels `observation.images.camera0`, ..."""
-    pictures = {f"observation.images.camera{i}": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)) for i in range(cameras)}
+    """A pi0_fast policy of 0.1 million parameters that sees pictures of 32 pixels `observation.images.{camera}`.
+
+    Args:
+        cameras: their names, or how many: `camera0`, ...
+        tasks: what its prompts have room for.
+    """
+    names = [f"camera{i}" for i in range(cameras)] if isinstance(cameras, int) else cameras
+    pictures = {f"observation.images.{name}": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)) for name in names}
     features = {
         **pictures,
         "observation.state": PolicyFeature(FeatureType.STATE, (states,)),
@@ -68,7 +75,7 @@ def small_policy(
     chunks = smooth_chunks(64, chunk, actions)
     size = small_size(width, depth)
     write_policy(
-        folder, size, features, chunks, TASKS, ranges, action_tokens=512, empty_cameras=empty_cameras, seed=seed
+        folder, size, features, chunks, tasks, ranges, action_tokens=512, empty_cameras=empty_cameras, seed=seed
     )
     return folder
 
@@ -77,7 +84,7 @@ def write_dataset(
     root: Path,
     episodes: int = 3,
     frames: int | Sequence[int] = 6,
-    size: int = 32,
+    size: int | tuple[int, int] = 32,
     cameras: Sequence[str] = ("top",),
     state: int = 4,
     action: int = 4,
@@ -93,6 +100,7 @@ def write_dataset(
     Args:
         root: a folder that is not there yet.
         frames: of each episode; several numbers are taken in turn.
+        size: of a picture: its side, or height and width.
         task: what is done; several are taken in turn.
         file_mb: size above which another file is begun.
     """
@@ -101,8 +109,9 @@ def write_dataset(
         "action": {"dtype": "float32", "shape": (action,), "names": [f"joint{i}" for i in range(action)]},
     }
     pictures = [f"observation.images.{camera}" for camera in cameras]
+    pixels = (size, size, 3) if isinstance(size, int) else (*size, 3)
     for name in pictures:
-        form = {"shape": (size, size, 3), "names": ["height", "width", "channels"]}
+        form = {"shape": pixels, "names": ["height", "width", "channels"]}
         features[name] = {"dtype": "video" if videos else "image", **form}
     dataset = LeRobotDataset.create(
         root.name, fps, features, root=root, use_videos=videos, data_files_size_in_mb=file_mb
@@ -114,7 +123,7 @@ def write_dataset(
         length = lengths[episode % len(lengths)]
         steps = random.normal(size=(length + 1, max(state, action))) * 0.2
         path = np.tanh(np.cumsum(steps, axis=0)).astype(np.float32)
-        scenes = {name: random.integers(0, 256, (size, size, 3), dtype=np.uint8) for name in pictures}
+        scenes = {name: random.integers(0, 256, pixels, dtype=np.uint8) for name in pictures}
         for frame in range(length):
             dataset.add_frame(
                 {

@@ -6,6 +6,8 @@ import contextlib
 import io
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
@@ -47,8 +49,15 @@ WIDER: Final = 4.0
 
 def write_data(folder: Path) -> None:
     """Demonstrations of both skills by Meta-World's scripted experts, as LeRobotDatasets `old` and `new`."""
-    for name, task in (("old", OLD), ("new", NEW)):
-        write_demonstrations(folder / name, task, EPISODES, SIZE.image, action_repeat=ACTION_REPEAT, noise=NOISE)
+    # A process each: they draw pictures for most of the time.
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        made = [pool.submit(_demonstrate, folder / name, task) for name, task in (("old", OLD), ("new", NEW))]
+        for one in made:
+            one.result()
+
+
+def _demonstrate(root: Path, task: str) -> None:
+    write_demonstrations(root, task, EPISODES, SIZE.image, action_repeat=ACTION_REPEAT, noise=NOISE)
 
 
 def build_model(folder: Path, data: Path) -> None:

@@ -72,7 +72,7 @@ def build_model(folder: Path, data: Path) -> None:
 
 # -- the policy
 
-# About 1.4 million parameters, and 16 tokens for a picture.
+# About 1.6 million parameters, and 16 tokens for a picture.
 SIZE: Final = PaliGemmaSize(
     width=128,
     depth=4,

@@ -64,7 +64,7 @@ class Processors:
 
 @dataclass
 class PolicyFolder:
-    """What a folder holds, beside the weights."""
+    """What a folder holds, loaded."""
 
     path: Path
     policy: PreTrainedPolicy
@@ -155,7 +155,8 @@ def _settings(path: Path) -> tuple[PreTrainedConfig, str | None]:
         kind, device = stored.get("type"), stored.get("device")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"model.path {path} is no folder of a LeRobot policy (config.json: {_first(error)})"
+            f"model.path {path} is no folder of a LeRobot policy (config.json: {_first(error)}): name one that "
+            f"LeRobot or craft-ray saved"
         ) from None
     if kind not in SUPPORTED:
         raise ConfigError(

@@ -40,8 +40,9 @@ def craft_updates(experiment: Experiment) -> Iterator[CraftUpdate]:
     """While open, LeRobot's `train` takes CRaFT's step.
 
     Args:
-        experiment: of it, `model.path` (the teacher's folder, which LeRobot trains), `craft`, `seed` and `train.steps`
-            count.
+        experiment: of it, `model.path` (the teacher's folder, which LeRobot trains), `craft` (and where it names none,
+            the positions and layers of `anchors`), `seed`, `train.precision` and `train.steps` count. The last is the
+            length of epsilon's schedule: give LeRobot's loop the same.
 
     Yields:
         What is called at each step; it remembers what each step measured.

@@ -196,9 +196,7 @@ class Rollouts:
     def _play(self, policy: LeRobotPolicy, going: Sequence[_Episode]) -> None:
         """All of them to their ends, side by side."""
         while going:
-            samples = [
-                Sample(e.id, e.prompt, frame=self._renamed(e.simulation.observe())) for e in going
-            ]
+            samples = [Sample(e.id, e.prompt, frame=self._renamed(e.simulation.observe())) for e in going]
             for episode, actions in zip(going, policy.act(samples), strict=True):
                 if not np.isfinite(actions).all():
                     raise DataError(

@@ -53,7 +53,7 @@ class RunFolder:
     @property
     def started(self) -> bool:
         """Whether a step was taken. A run that a mistake ended before that may be begun anew with another config."""
-        return self.metrics.exists() or self.result.exists()
+        return bool(self.metrics.exists() and self.metrics.stat().st_size) or self.result.exists()
 
     def finished(self) -> dict[str, Any] | None:
         """The result of a run that came to its end."""

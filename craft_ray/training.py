@@ -385,7 +385,7 @@ class Run:
                 self.before[section, skill] = self._teacher_score(section, skill, eval_set)
 
     def _teacher_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
-        data = self._eval_data(section, skill, eval_set)
+        data = self.eval_data(section, skill, eval_set)
         settings = eval_set.model_dump(mode="json", include={"metric", "max_new_tokens"})
         teacher = self.teacher_weights or self._teacher_of_resumed_run()
         how = [self.model.preprocessor_fingerprint(), self.config.train.precision]
@@ -414,10 +414,14 @@ class Run:
         return score
 
     def _student_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
-        return evaluate(self._eval_data(section, skill, eval_set), self.workers)
+        return evaluate(self.eval_data(section, skill, eval_set), self.workers)
 
-    def _eval_data(self, section: str, skill: str, eval_set: EvalSet) -> EvalData:
-        """Held-out data, opened once."""
+    def eval_data(self, section: str, skill: str, eval_set: EvalSet) -> EvalData:
+        """Held-out data, opened once.
+
+        Raises:
+            ConfigError: nothing is there, or the model cannot read it or act in it.
+        """
         if (section, skill) not in self._held_out:
             source = open_eval_set(eval_set, f"{section}.{skill}")
             shelf = None if eval_set.data is None else self._shelf(eval_set.data)

@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from craft_ray.config import Experiment, load_config
+from craft_ray.config import Experiment, dump_config, load_config
+from craft_ray.data.source import require_lerobot
 from craft_ray.errors import ConfigError
 from craft_ray.files import new_folder, write_atomically
 from craft_ray.run_folder import RunFolder, command_line
@@ -43,8 +44,8 @@ class Preset:
     """Overrides of the comparison for --quick."""
     quick_teacher: tuple[str, ...] = ()
     """Overrides of the teacher for --quick. One that differs needs a name of its own."""
-    needs: tuple[str, str] | None = None
-    """A package, and the extra that brings it."""
+    needs: str | None = None
+    """A package of the extra `demo`."""
     model_from_data: bool = False
     """Whether the model is made to fit the data: its tokenizers, its ranges."""
     with_sweep: bool = True
@@ -57,7 +58,7 @@ PRESETS = {
         "reading digits upright",
         "reading them through a rotated, inverted camera",
         ("compare.seeds=[0]", "train.steps=100"),
-        needs=("sklearn", "demo"),
+        needs="sklearn",
     ),
     "text": Preset(
         "craft_ray.examples.text",
@@ -81,7 +82,6 @@ PRESETS = {
             "evaluation.new.rollout.episodes=20",
         ),
         ("name=teacher-quick", "train.steps=600", "evaluation.old.rollout.episodes=20"),
-        needs=("lerobot", "lerobot"),
         model_from_data=True,
         with_sweep=False,
     ),
@@ -96,9 +96,10 @@ def demo(out: Path, preset_name: str, quick: bool) -> bool:
     """
     started = time.perf_counter()
     preset = PRESETS[preset_name]
-    if preset.needs is not None and importlib.util.find_spec(preset.needs[0]) is None:
-        package, extra = preset.needs
-        raise ConfigError(f"the preset {preset_name} needs the package {package}: pip install 'craft-ray[{extra}]'")
+    if preset_name == "robot":
+        require_lerobot(f"the preset {preset_name} runs a policy of LeRobot")
+    if preset.needs is not None and importlib.util.find_spec(preset.needs) is None:
+        raise ConfigError(f"the preset {preset_name} needs scikit-learn's data: pip install 'craft-ray[demo]'")
     out = out.absolute()
     _make_inputs(preset, out)
     quickly = preset.quick_teacher if quick else ()
@@ -111,6 +112,7 @@ def demo(out: Path, preset_name: str, quick: bool) -> bool:
     config = load_config(CONFIGS / f"{preset.config}.yaml", preset.quick if quick else (), base=out)
     if quick:
         config = config.changed({"name": config.name + "-quick"})
+    write_atomically(out / f"{config.name}.yaml", dump_config(config))  # to go on with, under other settings or seeds
     result = compare(config, config.compare.chosen, config.compare.seeds, out)
     print(f"3/{stages} the report")
     for line in conclusion(result, preset):
@@ -134,7 +136,9 @@ def _make_inputs(preset: Preset, out: Path) -> None:
         raise ConfigError(f"{out} holds the demo of {mark.read_text()}, not of {preset.module}: choose another --out")
     write_atomically(mark, preset.module)
     maker = importlib.import_module(preset.module)
-    build_model = partial(maker.build_model, data=out / "data") if preset.model_from_data else maker.build_model
+    build_model = maker.build_model
+    if preset.model_from_data:
+        build_model = partial(build_model, data=out / "data", final=out / "model")
     for name, make in (("data", maker.write_data), ("model", build_model)):
         if not (out / name).exists():
             with new_folder(out / name) as folder:

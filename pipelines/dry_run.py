@@ -9,7 +9,6 @@ import torch
 
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import ConfigError
-from craft_ray.evaluation import open_eval_set
 from craft_ray.run_folder import RunFolder
 from craft_ray.training import HELD_OUT, Run, eval_sets
 from craft_ray.workers import OneWorker
@@ -28,9 +27,6 @@ def dry_run(config: Experiment) -> None:
     """
     check_inputs(config)
     check_new(config)
-    for section in HELD_OUT:
-        for skill, eval_set in eval_sets(config, section):
-            open_eval_set(eval_set, f"{section}.{skill}")
     workers = config.workers
     if workers.use_gpu and not torch.cuda.is_available():
         print("workers.use_gpu is set and this machine has no GPU: the three steps are taken on its processors")
@@ -38,7 +34,8 @@ def dry_run(config: Experiment) -> None:
     torch.set_num_threads(workers.threads)
     if workers.num_workers:
         join()
-        lacking = check_resources(workers.num_workers, resources(workers), "workers.num_workers")
+        needed = {name: amount for name, amount in resources(workers).items() if name != "GPU" or device.type == "cuda"}
+        lacking = check_resources(workers.num_workers, needed, "workers.num_workers")
         if lacking:
             raise ConfigError(lacking)
     print(dump_config(config))
@@ -49,6 +46,9 @@ def dry_run(config: Experiment) -> None:
             run = Run(
                 config.changed({"train.log_every": 1}), RunFolder(Path(scratch) / "run"), OneWorker(device), observer
             )
+            for section in HELD_OUT:
+                for skill, eval_set in eval_sets(config, section):
+                    run.eval_data(section, skill, eval_set)
             run.loop(until=STEPS)
             run.close()
         finally:

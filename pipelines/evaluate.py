@@ -64,8 +64,7 @@ def evaluate(config: Experiment, checkpoints: Sequence[Path], out: Path | None, 
     for label, folder in {TEACHER: None, **folders}.items():
         path = config.model.path if folder is None else str(folder)
         say(f"scoring {label}: {path}")
-        weights = None if folder is None else path
-        model = load_model(config.model, config.train.precision, device, weights)
+        model = _load(config, folder, device)
         if config.model.kind != "lerobot":  # a policy is built from its own config, so other sizes do not load
             vocabulary = vocabulary or vocabulary_size(model)
             _check_vocabulary(vocabulary_size(model), vocabulary, path, config)
@@ -78,6 +77,15 @@ def evaluate(config: Experiment, checkpoints: Sequence[Path], out: Path | None, 
         _write(done, sources, out)
         say(f"scores: {out}, samples: {out.with_suffix('.jsonl')}")
     return done
+
+
+def _load(config: Experiment, folder: Path | None, device: torch.device) -> Model:
+    """The config's model, or one with other weights. A policy comes with its own normaliser, or it would act otherwise
+    than it was taught."""
+    settings = config.model
+    if folder is not None and settings.kind == "lerobot":
+        settings, folder = settings.model_copy(update={"path": str(folder), "merge_statistics": ()}), None
+    return load_model(settings, config.train.precision, device, None if folder is None else str(folder))
 
 
 def model_folder(path: Path) -> Path:

@@ -52,7 +52,14 @@ def join(dashboard: bool = False) -> None:
             ) from None
     else:
         with _told_its_address():
-            ray.init(address="local", include_dashboard=dashboard, **options)
+            try:
+                ray.init(address="local", include_dashboard=dashboard, **options)
+            except Exception as error:  # what Ray raises where its processes do not come up in time has no class
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ConfigError(
+                    f"Ray does not start on this machine ({reason}): try again when it is less busy, name a cluster in "
+                    f"RAY_ADDRESS, or do without processes of Ray (workers.num_workers=0)"
+                ) from None
 
 
 @contextmanager

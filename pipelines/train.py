@@ -117,10 +117,10 @@ def check_inputs(config: Experiment) -> None:
 
 def carry_out(run: PlannedRun) -> dict[str, Any]:
     """Train one run with its lines on the console."""
-    check_inputs(run.config)
-    trackers = open_trackers(run.config.tracking, run.folder.path)
     observer = ConsoleObserver(run.config.train.steps, run.config.arm)
     try:
+        check_inputs(run.config)
+        trackers = open_trackers(run.config.tracking, run.folder.path)
         with (
             TrackingObserver(observer, [tracked(tracker, run) for tracker in trackers]) as watched,
             following(run.folder.progress, watched),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from experiments import digits_experiment, scored
 
@@ -81,6 +83,55 @@ def test_a_mistake_before_the_first_step_does_not_take_the_name(command: Command
     assert code == 2
     code, _, err = command("train", config)
     assert code == 0, err
+
+
+def test_a_mistake_about_the_cache_leaves_no_run_behind(command: Command, config: Path, tmp_path: Path) -> None:
+    code, _, err = command("train", config, "craft.positions=[suffix]")
+    assert code == 4, err
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_mistake_about_the_evaluation_leaves_no_run_behind(command: Command, config: Path, tmp_path: Path) -> None:
+    """It is met after the model and the cache were opened, and before the first step."""
+    code, _, err = command("train", config, "evaluation.old.data.columns.response=null")
+    assert code == 2
+    assert "evaluation.old" in one_line(err)
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_cluster_that_does_not_start_is_one_line(
+    command: Command, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, _, err = command("train", config, "workers.num_workers=1")
+    assert code == 2
+    assert "Ray does not start on this machine (The current node timed out during startup.)" in one_line(err)
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lerobot") is not None, reason="LeRobot is installed")
+def test_without_lerobot_its_policies_and_data_are_one_line(command: Command, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "robot" / "meta").mkdir(parents=True)
+    (tmp_path / "robot" / "meta" / "info.json").write_text("{}")
+    task = f"task={{path: {tmp_path / 'robot'}}}"
+    rollout = "evaluation.old={metric: success, rollout: {env: metaworld, task: drawer-close-v3}}"
+    for override, why in (
+        ("model.kind=lerobot", "model.kind is lerobot"),
+        (task, "task is a LeRobotDataset"),
+        ("task={path: somebody/something, format: lerobot}", "task is a LeRobotDataset"),
+        (rollout, "evaluation.old rolls out a policy"),
+    ):
+        code, _, err = command("train", config, override)
+        assert code == 2
+        assert one_line(err) == (
+            f"craft-ray: {why}, but LeRobot is not installed: pip install 'craft-ray[lerobot]' (Python 3.12 or newer)"
+        )
+        assert not list((tmp_path / "runs").glob("*"))
 
 
 def test_a_budget_that_is_not_met_is_exit_code_3(command: Command, config: Path) -> None:

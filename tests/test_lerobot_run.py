@@ -59,11 +59,16 @@ HERE = ("workers.num_workers=0",)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`policy`, and demonstrations `old` and `new` in the layout of lerobot/aloha_sim_insertion_human. Read only."""
+    """`policy`, and demonstrations `old` and `new` in the layout of lerobot/aloha_sim_insertion_human; the statistics
+    of `far` leave the policy's range. Read only."""
     root = tmp_path_factory.mktemp("aloha")
     small_policy(root / "policy", states=14, actions=14, cameras=("top",), tasks=(OLD, NEW))
     write_dataset(root / "old", task=OLD, seed=1, **ALOHA)
     write_dataset(root / "new", task=NEW, seed=2, **ALOHA)
+    stats = Path(shutil.copytree(root / "new", root / "far")) / "meta" / "stats.json"
+    content = json.loads(stats.read_text())
+    content["action"]["max"] = [3.0] * 14
+    stats.write_text(json.dumps(content))
     return root
 
 
@@ -164,14 +169,17 @@ STEP = re.compile(
 
 def test_the_documented_dry_run_takes_three_steps_and_leaves_nothing(world: Path, built: Path, tmp_path: Path) -> None:
     before = files(world) | files(built)
-    out, err = (running := process("train", *documented(world, built), "--dry-run", cwd=tmp_path)).communicate()
+    here = tmp_path / "here"
+    here.mkdir()
+    running = process("train", *documented(world, built), "--dry-run", cwd=here)
+    out, err = running.communicate()
     assert running.returncode == 0, err
     assert "0.12 M trainable parameters, 12 samples of the new skill" in out
     assert "CRaFT is enabled: hidden (layers [1, 2] at suffix, relative_mse)" in out
     assert STEP.findall(out) == ["1", "2", "3"]
     assert "Nothing was kept of these 3 steps" in out
     assert not err
-    assert not files(tmp_path)
+    assert not files(here)
     assert files(world) | files(built) == before
 
 
@@ -336,10 +344,14 @@ def own(world: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("command", "overrides", "words"),
     [
-        ("train", ["model.merge_statistics=[NEW]"], r"another preprocessor \(hash\): cache \w+, this run \w+; build"),
+        (
+            "train",
+            ["model.merge_statistics=[WORLD/far]"],
+            r"another preprocessor \(hash\): cache \w+, this run \w+; build",
+        ),
         (
             "anchors build",
-            ["model.merge_statistics=[NEW]"],
+            ["model.merge_statistics=[WORLD/far]"],
             r"holds a cache with preprocessor \w+, this config .* \w+:",
         ),
         (
@@ -347,7 +359,11 @@ def own(world: Path, tmp_path: Path) -> Path:
             ["anchors.source.episodes=[0]"],
             r"holds a cache with source \w+, this config .* source \w+:",
         ),
-        ("anchors build", ["anchors.source.path=NEW"], r"holds a cache with source \w+, this config .* source \w+:"),
+        (
+            "anchors build",
+            ["anchors.source.path=WORLD/new"],
+            r"holds a cache with source \w+, this config .* source \w+:",
+        ),
         ("train", ["craft.positions=[vision_mean]"], "holds positions suffix, this run asks for vision_mean"),
     ],
 )
@@ -361,8 +377,9 @@ def test_a_cache_of_something_else_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = files(built)
-    given = [text.replace("NEW", str(world / "new")) for text in overrides]
-    code = craft_ray(*command.split(), *documented(world, built), *HERE, *given, f"output_dir={tmp_path / 'runs'}")
+    given = [text.replace("WORLD", str(world)) for text in overrides]
+    arguments = (*documented(world, built), *SHORT, *HERE, *given, f"output_dir={tmp_path / 'runs'}")
+    code = craft_ray(*command.split(), *arguments)
     assert re.search(words, one_line(capsys.readouterr().err))
     assert code == 4
     assert files(built) == before
@@ -381,7 +398,7 @@ def refused(code: int, words: str, err: str, found: int) -> None:
         ({"action": 7}, r"action is \[7\] in \S*/other, the policy \S*/policy takes \[14\]: name"),
         (
             {"cameras": ("wrist",)},
-            r"other has no observation.images.top, which the policy \S*/policy looks at; .*rename",
+            r"other has no observation.images.top, which the policy \S* looks at; .*rename",
         ),
     ],
 )
@@ -396,7 +413,13 @@ def test_data_of_another_robot_are_refused(
     write_dataset(tmp_path / "other", **{**ALOHA, "size": 32, "videos": False, "episodes": 1, **robot})
     for command, key in (("train", "task.path"), ("anchors build", "anchors.source.path")):
         capfd.readouterr()
-        given = [*documented(world, built), *HERE, f"{key}={tmp_path / 'other'}", f"output_dir={tmp_path / 'runs'}"]
+        given = [
+            *documented(world, built),
+            *SHORT,
+            *HERE,
+            f"{key}={tmp_path / 'other'}",
+            f"output_dir={tmp_path / 'runs'}",
+        ]
         if command == "anchors build":
             given.append(f"craft.anchor_cache_dir={tmp_path / 'anchors'}")
         found = craft_ray(*command.split(), *given)
@@ -446,7 +469,7 @@ def test_a_policy_that_is_not_the_teacher_is_refused(
 ) -> None:
     damage(own)
     capfd.readouterr()
-    arguments = (*documented(world, built), *HERE, f"model.path={own}", f"output_dir={tmp_path / 'runs'}")
+    arguments = (*documented(world, built), *SHORT, *HERE, f"model.path={own}", f"output_dir={tmp_path / 'runs'}")
     found = craft_ray("train", *arguments)
     refused(code, words, capfd.readouterr().err, found)
     assert not list((tmp_path / "runs").glob("*"))
@@ -468,7 +491,7 @@ def test_frames_and_episodes_are_nothing_for_a_language_model(
             r"evaluation.old.rollout.*policy.*causal_lm",
         ),
     ):
-        arguments = [*documented(world, tmp_path), "craft.anchor_cache_dir=null", *given]
+        arguments = [*documented(world, tmp_path), *SHORT, "craft.anchor_cache_dir=null", *given]
         capfd.readouterr()
         found = craft_ray("train", *arguments)
         refused(2, words, capfd.readouterr().err, found)

@@ -60,14 +60,18 @@ def _demonstrate(root: Path, task: str) -> None:
     write_demonstrations(root, task, EPISODES, SIZE.image, action_repeat=ACTION_REPEAT, noise=NOISE)
 
 
-def build_model(folder: Path, data: Path) -> None:
-    """An untrained policy for the demonstrations in `data`."""
+def build_model(folder: Path, data: Path, final: Path) -> None:
+    """An untrained policy for the demonstrations in `data`.
+
+    Args:
+        final: where the folder will stand.
+    """
     datasets = [data / "old", data / "new"]
     ranges = _ranges([LeRobotDataset(path.name, root=path) for path in datasets])
     low, high = (np.asarray(ranges[STATE][key]) for key in ("min", "max"))
     middle, half = (low + high) / 2, (high - low) / 2 * WIDER
     states = {"min": (middle - half).tolist(), "max": (middle + half).tolist()}
-    build_policy(folder, SIZE, datasets, statistics={**ranges, STATE: states})
+    build_policy(folder, SIZE, datasets, statistics={**ranges, STATE: states}, final=final)
 
 
 # -- the policy

@@ -344,9 +344,9 @@ def _merged(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
     merged = {"min": np.minimum.reduce, "max": np.maximum.reduce}
     result = {key: merge([part[key] for part in parts]) for key, merge in merged.items() if key in keys}
-    for key in keys - {"min", "max", "mean", "std", "count"}:  # a quantile of the whole lies between those of the parts
-        outer = np.minimum if key in ("q01", "q10") else np.maximum
-        result[key] = outer.reduce([part[key] for part in parts])
+    for key, outer in (("q01", np.minimum), ("q10", np.minimum), ("q90", np.maximum), ("q99", np.maximum)):
+        if key in keys:  # the outer one, as of extremes: the range covers both
+            result[key] = outer.reduce([part[key] for part in parts])
     if {"mean", "std"} <= keys:
         result["mean"] = mean([part["mean"] for part in parts])
         result["std"] = np.sqrt(mean([part["std"] ** 2 + (part["mean"] - result["mean"]) ** 2 for part in parts]))

@@ -144,6 +144,11 @@ class CraftUpdate:
             self._begin(inner)
         inner.train()
         config, step = self.experiment, len(self.records)
+        if step >= config.train.steps:
+            raise ConfigError(
+                f"LeRobot's loop takes more steps than train.steps={config.train.steps}, over which epsilon's schedule "
+                f"runs: set train.steps to LeRobot's --steps"
+            )
         epsilon = epsilon_at(step, config.train.steps, config.craft)
 
         def task_loss(part: _TaskBatch) -> Tensor:
@@ -187,5 +192,6 @@ class CraftUpdate:
         if self.workers.device.type == "cuda":
             train_metrics.gpu_mem_gb = torch.cuda.max_memory_allocated() / 1024**3
         # A mean over steps; where there is no retention step, nothing was measured.
-        train_metrics.update_metrics({k: v for k, v in record.items() if k != "task_loss" and math.isfinite(v)})
-        return train_metrics, record
+        measured = {k: v for k, v in record.items() if math.isfinite(v)}
+        train_metrics.update_metrics({k: v for k, v in measured.items() if k != "task_loss"})
+        return train_metrics, measured

@@ -30,7 +30,6 @@ from craft_ray.models.base import Batch, Features, disable_dropout
 from craft_ray.models.fingerprint import json_fingerprint, tokenizer_identity, weights_fingerprint
 
 ACTION = "action"
-PICTURES = "observation.images."
 IS_PAD = "action_is_pad"
 LANGUAGE, LANGUAGE_MASK = "observation.language.tokens", "observation.language.attention_mask"
 LOCATIONS = {"tokenizer_name", "action_tokenizer_name", "paligemma_tokenizer_name", "device", "trust_remote_code"}

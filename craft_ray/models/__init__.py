@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from craft_ray.data.source import require_lerobot
 from craft_ray.models.base import Model
 
-if TYPE_CHECKING:  # craft_ray.models.packing needs torch and transformers alone
+if TYPE_CHECKING:  # craft_ray.models.packing needs torch and transformers alone: no pydantic
     from craft_ray.config import ModelConfig, Precision
 
 
@@ -26,6 +25,7 @@ def load_model(
         ConfigError: nothing loads from the path.
         ModelError: its weights do not load completely.
     """
+    from craft_ray.data.source import require_lerobot
     from craft_ray.models.huggingface import CausalLM, VisionLanguageModel
 
     if config.kind == "lerobot":

@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError
 
 from craft_ray.errors import StorageError
-from craft_ray.files import new_folder
+from craft_ray.files import new_folder, write_atomically
 from craft_ray.method.dual import DualState
 from craft_ray.models.base import Model
+from craft_ray.places import ObjectPath, Place, copy_tree, remove_tree
 
 LAST = "last"
 
@@ -73,14 +74,31 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
     return target
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Place) -> Place | None:
     """The newest complete checkpoint, or None."""
     link = folder / LAST
+    if isinstance(link, ObjectPath):
+        return folder / link.read_text() if link.exists() else None
     if not link.is_symlink():
         return None
     if not link.exists():
         raise StorageError(f"{link} points to {link.readlink()}, which is gone: restore it, or start the run anew")
     return link.resolve()
+
+
+def adopt_checkpoint(folder: Place, source: Path) -> None:
+    """Make a copy of another run's checkpoint the one that a run goes on from, and remove the run's own."""
+    target = folder / source.name
+    if isinstance(folder, ObjectPath):
+        (folder / LAST).unlink(missing_ok=True)  # nobody goes on from a half-replaced one
+        copy_tree(source, target)
+    else:
+        with new_folder(target) as temporary:
+            copy_tree(source, temporary)
+    point_last(folder, source.name)
+    for other in folder.glob("step_*"):
+        if other.name != source.name:
+            remove_tree(other)
 
 
 def load_training_state(checkpoint: Path, device: torch.device) -> TrainingState:
@@ -89,13 +107,16 @@ def load_training_state(checkpoint: Path, device: torch.device) -> TrainingState
     return TrainingState(state["step"], state["optimizer"], dual, state["reached"], state["cache"])
 
 
-def checkpoint_step(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Place) -> int:
     """The steps done at a checkpoint."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def point_last(folder: Path, name: str) -> None:
-    """Make `name` the checkpoint that a run goes on from."""
+def point_last(folder: Place, name: str) -> None:
+    """Make `name` the checkpoint that a run goes on from: by a link, or in an object store by an object of its name."""
+    if isinstance(folder, ObjectPath):
+        write_atomically(folder / LAST, name)
+        return
     temporary = folder / f".{LAST}.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)

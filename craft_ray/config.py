@@ -28,6 +28,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 BOUND = re.compile(r"\s*(>=|<=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 SQLITE = "sqlite:///"
+OBJECTS = "s3://"
 POSITIONS = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token", "all", "every_N", "suffix")
 
 
@@ -68,7 +69,23 @@ def _variant(name: str) -> str:
     return name
 
 
+def _place(text: str | None) -> str | None:
+    """A path or a hub name as it is; of an object store one that holds neither settings nor secrets."""
+    if text is None or "://" not in text:
+        return text
+    if not text.startswith(OBJECTS):
+        raise ValueError(f"'{text}' is no place that is known: name a path (of a mount, too) or {OBJECTS}BUCKET/KEY")
+    if re.search(r"[?@]", text) or not re.match(rf"{OBJECTS}[^/]+", text):
+        raise ValueError(
+            f"'{text.split('@')[-1]}' has to be {OBJECTS}BUCKET/KEY alone: credentials, region and endpoint come from "
+            f"the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL)"
+        )
+    return text.rstrip("/")
+
+
 Position = Annotated[str, AfterValidator(_position)]
+PlaceName = Annotated[str, AfterValidator(_place)]
+"""A path on a disk or a shared mount, or `s3://bucket/key`; for models and data a hub name, too."""
 VariantName = Annotated[str, AfterValidator(_variant)]
 Positions = Annotated[tuple[Position, ...] | None, AfterValidator(_distinct)]
 Bound = Annotated[str, BeforeValidator(_bound)]
@@ -92,8 +109,8 @@ class ModelConfig(Section):
     kind: Literal["vision_language", "causal_lm", "lerobot"] = "causal_lm"
     """`vision_language` loads AutoModelForImageTextToText, `causal_lm` loads AutoModelForCausalLM, `lerobot` a policy
     of LeRobot with its processors (docs/lerobot.md; needs the extra `lerobot`)."""
-    path: str
-    """A local folder or a hub name."""
+    path: PlaceName
+    """A folder (local, of a shared mount, or s3://) or a hub name."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     trust_remote_code: bool = False
@@ -111,7 +128,7 @@ class ModelConfig(Section):
     """Anchors compare student and teacher; dropout would be counted as forgetting."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    merge_statistics: tuple[str, ...] = ()
+    merge_statistics: tuple[PlaceName, ...] = ()
     """LeRobotDatasets (folders or hub names) whose statistics widen those of a policy's normaliser. By default the
     teacher's own stay as they are, whatever the new data are."""
 
@@ -147,8 +164,8 @@ class Columns(Section):
 class DataConfig(Section):
     """A place that samples are read from."""
 
-    path: str
-    """A file, a folder, a glob pattern of text files, or a hub name."""
+    path: PlaceName
+    """A file, a folder, a glob pattern of text files (local, of a shared mount, or s3://), or a hub name."""
     format: Literal["auto", "jsonl", "parquet", "dataset", "text", "lerobot"] = "auto"
     """`auto` goes by the ending: .jsonl/.json, .parquet, .txt/.md/.py; a folder with meta/info.json is a
     LeRobotDataset; otherwise a Hugging Face dataset. For a LeRobotDataset on the hub say `lerobot`."""
@@ -208,8 +225,8 @@ class CraftConfig(Section):
 
     enabled: bool = True
     """Off is the baseline arm: plain fine-tuning."""
-    anchor_cache_dir: str | None = None
-    """Folder that `craft-ray anchors build` wrote."""
+    anchor_cache_dir: PlaceName | None = None
+    """Folder that `craft-ray anchors build` wrote: local, of a shared mount, or s3://."""
     anchor_batch_size: int = Field(32, ge=1)
     """Anchors in one retention step, over all workers."""
     anchor_holdout: Fraction = 0.2
@@ -485,8 +502,8 @@ class Experiment(Section):
     variant: VariantName | None = None
     """What this run's arm is called where it is a variant of a comparison; `craft-ray compare` sets it."""
     seed: int = Field(0, ge=0)
-    output_dir: str = "runs"
-    """Folder that run directories are made in."""
+    output_dir: PlaceName = "runs"
+    """Folder that run directories are made in: local, of a shared mount, or s3://."""
     model: ModelConfig
     task: DataConfig
     """Training data of the new skill."""
@@ -632,6 +649,8 @@ def absolute(config: Experiment, base: Path) -> Experiment:
     def fix(section: dict[str, Any], key: str, always: bool = False) -> None:
         value = section[key]
         if value is None:
+            return
+        if value.startswith(OBJECTS):
             return
         path = base / Path(value).expanduser()
         if always or value.startswith(("~", "./", "../")) or path.exists() or glob.glob(str(path)):

@@ -1,9 +1,10 @@
-"""Files that are either there in full or not at all."""
+"""Files that are either there in full or not at all, on a disk or in an object store."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +12,21 @@ from pathlib import Path
 from blake3 import blake3
 
 from craft_ray.errors import StorageError
+from craft_ray.places import CHUNK, ObjectPath, Place, copy_tree
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Place) -> Iterator[Path]:
     """A temporary name to write to; it becomes `path` at the end, and vanishes on any error.
 
     Raises:
         StorageError: the disk is full or the file cannot be written; an older `path` is untouched.
     """
+    if isinstance(path, ObjectPath):
+        with _scratch() as folder:
+            yield folder / path.name
+            path.upload(folder / path.name)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -36,12 +43,24 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Place, last: str | None = None) -> Iterator[Path]:
     """A temporary folder to fill; it becomes `path` at the end (an older one is replaced), and vanishes on any error.
+
+    Args:
+        last: the file without which the folder counts for nothing. An object store has no folders to rename: there it
+            appears after all others.
 
     Raises:
         StorageError: as `new_file`.
     """
+    if isinstance(path, ObjectPath):
+        assert last is not None, "nothing would tell half a folder from a whole one"
+        with _scratch() as folder:
+            yield folder
+            (folder / last).rename(folder.with_name(last))
+            copy_tree(folder, path)
+            (path / last).upload(folder.with_name(last))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -65,17 +84,21 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Place, text: str) -> None:
+    if isinstance(path, ObjectPath):
+        path.write_bytes(text.encode())
+        return
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def append_text(path: Path, text: str) -> None:
-    """Add to the end of a file.
+def append_text(path: Place, text: str) -> None:
+    """Add to the end of a file. An object has no end to add to: what grows is written on a disk first.
 
     Raises:
         StorageError: the disk is full.
     """
+    assert isinstance(path, Path), f"{path} cannot grow"
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
@@ -83,10 +106,15 @@ def append_text(path: Path, text: str) -> None:
         raise StorageError(f"{path} could not be written ({error.strerror or error}): free space") from error
 
 
-def checksum(path: Path) -> str:
+def checksum(path: Place) -> str:
     """blake3 of a file's content."""
     digest = blake3(max_threads=blake3.AUTO)
-    digest.update_mmap(path)
+    if isinstance(path, Path):
+        digest.update_mmap(path)
+        return digest.hexdigest()
+    with path.open_input() as file:
+        while part := file.read(CHUNK):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -96,6 +124,14 @@ def readable_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder on this node's disk for what is on its way to an object store."""
+    with tempfile.TemporaryDirectory(prefix="craft-ray-") as folder:
+        (content := Path(folder) / "content").mkdir()
+        yield content
 
 
 def _sync(path: Path) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from craft_ray.config import Experiment, dump_config, load_config
+from craft_ray.config import Experiment, dump_config, parse_config, read_yaml
 from craft_ray.errors import ConfigError
 from craft_ray.files import append_text, write_atomically
 from craft_ray.metrics import Record
+from craft_ray.places import Place
 
 PACKAGES = ("craft-ray", "torch", "transformers", "ray", "pyarrow", "datasets", "numpy")
 
@@ -27,18 +28,26 @@ class RunFolder:
     """`config.yaml`, `env.json`, `metrics.jsonl`, `validation.jsonl`, `tensorboard/`, `checkpoints/`, `evaluation/`,
     `result.json`."""
 
-    def __init__(self, path: Path, shared: Path | None = None) -> None:
+    def __init__(self, path: Place, shared: Place | None = None) -> None:
         """
         Args:
             shared: where runs of one teacher find its scores; the folder around the run's where it is None.
         """
         self.path = path
+        self.home = path
+        """Where it is kept, and other processes look. `path` is another place in a `WorkingCopy` alone."""
         self.shared = shared or path.parent
         self.metrics = path / "metrics.jsonl"
         self.validation = path / "validation.jsonl"
         self.checkpoints = path / "checkpoints"
         self.result = path / "result.json"
         self.progress = path / "progress.jsonl"
+
+    @property
+    def disk(self) -> Path:
+        """The folder of a run that is trained in this process, which is on a disk or a mount (`working_copy`)."""
+        assert isinstance(self.path, Path)
+        return self.path
 
     def begin(self, config: Experiment, command: Sequence[str]) -> None:
         """Write what the run was asked and what it runs on."""
@@ -48,7 +57,7 @@ class RunFolder:
     def config(self) -> Experiment:
         if not (self.path / "config.yaml").exists():
             raise ConfigError(f"{self.path} is no run directory: it has no config.yaml")
-        return load_config(self.path / "config.yaml")
+        return parse_config(read_yaml((self.path / "config.yaml").read_text()), str(self.path / "config.yaml"))
 
     @property
     def started(self) -> bool:
@@ -88,8 +97,17 @@ class RunFolder:
     def write_result(self, result: dict[str, Any]) -> None:
         write_atomically(self.result, json.dumps(result, indent=2))
 
+    def fetch(self) -> None:
+        """Have at hand what a process that goes on with the run needs. Here it is."""
 
-def read_records(path: Path) -> list[Record]:
+    def publish(self) -> None:
+        """Let other processes see what was written. Here they do."""
+
+    def publish_checkpoint(self) -> None:
+        """Let other processes see the last checkpoint, and none that was removed. Here they do."""
+
+
+def read_records(path: Place) -> list[Record]:
     """The complete lines of a file of JSON lines; a last one that a crash cut off is left out."""
     if not path.exists():
         return []

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from craft_ray.config import SQLITE, TrackingConfig
 from craft_ray.errors import ConfigError, CraftError, Interrupted, StorageError
+from craft_ray.places import Place
 
 if TYPE_CHECKING:
     from craft_ray.metrics import Record
@@ -88,7 +89,7 @@ class Tracker(Protocol):
         """
 
 
-def open_trackers(config: TrackingConfig, folder: Path) -> list[Tracker]:
+def open_trackers(config: TrackingConfig, folder: Place) -> list[Tracker]:
     """The trackers that `config` asks for; none where all is off.
 
     Args:
@@ -101,6 +102,11 @@ def open_trackers(config: TrackingConfig, folder: Path) -> list[Tracker]:
     if config.mlflow is not None:
         trackers.append(MlflowTracker(config.mlflow, config.project))
     if config.wandb != "off":
+        if not isinstance(folder, Path):
+            raise ConfigError(
+                f"tracking.wandb keeps files in the run folder while it runs, and {folder} is in an object store: "
+                f"choose an output folder on a disk or a mount, or track with MLflow"
+            )
         trackers.append(WandbTracker(config.wandb, config.project, folder))
     return trackers
 

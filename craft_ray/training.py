@@ -6,7 +6,6 @@ killed driver needs.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import time
@@ -23,6 +22,7 @@ from craft_ray.anchors.batches import AnchorBatch, AnchorBatches
 from craft_ray.anchors.schema import NOISE_FLOOR
 from craft_ray.anchors.student import check_untouched, heldout_loss, open_for_student
 from craft_ray.checkpoint import TrainingState, last_checkpoint, load_training_state, save_checkpoint
+from craft_ray.claim import claim
 from craft_ray.config import DataConfig, EvalSet, EvaluationConfig, Experiment, TrainConfig, ValidationConfig
 from craft_ray.data.prefetch import prefetch
 from craft_ray.data.sampler import StepSampler
@@ -100,6 +100,7 @@ def training(
         shelves: preprocessed samples of runs before it in this process.
     """
     with only_process(folder, workers):
+        folder.fetch()
         if workers.gather(folder.finished() is not None)[0]:
             yield from folder.read_validation()
             return
@@ -120,16 +121,8 @@ def only_process(folder: RunFolder, workers: Workers) -> Iterator[None]:
         workers.gather(None)  # nobody looks for the last checkpoint before the folder is ours
         yield
         return
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with (folder.path / ".lock").open("w") as lock:
-        for _ in range(LOCK_WAIT_S):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(1)
-        else:
-            raise ConfigError(f"another process is training the run {folder.path}: wait until it is done, or end it")
+    refusal = ConfigError(f"another process is training the run {folder.home}: wait until it is done, or end it")
+    with claim(folder.home / ".lock", refusal, wait_s=LOCK_WAIT_S):
         workers.gather(None)
         yield
 
@@ -151,15 +144,16 @@ class Run:
         self.workers = workers
         self.observer = observer
         self.main = workers.rank == 0
-        checkpoint = last_checkpoint(folder.checkpoints)
+        checkpoint = last_checkpoint(folder.disk / "checkpoints")
+        assert checkpoint is None or isinstance(checkpoint, Path)
         weights = None if checkpoint is None else str(checkpoint / "model")
 
         torch.manual_seed(config.seed)
         self.model: Model = load_model(config.model, config.train.precision, workers.device, weights)
         self.teacher_weights = None if checkpoint else self.model.weights_fingerprint()
         if self.main and self.teacher_weights:
-            write_atomically(folder.path / "teacher.json", json.dumps({"weights": self.teacher_weights}))
-            for score in folder.path.glob("teacher_*.json"):
+            write_atomically(folder.disk / "teacher.json", json.dumps({"weights": self.teacher_weights}))
+            for score in folder.disk.glob("teacher_*.json"):
                 score.unlink()
         self.task = open_source(config.task, "task")
         self.model.check_source(self.task)
@@ -223,7 +217,8 @@ class Run:
                 self.gradients.reached,
                 self.anchors.anchors.fingerprint if self.anchors and self.config.craft.enabled else None,
             )
-            save_checkpoint(self.folder.checkpoints, self.model, state, self.config.train.keep_checkpoints)
+            save_checkpoint(self.folder.disk / "checkpoints", self.model, state, self.config.train.keep_checkpoints)
+            self.folder.publish_checkpoint()
         self.workers.gather(None)  # nobody goes on before it is complete
 
     def _announce(self, checkpoint: Path | None) -> None:
@@ -313,6 +308,7 @@ class Run:
         if self.main:
             self.folder.append_validation(record)
             self.observer.validated(record)
+            self.folder.publish()
         return record
 
     def loop(self, until: int | None = None) -> None:
@@ -392,9 +388,9 @@ class Run:
         key = json_fingerprint([teacher, data.of.fingerprint, settings, how])
         own = self._own_teacher_score(section, skill)
         shared = self.folder.shared / f".teacher-score-{key[:16]}.json"
-        known = self.workers.gather([path for path in (own, shared) if path.exists()])[0]
+        known = self.workers.gather({str(p): json.loads(p.read_text()) for p in (own, shared) if p.exists()})[0]
         if known:
-            found = json.loads(known[0].read_text())
+            found = next(iter(known.values()))
             if found["key"] != key:
                 raise ConfigError(
                     f"{section}.{skill} is not what it was when the run began: its data or settings changed, and the "
@@ -407,7 +403,7 @@ class Run:
             score = evaluate(data, self.workers)
         if self.main:
             for path in (own, shared):
-                if path not in known:
+                if str(path) not in known:
                     write_atomically(path, json.dumps({"key": key, "score": asdict(score)}))
             if section == "evaluation":
                 self.folder.write_predictions(f"{skill}_before", score.records)
@@ -430,11 +426,11 @@ class Run:
 
     def _own_teacher_score(self, section: str, skill: str) -> Path:
         """The score that this run began with; a run can be moved and still be resumed."""
-        return self.folder.path / f"teacher_{'' if section == 'evaluation' else section + '_'}{skill}.json"
+        return self.folder.disk / f"teacher_{'' if section == 'evaluation' else section + '_'}{skill}.json"
 
     def _teacher_of_resumed_run(self) -> str:
         """The teacher's hash, for a run whose model is no longer the teacher."""
-        path = self.folder.path / "teacher.json"
+        path = self.folder.disk / "teacher.json"
         return str(json.loads(path.read_text())["weights"])
 
     def conclude(self) -> None:

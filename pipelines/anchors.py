@@ -7,11 +7,9 @@ a repeated one replaces itself, and the next build does what is missing.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,11 +41,13 @@ from craft_ray.anchors.manifest import (
 )
 from craft_ray.anchors.teacher import Teacher
 from craft_ray.anchors.verify import Agreement, check_files, reforward
+from craft_ray.claim import claim
 from craft_ray.config import AnchorsConfig, Experiment, dump_config, parse_config
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError
 from craft_ray.files import readable_bytes
 from craft_ray.models import load_model
+from craft_ray.places import Place, place_of
 from craft_ray.quiet import quiet_libraries
 from pipelines.session import check_resources, join
 
@@ -77,23 +77,13 @@ def build(config: Experiment, say: Any = print) -> Built:
         CacheRefused: the folder holds another cache, or a damaged one.
     """
     anchors, folder = needed(config)
-    with _alone(folder):
+    refusal = CacheRefused(f"another process is building the cache in {folder}: wait until it is done")
+    # Two at a time would clear away each other's half-written files.
+    with claim(folder.with_name(f".{folder.name}.lock"), refusal):
         return _build(config, anchors, folder, say)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One build of a cache at a time; two would clear away each other's half-written files."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CacheRefused(f"another process is building the cache in {folder}: wait until it is done") from None
-        yield
-
-
-def _build(config: Experiment, anchors: AnchorsConfig, folder: Path, say: Any) -> Built:
+def _build(config: Experiment, anchors: AnchorsConfig, folder: Place, say: Any) -> Built:
     model = load_model(config.model, config.train.precision)
     source = open_source(anchors.source, "anchors.source")
     model.check_source(source)
@@ -127,22 +117,22 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: Path, say: Any) -
     return Built(manifest, sum(len(rows) for _, rows in missing))
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Place) -> None:
     """Remove what killed teachers left half-written, of earlier builds and of this one."""
     for stale in (folder / SHARDS).glob(".*"):
         stale.unlink()
 
 
-def needed(config: Experiment) -> tuple[AnchorsConfig, Path]:
+def needed(config: Experiment) -> tuple[AnchorsConfig, Place]:
     """The two settings without which there is no cache to build."""
     if config.anchors is None:
         raise ConfigError("the config has no section anchors: name at least anchors.source.path")
     if config.craft.anchor_cache_dir is None:
         raise ConfigError("craft.anchor_cache_dir is not set: name the folder for the anchor cache")
-    return config.anchors, Path(config.craft.anchor_cache_dir)
+    return config.anchors, place_of(config.craft.anchor_cache_dir)
 
 
-def _plan(folder: Path, identity: Identity, anchors: AnchorsConfig) -> Plan:
+def _plan(folder: Place, identity: Identity, anchors: AnchorsConfig) -> Plan:
     """The plan that the folder holds, if it is of the same cache, or a new one."""
     plan = read_plan(folder)
     begun = (folder / MANIFEST).exists() or any((folder / SHARDS).glob("*.parquet"))
@@ -162,7 +152,7 @@ def _plan(folder: Path, identity: Identity, anchors: AnchorsConfig) -> Plan:
     return plan
 
 
-def check_present(folder: Path, done: dict[str, Any]) -> None:
+def check_present(folder: Place, done: dict[str, Any]) -> None:
     """Shards that a manifest vouches for must be what it says."""
     for shard in read_manifest(folder).shards:
         found = done.get(shard.name)
@@ -173,7 +163,7 @@ def check_present(folder: Path, done: dict[str, Any]) -> None:
             )
 
 
-def _announce(say: Any, plan: Plan, expected: Estimate, done: dict[str, Any], folder: Path) -> None:
+def _announce(say: Any, plan: Plan, expected: Estimate, done: dict[str, Any], folder: Place) -> None:
     identity = plan.identity
     what = []
     if "hidden" in identity.modes:
@@ -287,7 +277,7 @@ class ShardWriter:
         return {"name": [name], "rows": [len(rows)], "error": [""], "exit_code": [0]}
 
 
-def verify(folder: Path, config: Experiment | None, rows: int, say: Any = print) -> None:
+def verify(folder: Place, config: Experiment | None, rows: int, say: Any = print) -> None:
     """Check a cache against its manifest and, with a config, `rows` of it against the model.
 
     Raises:

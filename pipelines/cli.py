@@ -19,13 +19,14 @@ import typer
 
 from craft_ray.config import Experiment, load_config, parse_overrides
 from craft_ray.errors import NOT_MET, ConfigError, CraftError, Interrupted
+from craft_ray.places import place_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 anchors_app = typer.Typer(no_args_is_help=True, help="Build, check, show and import anchor caches.")
 app.add_typer(anchors_app, name="anchors")
 
 Config = Annotated[Path, typer.Argument(help="a YAML config", show_default=False)]
-CacheFolder = Annotated[Path, typer.Argument(help="the folder of an anchor cache", show_default=False)]
+CacheFolder = Annotated[str, typer.Argument(help="the folder of an anchor cache", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. craft.lambda_lr=0.05")]
 
 
@@ -58,7 +59,7 @@ def anchors_show(folder: CacheFolder) -> None:
     """What a cache holds: its identity, rows, vectors, size, and whether it is complete."""
     from craft_ray.anchors.show import describe
 
-    print("\n".join(describe(folder)))
+    print("\n".join(describe(place_of(folder))))
 
 
 @anchors_app.command("verify")
@@ -77,7 +78,7 @@ def anchors_verify(
     _quiet()
     from pipelines.anchors import verify
 
-    verify(folder, experiment, reforward or 32)
+    verify(place_of(folder), experiment, reforward or 32)
 
 
 @anchors_app.command("import")
@@ -99,7 +100,7 @@ def anchors_import(
 def train(
     config: Annotated[Path | None, typer.Argument(help="a YAML config", show_default=False)] = None,
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(help="go on with this run directory")] = None,
+    resume: Annotated[str | None, typer.Option(help="go on with this run directory")] = None,
     dry_run: Annotated[bool, typer.Option(help="check everything, run 3 steps, print the plan")] = False,
 ) -> None:
     """Fine-tune under the retention budget."""
@@ -113,7 +114,7 @@ def train(
             raise ConfigError("--dry-run checks a run that has not begun, --resume goes on with one: choose one")
         run_dry(experiment)
         return
-    run = stage.resume_run(resume, experiment) if resume else stage.plan_run(experiment)
+    run = stage.resume_run(place_of(resume), experiment) if resume else stage.plan_run(experiment)
     result = stage.carry_out(run)
     print(f"run: {run.folder.path}")
     if result["arm"] != "baseline" and not result["feasible"]:
@@ -128,7 +129,7 @@ def compare(
         str | None, typer.Option(help="comma-separated: baseline,token_ce,hidden and variants; all of them by default")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="comma-separated numbers")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for runs and report")] = None,
+    out: Annotated[str | None, typer.Option(help="folder for runs and report")] = None,
 ) -> None:
     """Run the arms over seeds on one cache, and write the report."""
     experiment = load_config(config, overrides or [])
@@ -141,7 +142,7 @@ def compare(
     _quiet()
     from pipelines import compare as stage
 
-    folder = (out or stage.default_folder(experiment)).absolute()
+    folder = (place_of(out) if out else stage.default_folder(experiment)).absolute()
     result = stage.compare(experiment, experiment.compare.chosen, experiment.compare.seeds, folder)
     print(f"report: {folder / 'report.html'}")
     if not stage.met(result):
@@ -157,8 +158,8 @@ def sweep(
         int | None, typer.Option(min=1, help="settings that are tried (for each point of a grid)")
     ] = None,
     repeat: Annotated[int | None, typer.Option(min=1, help="seeds of each setting")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for trials and report")] = None,
-    resume: Annotated[Path | None, typer.Option(help="go on with the sweep in this folder")] = None,
+    out: Annotated[str | None, typer.Option(help="folder for trials and report")] = None,
+    resume: Annotated[str | None, typer.Option(help="go on with the sweep in this folder")] = None,
 ) -> None:
     """Search the settings that do best within the bounds of the objective."""
     from craft_ray.sweep.space import load_space
@@ -180,11 +181,11 @@ def sweep(
 
     if resume is not None:
         changed = parse_overrides(overrides or []) if config is None else {}
-        folder, plan = stage.resume_sweep(resume.absolute(), experiment, searched, samples, changed)
+        folder, plan = stage.resume_sweep(place_of(resume).absolute(), experiment, searched, samples, changed)
     else:
         assert experiment is not None
         assert searched is not None
-        folder, plan = stage.plan_sweep(experiment, searched, out and out.absolute())
+        folder, plan = stage.plan_sweep(experiment, searched, place_of(out).absolute() if out else None)
     if not stage.sweep(folder, plan):
         sys.exit(NOT_MET)
 
@@ -194,37 +195,38 @@ def evaluate(
     config: Config,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="a run, one of its checkpoints, or a model folder; can be given several times"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="a .json file for the scores; samples go beside it")] = None,
+    out: Annotated[str | None, typer.Option(help="a .json file for the scores; samples go beside it")] = None,
 ) -> None:
     """Score the model and checkpoints of it side by side on what the config's evaluation names."""
     experiment = load_config(config, overrides or [])
     _quiet()
     from pipelines import evaluate as stage
 
-    stage.evaluate(experiment, checkpoint or [], out)
+    stage.evaluate(experiment, [place_of(each) for each in checkpoint or []], place_of(out) if out else None)
 
 
 @app.command("report")
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run directories", show_default=False)],
-    out: Annotated[Path, typer.Option(help="folder for report.html and result.json")] = Path("."),
+    runs: Annotated[list[str], typer.Argument(help="run directories", show_default=False)],
+    out: Annotated[str, typer.Option(help="folder for report.html and result.json")] = ".",
 ) -> None:
     """Write the report of finished runs."""
     from craft_ray.report.html import write_report
     from craft_ray.run_folder import RunFolder, command_line
 
-    folders = [RunFolder(path.absolute()) for path in runs]
+    folders = [RunFolder(place_of(path).absolute()) for path in runs]
     for folder in folders:
         if not folder.path.exists():
             raise ConfigError(f"there is no run at {folder.path}: name run directories")
         if folder.finished() is None:
             raise ConfigError(f"{folder.path} is no finished run: it has no result.json; go on with --resume")
     _quiet()
-    write_report(folders, out, title=folders[0].config().name, command=shlex.join(command_line()))
-    print(f"report: {out / 'report.html'}")
+    target = place_of(out)
+    write_report(folders, target, title=folders[0].config().name, command=shlex.join(command_line()))
+    print(f"report: {target / 'report.html'}")
 
 
 @app.command("demo")
@@ -245,16 +247,16 @@ def demo(
         sys.exit(NOT_MET)
 
 
-def _experiment(config: Path | None, overrides: list[str] | None, resume: Path | None) -> Experiment:
+def _experiment(config: Path | None, overrides: list[str] | None, resume: str | None) -> Experiment:
     if resume is not None and config is not None and "=" in str(config):
         raise ConfigError("a run is resumed with the config it began with: --resume takes no key=value")
     if config is not None:
         return load_config(config, overrides or [])
     if resume is None:
         raise ConfigError("name a config: craft-ray train CONFIG, or craft-ray train --resume RUN")
-    if not (resume / "config.yaml").exists():
-        raise ConfigError(f"{resume} is no run directory: it has no config.yaml")
-    return load_config(resume / "config.yaml")
+    from craft_ray.run_folder import RunFolder
+
+    return RunFolder(place_of(resume)).config()
 
 
 def _quiet() -> None:

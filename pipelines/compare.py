@@ -10,13 +10,13 @@ import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError
+from craft_ray.places import Place, place_of
 from craft_ray.report.html import write_report
 from craft_ray.run_folder import RunFolder, command_line
 from pipelines.anchors import build
@@ -28,7 +28,7 @@ CONSTRAINED_COST = 2.0
 """Expected time of a constrained run relative to plain fine-tuning; only used to deal runs evenly."""
 
 
-def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[str, Any]:
+def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folder: Place) -> dict[str, Any]:
     """Run every arm on every seed into `folder/runs`, and write `report.html` and `result.json` into `folder`.
 
     Raises:
@@ -48,7 +48,7 @@ def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folde
     return write_report([run.folder for run in runs], folder, title=config.name, command=shlex.join(command_line()))
 
 
-def arm_config(config: Experiment, arm: str, seed: int, folder: Path, arms: Sequence[str]) -> Experiment:
+def arm_config(config: Experiment, arm: str, seed: int, folder: Place, arms: Sequence[str]) -> Experiment:
     """The experiment of one arm and seed.
 
     The baseline keeps the cache: it is not trained on it, but measured by the loss of the preferred other arm. Nobody
@@ -81,7 +81,7 @@ def met(result: dict[str, Any]) -> bool:
 
 
 def _planned(config: Experiment) -> PlannedRun:
-    folder = RunFolder(Path(config.output_dir) / run_name(config))
+    folder = RunFolder(place_of(config.output_dir) / run_name(config))
     if not folder.started:
         folder.begin(config, command_line())
     elif folder.config() != config:
@@ -136,5 +136,5 @@ def _cost(run: PlannedRun) -> float:
     return CONSTRAINED_COST if run.config.craft.enabled else 1.0
 
 
-def default_folder(config: Experiment) -> Path:
-    return Path(config.output_dir) / f"{config.name}-compare"
+def default_folder(config: Experiment) -> Place:
+    return place_of(config.output_dir) / f"{config.name}-compare"

@@ -19,9 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from craft_ray.files import append_text
 from craft_ray.metrics import Record, console_line, result_lines, validation_line
+from craft_ray.places import ObjectPath, Place
 from craft_ray.training import Observer
 
 POLL_S = 0.1
+STORE_POLL_S = 1.0
+"""In an object store, where each look is a request."""
 
 
 class ConsoleObserver:
@@ -92,7 +95,7 @@ class QuarterObserver:
 class FileObserver:
     """Writes what an observer is told as JSON lines."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
 
     def note(self, text: str) -> None:
@@ -112,30 +115,32 @@ class FileObserver:
 
 
 @contextmanager
-def following(path: Path, observer: Observer) -> Iterator[None]:
+def following(path: Place, observer: Observer) -> Iterator[None]:
     """Tell `observer` what a `FileObserver` elsewhere writes into `path`, while the body runs."""
     path.unlink(missing_ok=True)
     done = threading.Event()
 
     def follow() -> None:
         place, ended = 0, False
+        poll_s = STORE_POLL_S if isinstance(path, ObjectPath) else POLL_S
         while not ended:
-            ended = done.wait(POLL_S)  # one more look after the end
+            ended = done.wait(poll_s)  # one more look after the end
             if not path.exists():
                 continue
-            with path.open(encoding="utf-8") as file:
+            with path.open("rb") if isinstance(path, Path) else path.open_input() as file:
                 file.seek(place)
-                while (line := file.readline()).endswith("\n"):
-                    place = file.tell()
-                    message = json.loads(line)
-                    if "note" in message:
-                        observer.note(message["note"])
-                    elif "validated" in message:
-                        observer.validated(message["validated"])
-                    elif "done" in message:
-                        observer.done(message["done"])
-                    else:
-                        observer.steps(message["steps"])
+                *lines, rest = file.read().split(b"\n")
+                place = file.tell() - len(rest)
+            for line in lines:
+                message = json.loads(line)
+                if "note" in message:
+                    observer.note(message["note"])
+                elif "validated" in message:
+                    observer.validated(message["validated"])
+                elif "done" in message:
+                    observer.done(message["done"])
+                else:
+                    observer.steps(message["steps"])
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

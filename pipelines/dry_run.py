@@ -9,6 +9,7 @@ import torch
 
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import ConfigError
+from craft_ray.places import place_of
 from craft_ray.run_folder import RunFolder
 from craft_ray.training import HELD_OUT, Run, eval_sets
 from craft_ray.workers import OneWorker
@@ -56,6 +57,6 @@ def dry_run(config: Experiment) -> None:
     place = f"{workers.num_workers} worker(s) of {resources(workers)}" if workers.num_workers else "this process"
     print(
         f"Plan: {config.train.steps} steps of {config.train.batch_size} samples on {place}, arm {config.arm}, into "
-        f"{Path(config.output_dir) / run_name(config)}. "
+        f"{place_of(config.output_dir) / run_name(config)}. "
         f"Nothing was kept of these {min(STEPS, config.train.steps)} steps."
     )

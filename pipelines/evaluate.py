@@ -6,7 +6,6 @@ import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,6 +21,7 @@ from craft_ray.files import write_atomically
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
 from craft_ray.models.features import Shelves
+from craft_ray.places import Place
 from craft_ray.run_folder import RunFolder
 from craft_ray.training import eval_sets
 from craft_ray.workers import OneWorker
@@ -40,7 +40,7 @@ class Scored:
     scores: dict[str, Score]
 
 
-def evaluate(config: Experiment, checkpoints: Sequence[Path], out: Path | None, say: Any = print) -> list[Scored]:
+def evaluate(config: Experiment, checkpoints: Sequence[Place], out: Place | None, say: Any = print) -> list[Scored]:
     """Score `model.path` and each checkpoint on `evaluation.old` and `evaluation.new`, and print a table.
 
     Args:
@@ -79,7 +79,7 @@ def evaluate(config: Experiment, checkpoints: Sequence[Path], out: Path | None, 
     return done
 
 
-def _load(config: Experiment, folder: Path | None, device: torch.device) -> Model:
+def _load(config: Experiment, folder: Place | None, device: torch.device) -> Model:
     """The config's model, or one with other weights. A policy comes with its own normaliser, or it would act otherwise
     than it was taught."""
     settings = config.model
@@ -88,7 +88,7 @@ def _load(config: Experiment, folder: Path | None, device: torch.device) -> Mode
     return load_model(settings, config.train.precision, device, None if folder is None else str(folder))
 
 
-def model_folder(path: Path) -> Path:
+def model_folder(path: Place) -> Place:
     """The model that a user means by a run (its last checkpoint), a checkpoint, or a model folder.
 
     Raises:
@@ -112,7 +112,7 @@ def model_folder(path: Path) -> Path:
     return last / "model"
 
 
-def labelled(folders: Sequence[Path]) -> dict[str, Path]:
+def labelled(folders: Sequence[Place]) -> dict[str, Place]:
     """Models by a short name, RUN/STEP for a checkpoint; by their paths where short names would be the same.
 
     Raises:
@@ -127,7 +127,7 @@ def labelled(folders: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(short, folders, strict=True))
 
 
-def _short(folder: Path) -> str:
+def _short(folder: Place) -> str:
     checkpoint = folder.parent
     if folder.name == "model" and checkpoint.parent.name == "checkpoints":
         return f"{checkpoint.parent.parent.name}/{checkpoint.name}"
@@ -200,7 +200,7 @@ def changes(done: Sequence[Scored]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _write(done: Sequence[Scored], sources: Mapping[str, Source | Episodes], out: Path) -> None:
+def _write(done: Sequence[Scored], sources: Mapping[str, Source | Episodes], out: Place) -> None:
     result: dict[str, Any] = {
         "models": [{"label": model.label, "path": model.path, "weights": model.weights} for model in done]
     }

@@ -7,13 +7,11 @@ processes. `num_workers: 0` is Ray Train's local mode: the same function in this
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -24,17 +22,19 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
 from craft_ray.anchors.manifest import read_manifest
-from craft_ray.anchors.reader import check_shards
+from craft_ray.anchors.reader import check_shards, check_sizes
 from craft_ray.anchors.student import asked_of
 from craft_ray.config import Experiment, WorkersConfig, dump_config, parse_config
 from craft_ray.errors import ConfigError, CraftError, Interrupted, StorageError
 from craft_ray.files import write_atomically
+from craft_ray.places import ObjectPath, Place, place_of, remove_tree
 from craft_ray.quiet import quiet_libraries
 from craft_ray.run_folder import RunFolder, command_line
 from craft_ray.tensorboard import TensorBoardObserver
 from craft_ray.tracking import TrackedRun, Tracker, TrackingObserver, open_trackers
 from craft_ray.training import training
 from craft_ray.workers import OneWorker, ProcessGroup, Workers
+from craft_ray.working_copy import working_copy
 from pipelines.console import ConsoleObserver, FileObserver, following
 from pipelines.session import check_resources, join, quiet_ray
 from pipelines.word import Word
@@ -65,7 +65,7 @@ def plan_run(config: Experiment) -> PlannedRun:
 
 def check_new(config: Experiment) -> RunFolder:
     """The folder of a run that has not begun."""
-    folder = RunFolder(Path(config.output_dir) / run_name(config))
+    folder = RunFolder(place_of(config.output_dir) / run_name(config))
     if folder.finished() is not None:
         raise ConfigError(
             f"the run {folder.path} is finished, its scores are in result.json: choose another name=... or seed=..., "
@@ -79,7 +79,7 @@ def check_new(config: Experiment) -> RunFolder:
     return folder
 
 
-def resume_run(path: Path, config: Experiment) -> PlannedRun:
+def resume_run(path: Place, config: Experiment) -> PlannedRun:
     """A run that has begun, to go on from its last checkpoint (or from the start, where it has none yet).
 
     Raises:
@@ -109,10 +109,12 @@ def differences(began: dict[str, Any], given: dict[str, Any], prefix: str = "") 
 def check_inputs(config: Experiment) -> None:
     """What can be checked before any process starts: the cache holds what is asked of it, complete and undamaged."""
     if config.craft.enabled and config.craft.anchor_cache_dir is not None:
-        folder = Path(config.craft.anchor_cache_dir)
+        folder = place_of(config.craft.anchor_cache_dir)
         manifest = read_manifest(folder)
         asked_of(folder, manifest.identity, config)
-        check_shards(folder, manifest)
+        # What lies in an object store is checked where it is fetched: by the nodes that train.
+        check = check_sizes if isinstance(folder, ObjectPath) else check_shards
+        check(folder, manifest)
 
 
 def carry_out(run: PlannedRun) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def carry_out(run: PlannedRun) -> dict[str, Any]:
         raise Interrupted(f"interrupted: go on with craft-ray train --resume {run.folder.path}") from None
     except CraftError:
         if not run.folder.started:
-            shutil.rmtree(run.folder.path)  # a mistake before the first step leaves nothing behind
+            remove_tree(run.folder.path)  # a mistake before the first step leaves nothing behind
         raise
     finally:
         observer.close()
@@ -166,7 +168,7 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
         if lacking:
             raise ConfigError(lacking)
     scratch = runs[0].folder.path / ".ray"
-    shutil.rmtree(scratch, ignore_errors=True)  # a killed driver may have left an error there
+    remove_tree(scratch)  # a killed driver may have left an error there
     trainer = TorchTrainer(
         _work,  # type: ignore[arg-type]  # what it returns is the result's return_value
         train_loop_config={
@@ -196,7 +198,7 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
     finally:
         if signal.getsignal(signal.SIGINT) is not interrupt:
             signal.signal(signal.SIGINT, interrupt)  # a fit on the main thread leaves its own handler behind
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_tree(scratch)
     if outcome is not None and outcome["error"] is not None:
         raise CraftError.told(**outcome["error"])
 
@@ -216,24 +218,17 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
     """
     quiet_libraries()
     torch.set_num_threads(loop["threads"])
-    told = Path(loop["scratch"]) / "error.json"
+    told = place_of(loop["scratch"]) / "error.json"
     if told.exists():
         return {"error": json.loads(told.read_text())}
     workers = _workers()
     try:
         for text, path in loop["runs"]:
-            folder = RunFolder(Path(path))
-            if folder.finished() is None:
-                observer = FileObserver(folder.progress)
-                config = parse_config(yaml.safe_load(text), str(folder.path / "config.yaml"))
-                with TensorBoardObserver(folder.path / "tensorboard", observer, workers.rank == 0) as watched:
-                    word = Word(folder.path) if loop["supervised"] else None
-                    with closing(training(config, folder, workers, watched)) as looks:
-                        for look in looks:
-                            # All workers go by what the first was told.
-                            heard = word.wait(look["step"]) if word and workers.rank == 0 else True
-                            if not workers.gather(heard)[0]:
-                                break
+            run = RunFolder(place_of(path))
+            if run.finished() is None:
+                config = parse_config(yaml.safe_load(text), str(run.path / "config.yaml"))
+                with working_copy(run, main=workers.rank == 0) as folder:
+                    _carry(config, folder, workers, Word(run.path) if loop["supervised"] else None)
     except Interrupted:
         raise
     except CraftError as error:
@@ -244,6 +239,20 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
             write_atomically(told, json.dumps(message))
         raise
     return {"error": None}
+
+
+def _carry(config: Experiment, folder: RunFolder, workers: Workers, word: Word | None) -> None:
+    """Train one run. With `word` it goes on after a look when it is told so."""
+    observer = FileObserver(folder.progress)
+    with (
+        TensorBoardObserver(folder.disk / "tensorboard", observer, workers.rank == 0) as watched,
+        closing(training(config, folder, workers, watched)) as looks,
+    ):
+        for look in looks:
+            # All workers go by what the first was told.
+            heard = word.wait(look["step"]) if word and workers.rank == 0 else True
+            if not workers.gather(heard)[0]:
+                break
 
 
 def _workers() -> Workers:

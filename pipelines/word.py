@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 from craft_ray.files import write_atomically
+from craft_ray.places import ObjectPath, Place
 
 POLL_S = 0.05
+STORE_POLL_S = 0.5
+"""In an object store, where each look is a request."""
 
 
 class Word:
     """The last word about a run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.path = folder / "word.json"
+        self.poll_s = STORE_POLL_S if isinstance(folder, ObjectPath) else POLL_S
 
     def say(self, step: int, go_on: bool) -> None:
         write_atomically(self.path, json.dumps({"step": step, "go_on": go_on}))
@@ -33,7 +36,7 @@ class Word:
                 told = json.loads(self.path.read_text())
                 if told["step"] >= step or not told["go_on"]:
                     return bool(told["go_on"])
-            time.sleep(POLL_S)
+            time.sleep(self.poll_s)
 
     def clear(self) -> None:
         self.path.unlink(missing_ok=True)

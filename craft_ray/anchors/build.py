@@ -9,7 +9,6 @@ import importlib.metadata
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
@@ -32,6 +31,7 @@ from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.files import checksum, new_file
 from craft_ray.method.pooling import vector_count
 from craft_ray.models.base import Model, resolve_layers
+from craft_ray.places import Place, readable
 
 ESTIMATE_ROWS = 32
 
@@ -112,14 +112,14 @@ def estimate(model: Model, source: Source, schema: CacheSchema, anchors: Anchors
     return Estimate(bytes=round(total), vectors_per_row=counts / rows)
 
 
-def build_shard(teacher: Teacher, source: Source, rows: Sequence[int], path: Path) -> None:
+def build_shard(teacher: Teacher, source: Source, rows: Sequence[int], path: Place) -> None:
     """Run the teacher over some rows and write them as one Parquet file, which appears when it is complete."""
     starts = range(0, len(rows), ROW_GROUP)
     groups = ([source[row] for row in rows[start : start + ROW_GROUP]] for start in starts)
     write_shard(path, teacher.schema, map(teacher.table, groups))
 
 
-def write_shard(path: Path, schema: CacheSchema, row_groups: Iterable[pa.Table]) -> None:
+def write_shard(path: Place, schema: CacheSchema, row_groups: Iterable[pa.Table]) -> None:
     """One Parquet file, which appears when it is complete."""
     arrow = schema.arrow()
     packed = ("id", "prompt", "input_ids", "suffix")
@@ -142,7 +142,7 @@ def write_shard(path: Path, schema: CacheSchema, row_groups: Iterable[pa.Table])
             writer.write_table(table)
 
 
-def finished_shards(folder: Path, plan: Plan, ids: Sequence[str]) -> dict[str, Shard]:
+def finished_shards(folder: Place, plan: Plan, ids: Sequence[str]) -> dict[str, Shard]:
     """The shards of a plan that are complete in the folder; what is not of the plan is refused."""
     done = {}
     for name, rows in plan.shards():
@@ -150,7 +150,7 @@ def finished_shards(folder: Path, plan: Plan, ids: Sequence[str]) -> dict[str, S
         if not path.exists():
             continue
         try:
-            found = pq.read_table(path, columns=["id"])["id"].to_pylist()
+            found = pq.read_table(readable(path), columns=["id"])["id"].to_pylist()
         except (OSError, ValueError) as error:
             raise CacheRefused(f"{path} is damaged ({error}): delete it and build again") from None
         if found != list(ids[rows.start : rows.stop]):
@@ -159,7 +159,7 @@ def finished_shards(folder: Path, plan: Plan, ids: Sequence[str]) -> dict[str, S
     return done
 
 
-def finish(folder: Path, plan: Plan, ids: Sequence[str]) -> Manifest:
+def finish(folder: Place, plan: Plan, ids: Sequence[str]) -> Manifest:
     """Check that every row is there once, and write the manifest."""
     shards = finished_shards(folder, plan, ids)
     missing = [name for name, _ in plan.shards() if name not in shards]
@@ -170,7 +170,7 @@ def finish(folder: Path, plan: Plan, ids: Sequence[str]) -> Manifest:
     return manifest
 
 
-def manifest_of(folder: Path, identity: Identity, shards: Sequence[Shard]) -> Manifest:
+def manifest_of(folder: Place, identity: Identity, shards: Sequence[Shard]) -> Manifest:
     """What vouches for shards that are all there."""
     return Manifest(
         format=FORMAT,
@@ -182,10 +182,10 @@ def manifest_of(folder: Path, identity: Identity, shards: Sequence[Shard]) -> Ma
     )
 
 
-def _count_vectors(path: Path, schema: CacheSchema) -> int:
+def _count_vectors(path: Place, schema: CacheSchema) -> int:
     if not schema.has_hidden:
         return 0
-    total, metadata = 0, pq.read_metadata(path)
+    total, metadata = 0, pq.read_metadata(readable(path))
     for group in range(metadata.num_row_groups):
         for column in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(column)

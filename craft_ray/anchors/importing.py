@@ -6,10 +6,8 @@ again. So what an interruption leaves is nothing, and an import is repeated by s
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +22,7 @@ from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.files import checksum, new_folder
 from craft_ray.models.base import Model
+from craft_ray.places import Place, remove_tree
 
 ONE_VECTOR = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token")
 """Positions with exactly one vector a sample: what a legacy tensor can hold."""
@@ -41,7 +40,7 @@ class _Unread:
 
 
 def import_shards(
-    shards: LegacyShards, folder: Path, config: Experiment, model: Model, check_rows: int
+    shards: LegacyShards, folder: Place, config: Experiment, model: Model, check_rows: int
 ) -> tuple[Manifest, Agreement | None]:
     """Write the cache, compare `check_rows` of it with the model, and put it in its place.
 
@@ -59,8 +58,8 @@ def import_shards(
     if folder.exists():
         return _found(folder, identity), None
     for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)  # what an import that was killed left behind
-    with new_folder(folder) as temporary:
+        remove_tree(stale)  # what an import that was killed left behind
+    with new_folder(folder, last=MANIFEST) as temporary:
         written, rows, shape = [], 0, None
         for number, file in enumerate(shards.files):
             legacy = shards.load(file, identity)
@@ -80,7 +79,7 @@ def import_shards(
     return manifest, agreement
 
 
-def _found(folder: Path, identity: Identity) -> Manifest:
+def _found(folder: Place, identity: Identity) -> Manifest:
     """The cache that is there already, if it is the one that would be written."""
     if not (folder / MANIFEST).exists():
         raise CacheRefused(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +17,37 @@ from craft_ray.anchors.ragged import Ragged, write_ragged
 from craft_ray.anchors.schema import NUMPY, hidden_column
 from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
-from craft_ray.errors import CacheRefused, StorageError
+from craft_ray.errors import CacheRefused
 from craft_ray.files import checksum, new_folder
+from craft_ray.node_cache import filled_once, node_cache
+from craft_ray.places import ObjectPath, Place, copy_tree
 
 BYTES = np.dtype("u1")
 INT32 = np.dtype("<i4")
 
 
-def check_shards(folder: Path, manifest: Manifest) -> None:
+def check_shards(folder: Place, manifest: Manifest) -> None:
     """Size and checksum of every shard.
 
     Raises:
         CacheRefused: a shard is missing, cut off, or differs in a single bit.
+    """
+    check_sizes(folder, manifest)
+    for shard in manifest.shards:
+        path = folder / SHARDS / shard.name
+        found = checksum(path)
+        if found != shard.blake3:
+            raise CacheRefused(
+                f"{path} is damaged: its checksum is {found[:12]}, the manifest says {shard.blake3[:12]}; delete it "
+                f"and run 'craft-ray anchors build', which writes this shard again"
+            )
+
+
+def check_sizes(folder: Place, manifest: Manifest) -> None:
+    """Whether every shard is there in full, without reading it.
+
+    Raises:
+        CacheRefused: one is missing or cut off.
     """
     for shard in manifest.shards:
         path = folder / SHARDS / shard.name
@@ -41,15 +58,9 @@ def check_shards(folder: Path, manifest: Manifest) -> None:
             raise CacheRefused(
                 f"{path} has {size} bytes, the manifest says {shard.bytes}: delete it and run 'craft-ray anchors build'"
             )
-        found = checksum(path)
-        if found != shard.blake3:
-            raise CacheRefused(
-                f"{path} is damaged: its checksum is {found[:12]}, the manifest says {shard.blake3[:12]}; delete it "
-                f"and run 'craft-ray anchors build', which writes this shard again"
-            )
 
 
-def check_identity(folder: Path, found: Identity, expected: Identity) -> None:
+def check_identity(folder: Place, found: Identity, expected: Identity) -> None:
     """Refuse a cache that is not the one an experiment would build, and name both sides of the first difference.
 
     The source and the selection are compared by `craft-ray anchors build` only: training needs none of the
@@ -70,7 +81,7 @@ def check_identity(folder: Path, found: Identity, expected: Identity) -> None:
             raise CacheRefused(f"the cache was built with another {what}: cache {theirs}, this run {ours}; {remedy}")
 
 
-def check_contains(folder: Path, what: str, wanted: Sequence[object], held: Sequence[object]) -> None:
+def check_contains(folder: Place, what: str, wanted: Sequence[object], held: Sequence[object]) -> None:
     """Refuse a cache that lacks a mode, a layer or a position."""
     lacking = [w for w in wanted if w not in held]
     if lacking:
@@ -91,7 +102,7 @@ INPUTS = {"raw": ("image", "prompt"), "frames": ("frame", "prompt"), "tensors": 
 class AnchorSet:
     """The anchors of a complete, matching cache, by row. Open it with `open_anchors`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, expanded: Path) -> None:
+    def __init__(self, folder: Place, manifest: Manifest, expanded: Path) -> None:
         self.folder = folder
         self.identity = manifest.identity
         self.fingerprint = manifest.fingerprint
@@ -159,35 +170,31 @@ class AnchorSet:
         return train, held
 
 
-def open_anchors(folder: Path, manifest: Manifest | None = None) -> AnchorSet:
+def open_anchors(folder: Place, manifest: Manifest | None = None) -> AnchorSet:
     """Expand the cache on this node if it is not yet, checking every byte while reading, and map it."""
     manifest = manifest or read_manifest(folder)
     if not manifest.identity.rows:
         raise CacheRefused(f"the anchor cache in {folder} has no anchor: build it from a source that has some")
-    target = expansion_root() / manifest.content
-    if not target.exists():
-        with (target.parent / f".{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of one node expand it once
-            if not target.exists():
-                for stale in target.parent.glob(f".{target.name}.*.tmp"):
-                    shutil.rmtree(stale)  # what a killed process left half-written
-                check_shards(folder, manifest)
-                _expand(folder, manifest, target)
+    with filled_once(manifest.content) as (target, ours):
+        if ours:
+            with _shards_at_hand(folder, manifest) as local:
+                check_shards(local, manifest)
+                _expand(local, manifest, target)
     return AnchorSet(folder, manifest, target)
 
 
-def expansion_root() -> Path:
-    """Where this node keeps expanded caches: $CRAFT_RAY_CACHE, or a folder of this user among temporary files.
-
-    Raises:
-        StorageError: another user made that folder, who could put anything into it.
-    """
-    named = os.environ.get("CRAFT_RAY_CACHE")
-    root = Path(named) if named else Path(tempfile.gettempdir()) / f"craft-ray-{os.getuid()}"
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if root.stat().st_uid != os.getuid():
-        raise StorageError(f"{root} belongs to another user: set CRAFT_RAY_CACHE to a folder of your own")
-    return root
+@contextmanager
+def _shards_at_hand(folder: Place, manifest: Manifest) -> Iterator[Path]:
+    """The folder, or for the time of the expansion a copy of the shards that lie in an object store."""
+    if not isinstance(folder, ObjectPath):
+        yield folder
+        return
+    check_sizes(folder, manifest)
+    with tempfile.TemporaryDirectory(prefix=".shards-", dir=node_cache()) as temporary:
+        (Path(temporary) / SHARDS).mkdir()
+        for shard in manifest.shards:
+            copy_tree(folder / SHARDS / shard.name, Path(temporary) / SHARDS / shard.name)
+        yield Path(temporary)
 
 
 def _expand(folder: Path, manifest: Manifest, target: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused
 from craft_ray.models.base import Model, resolve_layers
 from craft_ray.models.features import Shelves
+from craft_ray.places import Place, place_of
 from craft_ray.workers import Workers
 
 
@@ -34,7 +34,7 @@ def open_for_student(
     """
     craft = config.craft
     assert craft.anchor_cache_dir is not None
-    folder = Path(craft.anchor_cache_dir)
+    folder = place_of(craft.anchor_cache_dir)
     manifest = read_manifest(folder)
     found = manifest.identity
     check_model(folder, found, config, model, teacher_weights)
@@ -45,7 +45,7 @@ def open_for_student(
     return AnchorBatches(model, anchors, craft.retention_mode, layers, positions, shelves)
 
 
-def asked_of(folder: Path, found: Identity, config: Experiment) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def asked_of(folder: Place, found: Identity, config: Experiment) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The layers and positions of a cache that a config anchors.
 
     Raises:
@@ -61,7 +61,7 @@ def asked_of(folder: Path, found: Identity, config: Experiment) -> tuple[tuple[i
     return layers, positions
 
 
-def check_model(folder: Path, found: Identity, config: Experiment, model: Model, teacher_weights: str | None) -> None:
+def check_model(folder: Place, found: Identity, config: Experiment, model: Model, teacher_weights: str | None) -> None:
     """Refuse a cache of another teacher, preprocessor or arithmetic than this model's.
 
     Raises:

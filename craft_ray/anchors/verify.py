@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
@@ -19,6 +18,7 @@ from craft_ray.errors import CacheRefused
 from craft_ray.method.pooling import Vectors
 from craft_ray.method.retention import hidden_loss
 from craft_ray.models.base import Model
+from craft_ray.places import Place, readable
 
 BATCH = 16
 
@@ -35,7 +35,7 @@ class Agreement:
     equal_tokens: int
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
+def check_files(folder: Place, manifest: Manifest) -> None:
     """Sizes, checksums, the number of rows, and every id once.
 
     Raises:
@@ -44,7 +44,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     check_shards(folder, manifest)
     seen: dict[str, str] = {}
     for shard in manifest.shards:
-        ids = pq.read_table(folder / SHARDS / shard.name, columns=["id"])["id"].to_pylist()
+        ids = pq.read_table(readable(folder / SHARDS / shard.name), columns=["id"])["id"].to_pylist()
         if len(ids) != shard.rows:
             raise CacheRefused(
                 f"{folder / SHARDS / shard.name} has {len(ids)} rows, the manifest says {shard.rows}: "
@@ -65,7 +65,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 @torch.no_grad()
-def reforward(folder: Path, manifest: Manifest, config: Experiment, model: Model, count: int) -> Agreement:
+def reforward(folder: Place, manifest: Manifest, config: Experiment, model: Model, count: int) -> Agreement:
     """Run the model on `count` rows, spread over the cache, the way a student runs, and compare.
 
     Suffix tokens are compared under the cached ones before them, so that one near tie counts once.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from craft_ray.errors import DataError
+from craft_ray.places import Place, is_object, place_of
 
 
-def encoded_image(value: Any, folder: Path, where: str) -> bytes:
+def encoded_image(value: Any, folder: Place, where: str) -> bytes:
     """An image cell as encoded bytes.
 
     Args:
@@ -25,7 +25,7 @@ def encoded_image(value: Any, folder: Path, where: str) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
-        path = folder / value
+        path = place_of(value) if is_object(value) else folder / value
         try:
             return path.read_bytes()
         except OSError as error:

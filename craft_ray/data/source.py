@@ -27,6 +27,8 @@ from craft_ray.data.images import encoded_image
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.files import checksum
+from craft_ray.node_cache import at_hand
+from craft_ray.places import ObjectPath, Place, is_object
 
 ENDINGS = {
     ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text",
@@ -77,7 +79,7 @@ class TableSource:
 
     features = None
 
-    def __init__(self, table: datasets.Dataset | JsonLines, config: DataConfig, folder: Path, content: str) -> None:
+    def __init__(self, table: datasets.Dataset | JsonLines, config: DataConfig, folder: Place, content: str) -> None:
         self._table = table
         self._columns = config.columns
         self._folder = folder
@@ -154,11 +156,14 @@ def open_source(config: DataConfig, key: str) -> Source:
         ConfigError: nothing is there, it is of another format, or a named column is missing.
         DataError: it holds no row.
     """
+    named, config = config.path, config.model_copy(update={"path": at_hand(config.path, f"{key}.path")})
     if config.format == "lerobot" or (config.format == "auto" and (Path(config.path) / LEROBOT_MARK).exists()):
         require_lerobot(f"{key} is a LeRobotDataset")
         from craft_ray.lerobot.dataset import open_lerobot
 
-        return open_lerobot(config, key)
+        source = open_lerobot(config, key)
+        source.name = named
+        return source
     for name, used in (("episodes", config.episodes), ("stride", config.stride > 1), ("rename", config.rename)):
         if used:
             raise ConfigError(f"{key}.{name} is for a LeRobotDataset, but {config.path} is none: leave it out")
@@ -183,7 +188,9 @@ def open_source(config: DataConfig, key: str) -> Source:
     unused = None if config.columns.answer_index else {"columns": {"answer_index"}}
     how = config.model_dump_json(include={"split", "revision", "columns", "limit", "chunk_chars"}, exclude=unused)
     digest.update(f"{kind}{how}".encode())
-    return TableSource(table, config, _folder(config, files), digest.hexdigest())
+    source = TableSource(table, config, _folder(named, files), digest.hexdigest())
+    source.name = named
+    return source
 
 
 def require_lerobot(why: str) -> None:
@@ -219,10 +226,12 @@ def _files(config: DataConfig, key: str) -> tuple[list[Path], str]:
     return found, kind
 
 
-def _folder(config: DataConfig, files: Sequence[Path]) -> Path:
+def _folder(named: str, files: Sequence[Path]) -> Place:
     """Where relative paths of images start: the folder that was named, or the one the files are in."""
-    if Path(config.path).is_dir():
-        return Path(config.path)
+    if is_object(named):
+        return ObjectPath(named) if ObjectPath(named).is_dir() else ObjectPath(named).parent
+    if Path(named).is_dir():
+        return Path(named)
     return Path(os.path.commonpath([file.parent for file in files])) if files else Path.cwd()
 
 

@@ -27,7 +27,11 @@ def load_model(
     """
     from craft_ray.data.source import require_lerobot
     from craft_ray.models.huggingface import CausalLM, VisionLanguageModel
+    from craft_ray.node_cache import at_hand
 
+    merged = tuple(at_hand(path, "model.merge_statistics") for path in config.merge_statistics)
+    config = config.model_copy(update={"path": at_hand(config.path, "model.path"), "merge_statistics": merged})
+    weights = None if weights is None else at_hand(weights, "a checkpoint")
     if config.kind == "lerobot":
         require_lerobot("model.kind is lerobot")
         from craft_ray.lerobot.policy import load_policy

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from craft_ray.config import dump_config
 from craft_ray.errors import ConfigError
 from craft_ray.files import write_atomically
 from craft_ray.metrics import Record
+from craft_ray.places import Place
 from craft_ray.report import wording
 from craft_ray.report.examples import examples
 from craft_ray.report.page import template
@@ -23,7 +23,7 @@ from craft_ray.report.summary import new_ratio, old_ratio, summarize
 from craft_ray.run_folder import RunFolder
 
 
-def write_report(runs: Sequence[RunFolder], target: Path, *, title: str, command: str) -> dict[str, Any]:
+def write_report(runs: Sequence[RunFolder], target: Place, *, title: str, command: str) -> dict[str, Any]:
     """Write `report.html` and `result.json` into the folder `target`, and return what `result.json` holds.
 
     Args:

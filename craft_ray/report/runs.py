@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError
 from craft_ray.metrics import Record
+from craft_ray.places import Place
 from craft_ray.report.arms import ArmStyle, styles_of
 from craft_ray.run_folder import RunFolder
 
@@ -84,7 +84,7 @@ def _read(folder: RunFolder, config: Experiment, style: ArmStyle) -> FinishedRun
     )
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Place) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

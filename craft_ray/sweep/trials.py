@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -22,6 +21,7 @@ import yaml
 from craft_ray.config import Experiment, dump_config, parse_config
 from craft_ray.errors import ConfigError
 from craft_ray.files import write_atomically
+from craft_ray.places import Place
 from craft_ray.run_folder import RunFolder, read_records
 from craft_ray.sweep.space import Params, Space, parse_space
 
@@ -43,7 +43,7 @@ class Outcome:
 class TrialFolder:
     """The folder of one trial."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self.number = int(path.name)
 
@@ -105,7 +105,7 @@ class Plan:
 class SweepFolder:
     """The folder of a sweep."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self.plan = path / "sweep.yaml"
         self.scratch = path / ".ray"

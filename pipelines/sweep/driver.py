@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -19,9 +16,11 @@ from ray.tune.experiment import Trial
 
 from craft_ray.anchors.manifest import is_complete, read_manifest
 from craft_ray.anchors.student import asked_of
+from craft_ray.claim import claim
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError, CraftError, Interrupted
 from craft_ray.evaluation import open_eval_set
+from craft_ray.places import Place, place_of, remove_tree
 from craft_ray.run_folder import command_line
 from craft_ray.sweep.html import write_sweep_report
 from craft_ray.sweep.objective import objective_of
@@ -50,7 +49,7 @@ TUNE_SETTINGS = {
 }
 
 
-def plan_sweep(config: Experiment, space: Space, path: Path | None) -> tuple[SweepFolder, Plan]:
+def plan_sweep(config: Experiment, space: Space, path: Place | None) -> tuple[SweepFolder, Plan]:
     """A new sweep, checked as far as it can be before a process starts.
 
     Raises:
@@ -58,13 +57,13 @@ def plan_sweep(config: Experiment, space: Space, path: Path | None) -> tuple[Swe
     """
     plan = Plan(config, space, command_line())
     check_plan(plan)
-    folder = SweepFolder(path or Path(config.output_dir) / f"{config.name}-sweep")
+    folder = SweepFolder(path or place_of(config.output_dir) / f"{config.name}-sweep")
     folder.begin(plan)
     return folder, plan
 
 
 def resume_sweep(
-    path: Path,
+    path: Place,
     config: Experiment | None = None,
     space: Space | None = None,
     samples: int | None = None,
@@ -136,7 +135,7 @@ def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
             except BaseException:
                 tracking.end("stopped")
                 raise
-        shutil.rmtree(folder.scratch, ignore_errors=True)  # of a sweep that was killed when its trials had ended
+        remove_tree(folder.scratch)  # of a sweep that was killed when its trials had ended
         for trial in folder.trials():
             tracking.sync(trial)  # it may have been killed between the end of a trial and its log
         result = read_results(folder)
@@ -176,13 +175,8 @@ def only_sweep(folder: SweepFolder) -> Iterator[None]:
     Raises:
         ConfigError: another one does.
     """
-    with (folder.path / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process carries the sweep {folder.path}: wait until it is done, or end it"
-            ) from None
+    refusal = ConfigError(f"another process carries the sweep {folder.path}: wait until it is done, or end it")
+    with claim(folder.path / ".lock", refusal):
         yield
 
 
@@ -205,14 +199,14 @@ def check_plan(plan: Plan) -> None:
 
 def _cache_is_there(config: Experiment) -> bool:
     """Whether trials have the cache that they are to read, if they are to read one."""
-    return config.craft.anchor_cache_dir is None or is_complete(Path(config.craft.anchor_cache_dir))
+    return config.craft.anchor_cache_dir is None or is_complete(place_of(config.craft.anchor_cache_dir))
 
 
 def check_cache(plan: Plan) -> None:
     """Refuse a space that anchors what the cache does not hold."""
     if plan.config.craft.anchor_cache_dir is None:
         return
-    cache = Path(plan.config.craft.anchor_cache_dir)
+    cache = place_of(plan.config.craft.anchor_cache_dir)
     identity = read_manifest(cache).identity
 
     def held(config: Experiment) -> None:
@@ -235,7 +229,7 @@ def search(
     join(dashboard=multi)
     os.environ.update(TUNE_SETTINGS)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial has its line in the trial log
-    shutil.rmtree(folder.scratch, ignore_errors=True)
+    remove_tree(folder.scratch)
     trainable = tune.with_parameters(
         CraftTrial, sweep=str(folder.path), looks=looks or (on_trainer if multi else in_process)
     )
@@ -260,7 +254,7 @@ def search(
     try:
         tuner.fit()
     finally:
-        shutil.rmtree(folder.scratch, ignore_errors=True)
+        remove_tree(folder.scratch)
 
 
 def _one_after_another(folder: SweepFolder, plan: Plan) -> dict[str, Any]:

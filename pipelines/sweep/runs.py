@@ -19,8 +19,9 @@ from craft_ray.run_folder import RunFolder
 from craft_ray.tensorboard import TensorBoardObserver
 from craft_ray.training import Silent, training
 from craft_ray.workers import OneWorker
+from craft_ray.working_copy import working_copy
 from pipelines.train import PlannedRun, fit
-from pipelines.word import POLL_S, Word
+from pipelines.word import Word
 
 SHELVES = Shelves()
 """Preprocessed samples outlive a trial: the next one of this process reads the same."""
@@ -31,8 +32,11 @@ def in_process(config: Experiment, folder: RunFolder) -> Generator[Record]:
     """Train here, on the graphics processor where the config asks for one."""
     torch.set_num_threads(config.workers.threads)
     workers = OneWorker(torch.device("cuda" if config.workers.use_gpu else "cpu"))
-    with TensorBoardObserver(folder.path / "tensorboard", Silent(), enabled=True) as observer:
-        yield from training(config, folder, workers, observer, SHELVES)
+    with (
+        working_copy(folder) as copy,
+        TensorBoardObserver(copy.disk / "tensorboard", Silent(), enabled=True) as observer,
+    ):
+        yield from training(config, copy, workers, observer, SHELVES)
 
 
 def on_trainer(config: Experiment, folder: RunFolder) -> Generator[Record]:
@@ -66,7 +70,7 @@ def on_trainer(config: Experiment, folder: RunFolder) -> Generator[Record]:
                 raise failures[0]
             if not running:
                 return
-            time.sleep(POLL_S)
+            time.sleep(word.poll_s)
     finally:
         word.say(seen, go_on=False)
         thread.join()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from craft_ray.errors import CraftError
@@ -56,7 +55,7 @@ class _TrackedSweep:
     def __init__(self, tracker: Tracker, folder: SweepFolder, plan: Plan) -> None:
         self._tracker = tracker
         self._plan = plan
-        self._path: Path = folder.path / f"tracking-{tracker.name}.json"
+        self._path = folder.path / f"tracking-{tracker.name}.json"
         self._known: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
         self._open: dict[str, TrackedRun] = {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -13,11 +12,11 @@ from typing import Any
 import torch
 from ray import tune
 
-from craft_ray.checkpoint import checkpoint_step, last_checkpoint, point_last
+from craft_ray.checkpoint import adopt_checkpoint, checkpoint_step, last_checkpoint
 from craft_ray.config import Experiment
 from craft_ray.errors import CraftError
-from craft_ray.files import new_folder
 from craft_ray.metrics import Record
+from craft_ray.places import copy_tree, place_of, remove_tree
 from craft_ray.quiet import quiet_libraries
 from craft_ray.run_folder import RunFolder
 from craft_ray.sweep.objective import Verdict, judge, means, objective_of
@@ -40,7 +39,7 @@ class CraftTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], sweep: str, looks: Looks) -> None:  # type: ignore[override]  # with_parameters
         quiet_libraries()
-        self._sweep = SweepFolder(Path(sweep))
+        self._sweep = SweepFolder(place_of(sweep))
         self._plan = self._sweep.load()
         self._looks = looks
         self._begin(config)
@@ -70,19 +69,14 @@ class CraftTrial(tune.Trainable):
         """The run's own last checkpoint, which was written just before the look."""
         last = last_checkpoint(self._run.checkpoints)
         assert last is not None, "pbt saves at each look"
-        shutil.copytree(last, Path(checkpoint_dir) / last.name)
+        copy_tree(last, Path(checkpoint_dir) / last.name)
 
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]  # what a folder was saved to
         """Another trial's checkpoint, or this one's own after a pause, becomes the one that the run goes on from."""
         (source,) = Path(checkpoint).glob("step_*")
         self._reports.close()
-        with new_folder(self._run.checkpoints / source.name) as target:
-            shutil.copytree(source, target, dirs_exist_ok=True)
         self._trial.drop_reports_after(checkpoint_step(source))
-        point_last(self._run.checkpoints, source.name)
-        for other in self._run.checkpoints.glob("step_*"):
-            if other.name != source.name:
-                shutil.rmtree(other)
+        adopt_checkpoint(self._run.checkpoints, source)
         self._reports = self._stream(after=checkpoint_step(source))
 
     def _begin(self, config: dict[str, Any]) -> None:
@@ -138,7 +132,7 @@ def reports(trial: TrialFolder, plan: Plan, looks: Looks, after: int = 0) -> Gen
                     ended.append(metrics)
                     if plan.config.sweep.scheduler != "pbt":
                         # A setting can be trained again, unless it changed on the way.
-                        shutil.rmtree(trial.run(seed).checkpoints, ignore_errors=True)
+                        remove_tree(trial.run(seed).checkpoints)
                 elif seed != todo[0]:
                     continue
                 step = complete + metrics["step"]

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from craft_ray.places import ObjectPath
 
 # Read when transformers and datasets are imported, so they stand before both.
 _CACHE = tempfile.TemporaryDirectory(prefix="craft-ray-tests-")
@@ -54,6 +59,15 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text") / "data"
     text.write_data(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectPath]:
+    """A bucket in a real S3 endpoint on loopback, which the environment names."""
+    from tests.stores import running_store
+
+    with running_store() as bucket:
+        yield bucket
 
 
 @pytest.fixture(autouse=True)

@@ -392,11 +392,24 @@ class WorkersConfig(Section):
     use_gpu: bool = False
     cpus_per_worker: float = Field(1.0, gt=0)
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Further resources of Ray that a worker takes, e.g. `{GPU: 0.5}`."""
+    """Further resources of Ray that a worker takes; with `use_gpu` a part of a GPU, e.g. `{GPU: 0.5}`."""
     threads: int = Field(1, ge=1)
     """Threads of torch in each worker, where it computes on processors."""
     max_failures: int = Field(2, ge=0)
     """Times that a lost worker is replaced; the run goes on from its last checkpoint."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        gpus = self.resources_per_worker.get("GPU")
+        if gpus is None:
+            return self
+        if not self.use_gpu:
+            raise ValueError(
+                f"resources_per_worker takes {gpus:g} GPU, which use_gpu=false would leave idle: set use_gpu"
+            )
+        if gpus == 0 or (gpus > 1 and not gpus.is_integer()):
+            raise ValueError(f"resources_per_worker takes {gpus:g} GPU: name a part of one, or whole ones")
+        return self
 
 
 class CompareConfig(Section):

@@ -137,7 +137,7 @@ def test_the_list_of_keys_is_complete_and_changes_each(minimal: Path) -> None:
         ("craft.layers=[-1]", "craft.layers", (-1,)),
         ("task.episodes=0-2", "task.episodes", (0, 1, 2)),
         ("task.episodes=[7, 1-2]", "task.episodes", (7, 1, 2)),
-        ("workers.resources_per_worker.GPU=0.5", "workers.resources_per_worker", {"GPU": 0.5}),
+        ("workers.resources_per_worker.TPU=0.5", "workers.resources_per_worker", {"TPU": 0.5}),
         ("anchors={source: {path: a/b}, dtype: float32}", "anchors.dtype", "float32"),
         ("evaluation.old.data.path=a/b", "evaluation.old.data.path", "a/b"),
         ("evaluation.old={metric: success, rollout: {env: e, task: t}}", "evaluation.old.rollout.episodes", 20),
@@ -254,6 +254,15 @@ def test_a_value_that_cannot_be(override: str, key: str, minimal: Path) -> None:
             "compare.arms: 'far' is no arm and no variant; there are baseline, token_ce, hidden, near",
         ),
         (["train.warmup_steps=5"], "train.warmup_steps 5 is more than train.steps 4"),
+        (["workers.resources_per_worker.GPU=0.5"], "workers: resources_per_worker takes 0.5 GPU, which use_gpu=false"),
+        (
+            ["workers.use_gpu=true", "workers.resources_per_worker.GPU=0"],
+            "workers: resources_per_worker takes 0 GPU: name a part of one, or whole ones",
+        ),
+        (
+            ["workers.use_gpu=true", "workers.resources_per_worker.GPU=1.5"],
+            "workers: resources_per_worker takes 1.5 GPU: name a part of one, or whole ones",
+        ),
     ],
 )
 def test_values_that_contradict_each_other(overrides: list[str], said: str, minimal: Path) -> None:

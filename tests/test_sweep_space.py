@@ -344,6 +344,10 @@ KINDS = "uniform, loguniform, quniform, randint, choice, grid"
     [
         ("craft.lamda_lr: {uniform: [0, 1]}", ["unknown key craft.lamda_lr; did you mean craft.lambda_lr?"]),
         ("train.learning_rte: {choice: [1]}", ["unknown key train.learning_rte; did you mean train.learning_rate?"]),
+        (
+            "seed: {choice: [1]}\ncraft.lamda_lr: {choice: [1], when: {craft.enabled: false}}",
+            ["unknown key craft.lamda_lr; did you mean craft.lambda_lr?"],
+        ),
         ("craft.lambda_lr.x: {choice: [1]}", ["craft.lambda_lr.x", "no section"]),
         ("lambda_lr: {choice: [1]}", ["lambda_lr cannot be searched", "keys of craft and train"]),
         ("craft.lambda_lr: {unifrm: [0, 1]}", ["craft.lambda_lr", "unifrm", KINDS, "did you mean uniform?"]),

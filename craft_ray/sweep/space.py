@@ -238,6 +238,10 @@ def check_space(space: Space, base: Experiment, allowed: Callable[[Experiment], 
         ConfigError: naming the space, the values and what is wrong with them.
     """
     for key, cases in space.knobs.items():
+        try:
+            _get(base, key)
+        except KeyError:  # said here, for a knob whose condition never holds is not drawn below
+            changed(base, {key: cases[0].corners()[0]}, space.name, allowed)
         for case in cases:
             for condition, values in case.when:
                 _check_condition(space, base, key, condition, values)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from experiments import ANSWERED, digits_experiment, scored
 
+from craft_ray.checkpoint import checkpoint_step, last_checkpoint
 from craft_ray.config import Experiment, load_config
 from craft_ray.errors import ConfigError, CraftError
 from craft_ray.run_folder import RunFolder
@@ -25,12 +26,12 @@ from craft_ray.sweep.objective import confidence_bound, judge
 from craft_ray.sweep.results import read_results, write_results
 from craft_ray.sweep.space import Params, parse_space
 from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder, seeds, trial_config
-from craft_ray.training import Silent, train, training
+from craft_ray.training import Run, Silent, train, training
 from craft_ray.workers import OneWorker
 from pipelines.anchors import build
 from pipelines.sweep.runs import in_process
 from pipelines.sweep.tracking import SweepTracking
-from pipelines.sweep.trial import reports
+from pipelines.sweep.trial import TRIAL, CraftTrial, reports
 
 KNOBS: dict[str, Any] = {
     "craft.lambda_lr": {"loguniform": [0.02, 0.5]},
@@ -195,6 +196,48 @@ def test_a_trial_that_was_lost_after_its_last_look_goes_on(
     found = list(reports(trial, plan, in_process))
     assert found[-1]["done"]
     assert untimed(found)[-1] == untimed(whole[1])[-1]
+    assert trial.outcome().status == "finished"
+
+
+class Lost(Exception):
+    """The process, at that moment."""
+
+
+@pytest.mark.parametrize(
+    ("moment", "step"),
+    [
+        *(((Run, "look"), step) for step in (4, 6)),
+        *(((TrialFolder, "add_report"), step) for step in (4, 6)),
+        ((TrialFolder, "end"), 6),
+    ],
+)
+def test_population_based_training_goes_on_wherever_it_was_lost(
+    moment: tuple[type, str], step: int, base: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the checkpoint and the look, the look and its report, the last report and the end."""
+    folder, plan, trial = begun(base.changed({"sweep.scheduler": "pbt"}), tmp_path / "sweep")
+    own = getattr(*moment)
+
+    def lost(self: Any, *arguments: Any) -> Any:
+        checkpoint = last_checkpoint(trial.run(0).checkpoints)
+        if checkpoint is not None and checkpoint_step(checkpoint) == step:
+            raise Lost
+        return own(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*moment, lost)
+        with pytest.raises(Lost):
+            list(reports(trial, plan, in_process))
+
+    class Resumed(CraftTrial):
+        def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
+            super().setup(config, sweep=str(folder.path), looks=in_process)
+
+    folder.assign("default", 0)  # what Tune calls a trial that has no other name
+    resumed = Resumed({TRIAL: 0})
+    while not resumed.step()["done"]:
+        pass
+    assert [report["step"] for report in trial.reports()] == [2, 4, 6]
     assert trial.outcome().status == "finished"
 
 

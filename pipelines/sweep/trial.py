@@ -86,8 +86,10 @@ class CraftTrial(tune.Trainable):
         if self._plan.config.sweep.scheduler == "pbt":
             if changed := {key: value for key, value in config.items() if key != TRIAL}:
                 self._trial.begin(changed)  # to a better trial's setting, or one beside it
-            last = last_checkpoint(self._run.checkpoints)
-            after = 0 if last is None else checkpoint_step(last)
+            # It goes on from its checkpoint, so what it has reported is not told again; but for the end, which it may
+            # have been lost on the way to.
+            steps = self._plan.config.train.steps
+            after = max((report["step"] for report in self._trial.reports() if report["step"] < steps), default=0)
         self._reports = self._stream(after)
 
     def _stream(self, after: int) -> Generator[Report]:

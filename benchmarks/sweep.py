@@ -8,8 +8,8 @@ Findings, on the digits demo: 16 settings with ASHA, and the same 16 all run to 
 three fresh seeds and scored on test data, which the sweep has not seen. Trials at once share the cores, so the time is
 the wall clock.
 
-Targets: at most 30 s and 0.5 s; at most 300 s, at least half stopped early, at most 1 point of the new score lost; the
-bound kept on test data by each seed.
+Targets: at most 30 s and 0.5 s; at most 300 s for the sweep, and for the whole demo with a sweep of four trials at its
+end; at least half stopped early, at most 1 point of the new score lost; the bound kept on test data by each seed.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def measure_findings(report: Report, demo: Path, scratch: Path, count: int, over
 
 def main() -> None:
     parser = arguments(__doc__, trials=TRIALS)
-    parser.add_argument("--demo", type=Path, help="folder of a digits demo; made where it is not given")
+    parser.add_argument("--demo", type=Path, help="folder of a digits demo; made, and timed, where it is not given")
     parser.add_argument("--child", type=Path, help="for itself: a sweep without work into this folder")
     parser.add_argument("--real", action="store_true", help="for itself: with one step")
     parser.add_argument("overrides", nargs="*", help="key=value for the sweeps of the findings")
@@ -179,7 +179,8 @@ def main() -> None:
         demo = options.demo
         if demo is None:
             demo = scratch / "demo"
-            craft_ray("demo", "--quick", "--out", str(demo))
+            seconds = craft_ray("demo", *(["--quick"] if options.tiny else []), "--out", str(demo))
+            report.add(Row("the digits demo, its sweep of 4 trials included", seconds, "s", target="<= 300"))
         demo = demo.absolute()
         measure_costs(report, demo, scratch, count)
         if not options.tiny:

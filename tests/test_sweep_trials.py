@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +16,13 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from experiments import ANSWERED, digits_experiment, scored
 
 from craft_ray.checkpoint import checkpoint_step, last_checkpoint
 from craft_ray.config import Experiment, load_config
 from craft_ray.errors import ConfigError, CraftError
+from craft_ray.metrics import Record
 from craft_ray.run_folder import RunFolder
 from craft_ray.sweep.objective import confidence_bound, judge
 from craft_ray.sweep.results import read_results, write_results
@@ -29,7 +31,7 @@ from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder, seeds
 from craft_ray.training import Run, Silent, train, training
 from craft_ray.workers import OneWorker
 from pipelines.anchors import build
-from pipelines.sweep.runs import in_process
+from pipelines.sweep.runs import Looks, in_process
 from pipelines.sweep.tracking import SweepTracking
 from pipelines.sweep.trial import TRIAL, CraftTrial, reports
 
@@ -199,6 +201,36 @@ def test_a_trial_that_was_lost_after_its_last_look_goes_on(
     assert trial.outcome().status == "finished"
 
 
+def process(folder: SweepFolder, looks: Looks) -> CraftTrial:
+    """What Tune runs the first trial in."""
+
+    class Process(CraftTrial):
+        def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
+            super().setup(config, sweep=str(folder.path), looks=looks)
+
+    folder.assign("default", 0)  # Tune's name for a trial that has no other
+    return Process({TRIAL: 0})
+
+
+def test_a_trial_that_runs_out_of_memory_tells_it_in_a_line(base: Experiment, tmp_path: Path) -> None:
+    folder, _, trial = begun(base.changed({"objective.subject_to": {}}), tmp_path / "sweep")
+
+    def exhausted(config: Experiment, run: RunFolder) -> Generator[Record]:
+        yield {"step": 2, "new/ratio": 0.5}
+        torch.empty(2**60)
+
+    crashing = process(folder, exhausted)
+    assert crashing.step()["value"] == 0.5
+    with pytest.raises(RuntimeError):
+        crashing.step()
+    told = trial.told_error()
+    assert told is not None
+    assert "allocate" in told
+    assert "\n" not in told
+    assert trial.outcome().status == "open", "whether it is tried again is not its own decision"
+    assert [report["step"] for report in trial.reports()] == [2]
+
+
 class Lost(Exception):
     """The process, at that moment."""
 
@@ -229,12 +261,7 @@ def test_population_based_training_goes_on_wherever_it_was_lost(
         with pytest.raises(Lost):
             list(reports(trial, plan, in_process))
 
-    class Resumed(CraftTrial):
-        def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
-            super().setup(config, sweep=str(folder.path), looks=in_process)
-
-    folder.assign("default", 0)  # what Tune calls a trial that has no other name
-    resumed = Resumed({TRIAL: 0})
+    resumed = process(folder, in_process)
     while not resumed.step()["done"]:
         pass
     assert [report["step"] for report in trial.reports()] == [2, 4, 6]
@@ -349,6 +376,9 @@ def test_a_sweep_is_begun_once_and_read_back_as_it_was(base: Experiment, tmp_pat
         SweepFolder(tmp_path).begin(plan)
     with pytest.raises(ConfigError, match="holds no sweep"):
         SweepFolder(tmp_path / "elsewhere").load()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".sweep.yaml.17.tmp").write_text("half writ")
+    SweepFolder(tmp_path / "killed").begin(plan)
 
 
 def test_trials_are_numbered_and_only_those_that_have_begun_count(tmp_path: Path) -> None:

@@ -122,7 +122,8 @@ class SweepFolder:
             raise ConfigError(
                 f"there is a sweep in {self.path}: go on with --resume {self.path}, or choose another folder (--out)"
             )
-        if self.path.exists() and {entry.name for entry in self.path.iterdir()} - {".lock", ".ray"}:
+        # What a killed process left half-written has a name with a dot, as the lock does.
+        if self.path.exists() and not all(entry.name.startswith(".") for entry in self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty and holds no sweep: choose another folder (--out)")
         self.write(plan)
         self.new = True

@@ -181,12 +181,13 @@ def planned(options: argparse.Namespace, cluster: dict[str, Any]) -> list[Node]:
     gcs, dashboard = (cluster[key].rpartition(":")[2] for key in ("address", "dashboard"))
     client, *metrics = free_ports(3)
     cpus = options.cpus if options.cpus is not None else max(1, (os.cpu_count() or 1) // options.nodes)
-    common = [f"--num-cpus={cpus}", "--dashboard-agent-listen-port=0", "--log-color=false"]
+    common = ["--dashboard-agent-listen-port=0", "--log-color=false"]
     if options.object_store is not None:
         common.append(f"--object-store-memory={options.object_store * 2**20}")
     nodes = []
     for index in range(options.nodes):
-        arguments = [*common]
+        own_cpus = options.head_cpus if options.head_cpus is not None and index == 0 else cpus
+        arguments = [*common, f"--num-cpus={own_cpus}"]
         environment = dict(zip(("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"), map(str, metrics), strict=True))
         if options.gpus is not None:
             arguments.append(f"--num-gpus={options.gpus}")
@@ -322,6 +323,7 @@ def arguments() -> argparse.Namespace:
     starting = commands.add_parser("start", help="start a cluster and print what to export")
     starting.add_argument("--nodes", type=int, default=1, help="nodes, the head among them [1]")
     starting.add_argument("--cpus", type=int, help="CPUs that each node offers [this machine's, divided]")
+    starting.add_argument("--head-cpus", type=int, help="CPUs that the head offers; 0: it has drivers alone [--cpus]")
     starting.add_argument("--gpus", type=int, help="GPUs that each node offers [this machine's, on the head]")
     starting.add_argument("--object-store", type=int, metavar="MIB", help="object store of each node [Ray's choice]")
     starting.add_argument("--patience", type=float, default=180, metavar="SECONDS", help="to wait for all nodes [180]")

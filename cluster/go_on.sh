@@ -4,7 +4,8 @@
 #   go_on.sh train FOLDER CONFIG [key=value ...]
 #   go_on.sh sweep FOLDER CONFIG --space SPACE [...]
 #
-# FOLDER lies on storage that every node mounts. Of a run it is OUTPUT_DIR/NAME-ARM-seedSEED, as its config has it.
+# FOLDER is on storage that every node reaches, a mount or s3://. Of a run it is OUTPUT_DIR/NAME-ARM-seedSEED, as its
+# config has it.
 set -euo pipefail
 
 if [ "$#" -lt 3 ] || { [ "$1" != train ] && [ "$1" != sweep ]; }; then
@@ -15,7 +16,19 @@ stage=$1
 folder=$2
 shift 2
 
-if [ -e "$folder/config.yaml" ] || [ -e "$folder/sweep.yaml" ]; then
+begun=$(python - "$folder" <<'PYTHON'
+import sys
+from craft_ray.errors import CraftError
+from craft_ray.places import place_of
+
+folder = place_of(sys.argv[1])
+try:
+    print(any((folder / name).exists() for name in ("config.yaml", "sweep.yaml")))
+except CraftError as error:
+    sys.exit(f"go_on.sh: {error.message}")
+PYTHON
+)
+if [ "$begun" = True ]; then
   exec craft-ray "$stage" --resume "$folder"
 fi
 if [ "$stage" = sweep ]; then

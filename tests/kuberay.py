@@ -185,7 +185,7 @@ class JobSpec(Strict):
     @model_validator(mode="after")
     def plain_words(self) -> JobSpec:
         """The operator pastes the entrypoint into a shell's line, and Ray quotes its words once more."""
-        assert re.fullmatch(r"[\w./= -]+", self.entrypoint), self.entrypoint
+        assert re.fullmatch(r"[\w./:= -]+", self.entrypoint), self.entrypoint
         return self
 
 

@@ -1,4 +1,4 @@
-"""The commands of cluster/ run for real: what a RayJob submits, on a cluster laid out like its own, and what sbatch runs."""
+"""The commands of cluster/ run for real: what a RayJob submits, on a cluster laid out as its own; what sbatch runs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_entrypoints_of_the_rayjobs(
 
 
 def namespace() -> list[str] | None:
-    """What hides the other processes of this machine: `ray symmetric-run` ends with `ray stop`, which ends every Ray."""
+    """What hides the processes of this machine: `ray symmetric-run` ends with `ray stop`, which ends every Ray."""
     for rights in ([], ["--user", "--map-root-user"]):
         command = ["unshare", *rights, "--pid", "--fork", "--mount-proc", "--kill-child"]
         try:

@@ -87,13 +87,12 @@ def test_the_volume_of_the_manifests_is_the_one_that_storage_makes() -> None:
     assert volumes["shared"].persistentVolumeClaim.claimName == claim["metadata"]["name"]
 
 
-def test_on_s3_nothing_names_the_volume_and_nothing_is_begun_twice() -> None:
-    for name in ("train", "sweep"):
-        job = RayJob.model_validate(manifest(name, s3=True)).spec
-        assert job.backoffLimit == 0
-        assert job.entrypoint.startswith(f"craft-ray {name} /etc/craft-ray/run.yaml")
+def test_on_s3_nothing_names_the_volume_and_the_same_is_run() -> None:
     for name in (*JOBS, "cluster"):
         assert "/shared" not in json.dumps(manifest(name, s3=True))
+    for name in JOBS:
+        there, here = (manifest(name, s3)["spec"].pop("entrypoint") for s3 in (True, False))
+        assert there == here.replace("/shared", "s3://YOUR-BUCKET")
 
 
 @pytest.mark.parametrize(
@@ -236,11 +235,12 @@ def test_go_on_begins_what_has_not_begun_and_resumes_what_has(tmp_path: Path) ->
     told.parent.mkdir()
     told.write_text('#!/usr/bin/env bash\necho "$@"\nexit 3\n')
     told.chmod(0o755)
+    path = os.pathsep.join([str(told.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
 
-    def go_on(*words: str) -> tuple[int, str]:
+    def go_on(*words: str, **settings: str) -> tuple[int, str]:
         done = subprocess.run(
             ["bash", CLUSTER / "go_on.sh", *words], capture_output=True, text=True, check=False, cwd=tmp_path,
-            env={**os.environ, "PATH": f"{told.parent}:{os.environ['PATH']}"},
+            env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **settings},
         )  # fmt: skip
         return done.returncode, (done.stdout + done.stderr).strip()
 
@@ -255,6 +255,12 @@ def test_go_on_begins_what_has_not_begun_and_resumes_what_has(tmp_path: Path) ->
     assert go_on("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep --resume s")
     for wrong in ((), ("train", "runs/a"), ("anchors", "a", "run.yaml")):
         assert go_on(*wrong) == (2, "usage: go_on.sh train|sweep FOLDER CONFIG [...]")
+
+    keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_REGION": "nowhere"}
+    code, said = go_on("train", "s3://bucket/a", "run.yaml", **keys, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    assert code == 1, "a store that does not answer says nothing of the run"
+    assert said.startswith("go_on.sh: s3://bucket/a/config.yaml could not be looked at")
+    assert said.count("\n") == 0
 
 
 def test_the_readme_of_each_folder_names_its_files() -> None:

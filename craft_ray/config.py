@@ -61,6 +61,21 @@ def _distinct(items: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     return items
 
 
+def _workers(value: Any) -> Any:
+    """A number of workers, or the least and the most."""
+    pair = value if isinstance(value, list | tuple) else (value, value)
+    if not all(type(number) is int for number in pair) or len(pair) != 2:
+        raise ValueError(f"{value!r} is no number of workers: write e.g. 2, or [1, 2] for the least and the most")
+    least, most = pair
+    if pair is value and not 1 <= least <= most:
+        raise ValueError(
+            f"[{least}, {most}] is no range of workers: write the least, from 1, and the most, e.g. [1, 2]"
+        )
+    if least < 0:
+        raise ValueError(f"{value} is no number of workers: write 0 to train in this process, or 1 and more")
+    return value
+
+
 def _variant(name: str) -> str:
     if name in ARMS:
         raise ValueError(f"'{name}' is an arm: a variant needs another name")
@@ -387,8 +402,9 @@ class ValidationConfig(Section):
 class WorkersConfig(Section):
     """Processes of a run."""
 
-    num_workers: int = Field(1, ge=0)
-    """Workers of Ray Train; 0 trains in this process, without a cluster."""
+    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
+    """Workers of Ray Train; 0 trains in this process, without a cluster. Two numbers, e.g. `[1, 2]`, are the least and
+    the most: training goes on with what is left where a node is lost, and grows again (docs/faults.md)."""
     use_gpu: bool = False
     cpus_per_worker: float = Field(1.0, gt=0)
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = {}
@@ -410,6 +426,25 @@ class WorkersConfig(Section):
         if gpus == 0 or (gpus > 1 and not gpus.is_integer()):
             raise ValueError(f"resources_per_worker takes {gpus:g} GPU: name a part of one, or whole ones")
         return self
+
+    @property
+    def least(self) -> int:
+        """Workers that a run needs."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that a run takes where the cluster has room."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def elastic(self) -> bool:
+        return self.least < self.most
+
+    @property
+    def count(self) -> str:
+        """The number of workers in words."""
+        return f"{self.least} to {self.most}" if self.elastic else str(self.most)
 
 
 class CompareConfig(Section):
@@ -538,23 +573,27 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        parts = max(self.workers.num_workers, 1) * self.train.accumulate
-        if self.train.batch_size % parts:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} does not divide over {self.workers.num_workers} workers "
-                f"times {self.train.accumulate} micro-batches"
-            )
-        if self.craft.enabled and self.craft.anchor_batch_size % parts:
-            raise ValueError(
-                f"craft.anchor_batch_size {self.craft.anchor_batch_size} does not divide over "
-                f"{self.workers.num_workers} workers times {self.train.accumulate} micro-batches"
-            )
+        self._check_batches()
         self._check_arms()
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}"
             )
         return self
+
+    def _check_batches(self) -> None:
+        """A global batch is the same for any number of workers that a run may have, so it divides over each."""
+        workers, accumulate = self.workers, self.train.accumulate
+        batches = {"train.batch_size": self.train.batch_size}
+        if self.craft.enabled:
+            batches["craft.anchor_batch_size"] = self.craft.anchor_batch_size
+        for key, size in batches.items():
+            for number in range(workers.least, workers.most + 1):
+                if size % (max(number, 1) * accumulate):
+                    within = f" (of {workers.count})" if workers.elastic else ""
+                    raise ValueError(
+                        f"{key} {size} does not divide over {number} workers{within} times {accumulate} micro-batches"
+                    )
 
     def _check_arms(self) -> None:
         """Arms that are chosen exist, and the settings of each make one."""

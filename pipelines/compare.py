@@ -111,12 +111,12 @@ def _carry_out(runs: Sequence[PlannedRun]) -> None:
 
 
 def _lanes(config: Experiment) -> int:
-    """Trainers that the cluster holds at once."""
+    """Trainers that the cluster holds at once, each with all the workers that it may have."""
     if config.workers.num_workers == 0:
         return 1
     join()
     have = ray.cluster_resources()
-    need = {name: config.workers.num_workers * amount for name, amount in resources(config.workers).items()}
+    need = {name: config.workers.most * amount for name, amount in resources(config.workers).items()}
     fitting = min(int(have.get(name, 0.0) // amount) for name, amount in need.items() if amount)
     return max(1, min(fitting, config.compare.parallel or fitting))
 

@@ -36,7 +36,7 @@ def dry_run(config: Experiment) -> None:
     if workers.num_workers:
         join()
         needed = {name: amount for name, amount in resources(workers).items() if name != "GPU" or device.type == "cuda"}
-        lacking = check_resources(workers.num_workers, needed, "workers.num_workers")
+        lacking = check_resources(workers.least, needed, "workers.num_workers")
         if lacking:
             raise ConfigError(lacking)
     print(dump_config(config))
@@ -54,7 +54,7 @@ def dry_run(config: Experiment) -> None:
             run.close()
         finally:
             observer.close()
-    place = f"{workers.num_workers} worker(s) of {resources(workers)}" if workers.num_workers else "this process"
+    place = f"{workers.count} worker(s) of {resources(workers)}" if workers.num_workers else "this process"
     print(
         f"Plan: {config.train.steps} steps of {config.train.batch_size} samples on {place}, arm {config.arm}, into "
         f"{place_of(config.output_dir) / run_name(config)}. "

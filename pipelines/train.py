@@ -164,7 +164,7 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
     assert all(run.config.workers == workers for run in runs), "runs of one trainer share its workers"
     if workers.num_workers:
         join()
-        lacking = check_resources(workers.num_workers, resources(workers), "workers.num_workers")
+        lacking = check_resources(workers.least, resources(workers), "workers.num_workers")
         if lacking:
             raise ConfigError(lacking)
     scratch = runs[0].folder.path / ".ray"
@@ -178,7 +178,9 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
             "supervised": supervised,
         },
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources(workers)
+            num_workers=workers.num_workers,  # type: ignore[arg-type]  # of Train V2, which takes a pair
+            use_gpu=workers.use_gpu,
+            resources_per_worker=resources(workers),
         ),
         # A name is used once: Ray returns the old result where a finished name is run again.
         run_config=RunConfig(

@@ -210,6 +210,12 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("evaluation.old.metric=choice", "evaluation.old"),
         ("evaluation.old={data: {path: a}, metric: f1}", "evaluation.old.metric"),
         ("workers.num_workers=-1", "workers.num_workers"),
+        ("workers.num_workers=two", "workers.num_workers"),
+        ("workers.num_workers=1.5", "workers.num_workers"),
+        ("workers.num_workers=[0, 2]", "workers.num_workers"),
+        ("workers.num_workers=[2, 1]", "workers.num_workers"),
+        ("workers.num_workers=[1, 2, 3]", "workers.num_workers"),
+        ("workers.num_workers=[]", "workers.num_workers"),
         ("compare.seeds=[1, 1]", "compare.seeds"),
         ("compare.arms=[none]", "compare.arms"),
         ("compare.arms=[hidden, hidden]", "compare.arms"),
@@ -242,6 +248,11 @@ def test_a_value_that_cannot_be(override: str, key: str, minimal: Path) -> None:
         ),
         (["craft.anchor_batch_size=9", "workers.num_workers=2"], "craft.anchor_batch_size 9 does not divide"),
         (
+            ["train.batch_size=8", "workers.num_workers=[2, 4]"],
+            "train.batch_size 8 does not divide over 3 workers (of 2 to 4) times 1 micro-batches",
+        ),
+        (["craft.anchor_batch_size=9", "workers.num_workers=[1, 2]"], "craft.anchor_batch_size 9 does not divide over"),
+        (
             ["compare.variants={near: {epsilon_strat: 1}}"],
             "compare.variants.near: unknown key craft.epsilon_strat; did you mean craft.epsilon_start?",
         ),
@@ -267,6 +278,16 @@ def test_a_value_that_cannot_be(override: str, key: str, minimal: Path) -> None:
 )
 def test_values_that_contradict_each_other(overrides: list[str], said: str, minimal: Path) -> None:
     assert refusal(minimal, *overrides).startswith(f"{minimal}: {said}")
+
+
+def test_a_number_of_workers_is_a_range(minimal: Path) -> None:
+    for override, least, most, count in (("0", 0, 0, "0"), ("3", 3, 3, "3"), ("[1, 2]", 1, 2, "1 to 2")):
+        config = load_config(
+            minimal, ["train.batch_size=12", "craft.anchor_batch_size=12", f"workers.num_workers={override}"]
+        )
+        workers = config.workers
+        assert (workers.least, workers.most, workers.count, workers.elastic) == (least, most, count, least < most)
+        assert parse_config(yaml.safe_load(dump_config(config)), "again") == config
 
 
 def test_a_baseline_does_not_mind_the_anchors(minimal: Path) -> None:

@@ -14,6 +14,7 @@ from craft_ray.config import Experiment, parse_config
 from craft_ray.errors import ConfigError
 from craft_ray.sweep.space import parse_space
 from craft_ray.sweep.trials import Plan, SweepFolder
+from pipelines.sweep.driver import check_plan
 from pipelines.sweep.schedulers import MedianNow, check_scheduler, longest
 from pipelines.sweep.search import PlannedSearch, TpeSampler, sampler_of
 
@@ -92,6 +93,13 @@ def test_a_scheduler_that_has_nothing_to_act_on_is_refused(
         check_scheduler(plan(knobs, **changes))
     assert words in refused.value.message
     assert "\n" not in refused.value.message
+
+
+def test_a_sweep_has_one_number_of_workers() -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_plan(plan(workers__num_workers=[1, 2]))
+    assert "workers.num_workers is 1 to 2" in refused.value.message
+    assert "set e.g. workers.num_workers=1" in refused.value.message
 
 
 def test_a_searched_length_is_the_schedulers_length() -> None:

@@ -86,7 +86,7 @@ def workers_of(run: FinishedRun) -> str:
     place = "on a GPU" if workers.use_gpu else "on processors"
     if workers.num_workers == 0:
         return f"in one process, {place}"
-    return f"{workers.num_workers} of {workers.threads} thread(s), {place}"
+    return f"{workers.count} of {workers.threads} thread(s), {place}"
 
 
 def judged_on(run: FinishedRun) -> str | None:

@@ -124,7 +124,7 @@ def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
             if any(eval_set.data == other.data for _, other in eval_sets(config, "evaluation")):
                 say(f"validation.{skill} is the data of evaluation: what is chosen on it will score too well on it")
         if open_trials(folder, plan):
-            join(dashboard=config.workers.num_workers > 1)
+            join(dashboard=config.workers.most > 1)
             concurrency(config)
             if not _cache_is_there(config) and config.anchors is not None:
                 build(config)
@@ -187,6 +187,11 @@ def check_plan(plan: Plan) -> None:
         CraftError: the objective, the space, the scheduler or the data do not fit.
     """
     config = plan.config
+    if config.workers.elastic:
+        raise ConfigError(
+            f"workers.num_workers is {config.workers.count}, but the trials of a sweep are compared and have one "
+            f"number: set e.g. workers.num_workers={config.workers.least}"
+        )
     objective_of(config)
     check_scheduler(plan)
     sampler_of(plan)
@@ -225,7 +230,7 @@ def search(
         looks: how a run of a trial is carried out; on a trainer for several workers, otherwise in the trial's process.
     """
     config = plan.config
-    multi = config.workers.num_workers > 1
+    multi = config.workers.most > 1
     join(dashboard=multi)
     os.environ.update(TUNE_SETTINGS)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial has its line in the trial log
@@ -284,7 +289,7 @@ def concurrency(config: Experiment) -> int:
     Raises:
         ConfigError: it does not hold one.
     """
-    each, workers = resources(config.workers), max(config.workers.num_workers, 1)
+    each, workers = resources(config.workers), max(config.workers.most, 1)
     held = capacity(each) // workers
     if not held:
         needed = ", ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)

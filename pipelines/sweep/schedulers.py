@@ -60,7 +60,7 @@ def check_scheduler(plan: Plan) -> None:
             f"so sweep.scheduler {sweep.scheduler} would never act: make either smaller, or use sweep.scheduler=none"
         )
     if sweep.scheduler == "pbt":
-        if config.workers.num_workers > 1:
+        if config.workers.most > 1:
             raise ConfigError("sweep.scheduler pbt copies trials of one process: set workers.num_workers to 1")
         if sweep.sampler != "random":
             raise ConfigError(

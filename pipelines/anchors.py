@@ -49,6 +49,7 @@ from craft_ray.files import readable_bytes
 from craft_ray.models import load_model
 from craft_ray.places import Place, place_of
 from craft_ray.quiet import quiet_libraries
+from pipelines.outputs import check_kept
 from pipelines.session import check_resources, join
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def build(config: Experiment, say: Any = print) -> Built:
         CacheRefused: the folder holds another cache, or a damaged one.
     """
     anchors, folder = needed(config)
+    check_kept(folder, "craft.anchor_cache_dir")
     refusal = CacheRefused(f"another process is building the cache in {folder}: wait until it is done")
     # Two at a time would clear away each other's half-written files.
     with claim(folder.with_name(f".{folder.name}.lock"), refusal):
@@ -307,6 +309,7 @@ def import_legacy(legacy: Path, config: Experiment, check: bool, say: Any = prin
         CacheRefused: the shards are not what the config says, or not what its model gives.
     """
     _, folder = needed(config)
+    check_kept(folder, "craft.anchor_cache_dir")
     model = load_model(config.model, config.train.precision)
     shards = LegacyShards(legacy)
     manifest, agreement = import_shards(shards, folder, config, model, CHECKED_ROWS if check else 0)

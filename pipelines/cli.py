@@ -216,7 +216,10 @@ def report(
     """Write the report of finished runs."""
     from craft_ray.report.html import write_report
     from craft_ray.run_folder import RunFolder, command_line
+    from pipelines.outputs import check_kept
 
+    target = place_of(out)
+    check_kept(target, "--out")
     folders = [RunFolder(place_of(path).absolute()) for path in runs]
     for folder in folders:
         if not folder.path.exists():
@@ -224,9 +227,24 @@ def report(
         if folder.finished() is None:
             raise ConfigError(f"{folder.path} is no finished run: it has no result.json; go on with --resume")
     _quiet()
-    target = place_of(out)
     write_report(folders, target, title=folders[0].config().name, command=shlex.join(command_line()))
     print(f"report: {target / 'report.html'}")
+
+
+@app.command("submit", context_settings={"allow_interspersed_args": False})
+def submit(
+    command: Annotated[list[str], typer.Argument(help="what the cluster is to run", show_default=False)],
+    address: Annotated[
+        str | None,
+        typer.Option(help="the cluster's dashboard [default: $RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265]"),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the log, and exit as the command does")] = True,
+    working_dir: Annotated[Path, typer.Option(help="the folder that the command gets a copy of")] = Path("."),
+) -> None:
+    """Run a command as a job of a cluster: craft-ray submit -- craft-ray train run.yaml."""
+    from pipelines.submit import submit as run
+
+    sys.exit(run(command, address, working_dir, wait))
 
 
 @app.command("demo")

@@ -21,6 +21,7 @@ from craft_ray.report.html import write_report
 from craft_ray.run_folder import RunFolder, command_line
 from pipelines.anchors import build
 from pipelines.console import QuarterObserver, following
+from pipelines.outputs import check_kept
 from pipelines.session import join
 from pipelines.train import PlannedRun, check_inputs, fit, resources, run_name
 
@@ -34,6 +35,7 @@ def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folde
     Raises:
         CacheRefused, ConfigError, ...: as the single stages.
     """
+    check_kept(folder, "output_dir, or --out,")
     configs = [arm_config(config, arm, seed, folder, arms) for arm in arms for seed in seeds]
     if config.craft.anchor_cache_dir is not None and config.anchors is not None:
         build(config)

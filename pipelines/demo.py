@@ -24,6 +24,7 @@ from craft_ray.run_folder import RunFolder, command_line
 from craft_ray.sweep.space import load_space
 from craft_ray.sweep.trials import SweepFolder
 from pipelines.compare import compare, met
+from pipelines.outputs import check_kept
 from pipelines.sweep.driver import plan_sweep, resume_sweep, sweep
 from pipelines.train import PlannedRun, carry_out
 
@@ -101,6 +102,7 @@ def demo(out: Path, preset_name: str, quick: bool) -> bool:
     if preset.needs is not None and importlib.util.find_spec(preset.needs) is None:
         raise ConfigError(f"the preset {preset_name} needs scikit-learn's data: pip install 'craft-ray[demo]'")
     out = out.absolute()
+    check_kept(out, "--out")
     _make_inputs(preset, out)
     quickly = preset.quick_teacher if quick else ()
     teach_config = load_config(CONFIGS / f"{preset.config}_teacher.yaml", quickly, base=out)

@@ -25,6 +25,7 @@ from craft_ray.places import Place
 from craft_ray.run_folder import RunFolder
 from craft_ray.training import eval_sets
 from craft_ray.workers import OneWorker
+from pipelines.outputs import check_kept
 
 TEACHER = "teacher"
 
@@ -52,6 +53,8 @@ def evaluate(config: Experiment, checkpoints: Sequence[Place], out: Place | None
     """
     if out is not None and out.suffix != ".json":
         raise ConfigError(f"--out is {out}: name a .json file; the samples go into a .jsonl file beside it")
+    if out is not None:
+        check_kept(out, "--out")
     folders = labelled([model_folder(path) for path in checkpoints])
     sources = {skill: open_eval_set(found, f"evaluation.{skill}") for skill, found in eval_sets(config, "evaluation")}
     if not sources:

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from craft_ray.errors import ConfigError
+from pipelines.authentication import check_token, refused
+from pipelines.runtime_env import of_driver
 
 KNOBS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a lost worker is noticed in tenths of a second, not in two
@@ -43,12 +46,15 @@ def join(dashboard: bool = False) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
         try:
-            ray.init(address=address, **options)
+            check_token(address)
+            ray.init(address=address, runtime_env=of_driver(address, os.environ), **options)
+        except AuthenticationError:
+            raise refused(address) from None
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"RAY_ADDRESS is {address}, but no cluster answers there ({reason}): start it, unset RAY_ADDRESS to "
-                f"use this machine, or set RAY_AUTH_MODE=token where the cluster asks for a token"
+                f"RAY_ADDRESS is {address}, but no cluster answers there ({reason}): start it, or unset RAY_ADDRESS to "
+                f"use this machine"
             ) from None
     else:
         with _told_its_address():

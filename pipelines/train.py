@@ -36,6 +36,7 @@ from craft_ray.training import training
 from craft_ray.workers import OneWorker, ProcessGroup, Workers
 from craft_ray.working_copy import working_copy
 from pipelines.console import ConsoleObserver, FileObserver, following
+from pipelines.outputs import check_kept
 from pipelines.session import check_resources, join, quiet_ray
 from pipelines.word import Word
 
@@ -66,6 +67,7 @@ def plan_run(config: Experiment) -> PlannedRun:
 def check_new(config: Experiment) -> RunFolder:
     """The folder of a run that has not begun."""
     folder = RunFolder(place_of(config.output_dir) / run_name(config))
+    check_kept(folder.path, "output_dir")
     if folder.finished() is not None:
         raise ConfigError(
             f"the run {folder.path} is finished, its scores are in result.json: choose another name=... or seed=..., "

@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from craft_ray.places import ObjectPath
-
 # Read when transformers and datasets are imported, so they stand before both.
 _CACHE = tempfile.TemporaryDirectory(prefix="craft-ray-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +16,11 @@ os.environ["HF_MODULES_CACHE"] = f"{_CACHE.name}/modules"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from clusters import Cluster
+
+    from craft_ray.places import ObjectPath
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +76,12 @@ def object_store() -> Iterator[ObjectPath]:
 def own_expansions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches are expanded below this test's folder, so that no test is served what another one expanded."""
     monkeypatch.setenv("CRAFT_RAY_CACHE", str(tmp_path / "expanded"))
+
+
+@pytest.fixture(scope="session")
+def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One node of two CPUs that asks for a token."""
+    from clusters import cluster
+
+    with cluster(tmp_path_factory.mktemp("cluster")) as found:
+        yield found

@@ -29,6 +29,7 @@ from craft_ray.sweep.space import Space, check_space
 from craft_ray.sweep.trials import Plan, SweepFolder
 from craft_ray.training import eval_sets
 from pipelines.anchors import build
+from pipelines.outputs import check_kept
 from pipelines.session import capacity, join
 from pipelines.sweep.console import Say, TrialLog, conclusion
 from pipelines.sweep.runs import Looks, in_process, on_trainer
@@ -58,6 +59,7 @@ def plan_sweep(config: Experiment, space: Space, path: Place | None) -> tuple[Sw
     plan = Plan(config, space, command_line())
     check_plan(plan)
     folder = SweepFolder(path or place_of(config.output_dir) / f"{config.name}-sweep")
+    check_kept(folder.path, "output_dir, or --out,")
     folder.begin(plan)
     return folder, plan
 

@@ -1,0 +1,169 @@
+"""Real Ray clusters on this machine for tests: with a token, of one node or several, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+HOST = "127.0.0.1"
+BIN = Path(sys.executable).parent
+PATIENCE_S = 120.0
+ATTEMPTS = 3
+
+
+@dataclass
+class Cluster:
+    """A running cluster; `environment` is a user's who may use it."""
+
+    address: str
+    dashboard: str
+    token: Path
+    environment: dict[str, str]
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def ask(self, path: str, method: str = "GET") -> dict[str, Any]:
+        """What the dashboard answers, which is much quicker than Ray's own commands."""
+        headers = {"Authorization": f"Bearer {self.token.read_text()}"}
+        answer = requests.request(method, f"{self.dashboard}/api/{path}", headers=headers, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    def alive(self) -> int:
+        """Nodes that the dashboard tells of; 0 while it does not answer."""
+        try:
+            rows = self.ask("v0/nodes")["data"]["result"]["result"]
+        except (requests.RequestException, TypeError):
+            return 0
+        return sum(row["state"] == "ALIVE" for row in rows)
+
+    def command(self, *arguments: str | Path, **changes: str | None) -> subprocess.Popen[str]:
+        """`craft-ray ARGUMENTS` of this user, with `changes` to the environment (None: not set)."""
+        environment = self.environment | {k: v for k, v in changes.items() if v is not None}
+        return subprocess.Popen(
+            [str(BIN / "craft-ray"), *map(str, arguments)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={k: v for k, v in environment.items() if changes.get(k, "") is not None},
+        )  # fmt: skip
+
+
+@contextmanager
+def cluster(
+    folder: Path,
+    cpus: Sequence[int] = (2,),
+    environment: Mapping[str, str] | None = None,
+    hidden: Mapping[int, Path] | None = None,
+) -> Iterator[Cluster]:
+    """A cluster with a token, a node for each number of `cpus`; the first is the head.
+
+    Args:
+        folder: for the token and what the nodes print.
+        environment: what the nodes have beside this process's environment.
+        hidden: the nodes (not the head) that see another, empty folder in place of this one; needs the right to mount.
+    """
+    gcs, dashboard, client, *metrics = free_ports(5)
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    user = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    user |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    ports = dict(zip(("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"), map(str, metrics), strict=True))
+    mark = {"CRAFT_RAY_TEST_CLUSTER": secrets.token_hex(8)}
+    found = Cluster(f"{HOST}:{gcs}", f"http://{HOST}:{dashboard}", token, user)
+    # The path of a socket is short, so this folder is not below the test's.
+    with tempfile.TemporaryDirectory(prefix="crt-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+        try:
+            for index, count in enumerate(cpus):
+                command = [
+                    sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--log-color=false",
+                    f"--num-cpus={count}", "--num-gpus=0", "--object-store-memory=100000000",
+                    "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
+                ]  # fmt: skip
+                if index == 0:
+                    command += [
+                        "--head", f"--port={gcs}", f"--temp-dir={scratch}", f"--ray-client-server-port={client}",
+                        f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}", "--disable-usage-stats",
+                    ]  # fmt: skip
+                else:
+                    command += [f"--address={found.address}"]
+                if index in (hidden or {}):
+                    mount = f"mount -t tmpfs none {shlex.quote(str((hidden or {})[index]))}"
+                    command = ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(command)}"]
+                _start(found, command, user | ports | mark | dict(environment or {}), folder / f"node-{index}.log")
+            yield found
+        finally:
+            left = _stop(found, mark)
+    assert not left, f"processes of the cluster had to be killed: {left}"
+
+
+def _start(found: Cluster, command: list[str], environment: dict[str, str], log: Path) -> None:
+    """Start a node. Ray gives itself thirty seconds, which is short on a busy machine, so it is tried again."""
+    for attempt in range(ATTEMPTS):
+        with log.open("wb") as file:
+            node = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
+        found.nodes.append(node)
+        end = time.monotonic() + PATIENCE_S
+        while node.poll() is None and time.monotonic() < end:
+            if found.alive() == len(found.nodes):
+                return
+            time.sleep(0.2)
+        if node.poll() is None or "timed out during startup" not in log.read_text() or attempt == ATTEMPTS - 1:
+            raise AssertionError(f"the node did not come up:\n{log.read_text()}")
+        found.nodes.remove(node)
+
+
+def _stop(found: Cluster, mark: Mapping[str, str]) -> list[str]:
+    """End every process of the cluster; the ones that did not go by themselves."""
+    ours = {p for node in found.nodes for p in _with_children(node.pid)}
+    for node in reversed(found.nodes):
+        node.terminate()
+    for node in found.nodes:
+        node.wait(30)
+    _, left = psutil.wait_procs(ours, timeout=30)
+    left += [p for p in psutil.process_iter() if p not in left and mark.items() <= _environment(p).items()]
+    names = []
+    for process in left:
+        try:
+            names.append(f"{process.pid} {shlex.join(process.cmdline())}")
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    return names
+
+
+def _with_children(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:  # gone meanwhile, or another user's
+        return {}
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [probe.getsockname()[1] for probe in probes]

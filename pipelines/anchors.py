@@ -8,6 +8,7 @@ a repeated one replaces itself, and the next build does what is missing.
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ from craft_ray.models import load_model
 from craft_ray.places import Place, place_of
 from craft_ray.quiet import quiet_libraries
 from pipelines.outputs import check_kept
+from pipelines.ray_metrics import BuildMetrics, ShardMetrics
 from pipelines.session import check_resources, join
 
 if TYPE_CHECKING:
@@ -108,8 +110,10 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: Place, say: Any) 
     _clear(folder)
     del model
     work = _in_process if config.workers.num_workers == 0 else _on_ray
-    for number, (name, rows) in enumerate(work(config, plan, missing), 1):
-        say(f"  {name}: {rows} anchors ({number} of {len(missing)})")
+    with BuildMetrics(folder, plan.identity.rows, sum(shard.rows for shard in done.values())) as metrics:
+        for number, (name, rows) in enumerate(work(config, plan, missing), 1):
+            metrics.wrote(rows)
+            say(f"  {name}: {rows} anchors ({number} of {len(missing)})")
     _clear(folder)
     manifest = finish(folder, plan, ids)
     say(
@@ -226,9 +230,10 @@ def _dataset(config: Experiment, plan: Plan, shards: dict[str, range], actors: i
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
-    anchors, _ = needed(config)
+    anchors, folder = needed(config)
     items = [{"name": name, "start": rows.start, "stop": rows.stop} for name, rows in shards.items()]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    dataset.set_name(f"anchors-{folder.name}")  # how the dashboard lists it
     with warnings.catch_warnings():
         # Restarts by Ray Data itself never end, and only a deprecated argument turns them off (Ray is pinned).
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -267,8 +272,14 @@ class ShardWriter:
     def source(self) -> Source:
         return open_source(self.anchors.source, "anchors.source")
 
+    @cached_property
+    def metrics(self) -> ShardMetrics:
+        return ShardMetrics(self.folder)
+
     def write(self, name: str, rows: range) -> None:
+        started = time.perf_counter()
         build_shard(self.teacher, self.source, rows, self.folder / SHARDS / name)
+        self.metrics.wrote(len(rows), time.perf_counter() - started)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         name, rows = str(batch["name"][0]), range(int(batch["start"][0]), int(batch["stop"][0]))

@@ -20,6 +20,9 @@ KNOBS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a lost worker is noticed in tenths of a second, not in two
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # saves a process a run
 }
+ON_CLUSTER = {
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the cluster's dashboard lists training runs by name
+}
 
 
 _dashboard = False
@@ -45,6 +48,8 @@ def join(dashboard: bool = False) -> None:
     _dashboard = dashboard or bool(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
+        for name, value in ON_CLUSTER.items():
+            os.environ.setdefault(name, value)
         try:
             check_token(address)
             ray.init(address=address, runtime_env=of_driver(address, os.environ), **options)

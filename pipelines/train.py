@@ -37,6 +37,7 @@ from craft_ray.workers import OneWorker, ProcessGroup, Workers
 from craft_ray.working_copy import working_copy
 from pipelines.console import ConsoleObserver, FileObserver, following
 from pipelines.outputs import check_kept
+from pipelines.ray_metrics import RayMetrics
 from pipelines.session import check_resources, join, quiet_ray
 from pipelines.word import Word
 
@@ -186,7 +187,7 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
         ),
         # A name is used once: Ray returns the old result where a finished name is run again.
         run_config=RunConfig(
-            name=uuid.uuid4().hex,
+            name=f"{runs[0].folder.path.name}-{uuid.uuid4().hex[:12]}",
             storage_path=str(scratch),
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
@@ -247,14 +248,15 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
 
 def _carry(config: Experiment, folder: RunFolder, workers: Workers, word: Word | None) -> None:
     """Train one run. With `word` it goes on after a look when it is told so."""
-    observer = FileObserver(folder.progress)
+    observer, main = FileObserver(folder.progress), workers.rank == 0
     with (
-        TensorBoardObserver(folder.disk / "tensorboard", observer, workers.rank == 0) as watched,
+        RayMetrics(folder.home, config.arm, config.train.steps, observer, main) as measured,
+        TensorBoardObserver(folder.disk / "tensorboard", measured, main) as watched,
         closing(training(config, folder, workers, watched)) as looks,
     ):
         for look in looks:
             # All workers go by what the first was told.
-            heard = word.wait(look["step"]) if word and workers.rank == 0 else True
+            heard = word.wait(look["step"]) if word and main else True
             if not workers.gather(heard)[0]:
                 break
 

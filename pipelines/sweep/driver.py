@@ -250,7 +250,7 @@ def search(
             metric="score", mode="max", scheduler=scheduler_of(folder, plan), reuse_actors=not multi, **which
         ),
         run_config=RunConfig(
-            name="tune",
+            name=folder.path.name,
             storage_path=str(folder.scratch),
             verbose=0,
             failure_config=FailureConfig(max_failures=config.sweep.max_failures),

@@ -20,6 +20,7 @@ from craft_ray.tensorboard import TensorBoardObserver
 from craft_ray.training import Silent, training
 from craft_ray.workers import OneWorker
 from craft_ray.working_copy import working_copy
+from pipelines.ray_metrics import RayMetrics
 from pipelines.train import PlannedRun, fit
 from pipelines.word import Word
 
@@ -34,7 +35,8 @@ def in_process(config: Experiment, folder: RunFolder) -> Generator[Record]:
     workers = OneWorker(torch.device("cuda" if config.workers.use_gpu else "cpu"))
     with (
         working_copy(folder) as copy,
-        TensorBoardObserver(copy.disk / "tensorboard", Silent(), enabled=True) as observer,
+        RayMetrics(folder.path, config.arm, config.train.steps, Silent(), enabled=True) as measured,
+        TensorBoardObserver(copy.disk / "tensorboard", measured, enabled=True) as observer,
     ):
         yield from training(config, copy, workers, observer, SHELVES)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +17,7 @@ import ray
 from ray.util.metrics import Counter, Gauge
 
 from craft_ray.metrics import Record
+from craft_ray.places import Place
 from craft_ray.training import Observer
 
 REFRESH_S = 4.0
@@ -122,7 +122,7 @@ class RayMetrics(Held):
         enabled: one process of a run tells.
     """
 
-    def __init__(self, folder: Path, arm: str, steps: int, inner: Observer, enabled: bool) -> None:
+    def __init__(self, folder: Place, arm: str, steps: int, inner: Observer, enabled: bool) -> None:
         super().__init__(enabled, run=run_tag(folder), arm=arm)
         self.inner = inner
         self.set({"craft_steps_planned": steps})
@@ -149,7 +149,7 @@ class RayMetrics(Held):
 class ShardMetrics(Held):
     """Tells Ray how fast a teacher is."""
 
-    def __init__(self, cache_folder: Path) -> None:
+    def __init__(self, cache_folder: Place) -> None:
         super().__init__(cache=cache_folder.name)
 
     def wrote(self, rows: int, seconds: float) -> None:
@@ -160,7 +160,7 @@ class ShardMetrics(Held):
 class BuildMetrics(Held):
     """Tells Ray how far a build is."""
 
-    def __init__(self, cache_folder: Path, planned: int, done: int) -> None:
+    def __init__(self, cache_folder: Place, planned: int, done: int) -> None:
         super().__init__(cache=cache_folder.name)
         self._done = done
         self.set({"craft_anchors_planned": planned, "craft_anchors_done": done})
@@ -186,7 +186,7 @@ def standing(records: Sequence[Record]) -> dict[str, float | None]:
     return values
 
 
-def run_tag(folder: Path) -> str:
+def run_tag(folder: Place) -> str:
     """The name of a run's folder; of a trial's run `SWEEP/TRIAL/seedN`."""
     in_sweep = folder.parent.parent.name == "trials"
     return "/".join([folder.parents[2].name, folder.parent.name, folder.name]) if in_sweep else folder.name

@@ -210,6 +210,8 @@ def launch(state: State, cluster: dict[str, Any], node: Node) -> None:
     """Start a node and write down its process, in place of an earlier one of its name."""
     environment = {**os.environ, **exports(state, cluster), MARK: cluster["mark"], **node.environment}
     environment.pop("RAY_AUTH_TOKEN", None)  # Ray would prefer it to the file
+    # Jobs find the commands of the Python that starts the cluster, whether its environment is activated or not.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
     with (state.folder / f"{node.name}.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *node.arguments],

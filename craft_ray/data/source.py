@@ -161,9 +161,9 @@ def open_source(config: DataConfig, key: str) -> Source:
         require_lerobot(f"{key} is a LeRobotDataset")
         from craft_ray.lerobot.dataset import open_lerobot
 
-        source = open_lerobot(config, key)
-        source.name = named
-        return source
+        recorded = open_lerobot(config, key)
+        recorded.name = named
+        return recorded
     for name, used in (("episodes", config.episodes), ("stride", config.stride > 1), ("rename", config.rename)):
         if used:
             raise ConfigError(f"{key}.{name} is for a LeRobotDataset, but {config.path} is none: leave it out")

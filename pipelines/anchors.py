@@ -25,6 +25,7 @@ from craft_ray.anchors.build import (
     estimate,
     finish,
     finished_shards,
+    full_suffixes,
     identity_of,
 )
 from craft_ray.anchors.forward import tokens_per_pack
@@ -120,6 +121,13 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: Place, say: Any) 
         f"anchor cache complete: {manifest.identity.rows} anchors, {manifest.vectors} vectors, "
         f"{readable_bytes(manifest.bytes)} ({manifest.bytes} bytes; estimated {readable_bytes(expected.bytes)})"
     )
+    # A text may go on for ever; actions come to an end, and nobody can carry out a part of them.
+    if manifest.identity.inputs == "frames" and (full := full_suffixes(folder, manifest)):
+        say(
+            f"the action tokens of {full} of {manifest.identity.rows} anchors fill anchors.max_new_tokens="
+            f"{manifest.identity.max_new_tokens} and may be cut off: raise it; if they never end, the teacher has not "
+            f"learnt to act (random weights?)"
+        )
     return Built(manifest, sum(len(rows) for _, rows in missing))
 
 

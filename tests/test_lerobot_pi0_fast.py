@@ -624,6 +624,30 @@ def test_a_cache_needs_no_room_for_bos(folders: dict[str, Path], data: Path, tmp
         build(more, say=lambda _: None)
 
 
+def test_action_tokens_that_do_not_end_are_told(
+    folders: dict[str, Path], taught: Path, data: Path, tmp_path: Path
+) -> None:
+    """Of a teacher with random weights, and of one that is asked for too few; not of one that ends them."""
+
+    def told(model: Path, source: Path, **changes: Any) -> list[str]:
+        said: list[str] = []
+        anchors = {f"anchors.{key}": value for key, value in changes.items()}
+        own = {"task.path": str(source), "anchors.source.path": str(source)}
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        build(experiment(model, data, folder, own | anchors), say=said.append)
+        return [line for line in said if "may be cut off" in line]
+
+    (line,) = told(folders["two"], data)
+    assert line.startswith("the action tokens of 15 of 15 anchors fill anchors.max_new_tokens=24")
+    assert "random weights" in line
+    assert not told(folders["two"], data, suffix_from="response")
+    one = write_dataset(tmp_path / "one", episodes=1, cameras=("camera0",), task=TASKS)
+    most = loaded(taught).settings.max_action_tokens
+    assert len(told(taught, one, max_new_tokens=2)) == 1
+    assert not told(taught, one, max_new_tokens=most)
+
+
 def test_action_tokens_of_demonstrations_have_a_perplexity(folders: dict[str, Path], data: Path) -> None:
     model = loaded(folders["two"])
     eval_set = EvalSet(data=DataConfig(path=str(data)), metric="perplexity", batch_size=4)

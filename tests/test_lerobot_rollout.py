@@ -34,6 +34,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.metaworld import MetaworldEnv
+from lerobot.scripts import lerobot_eval
 from PIL import Image
 from robots import small_policy, write_dataset
 
@@ -54,6 +55,7 @@ except ConfigError as error:
 from craft_ray.lerobot.demonstrations import write_demonstrations
 from craft_ray.lerobot.gym import GymSimulation
 from craft_ray.lerobot.rollout import Film, Rollouts
+from craft_ray.lerobot.size import sized
 from craft_ray.models import load_model
 from craft_ray.run_folder import RunFolder
 from pipelines import cli
@@ -507,10 +509,14 @@ def test_lerobots_own_environment_has_the_same_episodes_and_successes() -> None:
             assert theirs.over == done
 
 
+ACTIONS_TAKEN: list[list[float]] = []
+"""By all `Counter`s."""
+
+
 class Counter(gym.Env):  # type: ignore[type-arg]
     """Counts its actions; done at `goal`, failed at `end`."""
 
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     _max_episode_steps = 20
 
     def __init__(self, goal: int, end: int) -> None:
@@ -523,6 +529,9 @@ class Counter(gym.Env):  # type: ignore[type-arg]
         )
         self.action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
 
+    def render(self) -> np.ndarray:  # type: ignore[override]
+        return np.zeros((16, 16, 3), np.uint8)
+
     def _see(self) -> dict[str, np.ndarray]:
         return {"pixels": np.full((8, 8, 3), self.count, np.uint8), "agent_pos": np.array([float(self.count)])}
 
@@ -532,6 +541,7 @@ class Counter(gym.Env):  # type: ignore[type-arg]
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         self.count += 1
+        ACTIONS_TAKEN.append(action.tolist())
         done = self.count == self.goal
         return self._see(), 0.0, done or self.count == self.end, False, {"is_success": done}
 
@@ -544,6 +554,7 @@ class CounterConfig(EnvConfig):
     features: dict[str, PolicyFeature] = field(
         default_factory=lambda: {"action": PolicyFeature(FeatureType.ACTION, (2,))}
     )
+    features_map: dict[str, str] = field(default_factory=lambda: {"action": "action"})
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
@@ -630,6 +641,31 @@ def test_a_real_policy_acts_alike_alone_and_beside_others(policy_folder: Path) -
     assert together == one_by_one
     assert len({record["film"] for record in together}) == 4
     assert model.module.training
+
+
+def test_lerobots_own_evaluation_has_a_saved_policy_do_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    policy = small_policy(tmp_path / "policy", cameras=("top",), states=1, actions=2)
+    model = load_model(ModelConfig(kind="lerobot", path=str(policy)), "fp32", torch.device("cpu"))
+    saved, names = tmp_path / "saved", {"observation.image": "observation.images.top"}
+    model.save(saved)
+    ACTIONS_TAKEN.clear()
+    ours = scored(rollouts(env="counter", task="count/0", action_repeat=1, episodes=2, seed=5, rename=names), model, 1)
+    actions = [*ACTIONS_TAKEN]
+    ACTIONS_TAKEN.clear()
+    command = [
+        *("lerobot-eval", f"--policy.path={saved}", "--policy.device=cpu", f"--rename_map={json.dumps(names)}"),
+        *("--env.type=counter", "--env.task=count", "--env.task_ids=[0]", "--seed=5"),
+        *("--eval.n_episodes=2", "--eval.batch_size=1", "--eval.use_async_envs=false", f"--output_dir={tmp_path}"),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    with sized(saved):
+        lerobot_eval.main()
+    found = json.loads((tmp_path / "eval_info.json").read_text())
+    assert found["overall"]["pc_success"] == 100 * np.mean([record["correct"] for record in ours])
+    assert len(actions) == sum(record["steps"] for record in ours)
+    assert np.allclose(ACTIONS_TAKEN, actions, atol=1e-6)
 
 
 def test_the_first_and_the_last_moment_of_an_episode_are_in_its_film() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from craft_ray.anchors.manifest import (
@@ -180,6 +181,16 @@ def manifest_of(folder: Place, identity: Identity, shards: Sequence[Shard]) -> M
         vectors=sum(_count_vectors(folder / SHARDS / shard.name, identity.schema) for shard in shards),
         written_by={p: importlib.metadata.version(p) for p in ("craft-ray", "torch", "transformers", "pyarrow")},
     )
+
+
+def full_suffixes(folder: Place, manifest: Manifest) -> int:
+    """Anchors whose suffix the teacher went on with until `max_new_tokens`."""
+    limit = manifest.identity.max_new_tokens
+    if manifest.identity.suffix_from != "teacher":
+        return 0
+    shards = [readable(folder / SHARDS / shard.name) for shard in manifest.shards]
+    suffixes = (pq.read_table(shard, columns=["suffix"])["suffix"] for shard in shards)
+    return sum(pc.sum(pc.equal(pc.list_value_length(column), limit)).as_py() for column in suffixes)
 
 
 def _count_vectors(path: Place, schema: CacheSchema) -> int:

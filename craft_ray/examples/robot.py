@@ -67,7 +67,7 @@ def build_model(folder: Path, data: Path, final: Path) -> None:
         final: where the folder will stand.
     """
     datasets = [data / "old", data / "new"]
-    ranges = _ranges([LeRobotDataset(path.name, root=path) for path in datasets])
+    ranges = _ranges([_opened(path) for path in datasets])
     low, high = (np.asarray(ranges[STATE][key]) for key in ("min", "max"))
     middle, half = (low + high) / 2, (high - low) / 2 * WIDER
     states = {"min": (middle - half).tolist(), "max": (middle + half).tolist()}
@@ -135,7 +135,7 @@ def build_policy(
         DataError: the data sets differ in their features.
         ConfigError: as `write_policy`.
     """
-    opened = [LeRobotDataset(path.name, root=path) for path in datasets]
+    opened = [_opened(path) for path in datasets]
     features = [dataset_to_policy_features(dataset.meta.features) for dataset in opened]
     for path, other in zip(datasets, features, strict=True):
         if other != features[0]:
@@ -229,6 +229,11 @@ def write_policy(
             part.save_pretrained(folder)
     size.save(folder)
     complete_processor_config(folder, final)
+
+
+def _opened(path: Path) -> LeRobotDataset:
+    # The search for a decoder, where none is named, logs a page if torchcodec lacks FFmpeg; no picture is decoded here.
+    return LeRobotDataset(path.name, root=path, video_backend="pyav")
 
 
 def _chunks(dataset: LeRobotDataset, length: int) -> NDArray[np.float32]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ def new_file(path: Place) -> Iterator[Path]:
             path.upload(folder / path.name)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
         _sync(temporary)
@@ -62,15 +63,14 @@ def new_folder(path: Place, last: str | None = None) -> Iterator[Path]:
             (path / last).upload(folder.with_name(last))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _beside(path)
     try:
         temporary.mkdir()
         yield temporary
         for file in sorted(temporary.rglob("*")):
             if file.is_file():
                 _sync(file)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        old = _beside(path)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
@@ -82,6 +82,11 @@ def new_folder(path: Place, last: str | None = None) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody else has, on whatever node: processes of two containers often have the same number."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def write_atomically(path: Place, text: str) -> None:

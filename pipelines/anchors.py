@@ -133,8 +133,8 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: Place, say: Any) 
 
 def _clear(folder: Place) -> None:
     """Remove what killed teachers left half-written, of earlier builds and of this one."""
-    for stale in (folder / SHARDS).glob(".*"):
-        stale.unlink()
+    for stale in (folder / SHARDS).glob(".*.tmp"):
+        stale.unlink(missing_ok=True)  # a teacher whose driver was killed may still end this very moment
 
 
 def needed(config: Experiment) -> tuple[AnchorsConfig, Place]:

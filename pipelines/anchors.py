@@ -54,6 +54,7 @@ from craft_ray.quiet import quiet_libraries
 from pipelines.outputs import check_kept
 from pipelines.ray_metrics import BuildMetrics, ShardMetrics
 from pipelines.session import check_resources, join
+from pipelines.storage_check import check_shared
 
 if TYPE_CHECKING:
     import ray.data
@@ -212,6 +213,7 @@ def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) ->
     lacking = check_resources(actors, each, "anchors.actors")
     if lacking:
         raise ConfigError(lacking)
+    check_shared(folder, "craft.anchor_cache_dir")
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log is raised, too
     deaths, left = 0, dict(missing)

@@ -11,29 +11,34 @@ from ray.exceptions import AuthenticationError
 
 from craft_ray.errors import ConfigError
 
-PATIENCE_S = 10
+PATIENCE_S = 30
+"""How long a cluster may take to answer: it may be just starting."""
+QUESTION = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+"""The first thing that every process of Ray asks of a cluster, as gRPC names it."""
 
 
-def check_token(address: str) -> None:
-    """Ask the cluster at `address` (as in RAY_ADDRESS) whether it takes our token.
+def knock(address: str) -> None:
+    """Ask the cluster at `address` (as in RAY_ADDRESS) whether it lets us in.
 
-    Ray itself tries for twenty seconds and tells the reason in its own log alone. A cluster that does not answer is
-    passed over here, for Ray waits for one that is just starting; so is "auto", where Ray finds the token as well.
+    Ray itself asks for minutes, and tells the reason in its own log alone. Passed over is "auto", where Ray finds the
+    token as well as the cluster.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it refuses us.
+        ConnectionError: it does not answer.
     """
     place = None if address == "auto" or "://" in address else services.canonicalize_bootstrap_address(address)
     if place is None:
         return
     try:
         with init_grpc_channel(place) as channel:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=PATIENCE_S)
+            channel.unary_unary(QUESTION)(b"", timeout=PATIENCE_S, wait_for_ready=True)
     except AuthenticationError:
         raise refused(address) from None
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             raise refused(address) from None
+        raise ConnectionError(f"{error.code().name} after {PATIENCE_S} s") from None
 
 
 def refused(address: str) -> ConfigError:
@@ -53,3 +58,15 @@ def refused(address: str) -> ConfigError:
         f"the cluster at {address} asks for a token and refuses us ({have}): set RAY_AUTH_MODE=token, and name a file "
         f"with the cluster's token in RAY_AUTH_TOKEN_PATH, or the token itself in RAY_AUTH_TOKEN"
     )
+
+
+def lets_anyone_in(address: str) -> bool:
+    """Whether the cluster at `address` (host:port) answers who has neither token nor certificate."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(QUESTION)(b"", timeout=PATIENCE_S)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE):
+                return False  # without a token; without TLS
+            raise ConfigError(f"the cluster at {address} does not answer ({error.details()}): try again") from None
+    return True

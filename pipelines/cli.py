@@ -247,6 +247,23 @@ def submit(
     sys.exit(run(command, address, working_dir, wait))
 
 
+@app.command("doctor")
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(help="a cluster's dashboard, http://..., or its address for processes [default: $RAY_ADDRESS]"),
+    ] = None,
+    storage: Annotated[
+        list[str] | None, typer.Option(help="a folder, or s3://..., of caches or runs; can be given several times")
+    ] = None,
+) -> None:
+    """Check what a run on the cluster would trip over; without one, this machine. Exit code 1 if something fails."""
+    from pipelines.doctor import doctor as run
+
+    if not run(address, storage or []):
+        sys.exit(1)
+
+
 @app.command("demo")
 def demo(
     out: Annotated[

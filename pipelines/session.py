@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from craft_ray.errors import ConfigError
-from pipelines.authentication import check_token, refused
+from pipelines.authentication import knock, refused
 from pipelines.runtime_env import of_driver
 
 KNOBS = {
@@ -51,7 +51,7 @@ def join(dashboard: bool = False) -> None:
         for name, value in ON_CLUSTER.items():
             os.environ.setdefault(name, value)
         try:
-            check_token(address)
+            knock(address)
             ray.init(address=address, runtime_env=of_driver(address, os.environ), **options)
         except AuthenticationError:
             raise refused(address) from None

@@ -39,6 +39,7 @@ from pipelines.console import ConsoleObserver, FileObserver, following
 from pipelines.outputs import check_kept
 from pipelines.ray_metrics import RayMetrics
 from pipelines.session import check_resources, join, quiet_ray
+from pipelines.storage_check import check_shared
 from pipelines.word import Word
 
 
@@ -170,6 +171,8 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
         lacking = check_resources(workers.least, resources(workers), "workers.num_workers")
         if lacking:
             raise ConfigError(lacking)
+        if not supervised:  # who supervises has checked the place of all its runs
+            check_shared(runs[0].folder.path, "output_dir")
     scratch = runs[0].folder.path / ".ray"
     remove_tree(scratch)  # a killed driver may have left an error there
     trainer = TorchTrainer(

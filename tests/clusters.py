@@ -52,12 +52,16 @@ class Cluster:
 
     def command(self, *arguments: str | Path, **changes: str | None) -> subprocess.Popen[str]:
         """`craft-ray ARGUMENTS` of this user, with `changes` to the environment (None: not set)."""
-        environment = self.environment | {k: v for k, v in changes.items() if v is not None}
-        return subprocess.Popen(
-            [str(BIN / "craft-ray"), *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={k: v for k, v in environment.items() if changes.get(k, "") is not None},
-        )  # fmt: skip
+        return self._popen([str(BIN / "craft-ray"), *map(str, arguments)], changes)
+
+    def python(self, program: str, *arguments: str | Path, **changes: str | None) -> subprocess.Popen[str]:
+        """A program that joins the cluster."""
+        told = {"RAY_ADDRESS": self.address} | changes
+        return self._popen([sys.executable, "-c", program, *map(str, arguments)], told)
+
+    def _popen(self, command: list[str], changes: Mapping[str, str | None]) -> subprocess.Popen[str]:
+        environment = {k: v for k, v in (self.environment | dict(changes)).items() if v is not None}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @contextmanager

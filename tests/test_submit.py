@@ -230,23 +230,21 @@ def test_without_the_right_token_nobody_is_let_in(token_cluster: Cluster, tmp_pa
 
 @pytest.mark.ray
 @pytest.mark.parametrize("changes", [{"RAY_AUTH_MODE": None}, {"RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}])
-def test_a_driver_without_the_right_token_is_told_at_once(token_cluster: Cluster, changes: dict[str, str]) -> None:
+def test_a_driver_without_the_right_token_is_told_at_once(
+    token_cluster: Cluster, changes: dict[str, str | None]
+) -> None:
     """Ray itself tries for twenty seconds and logs a line a second."""
-    environment = token_cluster.environment | {"RAY_ADDRESS": token_cluster.address} | changes
     program = (
         "import time; from pipelines.session import join; from craft_ray.errors import ConfigError\n"
         "begun = time.monotonic()\n"
         "try: join()\n"
         "except ConfigError as error: print(error.message, time.monotonic() - begun, sep='\\n')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True,
-        env={k: v for k, v in environment.items() if v is not None},
-    )  # fmt: skip
-    told, seconds = done.stdout.splitlines()
+    code, out, err = finish(token_cluster.python(program, **changes))
+    assert (code, err) == (0, "")
+    told, seconds = out.splitlines()
     assert f"the cluster at {token_cluster.address} asks for a token and refuses us" in told
     assert float(seconds) < 10
-    assert done.stderr == ""
 
 
 def test_no_cluster_is_one_line(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from craft_ray.training import eval_sets
 from pipelines.anchors import build
 from pipelines.outputs import check_kept
 from pipelines.session import capacity, join
+from pipelines.storage_check import check_shared
 from pipelines.sweep.console import Say, TrialLog, conclusion
 from pipelines.sweep.runs import Looks, in_process, on_trainer
 from pipelines.sweep.schedulers import check_scheduler, scheduler_of
@@ -128,6 +129,7 @@ def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
         if open_trials(folder, plan):
             join(dashboard=config.workers.most > 1)
             concurrency(config)
+            check_shared(folder.path, "output_dir, or --out,")
             if not _cache_is_there(config) and config.anchors is not None:
                 build(config)
             check_inputs(config)

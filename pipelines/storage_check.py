@@ -1,0 +1,121 @@
+"""Whether the nodes of a cluster share the storage that a stage is to use.
+
+Where they do not, every node writes to a disk of its own, and what comes out is missing without a word.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyarrow import fs
+
+from craft_ray.errors import ConfigError, StorageError
+from pipelines.nodes import Node, alive_nodes, ask
+
+PATIENCE_S = 3.0
+"""How long a file may need to be seen elsewhere."""
+
+POLL_S = 0.1
+NAMED = 3
+
+
+def check_shared(path: str | Path, key: str) -> None:
+    """Refuse to go on where a node does not see what this process writes below `path`, or the other way round.
+
+    Args:
+        key: of the config, or an option, that names the path.
+
+    Raises:
+        ConfigError: a node does not; a cluster of one node always does.
+        StorageError: this process itself cannot write there.
+    """
+    nodes = alive_nodes()
+    if len(nodes) < 2:
+        return
+    found = blind(str(path), nodes)
+    if found:
+        told = ", ".join(f"{node.name}: {why}" for node, why in list(found.items())[:NAMED])
+        raise ConfigError(
+            f"{key} is {path}, and {len(found)} of {len(nodes)} nodes do not see what this one writes there ({told}): "
+            f"mount the same storage at this path on every node, or name s3://BUCKET/FOLDER"
+        )
+
+
+def blind(path: str, nodes: Sequence[Node]) -> dict[Node, str]:
+    """The nodes that do not share `path` with this process, and why: each reads a file of this process's and writes one
+    that this process reads.
+
+    Raises:
+        StorageError: this process cannot write there.
+    """
+    probe, content = f"{path}/.craft-ray-check-{secrets.token_hex(8)}", secrets.token_hex(16)
+    found = {}
+    try:
+        filesystem, folder = _place(probe)
+        filesystem.create_dir(folder, recursive=False)  # a typing error makes no folder
+        try:
+            _write(f"{probe}/asked", content)
+            for node, answer in ask(_answer, nodes, probe, content).items():
+                why = answer.error or answer.value or _missing(f"{probe}/{_own(node.id)}", content)
+                if why:
+                    found[node] = why
+        finally:
+            filesystem.delete_dir(folder)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written to ({error}): make it, free space or choose another") from error
+    return found
+
+
+def _answer(probe: str, content: str) -> str | None:
+    """On a node: read the question, and only where it is there, write the answer. Returns what went wrong."""
+    import ray
+
+    why = _missing(f"{probe}/asked", content)
+    if why:
+        return why
+    try:
+        _write(f"{probe}/{_own(ray.get_runtime_context().get_node_id())}", content)
+    except OSError as error:
+        return f"it cannot write there, {error}"
+    return None
+
+
+def _missing(path: str, content: str) -> str | None:
+    """Why `content` is not in the file, once it has had time to get there."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            if _read(path) == content:
+                return None
+            why = "it sees other content"
+        except FileNotFoundError:
+            why = "it is not there"
+        except OSError as error:
+            why = str(error)
+        if time.monotonic() > end:
+            return why
+        time.sleep(POLL_S)
+
+
+def _own(node: str) -> str:
+    return f"answered-{node}"
+
+
+def _place(path: str) -> tuple[fs.FileSystem, str]:
+    """A local path, or the URI of an object store, as pyarrow has it."""
+    return fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
+
+
+def _write(path: str, content: str) -> None:
+    filesystem, place = _place(path)
+    with filesystem.open_output_stream(place) as stream:
+        stream.write(content.encode())
+
+
+def _read(path: str) -> str:
+    filesystem, place = _place(path)
+    with filesystem.open_input_stream(place) as stream:
+        return stream.read().decode()

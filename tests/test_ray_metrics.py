@@ -118,6 +118,13 @@ def test_the_dashboard_asks_for_what_is_exported() -> None:
     assert used <= variables.keys() | {"__rate_interval"}
 
 
+def test_every_metric_is_explained() -> None:
+    document = (GRAFANA.parent.parent / "docs" / "observability.md").read_text()
+    for metrics, suffix in ((GAUGES, ""), (COUNTERS, "_total")):
+        for name, (what, tags) in metrics.items():
+            assert f"| `{name}{suffix}` | {what} | {', '.join(tags)} |" in document
+
+
 def exported(port: str) -> Port:
     """Our metrics on a port."""
     with urllib.request.urlopen(f"http://{port}/metrics", timeout=20) as answer:
@@ -170,24 +177,24 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_prometheus_reads_what_the_run_logged(digits_model: Path, digits_data: Path, tmp_path: Path, port: str) -> None:
     def look(skill: str) -> dict[str, Any]:
         data = {"path": str(digits_data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": 8}
         return {"data": data, "max_new_tokens": 1}
 
     changes = {
-        "workers.num_workers": 1, "train.log_every": 3, "craft.retention_freq": 2,
+        "workers.num_workers": 1, "train.log_every": 3, "train.checkpoint_every": 3, "craft.retention_freq": 2,
         "validation": {"every": 3, "old": look("old"), "new": look("new")},
     }  # fmt: skip
     config = digits_experiment(digits_model, digits_data, tmp_path, changes)
     run = plan_run(config)
     with watched(port) as seen:
         build(config, say=lambda _: None)
-        wait_until(lambda: seen.get(("craft_anchors_done", frozenset({("cache", "anchors")}))) == 48, 30)
+        wait_until(lambda: seen.get(("craft_anchors_done", frozenset({("cache", "anchors")}))) == 48, 60)
         carry_out(run)
         of_run = frozenset({("run", run.folder.path.name), ("arm", "hidden")})
-        wait_until(lambda: seen.get(("craft_step", of_run)) == 6, 30)
+        wait_until(lambda: seen.get(("craft_step", of_run)) == 6, 60)
         time.sleep(0.5)  # one more scrape: what is exported together is read together
 
     def value(name: str, **tags: str) -> float:

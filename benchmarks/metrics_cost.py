@@ -1,0 +1,65 @@
+"""What telling Ray costs at each log, against the ten steps that are logged and against what the log is written with.
+
+The steps are of the smallest model here (10 M parameters, one text of 32 tokens), which makes the share as large as
+it gets. Target: at most 1 % of the steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import CPU_TIME, Report, Row, Variant, arguments, interleaved, one_thread
+from benchmarks.variants import ours
+from benchmarks.workload import SHAPES, RetentionTask, language_model
+from craft_ray.metrics import FIELDS
+from craft_ray.tensorboard import TensorBoardObserver
+from craft_ray.training import Silent
+from pipelines.console import FileObserver
+from pipelines.ray_metrics import RayMetrics
+from pipelines.session import join
+
+LOGGED = 10
+"""Steps between two logs, as by default."""
+REPEATS = 20
+"""Logs that are timed at once."""
+
+
+def measure(report: Report, folder: Path, size: str, length: int, rounds: int) -> None:
+    product = ours(RetentionTask.of(language_model(SHAPES[size]).train(), 1, length))
+    numbers = dict.fromkeys((*FIELDS, "train/lr", "craft/epsilon", "perf/step_s", "perf/data_s"), 0.5)
+    steps = itertools.count(1)
+
+    def records() -> list[dict[str, Any]]:
+        return [{"step": next(steps), **numbers} for _ in range(LOGGED)]
+
+    metrics = RayMetrics(folder / "run", "hidden", 1000, Silent(), enabled=True)
+    board = TensorBoardObserver(folder / "events", FileObserver(folder / "progress.jsonl"), enabled=True)
+    with metrics, board:
+        variants = {
+            "steps": Variant(lambda: [product.step() for _ in range(LOGGED)]),
+            "ray": Variant(lambda: [metrics.steps(records()) for _ in range(REPEATS)]),
+            "log": Variant(lambda: [board.steps(records()) for _ in range(REPEATS)]),
+        }
+        times = interleaved(variants, rounds)
+    ratio = times.ratio("ray", "steps")
+    share = [100 / REPEATS * value for value in (ratio.median, ratio.lower, ratio.upper)]
+    note = f"{times.median('ray') / REPEATS * 1e6:.0f} us of {times.median('steps') * 1e3:.0f} ms"
+    report.add(Row("metrics of a log / its ten steps, percent", share[0], "percent", *share[1:], rounds, "<= 1", note))
+    report.add(Row.of("metrics of a log / its JSON lines and TensorBoard events", times.ratio("ray", "log")))
+
+
+def main() -> None:
+    options = arguments(__doc__, rounds=25).parse_args()
+    one_thread()
+    report = Report("metrics_cost", CPU_TIME.name, judge=not options.tiny)
+    join()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(report, Path(folder), *(("tiny", 16, 3) if options.tiny else ("10m", 32, options.rounds)))
+    report.finish(options.json)
+
+
+if __name__ == "__main__":
+    main()

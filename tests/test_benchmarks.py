@@ -54,8 +54,9 @@ def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(run("ray_data", tmp_path / "report.json", monkeypatch), "ray_data")
+@pytest.mark.parametrize("name", ["ray_data", "scaling_measured", "metrics_cost"])
+def test_runs_on_ray(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(run(name, tmp_path / "report.json", monkeypatch), name)
 
 
 def test_the_gpu_script_needs_neither_ray_nor_pydantic(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from craft_ray.errors import ConfigError, CraftError
 from craft_ray.files import readable_bytes
+from craft_ray.places import place_of
 from pipelines.authentication import lets_anyone_in
 from pipelines.node_facts import PACKAGES, Facts, clock, facts
 from pipelines.nodes import Answer, Node, alive_nodes, ask
@@ -183,7 +184,7 @@ def shared_memory(known: Mapping[Node, Facts]) -> Finding:
 def check_storage(path: str, nodes: Sequence[Node]) -> Finding:
     name = f"storage {path}"
     try:
-        found = blind(path, nodes)
+        found = blind(place_of(path), nodes)
     except CraftError as error:
         return Finding(name, "FAIL", error.message)
     if found:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from pathlib import Path
-
-from pyarrow import fs
 
 from craft_ray.errors import ConfigError, StorageError
+from craft_ray.places import Place, place_of, remove_tree
 from pipelines.nodes import Node, alive_nodes, ask
 
 PATIENCE_S = 3.0
@@ -22,7 +20,7 @@ POLL_S = 0.1
 NAMED = 3
 
 
-def check_shared(path: str | Path, key: str) -> None:
+def check_shared(path: Place, key: str) -> None:
     """Refuse to go on where a node does not see what this process writes below `path`, or the other way round.
 
     Args:
@@ -35,7 +33,7 @@ def check_shared(path: str | Path, key: str) -> None:
     nodes = alive_nodes()
     if len(nodes) < 2:
         return
-    found = blind(str(path), nodes)
+    found = blind(path, nodes)
     if found:
         told = ", ".join(f"{node.name}: {why}" for node, why in list(found.items())[:NAMED])
         raise ConfigError(
@@ -44,26 +42,25 @@ def check_shared(path: str | Path, key: str) -> None:
         )
 
 
-def blind(path: str, nodes: Sequence[Node]) -> dict[Node, str]:
+def blind(path: Place, nodes: Sequence[Node]) -> dict[Node, str]:
     """The nodes that do not share `path` with this process, and why: each reads a file of this process's and writes one
     that this process reads.
 
     Raises:
         StorageError: this process cannot write there.
     """
-    probe, content = f"{path}/.craft-ray-check-{secrets.token_hex(8)}", secrets.token_hex(16)
+    probe, content = path / f".craft-ray-check-{secrets.token_hex(8)}", secrets.token_hex(16)
     found = {}
     try:
-        filesystem, folder = _place(probe)
-        filesystem.create_dir(folder, recursive=False)  # a typing error makes no folder
+        probe.mkdir()  # without its parents: a typing error makes no folder
         try:
-            _write(f"{probe}/asked", content)
-            for node, answer in ask(_answer, nodes, probe, content).items():
-                why = answer.error or answer.value or _missing(f"{probe}/{_own(node.id)}", content)
+            _write(probe / "asked", content)
+            for node, answer in ask(_answer, nodes, str(probe), content).items():
+                why = answer.error or answer.value or _missing(probe / _own(node.id), content)
                 if why:
                     found[node] = why
         finally:
-            filesystem.delete_dir(folder)
+            remove_tree(probe)
     except OSError as error:
         raise StorageError(f"{path} cannot be written to ({error}): make it, free space or choose another") from error
     return found
@@ -73,27 +70,28 @@ def _answer(probe: str, content: str) -> str | None:
     """On a node: read the question, and only where it is there, write the answer. Returns what went wrong."""
     import ray
 
-    why = _missing(f"{probe}/asked", content)
+    place = place_of(probe)
+    why = _missing(place / "asked", content)
     if why:
         return why
     try:
-        _write(f"{probe}/{_own(ray.get_runtime_context().get_node_id())}", content)
-    except OSError as error:
+        _write(place / _own(ray.get_runtime_context().get_node_id()), content)
+    except (OSError, StorageError) as error:
         return f"it cannot write there, {error}"
     return None
 
 
-def _missing(path: str, content: str) -> str | None:
+def _missing(path: Place, content: str) -> str | None:
     """Why `content` is not in the file, once it has had time to get there."""
     end = time.monotonic() + PATIENCE_S
     while True:
         try:
-            if _read(path) == content:
+            if path.read_text() == content:
                 return None
             why = "it sees other content"
         except FileNotFoundError:
             why = "it is not there"
-        except OSError as error:
+        except (OSError, StorageError) as error:
             why = str(error)
         if time.monotonic() > end:
             return why
@@ -104,18 +102,5 @@ def _own(node: str) -> str:
     return f"answered-{node}"
 
 
-def _place(path: str) -> tuple[fs.FileSystem, str]:
-    """A local path, or the URI of an object store, as pyarrow has it."""
-    return fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
-
-
-def _write(path: str, content: str) -> None:
-    filesystem, place = _place(path)
-    with filesystem.open_output_stream(place) as stream:
-        stream.write(content.encode())
-
-
-def _read(path: str) -> str:
-    filesystem, place = _place(path)
-    with filesystem.open_input_stream(place) as stream:
-        return stream.read().decode()
+def _write(path: Place, content: str) -> None:
+    path.write_bytes(content.encode())

@@ -105,10 +105,10 @@ def test_a_table_names_only_the_first_few() -> None:
 def test_what_another_root_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reading side, where a folder is not shared: nothing there, or something else there."""
     monkeypatch.setattr(storage_check, "PATIENCE_S", 0.2)
-    storage_check._write(str(tmp_path / "asked"), "content")
-    assert storage_check._missing(str(tmp_path / "asked"), "content") is None
-    assert storage_check._missing(str(tmp_path / "elsewhere" / "asked"), "content") == "it is not there"
-    assert storage_check._missing(str(tmp_path / "asked"), "other") == "it sees other content"
+    storage_check._write(tmp_path / "asked", "content")
+    assert storage_check._missing(tmp_path / "asked", "content") is None
+    assert storage_check._missing(tmp_path / "elsewhere" / "asked", "content") == "it is not there"
+    assert storage_check._missing(tmp_path / "asked", "other") == "it sees other content"
 
 
 @pytest.mark.ray
@@ -214,10 +214,13 @@ def test_the_check_is_quick_once_a_process_is_there(apart: tuple[Cluster, Path],
     """Seconds of the first and of later checks are printed; a later one takes much less than a process's start."""
     found, _ = apart
     program = (
-        "import sys, time; from pipelines.session import join; from pipelines.storage_check import check_shared\n"
+        "import pathlib, sys, time; from pipelines.session import join\n"
+        "from pipelines.storage_check import check_shared\n"
         "join()\n"
         "for _ in range(5):\n"
-        "    begun = time.perf_counter(); check_shared(sys.argv[1], 'x'); print(time.perf_counter() - begun)\n"
+        "    begun = time.perf_counter()\n"
+        "    check_shared(pathlib.Path(sys.argv[1]), 'x')\n"
+        "    print(time.perf_counter() - begun)\n"
     )
     begun = time.monotonic()
     done = found.python(program, tmp_path)

@@ -19,7 +19,7 @@ from test_cluster_local import exported, local
 
 from craft_ray.config import Experiment, dump_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -62,7 +62,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             patch.setenv(name, value)
         for name in [name for name in os.environ if name.startswith("RAY_")]:
             patch.delenv(name)
-        code, out, err = local(state, "start", "--nodes", "2", "--head-cpus", "0", "--cpus", "2")
+        code, out, err = local(state, "start", "--nodes", "2", "--head-cpus", "0", "--cpus", "2", "--patience", "600")
         assert code == 0, err
     yield exported(out)
     local(state, "stop")
@@ -102,10 +102,8 @@ def test_the_entrypoints_of_the_rayjobs(
     run = shared / "runs" / "run-hidden-seed0"
     assert json.loads((run / "result.json").read_text())["feasible"]
     assert "2 worker(s)" in log
-    code, log = submit("train")
-    assert code == 1, "ray job submit has no other code for a failed job"
-    assert f"the run {run} is finished" in log
 
+    config.write_text(dump_config(small(digits_model, digits_data, shared, {"workers.num_workers": 1})))  # fast trials
     code, log = submit("sweep")
     assert code == 0, log
     assert (shared / "sweeps" / "run" / "report.html").exists()

@@ -26,7 +26,7 @@ def state(tmp_path: Path) -> Iterator[Path]:
 def local(state: Path, *arguments: str) -> tuple[int, str, str]:
     """`cluster.py ARGUMENTS...` on this folder -> exit code, standard output, standard error."""
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--state", state, *arguments], capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, SCRIPT, "--state", state, *arguments], capture_output=True, text=True, timeout=800, check=False
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -130,8 +130,9 @@ def test_a_node_that_does_not_start_is_one_line_and_leaves_nothing(state: Path) 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_nodes_from_start_to_stop(state: Path) -> None:
-    code, out, err = local(state, "start", "--nodes", "2", "--cpus", "1", "--object-store", "100")
+    code, out, err = local(state, "start", "--nodes", "2", "--cpus", "1", "--object-store", "100", "--patience", "600")
     assert code == 0, err
     assert err.startswith("cluster: 2 node(s) alive")
     environment = exported(out)

@@ -328,7 +328,7 @@ def arguments() -> argparse.Namespace:
     starting.add_argument("--head-cpus", type=int, help="CPUs that the head offers; 0: it has drivers alone [--cpus]")
     starting.add_argument("--gpus", type=int, help="GPUs that each node offers [this machine's, on the head]")
     starting.add_argument("--object-store", type=int, metavar="MIB", help="object store of each node [Ray's choice]")
-    starting.add_argument("--patience", type=float, default=180, metavar="SECONDS", help="to wait for all nodes [180]")
+    starting.add_argument("--patience", type=float, default=300, metavar="SECONDS", help="to wait for all nodes [300]")
     commands.add_parser("stop", help="end the cluster and everything that runs on it")
     commands.add_parser("status", help="print what to export; exit code 1 unless every node is alive")
     return parser.parse_args()

@@ -23,6 +23,9 @@ HOST = "127.0.0.1"
 BIN = Path(sys.executable).parent
 PATIENCE_S = 120.0
 ATTEMPTS = 3
+MARK = "CRAFT_RAY_TEST_NODE"
+AGENTS = ("dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent", "metrics-export")
+"""With ports of its own choice a node dies unless they are all open within seconds."""
 
 
 @dataclass
@@ -33,7 +36,8 @@ class Cluster:
     dashboard: str
     token: Path
     environment: dict[str, str]
-    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    """By a mark that is in the environment of their processes."""
 
     def ask(self, path: str, method: str = "GET") -> dict[str, Any]:
         """What the dashboard answers, which is much quicker than Ray's own commands."""
@@ -85,7 +89,6 @@ def cluster(
     user = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     user |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": f"{BIN}:{os.environ['PATH']}"}
     ports = dict(zip(("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"), map(str, metrics), strict=True))
-    mark = {"CRAFT_RAY_TEST_CLUSTER": secrets.token_hex(8)}
     found = Cluster(f"{HOST}:{gcs}", f"http://{HOST}:{dashboard}", token, user)
     # The path of a socket is short, so this folder is not below the test's.
     with tempfile.TemporaryDirectory(prefix="crt-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
@@ -94,7 +97,8 @@ def cluster(
                 command = [
                     sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--log-color=false",
                     f"--num-cpus={count}", "--num-gpus=0", "--object-store-memory=100000000",
-                    "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
+                    "--min-worker-port=0", "--max-worker-port=0",
+                    *(f"--{agent}-port={port}" for agent, port in zip(AGENTS, free_ports(len(AGENTS)), strict=True)),
                 ]  # fmt: skip
                 if index == 0:
                     command += [
@@ -106,21 +110,23 @@ def cluster(
                 if index in (hidden or {}):
                     mount = f"mount -t tmpfs none {shlex.quote(str((hidden or {})[index]))}"
                     command = ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(command)}"]
-                _start(found, command, user | ports | mark | dict(environment or {}), folder / f"node-{index}.log")
+                _start(found, command, user | ports | dict(environment or {}), folder / f"node-{index}.log")
             yield found
         finally:
-            left = _stop(found, mark)
+            left = _stop(found)
     assert not left, f"processes of the cluster had to be killed: {left}"
 
 
 def _start(found: Cluster, command: list[str], environment: dict[str, str], log: Path) -> None:
     """Start a node. Ray gives itself thirty seconds, which is short on a busy machine, so it is tried again."""
     for attempt in range(ATTEMPTS):
+        mark = secrets.token_hex(8)
         with log.open("wb") as file:
             node = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-            )
-        found.nodes.append(node)
+                command, env=environment | {MARK: mark}, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            )  # fmt: skip
+        found.nodes[mark] = node
         end = time.monotonic() + PATIENCE_S
         while node.poll() is None and time.monotonic() < end:
             if found.alive() == len(found.nodes):
@@ -128,20 +134,28 @@ def _start(found: Cluster, command: list[str], environment: dict[str, str], log:
             time.sleep(0.2)
         if node.poll() is None or "timed out during startup" not in log.read_text() or attempt == ATTEMPTS - 1:
             raise AssertionError(f"the node did not come up:\n{log.read_text()}")
-        found.nodes.remove(node)
+        _kill(_marked({mark}))
+        del found.nodes[mark]
 
 
-def _stop(found: Cluster, mark: Mapping[str, str]) -> list[str]:
+def _stop(found: Cluster) -> list[str]:
     """End every process of the cluster; the ones that did not go by themselves."""
-    ours = {p for node in found.nodes for p in _with_children(node.pid)}
-    for node in reversed(found.nodes):
+    ours = {p for node in found.nodes.values() for p in _with_children(node.pid)}
+    for node in reversed(found.nodes.values()):
         node.terminate()
-    for node in found.nodes:
-        node.wait(30)
-    _, left = psutil.wait_procs(ours, timeout=30)
-    left += [p for p in psutil.process_iter() if p not in left and mark.items() <= _environment(p).items()]
+    for node in found.nodes.values():
+        node.wait(60)
+    _, left = psutil.wait_procs(ours, timeout=60)
+    return _kill({*left, *_marked(set(found.nodes))})
+
+
+def _marked(marks: set[str]) -> set[psutil.Process]:
+    return {process for process in psutil.process_iter() if _environment(process).get(MARK) in marks}
+
+
+def _kill(processes: set[psutil.Process]) -> list[str]:
     names = []
-    for process in left:
+    for process in processes:
         try:
             names.append(f"{process.pid} {shlex.join(process.cmdline())}")
             process.kill()

@@ -149,6 +149,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, P
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(1200)
 def test_the_doctor_sees_a_mount_that_is_missing(apart: tuple[Cluster, Path], tmp_path: Path) -> None:
     found, hidden = apart
     process = found.command("doctor", "--storage", hidden, "--storage", tmp_path, RAY_ADDRESS=found.address)
@@ -165,7 +166,7 @@ def test_the_doctor_sees_a_mount_that_is_missing(apart: tuple[Cluster, Path], tm
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_no_stage_starts_where_nodes_do_not_share_its_storage(
     apart: tuple[Cluster, Path], digits_model: Path, digits_data: Path, tmp_path: Path
 ) -> None:
@@ -210,6 +211,7 @@ def test_no_stage_starts_where_nodes_do_not_share_its_storage(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(1200)
 def test_the_check_is_quick_once_a_process_is_there(apart: tuple[Cluster, Path], tmp_path: Path) -> None:
     """Seconds of the first and of later checks are printed; a later one takes much less than a process's start."""
     found, _ = apart

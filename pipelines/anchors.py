@@ -63,7 +63,8 @@ CHECKED_ROWS = 8
 """Imported rows that the teacher is run on again."""
 
 MAX_DEATHS = 3
-"""Deaths of a teacher's process in a row, without a shard finished in between, after which a build gives up."""
+"""Deaths of a teacher's process in a row, without a shard finished in between, after which a build gives up. A teacher
+that is lost with its node is not counted."""
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,10 @@ def _in_process(config: Experiment, plan: Plan, missing: list[tuple[str, range]]
 
 
 def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
-    """Ray Data over the missing shards; once more over what is left where a teacher's process died."""
+    """Ray Data over the missing shards; once more over what is left where a teacher's process or a node was lost."""
     import ray.data
-    import ray.exceptions
+
+    from pipelines.losses import LOST, with_its_node
 
     anchors, folder = needed(config)
     join()
@@ -224,8 +226,8 @@ def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) ->
                     raise CraftError.told(row["error"], row["exit_code"])
                 deaths = 0
                 yield row["name"], len(left.pop(row["name"]))
-        except ray.exceptions.RayActorError:
-            deaths += 1
+        except LOST as error:
+            deaths += not with_its_node(error)
             if deaths > MAX_DEATHS:
                 raise CraftError(
                     f"a teacher's process died {deaths} times in a row, the next shard to write is {next(iter(left))}: "

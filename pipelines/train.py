@@ -36,6 +36,7 @@ from craft_ray.training import training
 from craft_ray.workers import OneWorker, ProcessGroup, Workers
 from craft_ray.working_copy import working_copy
 from pipelines.console import ConsoleObserver, FileObserver, following
+from pipelines.losses import LOST
 from pipelines.outputs import check_kept
 from pipelines.ray_metrics import RayMetrics
 from pipelines.session import check_resources, join, quiet_ray
@@ -202,7 +203,13 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
         raise Interrupted("interrupted") from None
     except ray.train.WorkerGroupError as error:
         failures = list(error.worker_failures.values())
-        raise next((f for f in failures if isinstance(f, CraftError)), error) from None
+        mistake = next((failure for failure in failures if isinstance(failure, CraftError)), None)
+        if mistake is None and any(isinstance(failure, LOST) for failure in failures):
+            mistake = CraftError(
+                f"a worker was lost more than workers.max_failures={workers.max_failures} times (with its machine, or "
+                f"for want of memory): the same command (train: with --resume {runs[0].folder.path}) goes on"
+            )
+        raise mistake or error from None
     finally:
         if signal.getsignal(signal.SIGINT) is not interrupt:
             signal.signal(signal.SIGINT, interrupt)  # a fit on the main thread leaves its own handler behind

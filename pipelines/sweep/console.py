@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shlex
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from ray.tune.experiment import Trial
 from craft_ray.sweep.results import SweepResult
 from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder
 from craft_ray.sweep.wording import shown
+from pipelines.losses import with_its_node
 from pipelines.sweep.tracking import SweepTracking
 
 Say = Callable[[str], None]
@@ -28,6 +30,7 @@ class TrialLog(Callback):
         self._tracking = tracking
         self._count = count
         self._say = say
+        self._crashes: Counter[int] = Counter()
         self._ended = {trial.number for trial in folder.trials() if trial.outcome().status != "open"}
 
     def on_trial_result(
@@ -41,8 +44,18 @@ class TrialLog(Callback):
         self._tell(ours)
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Tune tries a trial once more than it may crash, so that it can be lost with its node at any time. One that
+        has crashed too often finds that it has ended, and fails for good."""
         ours = self._folder.trial_of(trial.trial_id)
-        self._say(f"trial {ours.number}: {reason(ours, trial)}; it is tried again")
+        if lost_with_its_node(ours, trial):
+            trial.max_failures += 1
+        else:
+            self._crashes[ours.number] += 1
+        if self._crashes[ours.number] > self._plan.config.sweep.max_failures:
+            ours.end("failed", reason(ours, trial))
+        else:
+            self._say(f"trial {ours.number}: {reason(ours, trial)}; it is tried again")
+        ours.tell_error(None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         ours = self._folder.trial_of(trial.trial_id)
@@ -108,6 +121,13 @@ def standing(plan: Plan, report: Report) -> str:
             notes.insert(0, f"{report['reached'][metric]:.4g} at {objective.confidence:.0%} confidence")
         parts.append(f"{part} ({', '.join(notes)})" if notes else part)
     return ", ".join(parts)
+
+
+def lost_with_its_node(ours: TrialFolder, trial: Trial) -> bool:
+    """Whether the last attempt ended because a node was lost."""
+    if ours.told_error() is not None or trial.pickled_error_file is None:
+        return False
+    return with_its_node(pickle.loads(Path(trial.pickled_error_file).read_bytes()))  # which this process wrote
 
 
 def reason(ours: TrialFolder, trial: Trial) -> str:

@@ -255,7 +255,7 @@ def search(
             name=folder.path.name,
             storage_path=str(folder.scratch),
             verbose=0,
-            failure_config=FailureConfig(max_failures=config.sweep.max_failures),
+            failure_config=FailureConfig(max_failures=config.sweep.max_failures + 1),  # the trial log counts
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
             callbacks=[TrialLog(folder, plan, trial_count(plan), tracking, say)],
         ),

@@ -113,7 +113,10 @@ def reports(trial: TrialFolder, plan: Plan, looks: Looks, after: int = 0) -> Gen
         after: reports up to this step are passed over.
     """
     known = {report["step"]: report | {"done": False} for report in trial.reports() if report["step"] > after}
-    if trial.outcome().status != "open":
+    outcome = trial.outcome()
+    if outcome.status == "failed":
+        raise CraftError(outcome.reason or "it has failed")
+    if outcome.status != "open":
         yield from [*known.values()][:-1]
         yield [*known.values()][-1] | {"done": True}
         return

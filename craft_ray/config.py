@@ -412,7 +412,7 @@ class WorkersConfig(Section):
     threads: int = Field(1, ge=1)
     """Threads of torch in each worker, where it computes on processors."""
     max_failures: int = Field(2, ge=0)
-    """Times that a lost worker is replaced; the run goes on from its last checkpoint."""
+    """Times that workers are started again because one was lost; the run goes on from its last checkpoint."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -519,7 +519,8 @@ class SweepConfig(Section):
     parallel: int | None = Field(None, ge=1)
     """Trials at once. Default: as many as the cluster holds."""
     max_failures: int = Field(1, ge=0)
-    """Times that a crashed trial is tried again before it is marked as failed."""
+    """Times that a crashed trial is tried again before it is marked as failed. One that is lost with its node is always
+    tried again."""
 
 
 class TrackingConfig(Section):

@@ -45,7 +45,8 @@ TASK_STREAM, ANCHOR_STREAM = 0, 1
 SKILLS = ("old", "new")
 HELD_OUT = ("validation", "evaluation")
 STEP0_ANCHORS = 64
-LOCK_WAIT_S = 30
+LOCK_WAIT_S = 120
+"""A server of NFS keeps the lock of a machine that vanished for 90 s."""
 
 
 class Observer(Protocol):

@@ -21,8 +21,23 @@ import requests
 
 HOST = "127.0.0.1"
 BIN = Path(sys.executable).parent
-PATIENCE_S = 120.0
-ATTEMPTS = 3
+PATIENCE_S = 240.0
+RAY = """
+import time
+from ray._private import services
+from ray.scripts.scripts import main
+ask, begun = services.get_node, time.monotonic()
+def patient(*arguments):
+    while True:
+        try:
+            return ask(*arguments)
+        except RuntimeError:
+            if time.monotonic() - begun > 240:
+                raise
+services.get_node = patient
+main()
+"""
+"""Ray's command. It gives a node thirty seconds to start, which is too little on a busy machine."""
 MARK = "CRAFT_RAY_TEST_NODE"
 AGENTS = ("dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent", "metrics-export")
 """With ports of its own choice a node dies unless they are all open within seconds."""
@@ -88,6 +103,7 @@ def cluster(
     token.write_text(secrets.token_hex(32))
     user = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     user |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    patience = {"RAY_agent_register_timeout_ms": str(int(1000 * PATIENCE_S))}
     ports = dict(zip(("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"), map(str, metrics), strict=True))
     found = Cluster(f"{HOST}:{gcs}", f"http://{HOST}:{dashboard}", token, user)
     # The path of a socket is short, so this folder is not below the test's.
@@ -95,7 +111,7 @@ def cluster(
         try:
             for index, count in enumerate(cpus):
                 command = [
-                    sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--log-color=false",
+                    sys.executable, "-c", RAY, "start", "--block", "--log-color=false",
                     f"--num-cpus={count}", "--num-gpus=0", "--object-store-memory=100000000",
                     "--min-worker-port=0", "--max-worker-port=0",
                     *(f"--{agent}-port={port}" for agent, port in zip(AGENTS, free_ports(len(AGENTS)), strict=True)),
@@ -110,7 +126,7 @@ def cluster(
                 if index in (hidden or {}):
                     mount = f"mount -t tmpfs none {shlex.quote(str((hidden or {})[index]))}"
                     command = ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(command)}"]
-                _start(found, command, user | ports | dict(environment or {}), folder / f"node-{index}.log")
+                _start(found, command, user | ports | patience | dict(environment or {}), folder / f"node-{index}.log")
             yield found
         finally:
             left = _stop(found)
@@ -118,24 +134,18 @@ def cluster(
 
 
 def _start(found: Cluster, command: list[str], environment: dict[str, str], log: Path) -> None:
-    """Start a node. Ray gives itself thirty seconds, which is short on a busy machine, so it is tried again."""
-    for attempt in range(ATTEMPTS):
-        mark = secrets.token_hex(8)
-        with log.open("wb") as file:
-            node = subprocess.Popen(
-                command, env=environment | {MARK: mark}, start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            )  # fmt: skip
-        found.nodes[mark] = node
-        end = time.monotonic() + PATIENCE_S
-        while node.poll() is None and time.monotonic() < end:
-            if found.alive() == len(found.nodes):
-                return
-            time.sleep(0.2)
-        if node.poll() is None or "timed out during startup" not in log.read_text() or attempt == ATTEMPTS - 1:
-            raise AssertionError(f"the node did not come up:\n{log.read_text()}")
-        _kill(_marked({mark}))
-        del found.nodes[mark]
+    mark = secrets.token_hex(8)
+    with log.open("wb") as file:
+        node = subprocess.Popen(
+            command, env=environment | {MARK: mark}, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+        )  # fmt: skip
+    found.nodes[mark] = node
+    end = time.monotonic() + PATIENCE_S
+    while found.alive() < len(found.nodes):
+        ended = node.poll() is not None or time.monotonic() > end
+        assert not ended, f"the node did not come up:\n{log.read_text()}"
+        time.sleep(0.2)
 
 
 def _stop(found: Cluster) -> list[str]:

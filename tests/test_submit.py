@@ -265,7 +265,7 @@ def test_no_cluster_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_cache_training_and_sweep_as_jobs(
+def test_cache_and_training_as_jobs(
     token_cluster: Cluster, digits_model: Path, digits_data: Path, tmp_path: Path
 ) -> None:
     """The same config and commands as on a laptop; the artifacts are on shared storage, here a folder."""

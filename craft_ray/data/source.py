@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from blake3 import blake3
 
 from craft_ray.config import Columns, DataConfig
+from craft_ray.data.ids import CHUNK, Ids
 from craft_ray.data.images import encoded_image
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError
@@ -65,8 +66,8 @@ class Source(Protocol):
 
     def __iter__(self) -> Iterator[Sample]: ...
 
-    def ids(self) -> list[str]:
-        """The ids of all rows, in order.
+    def ids(self) -> Sequence[str]:
+        """The ids of all rows, in order; a part of them is a list.
 
         Raises:
             DataError: two rows have the same id.
@@ -108,16 +109,21 @@ class TableSource:
     def __iter__(self) -> Iterator[Sample]:
         return (self[row] for row in range(len(self)))
 
-    def ids(self) -> list[str]:
-        if self._columns.id is None:
-            return [f"{row:08d}" for row in range(len(self))]
-        column = self._columns.id
-        ids = [_text(value, f"{self.name}, row {row}", column) for row, value in enumerate(self._table[column])]
-        if len(set(ids)) != len(ids):
-            seen: set[str] = set()
-            double = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-            raise DataError(f"{self.name}: id '{double}' stands in more than one row; ids must be unique")
+    def ids(self) -> Ids:
+        ids = Ids(self._each_id())
+        if ids.double is not None:
+            raise DataError(f"{self.name}: id '{ids.double}' stands in more than one row; ids must be unique")
         return ids
+
+    def _each_id(self) -> Iterator[str]:
+        column = self._columns.id
+        if column is None:
+            yield from (f"{row:08d}" for row in range(len(self)))
+            return
+        cells = self._table[column]
+        for start in range(0, len(self), CHUNK):  # one by one they take ten times as long
+            for row, value in enumerate(cells[start : start + CHUNK], start):
+                yield _text(value, f"{self.name}, row {row}", column)
 
     def _sample(self, row: int, cells: dict[str, Any]) -> Sample:
         columns = self._columns

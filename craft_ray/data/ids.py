@@ -14,7 +14,7 @@ CHUNK = 1 << 16
 
 
 class Ids(Sequence[str]):
-    """A sequence of ids, in their own bytes and four more each, where a list takes fifty-seven more. A part is a list."""
+    """A sequence of ids, in their own bytes and four more each; a list takes fifty-seven more. A part is a list."""
 
     def __init__(self, ids: Iterable[str]) -> None:
         rest = iter(ids)

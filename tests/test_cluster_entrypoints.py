@@ -19,7 +19,7 @@ from test_cluster_local import exported, local
 
 from craft_ray.config import Experiment, dump_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"

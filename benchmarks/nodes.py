@@ -1,0 +1,158 @@
+"""A Ray cluster of several nodes on this machine, whose nodes can be lost.
+
+Each node is a `ray start` of its own, with a raylet, a store and workers of its own; the head has no processors, so
+work is on the others. A lost node is killed as a machine is: all its processes at once, and none can say goodbye.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+STORE = 80 * 2**20
+"""Bytes of a node's object store."""
+NOTICED = {
+    "RAY_health_check_period_ms": "500",  # a lost node is given up after two seconds, not after fifteen
+    "RAY_health_check_failure_threshold": "3",
+}
+ATTEMPTS = 6
+"""A raylet gives up where its agents take more than 15 s to start, as they may on a busy machine."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Node:
+    """One `ray start --block` and what it has started."""
+
+    def __init__(self, arguments: list[str], env: dict[str, str], home: Path) -> None:
+        home.mkdir()
+        self._log = home / "node.log"
+        command = [
+            str(Path(sys.executable).parent / "ray"), "start", "--block", f"--temp-dir={home}",
+            f"--object-store-memory={STORE}", "--min-worker-port=0", "--max-worker-port=0",
+            "--dashboard-agent-listen-port=0", "--include-log-monitor=false", "--disable-usage-stats", *arguments,
+        ]  # fmt: skip
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+
+    def wait(self, seconds: float = 240) -> None:
+        """Until the node is part of the cluster."""
+        end = time.monotonic() + seconds
+        while "Ray runtime started" not in self._log.read_text():
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"a node does not start: {self._log.read_text()[-2000:]}")
+            time.sleep(0.1)
+
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """What runs on the node, and has these words in its title."""
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self._process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if title in " ".join(process.cmdline()):
+                        found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """Lose the node."""
+        every = [psutil.Process(self._process.pid), *self.processes()] if self._process.poll() is None else []
+        for halt in (psutil.Process.suspend, psutil.Process.kill):  # so that nobody starts another one meanwhile
+            for process in every:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    halt(process)
+        self._process.wait()
+        psutil.wait_procs(every, timeout=30)
+
+
+class Cluster:
+    """A head without processors, and nodes of `cpus` processors each.
+
+    `env` is what a process has to have in its environment to join.
+    """
+
+    def __init__(self, nodes: int = 2, cpus: int = 1) -> None:
+        self.nodes: list[Node] = []
+        self._cpus = cpus
+        self._started = 0
+        self._head: Node | None = None
+        self._home = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))  # a short path, for sockets below it
+        token = self._home / "token"
+        token.write_text(secrets.token_hex(32))
+        self.env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_TMPDIR": str(self._home),
+        }
+        self.env.pop("RAY_ADDRESS", None)
+        port, client = free_port(), free_port()
+        try:
+            self._head = self._start(
+                "--head", f"--port={port}", f"--ray-client-server-port={client}", "--num-cpus=0", "--dashboard-port=0"
+            )
+            self.env["RAY_ADDRESS"] = f"{self._host(0)}:{port}"
+            for _ in range(nodes):
+                self.add()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _host(self, number: int) -> str:
+        """Each node has an address of its own on the loopback interface. (Ray replaces 127.0.0.1 by the machine's.)"""
+        return f"127.0.{number // 200}.{number % 200 + 2}"
+
+    def _start(self, *arguments: str) -> Node:
+        for attempt in range(1, ATTEMPTS + 1):
+            number, self._started = self._started, self._started + 1
+            host = f"--node-ip-address={self._host(0 if '--head' in arguments else number)}"
+            node = Node([host, *arguments], self.env | NOTICED, self._home / str(number))
+            try:
+                node.wait()
+                return node
+            except BaseException as error:
+                node.kill()
+                if attempt == ATTEMPTS or not isinstance(error, RuntimeError):
+                    raise
+        raise AssertionError
+
+    def add(self) -> Node:
+        """A further node."""
+        node = self._start(f"--address={self.env['RAY_ADDRESS']}", f"--num-cpus={self._cpus}")
+        self.nodes.append(node)
+        return node
+
+    def lose(self, node: Node) -> None:
+        """Kill a node with all that runs on it."""
+        self.nodes.remove(node)
+        node.kill()
+
+    def close(self) -> None:
+        """End everything that was started."""
+        for node in [*self.nodes, *([self._head] if self._head else [])]:
+            node.kill()
+        self.nodes.clear()
+        shutil.rmtree(self._home, ignore_errors=True)

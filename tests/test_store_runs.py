@@ -213,7 +213,7 @@ def test_a_run_that_is_finished_is_not_begun_again(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
     stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits_model: Path, digits_data: Path, tmp_path: Path
 ) -> None:
@@ -246,7 +246,7 @@ def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_sweep_is_the_same_in_both(
     stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits_model: Path, digits_data: Path, tmp_path: Path
 ) -> None:

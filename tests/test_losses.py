@@ -86,6 +86,7 @@ def test_a_build_gives_up_over_deaths_of_teachers_not_of_nodes(
     monkeypatch.setattr(stage, "_dataset", Shards(list(errors)))
     monkeypatch.setattr(stage, "join", lambda: None)
     monkeypatch.setattr(stage, "check_resources", lambda *_: None)
+    monkeypatch.setattr(stage, "check_shared", lambda *_: None)
     source = prompts(tmp_path / "anchors.jsonl", [3, 9, 1, 14] * 3)
     config = text_experiment(text_model, source, tmp_path, {"workers.num_workers": 1})
     assert len(PROCESSES) == MAX_DEATHS

@@ -372,8 +372,8 @@ def test_a_suffix_does_not_change_the_prompt(name: str, model: HuggingFaceModel)
         with torch.inference_mode():
             found = model.hidden_states(model.collate([features]), layers)
         states.append(torch.stack([layer[0, : features.layout.prompt_length] for layer in found]))
-    torch.testing.assert_close(states[1], states[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(states[2], states[0], rtol=1e-5, atol=1e-6)
+    for longer in states[1:]:  # other lengths round otherwise, by some 1e-6; a suffix that is seen changes the first digit
+        torch.testing.assert_close(longer, states[0], rtol=1e-4, atol=1e-5)
 
 
 def test_hidden_states_leave_the_vocabulary_projection_out(name: str, model: HuggingFaceModel) -> None:

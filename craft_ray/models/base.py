@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from craft_ray.data.sample import Sample
-from craft_ray.data.source import Source
 from craft_ray.method.pooling import Layout, Pooling
+
+if TYPE_CHECKING:  # what loads models needs no pydantic
+    from craft_ray.data.source import Source
 
 IGNORE = -100
 """Target of a token that is not predicted."""

@@ -2,8 +2,9 @@
 
 A cluster of two nodes on this machine builds a cache with two teachers, trains with two workers, and sweeps over
 trials of one worker each. First each stage runs undisturbed. Then, for each kill, one of them runs again, and at a
-moment drawn from its undisturbed time it loses a process of a worker, a node with all its processes (another one
-joins), or its driver (the same command, or `--resume`, is given again). What must be the same, bit for bit: the rows
+random moment it loses a process of a worker, a node with all its processes (another one joins), or its driver (the same
+command, or `--resume`, is given again). One kill in four falls into the time before the first shard, step or look, the
+others into the work. What must be the same, bit for bit: the rows
 and the hash of a cache; the weights and the log of a run; settings, reports and outcomes of the trials of a sweep, each
 of them once.
 
@@ -45,6 +46,8 @@ from craft_ray.sweep.trials import SweepFolder
 LOG = Path(__file__).parent / "chaos.log"
 KINDS = ("worker", "node", "driver")
 PATIENCE_S = 900.0
+BEFORE_WORK = 0.25
+"""Part of the kills that comes before the first shard, step or look: while processes start and models load."""
 
 
 class Stage(ABC):
@@ -199,13 +202,19 @@ class Undisturbed:
     home: Path
     result: Any
     seconds: float
+    begun: float
+    """Seconds until the first shard, step or look."""
     progress: int
 
 
 def undisturbed(stage: Stage, home: Path, cluster: Cluster) -> Undisturbed:
     started = time.monotonic()
-    finish(stage.start(home, cluster))
-    return Undisturbed(home, stage.result(home), time.monotonic() - started, stage.progress(home))
+    driver = stage.start(home, cluster)
+    while not stage.progress(home) and driver.poll() is None:
+        time.sleep(0.02)
+    begun = time.monotonic() - started
+    finish(driver)
+    return Undisturbed(home, stage.result(home), time.monotonic() - started, begun, stage.progress(home))
 
 
 def finish(driver: subprocess.Popen[str]) -> str:
@@ -275,9 +284,12 @@ def disturb(
         driver.kill()
         driver.communicate()
         driver = stage.start(home, cluster)
-    said = finish(driver)
+    try:
+        said = finish(driver)
+        same = stage.result(home) == reference.result
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        said, same = str(error), False
     seconds = time.monotonic() - started - at
-    same = stage.result(home) == reference.result
     return Kill(stage.name, kind, at, reached, reference.progress, seconds, reference.seconds, same, said)
 
 
@@ -291,14 +303,30 @@ def chaos(
         kill = None
         while kill is None:
             shutil.rmtree(home / "run", ignore_errors=True)
-            wait = rng.uniform(0, references[stage.name].seconds)
-            end = time.monotonic() + wait
-            kill = disturb(
-                stage, kind, home / "run", cluster, references[stage.name], lambda end=end: time.monotonic() >= end, rng
-            )
+            moment = drawn(stage, home / "run", references[stage.name], rng)
+            kill = disturb(stage, kind, home / "run", cluster, references[stage.name], moment, rng)
         kills.append(kill)
         say(kill.line(number))
+        if not kill.same:  # evidence
+            shutil.copytree(home / "run", Path(tempfile.mkdtemp(prefix=f"craft-ray-kill-{number}-")) / "run")
+            print(kill.said, file=sys.stderr, flush=True)
     return kills
+
+
+def drawn(stage: Stage, home: Path, reference: Undisturbed, rng: random.Random) -> Callable[[], bool]:
+    """Whether a random moment has come: one before the first shard, step or look, or somewhere between two of them."""
+    before = rng.random() < BEFORE_WORK
+    reached = 0 if before else rng.randrange(1, reference.progress)
+    work = reference.seconds - reference.begun
+    pause = rng.uniform(0, reference.begun if before else work / reference.progress)
+    since: list[float] = []
+
+    def come() -> bool:
+        if not since and stage.progress(home) >= reached:
+            since.append(time.monotonic())
+        return bool(since) and time.monotonic() - since[0] >= pause
+
+    return come
 
 
 def plan(every: Sequence[Stage], kills: int, seed: int) -> list[tuple[Stage, str]]:
@@ -333,8 +361,8 @@ def main() -> None:
         chosen = [stage for stage in every if options.stage in (None, stage.name)]
         references = {stage.name: undisturbed(stage, world / stage.name, cluster) for stage in chosen}
         say(f"# python -m benchmarks.chaos --kills {options.kills} --seed {options.seed}, {machine()}")
-        took = ", ".join(f"{name} {reference.seconds:.0f} s" for name, reference in references.items())
-        say(f"# undisturbed: {took}")
+        took = (f"{name} {it.seconds:.0f} s, {it.begun:.0f} s of them to begin" for name, it in references.items())
+        say(f"# undisturbed: {'; '.join(took)}")
         planned = plan(chosen, options.kills, options.seed)
         if options.kind:
             planned = [(stage, options.kind) for stage, _ in planned]

@@ -50,6 +50,7 @@ def on_ray(model: Path, data: Path, folder: Path, **changes: object) -> Experime
     return digits_experiment(model, data, folder, {"workers.num_workers": 1, **dotted})
 
 
+@pytest.mark.slow
 def test_a_teacher_killed_in_the_middle_costs_no_anchor(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
     config = on_ray(digits_model, digits_data, tmp_path, anchors__rows_per_shard=2)
     driver = start_build(config, tmp_path)

@@ -47,7 +47,9 @@ def check(report: dict[str, Any], name: str) -> None:
             assert row["lower"] <= row["value"] <= row["upper"]
 
 
-@pytest.mark.parametrize("name", ["cache_build", "retention_modes", "anchor_fetch", "surgery"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("cache_build", marks=pytest.mark.slow), "retention_modes", "anchor_fetch", "surgery"]
+)
 def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(run(name, tmp_path / "report.json", monkeypatch), name)
 
@@ -81,6 +83,7 @@ def test_settings_without_pydantic_are_a_config() -> None:
     assert vars(SETTINGS).items() <= CraftConfig(**vars(SETTINGS)).model_dump().items()
 
 
+@pytest.mark.slow
 def test_step_runs_and_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = run("step", tmp_path / "report.json", monkeypatch)
     check(report, "step")
@@ -128,6 +131,7 @@ def hold(mebibytes: int) -> None:
     torch.ones(mebibytes << 18)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_function() -> None:
     few, many = (peak_in_process(hold, n) / 2**20 for n in (1, 201))
     assert many - few == pytest.approx(200, abs=40)

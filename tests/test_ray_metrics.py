@@ -177,6 +177,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_prometheus_reads_what_the_run_logged(digits_model: Path, digits_data: Path, tmp_path: Path, port: str) -> None:
     def look(skill: str) -> dict[str, Any]:

@@ -331,6 +331,7 @@ def test_a_trial_that_fails_again_and_again_is_marked_with_its_reason(base: Expe
     assert any(line.startswith("2 trials finished, 0 stopped early, 1 failed") for line in done.said)
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_trials_all_fail_is_one_line(
     base: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,6 +341,7 @@ def test_a_sweep_whose_trials_all_fail_is_one_line(
     assert [row["status"] for row in table(SweepFolder(tmp_path / "sweep"))] == ["failed"]
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_is_killed_comes_to_the_same(base: Experiment, plain: Swept, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "sweep")
     with killing_the_process_of(folder.trial(0)) as killed:
@@ -374,6 +376,7 @@ def test_a_worker_that_the_cluster_cannot_hold_is_refused_before_any_trial(
 # --- interruption -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_is_resumed_as_it_began_or_with_more_samples(base: Experiment, plain: Swept, tmp_path: Path) -> None:
     path = tmp_path / "sweep"
     shutil.copytree(plain.folder.path, path)

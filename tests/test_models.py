@@ -372,9 +372,7 @@ def test_a_suffix_does_not_change_the_prompt(name: str, model: HuggingFaceModel)
         with torch.inference_mode():
             found = model.hidden_states(model.collate([features]), layers)
         states.append(torch.stack([layer[0, : features.layout.prompt_length] for layer in found]))
-    for longer in states[
-        1:
-    ]:  # other lengths round otherwise, by some 1e-6; a suffix that is seen changes the first digit
+    for longer in states[1:]:  # another length rounds otherwise, by some 1e-6; a suffix that is seen changes all digits
         torch.testing.assert_close(longer, states[0], rtol=1e-4, atol=1e-5)
 
 

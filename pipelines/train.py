@@ -20,6 +20,7 @@ import torch.distributed
 import yaml
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.reader import check_shards, check_sizes
@@ -204,7 +205,7 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
     except ray.train.WorkerGroupError as error:
         failures = list(error.worker_failures.values())
         mistake = next((failure for failure in failures if isinstance(failure, CraftError)), None)
-        if mistake is None and any(isinstance(failure, LOST) for failure in failures):
+        if mistake is None and any(map(is_loss, failures)):
             mistake = CraftError(
                 f"a worker was lost more than workers.max_failures={workers.max_failures} times (with its machine, or "
                 f"for want of memory): the same command (train: with --resume {runs[0].folder.path}) goes on"
@@ -216,6 +217,13 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
         remove_tree(scratch)
     if outcome is not None and outcome["error"] is not None:
         raise CraftError.told(**outcome["error"])
+
+
+def is_loss(failure: BaseException) -> bool:
+    """Whether a worker is gone, rather than that its run failed: Train learns it by asking after its health."""
+    if isinstance(failure, WorkerHealthCheckFailedError):
+        failure = failure.health_check_failure
+    return isinstance(failure, (*LOST, WorkerHealthCheckTimeoutError))
 
 
 def resources(workers: WorkersConfig) -> dict[str, float]:

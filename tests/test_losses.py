@@ -19,11 +19,13 @@ from ray.exceptions import (
     OutOfMemoryError,
     WorkerCrashedError,
 )
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from craft_ray.errors import CraftError
 from pipelines import anchors as stage
 from pipelines.anchors import MAX_DEATHS, build
 from pipelines.losses import LOST, with_its_node
+from pipelines.train import is_loss
 
 AN_ACTOR = ActorID(b"a" * 16)
 
@@ -49,6 +51,13 @@ def test_what_goes_with_a_node_is_told_from_what_dies_alone() -> None:
     assert all(isinstance(error, LOST) for error in (*NODES, *PROCESSES))
     assert [with_its_node(error) for error in NODES] == [True] * len(NODES)
     assert [with_its_node(error) for error in PROCESSES] == [False] * len(PROCESSES)
+
+
+def test_train_tells_of_a_worker_that_is_gone_in_errors_of_its_own() -> None:
+    assert all(is_loss(WorkerHealthCheckFailedError("its health", error)) for error in (*NODES, *PROCESSES))
+    assert is_loss(WorkerHealthCheckTimeoutError("its health"))
+    assert not is_loss(RuntimeError("Connection closed by peer"))
+    assert not is_loss(WorkerHealthCheckFailedError("its health", CraftError("a mistake")))
 
 
 class Shards:

@@ -15,7 +15,7 @@ import pytest
 from craft_ray.examples import digits
 from pipelines.demo import demo
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def run_demo(*arguments: str) -> str:
@@ -28,6 +28,7 @@ def run_demo(*arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_digits_demo_keeps_its_promise_over_three_seeds(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     printed = run_demo("--out", str(out))
@@ -57,6 +58,7 @@ def sweep_benchmark(demo: Path, path: Path) -> int:
     return len(rows)
 
 
+@pytest.mark.cluster
 def test_the_text_demo_keeps_more_than_plain_fine_tuning(tmp_path: Path) -> None:
     run_demo("--out", str(tmp_path), "--preset", "text", "--quick")
     summary = json.loads((tmp_path / "result.json").read_text())["summary"]

@@ -7,6 +7,7 @@ a repeated one replaces itself, and the next build does what is missing.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 import warnings
@@ -236,6 +237,7 @@ def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) ->
                 ) from None
             for name in [name for name in left if (folder / SHARDS / name).exists()]:
                 yield name, len(left.pop(name))
+    gc.collect()  # Ray ends the teachers' processes when nothing refers to them any more, and circles do
 
 
 def _dataset(config: Experiment, plan: Plan, shards: dict[str, range], actors: int) -> ray.data.Dataset:

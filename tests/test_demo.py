@@ -46,16 +46,27 @@ def test_the_digits_demo_keeps_its_promise_over_three_seeds(tmp_path: Path) -> N
     assert "no row computed" in again
     assert "9 of 9 runs are finished already" in again
     assert "[1/4]" not in again, "no trial is run again"
-    assert sweep_benchmark(out, tmp_path / "report.json") == 4
 
 
-def sweep_benchmark(demo: Path, path: Path) -> int:
-    """The costs of a few trials are finite and not judged; how many rows there are."""
-    command = [sys.executable, "-m", "benchmarks.sweep", "--tiny", "--demo", str(demo), "--json", str(path)]
+@pytest.mark.cluster
+def test_the_benchmark_of_sweeps_reads_a_demo(tmp_path: Path) -> None:
+    """The costs of a few trials are finite and not judged."""
+    run_demo("--quick", "--out", str(tmp_path / "demo"))
+    path = tmp_path / "report.json"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.sweep",
+        "--tiny",
+        "--demo",
+        str(tmp_path / "demo"),
+        "--json",
+        str(path),
+    ]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, timeout=200)
     rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 4
     assert all(math.isfinite(row["value"]) and row["target"] is None for row in rows)
-    return len(rows)
 
 
 @pytest.mark.cluster

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from benchmarks.chaos import Stage, Training, Undisturbed, disturb, finish, stages, undisturbed
 from benchmarks.nodes import Cluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 ENOUGH = {"cache": 6, "training": 12, "sweep": 3}
 """Shards, steps or looks after which something is lost: in the middle, and past a checkpoint."""
@@ -44,6 +44,7 @@ def spread(stage: Stage, home: Path, cluster: Cluster) -> Callable[[], bool]:
     return lambda: stage.progress(home) >= ENOUGH[stage.name] and all(stage.workers(cluster))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENOUGH)
 def test_a_stage_spread_over_two_nodes_comes_to_the_same_though_one_is_lost(
     name: str, undisturbed_stages: dict[str, tuple[Stage, Undisturbed]], cluster: Cluster, tmp_path: Path
@@ -56,6 +57,7 @@ def test_a_stage_spread_over_two_nodes_comes_to_the_same_though_one_is_lost(
         assert any(f"going on after step {step}" in kill.said for step in range(10, 40, 5)), kill.said
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_the_workers_that_are_left(
     undisturbed_stages: dict[str, tuple[Stage, Undisturbed]], cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -85,6 +87,7 @@ def test_training_goes_on_with_the_workers_that_are_left(
         torch.testing.assert_close(found[key], wanted[key], rtol=1e-2, atol=2e-3)
 
 
+@pytest.mark.cluster
 def test_workers_lost_too_often_end_a_run_in_one_line_that_says_how_it_goes_on(
     undisturbed_stages: dict[str, tuple[Stage, Undisturbed]], cluster: Cluster, tmp_path: Path
 ) -> None:

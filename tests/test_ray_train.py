@@ -72,6 +72,7 @@ def without_times(config: Experiment) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in run_folder(config).read_metrics()]
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one_on_the_same_global_batches(
     digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
 ) -> None:

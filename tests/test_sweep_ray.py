@@ -233,7 +233,13 @@ def test_the_best_config_trains_to_the_numbers_of_its_trial(plain: Swept, tmp_pa
     assert again.read_text() == (plain.trial(best).path / "seed0" / "validation.jsonl").read_text()
 
 
-@pytest.mark.parametrize("looks", [None, on_trainer], ids=["in the trial's process", "in Ray Train's local mode"])
+@pytest.mark.parametrize(
+    "looks",
+    [
+        pytest.param(None, id="in the trial's process"),
+        pytest.param(on_trainer, id="in Ray Train's local mode", marks=pytest.mark.slow),
+    ],
+)
 def test_a_sweep_without_workers_comes_to_the_same(
     looks: Looks | None, base: Experiment, plain: Swept, tmp_path: Path
 ) -> None:
@@ -247,6 +253,7 @@ def test_a_sweep_without_workers_comes_to_the_same(
 # --- early stopping, schedulers, samplers -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_asha_stops_what_is_clearly_worse_before_its_second_seed(base: Experiment, tmp_path: Path) -> None:
     changes = {**UNBOUND, "sweep": {"samples": 1, "scheduler": "asha", "repeat": 2, "parallel": 1}}
     done = swept(base, grid(GOOD, BAD), tmp_path / "sweep", changes)

@@ -51,18 +51,9 @@ def test_the_digits_demo_keeps_its_promise_over_three_seeds(tmp_path: Path) -> N
 @pytest.mark.cluster
 def test_the_benchmark_of_sweeps_reads_a_demo(tmp_path: Path) -> None:
     """The costs of a few trials are finite and not judged."""
-    run_demo("--quick", "--out", str(tmp_path / "demo"))
-    path = tmp_path / "report.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.sweep",
-        "--tiny",
-        "--demo",
-        str(tmp_path / "demo"),
-        "--json",
-        str(path),
-    ]
+    out, path = tmp_path / "demo", tmp_path / "report.json"
+    run_demo("--quick", "--out", str(out))
+    command = [sys.executable, "-m", "benchmarks.sweep", "--tiny", "--demo", str(out), "--json", str(path)]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, timeout=200)
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 4

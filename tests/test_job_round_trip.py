@@ -19,7 +19,7 @@ from craft_ray.config import dump_config, load_config
 from craft_ray.places import ObjectPath, copy_tree, readable
 from craft_ray.run_folder import RunFolder
 
-pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def craft_ray(environment: dict[str, str], folder: Path, *arguments: str) -> tuple[int, str, str]:

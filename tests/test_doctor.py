@@ -174,7 +174,7 @@ def test_no_stage_starts_where_nodes_do_not_share_its_storage(
     found, hidden = apart
     changes = {
         **scored(digits_data), "workers.num_workers": 1, "train.steps": 4, "craft.epsilon_start": 10.0,
-        "objective": {"maximize": "new/score", "subject_to": {"old/ratio": ">= 0.0"}},
+        "objective": {"maximize": "new/score", "subject_to": {"old/score": ">= 0.0"}},
         "validation": {"every": 2, **{k.partition(".")[2]: v for k, v in scored(digits_data, 16).items()}},
     }  # fmt: skip
 

@@ -154,7 +154,7 @@ def sbatch(tmp_path: Path) -> Any:
             "SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "here",
             "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "2", "SLURM_GPUS_ON_NODE": "0",
         }  # fmt: skip
-        while True:
+        for _ in range(4):
             done = subprocess.run(
                 [*prefix, "bash", CLUSTER / "slurm" / "ray.sbatch", *command],
                 env={**ours, **slurm, **settings, "PATH": f"{tools}:{ours['PATH']}"},
@@ -163,7 +163,8 @@ def sbatch(tmp_path: Path) -> Any:
             shutil.rmtree(f"/tmp/ray-{os.getpid()}", ignore_errors=True)
             log = done.stdout + done.stderr
             if "the command was never run" not in log or "timed out during startup" not in log:  # too busy for Ray
-                return done.returncode, log
+                break
+        return done.returncode, log
 
     return run
 

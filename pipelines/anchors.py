@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ from craft_ray.models import load_model
 from craft_ray.places import Place, place_of
 from craft_ray.quiet import quiet_libraries
 from pipelines.outputs import check_kept
-from pipelines.ray_metrics import BuildMetrics, ShardMetrics
+from pipelines.ray_metrics import BuildMetrics
 from pipelines.session import check_resources, join
 from pipelines.storage_check import check_shared
 
@@ -286,14 +285,8 @@ class ShardWriter:
     def source(self) -> Source:
         return open_source(self.anchors.source, "anchors.source")
 
-    @cached_property
-    def metrics(self) -> ShardMetrics:
-        return ShardMetrics(self.folder)
-
     def write(self, name: str, rows: range) -> None:
-        started = time.perf_counter()
         build_shard(self.teacher, self.source, rows, self.folder / SHARDS / name)
-        self.metrics.wrote(len(rows), time.perf_counter() - started)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         name, rows = str(batch["name"][0]), range(int(batch["start"][0]), int(batch["stop"][0]))

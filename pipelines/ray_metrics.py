@@ -8,6 +8,7 @@ Where no Ray is, nothing happens.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import TracebackType
@@ -44,7 +45,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "craft_heldout_violation": ("max(0, L_ret / final epsilon - 1) on held-out anchors", RUN),
     "craft_anchors_done": ("Anchors in complete shards", CACHE),
     "craft_anchors_planned": ("Anchors of the whole cache", CACHE),
-    "craft_anchors_per_second": ("Anchors a second of one teacher, over its last shard", CACHE),
+    "craft_anchors_per_second": ("Anchors a second of all teachers, since the build began", CACHE),
 }
 """What each gauge means, and its tags."""
 
@@ -146,28 +147,22 @@ class RayMetrics(Held):
         self.inner.done(result)
 
 
-class ShardMetrics(Held):
-    """Tells Ray how fast a teacher is."""
-
-    def __init__(self, cache_folder: Place) -> None:
-        super().__init__(cache=cache_folder.name)
-
-    def wrote(self, rows: int, seconds: float) -> None:
-        self.set({"craft_anchors_per_second": rows / seconds})
-        self.count("craft_anchors", rows, "cache")
-
-
 class BuildMetrics(Held):
-    """Tells Ray how far a build is."""
+    """Tells Ray how far a build is, and how fast.
+
+    The process of the build tells it, for a teacher's stays until Ray Data has forgotten the last object from it.
+    """
 
     def __init__(self, cache_folder: Place, planned: int, done: int) -> None:
         super().__init__(cache=cache_folder.name)
-        self._done = done
+        self._before, self._done, self._began = done, done, time.perf_counter()
         self.set({"craft_anchors_planned": planned, "craft_anchors_done": done})
 
     def wrote(self, rows: int) -> None:
         self._done += rows
-        self.set({"craft_anchors_done": self._done})
+        pace = (self._done - self._before) / (time.perf_counter() - self._began)
+        self.set({"craft_anchors_done": self._done, "craft_anchors_per_second": pace})
+        self.count("craft_anchors", rows, "cache")
 
 
 def standing(records: Sequence[Record]) -> dict[str, float | None]:

@@ -24,6 +24,8 @@ from craft_ray.errors import StorageError
 SCHEME = "s3://"
 CHUNK = 8 << 20
 """Bytes that are sent at once."""
+ATTEMPTS = 4
+"""Times that an object is read which another process replaces at that very moment."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,25 @@ class ObjectPath:
     # -- its content
 
     def read_bytes(self) -> bytes:
-        with self.open_input() as file:
-            return bytes(file.read())
+        """The whole content as it was at one moment, also where another process replaces or deletes it meanwhile.
+
+        pyarrow asks for the size first. It fills up to that size whatever arrives, and where nothing does the error is
+        not the one that says so.
+
+        Raises:
+            FileNotFoundError: there is none, or none any more.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            with self.open_input() as file, _told(self, "read"):
+                try:
+                    content = bytes(file.read())
+                except OSError:
+                    if attempt == ATTEMPTS:
+                        raise
+                    continue
+                if self.stat().st_size == file.size():
+                    return content
+        raise StorageError(f"{self} changed {ATTEMPTS} times while it was read: end what else writes to it")
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)

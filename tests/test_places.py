@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from craft_ray.config import absolute, parse_config
@@ -90,6 +91,43 @@ def test_a_tree_goes_there_and_back(bucket: ObjectPath, tmp_path: Path) -> None:
     remove_tree(bucket / "tree")
     remove_tree(bucket / "never there")
     assert [entry.name for entry in bucket.iterdir()] == ["second"]
+
+
+@pytest.mark.parametrize("after", [b"{}", b'{"longer": "than before"}', b"four", None])
+def test_what_is_read_was_there_at_one_moment(
+    bucket: ObjectPath, after: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process replaces or deletes the object between its size and its content."""
+    path, opened, opening = bucket / "changing", [], ObjectPath.open_input
+    path.write_bytes(b"size")
+
+    def interrupted(self: ObjectPath) -> pa.NativeFile:
+        file = opening(self)
+        if not opened:
+            path.unlink() if after is None else path.write_bytes(after)
+        opened.append(file)
+        return file
+
+    monkeypatch.setattr(ObjectPath, "open_input", interrupted)
+    if after is None:
+        with pytest.raises(FileNotFoundError):
+            path.read_bytes()
+    else:
+        assert path.read_bytes() == after
+
+
+def test_what_never_stands_still_is_not_read_for_ever(bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opening = bucket / "changing", ObjectPath.open_input
+    path.write_bytes(b"")
+
+    def interrupted(self: ObjectPath) -> pa.NativeFile:
+        file = opening(self)
+        path.write_bytes(bytes(file.size() + 1))
+        return file
+
+    monkeypatch.setattr(ObjectPath, "open_input", interrupted)
+    with pytest.raises(StorageError, match="changed 4 times while it was read"):
+        path.read_bytes()
 
 
 def test_an_error_on_the_way_leaves_what_was_there(bucket: ObjectPath) -> None:

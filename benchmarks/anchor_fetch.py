@@ -13,6 +13,8 @@ from typing import Any, cast
 
 import pyarrow.parquet as pq
 import torch
+from craft_pipelines.anchors import build
+from craft_pipelines.demo import CONFIGS
 
 from benchmarks.harness import CPU_TIME, Report, Row, Variant, arguments, interleaved, one_thread
 from benchmarks.texts import samples, teacher_of, write_model
@@ -20,14 +22,12 @@ from benchmarks.variants import Ours
 from benchmarks.workload import Shape
 from craft_ray.anchors.build import build_shard
 from craft_ray.anchors.manifest import SHARDS
-from craft_ray.anchors.student import open_for_student
 from craft_ray.config import load_config
 from craft_ray.data.source import open_source
 from craft_ray.examples import digits
 from craft_ray.models import load_model
 from craft_ray.quiet import quiet_libraries
-from pipelines.anchors import build
-from pipelines.demo import CONFIGS
+from craft_ray.retention.student import open_for_student
 
 BATCH = 32
 REPEATS = 64

@@ -39,8 +39,8 @@ from craft_ray.anchors.manifest import read_manifest
 from craft_ray.config import Experiment, dump_config, parse_config
 from craft_ray.errors import NOT_MET
 from craft_ray.examples import digits
-from craft_ray.files import checksum
-from craft_ray.run_folder import RunFolder
+from craft_ray.run.folder import RunFolder
+from craft_ray.storage.files import checksum
 from craft_ray.sweep.trials import SweepFolder
 
 LOG = Path(__file__).parent / "chaos.log"
@@ -80,7 +80,7 @@ class Stage(ABC):
 
     def start(self, home: Path, cluster: Cluster) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", *self.command(home)], text=True, env=cluster.env,
+            [sys.executable, "-m", "craft_pipelines.cli", *self.command(home)], text=True, env=cluster.env,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 

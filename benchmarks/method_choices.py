@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from craft_pipelines.anchors import build
 
 from craft_ray.config import Experiment, load_config
-from craft_ray.evaluation import ratio
 from craft_ray.quiet import quiet_libraries
-from craft_ray.run_folder import RunFolder, environment
-from craft_ray.training import Silent, train
+from craft_ray.run.folder import RunFolder, environment
+from craft_ray.run.scoring import ratio
+from craft_ray.run.training import NullObserver, train
 from craft_ray.workers import OneWorker
-from pipelines.anchors import build
 
 POSITIONS = {
     "digits": ("text_last", "vision_mean", "masked_mean", "last_token", "first_token", "every_4", "all", "suffix"),
@@ -93,7 +93,7 @@ def run(config: Experiment, changes: Mapping[str, Any], seed: int, folder: Path)
     config = config.changed({**changes, "seed": seed})
     place = RunFolder(folder)
     place.begin(config, ["benchmarks/method_choices.py"])
-    train(config, place, OneWorker(), Silent())
+    train(config, place, OneWorker(), NullObserver())
     result = place.finished()
     assert result is not None
     lambdas = [record["craft/lambda"] or 0.0 for record in place.read_metrics()]

@@ -11,15 +11,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from craft_pipelines.console import FileObserver
+from craft_pipelines.ray_metrics import RayMetrics
+from craft_pipelines.session import join
+
 from benchmarks.harness import CPU_TIME, Report, Row, Variant, arguments, interleaved, one_thread
 from benchmarks.variants import ours
 from benchmarks.workload import SHAPES, RetentionTask, language_model
-from craft_ray.metrics import FIELDS
-from craft_ray.tensorboard import TensorBoardObserver
-from craft_ray.training import Silent
-from pipelines.console import FileObserver
-from pipelines.ray_metrics import RayMetrics
-from pipelines.session import join
+from craft_ray.run.metrics import FIELDS
+from craft_ray.run.training import NullObserver
+from craft_ray.tracking.tensorboard import TensorBoardObserver
 
 LOGGED = 10
 """Steps between two logs, as by default."""
@@ -35,7 +36,7 @@ def measure(report: Report, folder: Path, size: str, length: int, rounds: int) -
     def records() -> list[dict[str, Any]]:
         return [{"step": next(steps), **numbers} for _ in range(LOGGED)]
 
-    metrics = RayMetrics(folder / "run", "hidden", 1000, Silent(), enabled=True)
+    metrics = RayMetrics(folder / "run", "hidden", 1000, NullObserver(), enabled=True)
     board = TensorBoardObserver(folder / "events", FileObserver(folder / "progress.jsonl"), enabled=True)
     with metrics, board:
         variants = {

@@ -14,11 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from craft_pipelines.anchors import build
+
 from benchmarks.harness import WALL, Ratio, Report, Row, arguments, one_thread
 from benchmarks.texts import experiment, samples, write_model, write_samples
 from benchmarks.workload import SHAPES, Shape
 from craft_ray.config import Experiment
-from pipelines.anchors import build
 
 CASES = {
     "about 0.25 ms a row": (Shape(width=64, layers=2, inner=128, heads=2, vocabulary=512, head_size=32), 24),

@@ -14,15 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from craft_pipelines.anchors import build
+
 from benchmarks.harness import CPU_TIME, Report, Row, Variant, arguments, interleaved, one_thread
 from benchmarks.texts import experiment, samples, teacher_of, write_model, write_samples
 from benchmarks.workload import SHAPES, Shape
 from craft_ray.anchors.build import build_shard
-from craft_ray.anchors.student import open_for_student
 from craft_ray.config import Experiment
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
-from pipelines.anchors import build
+from craft_ray.retention.student import open_for_student
 
 TARGETS = {8192: ">= 1.25", 51200: ">= 2.5"}
 MODES = ("hidden", "token_ce")

@@ -67,7 +67,7 @@ def writer_peak(stop: threading.Event, found: dict[str, int]) -> None:
 
 def build_and_watch(sender: Any, config: Experiment) -> None:
     """A driver of its own, which tells its peak and its writer's."""
-    from pipelines.anchors import build
+    from craft_pipelines.anchors import build
 
     one_thread()
     found: dict[str, int] = {}
@@ -140,7 +140,7 @@ def measure_builds(report: Report, shape: Shape, tokens: int, sizes: tuple[int, 
 
 
 def measure_training(report: Report, shape: Shape, tokens: int, steps: int, rounds: int) -> None:
-    from pipelines.train import fit, plan_run
+    from craft_pipelines.train import fit, plan_run
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -153,7 +153,7 @@ def measure_training(report: Report, shape: Shape, tokens: int, steps: int, roun
             "train.batch_size": 8, "train.keep_checkpoints": 0, "craft.anchor_batch_size": 8,
         }  # fmt: skip
         config = experiment(folder / "cache", write_model(folder / "model", shape), data, **changes)
-        from pipelines.anchors import build
+        from craft_pipelines.anchors import build
 
         build(config, say=lambda _: None)
         count = 0

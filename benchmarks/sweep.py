@@ -25,17 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from craft_pipelines.session import join
+from craft_pipelines.sweep.driver import plan_sweep, search
+from craft_pipelines.sweep.runs import in_process
+from craft_pipelines.sweep.tracking import SweepTracking
 
 from benchmarks.harness import WALL, Report, Row, arguments, one_thread
 from craft_ray.config import Experiment, dump_config, load_config
-from craft_ray.metrics import Record
-from craft_ray.run_folder import RunFolder
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.metrics import Record
+from craft_ray.run.training import Run
 from craft_ray.sweep.space import load_space
-from craft_ray.training import Run
-from pipelines.session import join
-from pipelines.sweep.driver import plan_sweep, search
-from pipelines.sweep.runs import in_process
-from pipelines.sweep.tracking import SweepTracking
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "pipelines" / "configs" / "demo_digits.yaml"

@@ -19,7 +19,7 @@ shift 2
 begun=$(python - "$folder" <<'PYTHON'
 import sys
 from craft_ray.errors import CraftError
-from craft_ray.places import place_of
+from craft_ray.storage.paths import place_of
 
 folder = place_of(sys.argv[1])
 try:

@@ -18,9 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 
 if TYPE_CHECKING:
-    from clusters import Cluster
-
-    from craft_ray.places import ObjectPath
+    from craft_ray.storage.paths import ObjectPath
+    from tests.support.clusters import Cluster
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +65,7 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[ObjectPath]:
     """A bucket in a real S3 endpoint on loopback, which the environment names."""
-    from tests.stores import running_store
+    from tests.support.stores import running_store
 
     with running_store() as bucket:
         yield bucket
@@ -81,7 +80,7 @@ def own_expansions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One node of two CPUs that asks for a token."""
-    from clusters import cluster
+    from tests.support.clusters import cluster
 
     with cluster(tmp_path_factory.mktemp("cluster")) as found:
         yield found

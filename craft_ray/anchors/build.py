@@ -1,6 +1,6 @@
 """Building a cache, without Ray: its identity, its estimated size, one shard, and the manifest at the end.
 
-`pipelines.anchors` runs `build_shard` in parallel; everything that decides content stands here.
+`craft_pipelines.anchors` runs `build_shard` in parallel; everything that decides content stands here.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from craft_ray.anchors.teacher import Teacher
 from craft_ray.config import AnchorsConfig, Experiment
 from craft_ray.data.source import Source
 from craft_ray.errors import CacheRefused, ConfigError
-from craft_ray.files import checksum, new_file
 from craft_ray.method.pooling import vector_count
 from craft_ray.models.base import Model, resolve_layers
-from craft_ray.places import Place, readable
+from craft_ray.storage.files import checksum, new_file
+from craft_ray.storage.paths import StoragePath, readable
 
 ESTIMATE_ROWS = 32
 
@@ -113,14 +113,14 @@ def estimate(model: Model, source: Source, schema: CacheSchema, anchors: Anchors
     return Estimate(bytes=round(total), vectors_per_row=counts / rows)
 
 
-def build_shard(teacher: Teacher, source: Source, rows: Sequence[int], path: Place) -> None:
+def build_shard(teacher: Teacher, source: Source, rows: Sequence[int], path: StoragePath) -> None:
     """Run the teacher over some rows and write them as one Parquet file, which appears when it is complete."""
     starts = range(0, len(rows), ROW_GROUP)
     groups = ([source[row] for row in rows[start : start + ROW_GROUP]] for start in starts)
     write_shard(path, teacher.schema, map(teacher.table, groups))
 
 
-def write_shard(path: Place, schema: CacheSchema, row_groups: Iterable[pa.Table]) -> None:
+def write_shard(path: StoragePath, schema: CacheSchema, row_groups: Iterable[pa.Table]) -> None:
     """One Parquet file, which appears when it is complete."""
     arrow = schema.arrow()
     packed = ("id", "prompt", "input_ids", "suffix")
@@ -143,7 +143,7 @@ def write_shard(path: Place, schema: CacheSchema, row_groups: Iterable[pa.Table]
             writer.write_table(table)
 
 
-def finished_shards(folder: Place, plan: Plan, ids: Sequence[str]) -> dict[str, Shard]:
+def finished_shards(folder: StoragePath, plan: Plan, ids: Sequence[str]) -> dict[str, Shard]:
     """The shards of a plan that are complete in the folder; what is not of the plan is refused."""
     done = {}
     for name, rows in plan.shards():
@@ -160,7 +160,7 @@ def finished_shards(folder: Place, plan: Plan, ids: Sequence[str]) -> dict[str, 
     return done
 
 
-def finish(folder: Place, plan: Plan, ids: Sequence[str]) -> Manifest:
+def finish(folder: StoragePath, plan: Plan, ids: Sequence[str]) -> Manifest:
     """Check that every row is there once, and write the manifest."""
     shards = finished_shards(folder, plan, ids)
     missing = [name for name, _ in plan.shards() if name not in shards]
@@ -171,7 +171,7 @@ def finish(folder: Place, plan: Plan, ids: Sequence[str]) -> Manifest:
     return manifest
 
 
-def manifest_of(folder: Place, identity: Identity, shards: Sequence[Shard]) -> Manifest:
+def manifest_of(folder: StoragePath, identity: Identity, shards: Sequence[Shard]) -> Manifest:
     """What vouches for shards that are all there."""
     return Manifest(
         format=FORMAT,
@@ -183,7 +183,7 @@ def manifest_of(folder: Place, identity: Identity, shards: Sequence[Shard]) -> M
     )
 
 
-def full_suffixes(folder: Place, manifest: Manifest) -> int:
+def full_suffixes(folder: StoragePath, manifest: Manifest) -> int:
     """Anchors whose suffix the teacher went on with until `max_new_tokens`."""
     limit = manifest.identity.max_new_tokens
     if manifest.identity.suffix_from != "teacher":
@@ -193,7 +193,7 @@ def full_suffixes(folder: Place, manifest: Manifest) -> int:
     return sum(pc.sum(pc.equal(pc.list_value_length(column), limit)).as_py() for column in suffixes)
 
 
-def _count_vectors(path: Place, schema: CacheSchema) -> int:
+def _count_vectors(path: StoragePath, schema: CacheSchema) -> int:
     if not schema.has_hidden:
         return 0
     total, metadata = 0, pq.read_metadata(readable(path))

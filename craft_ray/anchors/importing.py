@@ -20,9 +20,9 @@ from craft_ray.anchors.storage import stored
 from craft_ray.anchors.verify import Agreement, reforward
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused, ConfigError
-from craft_ray.files import checksum, new_folder
 from craft_ray.models.base import Model
-from craft_ray.places import Place, remove_tree
+from craft_ray.storage.files import checksum, new_folder
+from craft_ray.storage.paths import StoragePath, remove_tree
 
 ONE_VECTOR = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token")
 """Positions with exactly one vector a sample: what a legacy tensor can hold."""
@@ -40,7 +40,7 @@ class _Unread:
 
 
 def import_shards(
-    shards: LegacyShards, folder: Place, config: Experiment, model: Model, check_rows: int
+    shards: LegacyShards, folder: StoragePath, config: Experiment, model: Model, check_rows: int
 ) -> tuple[Manifest, Agreement | None]:
     """Write the cache, compare `check_rows` of it with the model, and put it in its place.
 
@@ -79,7 +79,7 @@ def import_shards(
     return manifest, agreement
 
 
-def _found(folder: Place, identity: Identity) -> Manifest:
+def _found(folder: StoragePath, identity: Identity) -> Manifest:
     """The cache that is there already, if it is the one that would be written."""
     if not (folder / MANIFEST).exists():
         raise CacheRefused(

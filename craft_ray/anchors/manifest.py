@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from craft_ray.anchors.schema import CacheSchema
 from craft_ray.errors import CacheRefused
-from craft_ray.files import write_atomically
 from craft_ray.models.fingerprint import json_fingerprint
-from craft_ray.places import Place
+from craft_ray.storage.files import write_atomically
+from craft_ray.storage.paths import StoragePath
 
 FORMAT = 1
 LAYER_DEFINITION = (
@@ -104,15 +104,15 @@ class Plan(_Frozen):
         ]
 
 
-def write_manifest(folder: Place, manifest: Manifest) -> None:
+def write_manifest(folder: StoragePath, manifest: Manifest) -> None:
     write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2))
 
 
-def write_plan(folder: Place, plan: Plan) -> None:
+def write_plan(folder: StoragePath, plan: Plan) -> None:
     write_atomically(folder / PLAN, plan.model_dump_json(indent=2))
 
 
-def read_plan(folder: Place) -> Plan | None:
+def read_plan(folder: StoragePath) -> Plan | None:
     try:
         return Plan.model_validate_json((folder / PLAN).read_text())
     except FileNotFoundError:
@@ -121,12 +121,12 @@ def read_plan(folder: Place) -> Plan | None:
         raise CacheRefused(f"{folder / PLAN} is damaged: delete the folder and build the cache again") from None
 
 
-def is_complete(folder: Place) -> bool:
+def is_complete(folder: StoragePath) -> bool:
     """Whether a cache was built to its end there. Its files are checked when it is read."""
     return (folder / MANIFEST).exists()
 
 
-def read_manifest(folder: Place) -> Manifest:
+def read_manifest(folder: StoragePath) -> Manifest:
     """The manifest of a complete cache.
 
     Raises:

@@ -18,15 +18,15 @@ from craft_ray.anchors.schema import NUMPY, hidden_column
 from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
 from craft_ray.errors import CacheRefused
-from craft_ray.files import checksum, new_folder
-from craft_ray.node_cache import filled_once, node_cache
-from craft_ray.places import ObjectPath, Place, copy_tree
+from craft_ray.storage.files import checksum, new_folder
+from craft_ray.storage.node_cache import filled_once, node_cache
+from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree
 
 BYTES = np.dtype("u1")
 INT32 = np.dtype("<i4")
 
 
-def check_shards(folder: Place, manifest: Manifest) -> None:
+def check_shards(folder: StoragePath, manifest: Manifest) -> None:
     """Size and checksum of every shard.
 
     Raises:
@@ -43,7 +43,7 @@ def check_shards(folder: Place, manifest: Manifest) -> None:
             )
 
 
-def check_sizes(folder: Place, manifest: Manifest) -> None:
+def check_sizes(folder: StoragePath, manifest: Manifest) -> None:
     """Whether every shard is there in full, without reading it.
 
     Raises:
@@ -60,7 +60,7 @@ def check_sizes(folder: Place, manifest: Manifest) -> None:
             )
 
 
-def check_identity(folder: Place, found: Identity, expected: Identity) -> None:
+def check_identity(folder: StoragePath, found: Identity, expected: Identity) -> None:
     """Refuse a cache that is not the one an experiment would build, and name both sides of the first difference.
 
     The source and the selection are compared by `craft-ray anchors build` only: training needs none of the
@@ -81,7 +81,7 @@ def check_identity(folder: Place, found: Identity, expected: Identity) -> None:
             raise CacheRefused(f"the cache was built with another {what}: cache {theirs}, this run {ours}; {remedy}")
 
 
-def check_contains(folder: Place, what: str, wanted: Sequence[object], held: Sequence[object]) -> None:
+def check_contains(folder: StoragePath, what: str, wanted: Sequence[object], held: Sequence[object]) -> None:
     """Refuse a cache that lacks a mode, a layer or a position."""
     lacking = [w for w in wanted if w not in held]
     if lacking:
@@ -102,7 +102,7 @@ INPUTS = {"raw": ("image", "prompt"), "frames": ("frame", "prompt"), "tensors": 
 class AnchorSet:
     """The anchors of a complete, matching cache, by row. Open it with `open_anchors`."""
 
-    def __init__(self, folder: Place, manifest: Manifest, expanded: Path) -> None:
+    def __init__(self, folder: StoragePath, manifest: Manifest, expanded: Path) -> None:
         self.folder = folder
         self.identity = manifest.identity
         self.fingerprint = manifest.fingerprint
@@ -170,7 +170,7 @@ class AnchorSet:
         return train, held
 
 
-def open_anchors(folder: Place, manifest: Manifest | None = None) -> AnchorSet:
+def open_anchors(folder: StoragePath, manifest: Manifest | None = None) -> AnchorSet:
     """Expand the cache on this node if it is not yet, checking every byte while reading, and map it."""
     manifest = manifest or read_manifest(folder)
     if not manifest.identity.rows:
@@ -184,7 +184,7 @@ def open_anchors(folder: Place, manifest: Manifest | None = None) -> AnchorSet:
 
 
 @contextmanager
-def _shards_at_hand(folder: Place, manifest: Manifest) -> Iterator[Path]:
+def _shards_at_hand(folder: StoragePath, manifest: Manifest) -> Iterator[Path]:
     """The folder, or for the time of the expansion a copy of the shards that lie in an object store."""
     if not isinstance(folder, ObjectPath):
         yield folder

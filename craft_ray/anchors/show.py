@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from craft_ray.anchors.manifest import MANIFEST, SHARDS, Manifest, Plan, read_manifest, read_plan
-from craft_ray.files import readable_bytes
-from craft_ray.places import Place
+from craft_ray.storage.files import readable_bytes
+from craft_ray.storage.paths import StoragePath
 
 
-def describe(folder: Place) -> list[str]:
+def describe(folder: StoragePath) -> list[str]:
     """What a cache holds, whether it is complete or half-written.
 
     Raises:
@@ -19,7 +19,7 @@ def describe(folder: Place) -> list[str]:
     return _complete(folder, read_manifest(folder))
 
 
-def _complete(folder: Place, manifest: Manifest) -> list[str]:
+def _complete(folder: StoragePath, manifest: Manifest) -> list[str]:
     """A complete cache in a few lines."""
     identity = manifest.identity
     schema, lines = identity.schema, [f"anchor cache {folder}: complete"]
@@ -49,7 +49,7 @@ def _complete(folder: Place, manifest: Manifest) -> list[str]:
     return lines + [f"  {name:<13}{value}" for name, value in facts.items()]
 
 
-def _half_written(folder: Place, plan: Plan) -> list[str]:
+def _half_written(folder: StoragePath, plan: Plan) -> list[str]:
     """A cache whose build has begun and not ended."""
     there = [name for name, _ in plan.shards() if (folder / SHARDS / name).exists()]
     return [

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import pyarrow.parquet as pq
 import torch
 
-from craft_ray.anchors.batches import AnchorBatch, AnchorBatches
 from craft_ray.anchors.manifest import SHARDS, Manifest
 from craft_ray.anchors.reader import AnchorSet, check_shards, open_anchors
 from craft_ray.anchors.schema import STEP0_AGREEMENT, STEP0_TOLERANCE
-from craft_ray.anchors.student import check_model
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused
 from craft_ray.method.pooling import Vectors
-from craft_ray.method.retention import hidden_loss
 from craft_ray.models.base import Model
-from craft_ray.places import Place, readable
+from craft_ray.retention.batches import AnchorBatch, AnchorBatches
+from craft_ray.retention.losses import hidden_loss
+from craft_ray.retention.student import check_model
+from craft_ray.storage.paths import StoragePath, readable
 
 BATCH = 16
 
@@ -35,7 +35,7 @@ class Agreement:
     equal_tokens: int
 
 
-def check_files(folder: Place, manifest: Manifest) -> None:
+def check_files(folder: StoragePath, manifest: Manifest) -> None:
     """Sizes, checksums, the number of rows, and every id once.
 
     Raises:
@@ -65,7 +65,7 @@ def check_files(folder: Place, manifest: Manifest) -> None:
 
 
 @torch.no_grad()
-def reforward(folder: Place, manifest: Manifest, config: Experiment, model: Model, count: int) -> Agreement:
+def reforward(folder: StoragePath, manifest: Manifest, config: Experiment, model: Model, count: int) -> Agreement:
     """Run the model on `count` rows, spread over the cache, the way a student runs, and compare.
 
     Suffix tokens are compared under the cached ones before them, so that one near tie counts once.

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from craft_ray.errors import DataError
-from craft_ray.places import Place, is_object, place_of
+from craft_ray.storage.paths import StoragePath, is_object, storage_path
 
 
-def encoded_image(value: Any, folder: Place, where: str) -> bytes:
+def encoded_image(value: Any, folder: StoragePath, where: str) -> bytes:
     """An image cell as encoded bytes.
 
     Args:
@@ -25,7 +25,7 @@ def encoded_image(value: Any, folder: Place, where: str) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
-        path = place_of(value) if is_object(value) else folder / value
+        path = storage_path(value) if is_object(value) else folder / value
         try:
             return path.read_bytes()
         except OSError as error:

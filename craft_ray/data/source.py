@@ -27,9 +27,9 @@ from craft_ray.data.ids import CHUNK, Ids
 from craft_ray.data.images import encoded_image
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError
-from craft_ray.files import checksum
-from craft_ray.node_cache import at_hand
-from craft_ray.places import ObjectPath, Place, is_object
+from craft_ray.storage.files import checksum
+from craft_ray.storage.node_cache import at_hand
+from craft_ray.storage.paths import ObjectPath, StoragePath, is_object
 
 ENDINGS = {
     ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text",
@@ -80,7 +80,9 @@ class TableSource:
 
     features = None
 
-    def __init__(self, table: datasets.Dataset | JsonLines, config: DataConfig, folder: Place, content: str) -> None:
+    def __init__(
+        self, table: datasets.Dataset | JsonLines, config: DataConfig, folder: StoragePath, content: str
+    ) -> None:
         self._table = table
         self._columns = config.columns
         self._folder = folder
@@ -232,7 +234,7 @@ def _files(config: DataConfig, key: str) -> tuple[list[Path], str]:
     return found, kind
 
 
-def _folder(named: str, files: Sequence[Path]) -> Place:
+def _folder(named: str, files: Sequence[Path]) -> StoragePath:
     """Where relative paths of images start: the folder that was named, or the one the files are in."""
     if is_object(named):
         return ObjectPath(named) if ObjectPath(named).is_dir() else ObjectPath(named).parent

@@ -40,7 +40,7 @@ from craft_ray.data.images import decode_image, encoded_image
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import LEROBOT_MARK
 from craft_ray.errors import ConfigError, DataError, StorageError
-from craft_ray.files import checksum
+from craft_ray.storage.files import checksum
 
 ACTION = "action"
 OBSERVATION = "observation."

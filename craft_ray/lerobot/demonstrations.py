@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from craft_ray.errors import DataError
-from craft_ray.files import new_folder
 from craft_ray.lerobot.metaworld import ACTIONS, CONTROL_HZ, PICTURE, STATE, STATES, MetaworldSimulation, check_task
+from craft_ray.storage.files import new_folder
 
 AFTER = 2
 """Actions that are recorded after the task is done: a policy should learn to stay."""

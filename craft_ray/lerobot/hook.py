@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from craft_ray.anchors.schema import NOISE_FLOOR
-from craft_ray.anchors.student import check_untouched, open_for_student
 from craft_ray.config import Experiment
 from craft_ray.data.sampler import StepSampler
 from craft_ray.errors import ConfigError
@@ -31,7 +30,8 @@ from craft_ray.lerobot.policy import policy_of
 from craft_ray.method.dual import DualState, epsilon_at
 from craft_ray.method.gradients import GradientPair
 from craft_ray.method.step import craft_step
-from craft_ray.training import ANCHOR_STREAM, STEP0_ANCHORS
+from craft_ray.retention.student import check_untouched, open_for_student
+from craft_ray.run.training import ANCHOR_STREAM, STEP0_ANCHORS
 from craft_ray.workers import OneWorker
 
 

@@ -47,7 +47,7 @@ class AllReduce(Protocol):
 
 
 @dataclass(frozen=True)
-class Angle:
+class Gram:
     """Scalars (float64, on the device) that compare g_t and g_r before surgery."""
 
     dot: Tensor
@@ -153,7 +153,7 @@ class GradientPair:
             workers.all_reduce(buffer[row])
         return (sums[0] / sums[1]).float()
 
-    def compare(self) -> Angle:
+    def compare(self) -> Gram:
         """Dot product and squared norms of the two gradients, in one pass."""
         device = self.buffers[0].device
         gram = torch.zeros(2, 2, dtype=torch.float64, device=device)
@@ -162,7 +162,7 @@ class GradientPair:
                 for slab in buffer.split(SLAB, dim=1) if buffer.dtype != torch.float32 else (buffer,):
                     blocks_NB2 = slab.float().view(2, -1, BLOCK).permute(1, 2, 0)
                     gram += torch.bmm(blocks_NB2.transpose(1, 2), blocks_NB2).sum(0, dtype=torch.float64)
-        return Angle(dot=gram[0, 1], task_sq=gram[0, 0], retention_sq=gram[1, 1])
+        return Gram(dot=gram[0, 1], task_sq=gram[0, 0], retention_sq=gram[1, 1])
 
     def combine(self, task: Tensor | float, retention: Tensor) -> None:
         """Row 0 <- task * g_t + retention * g_r, in place; `task` is not zero.
@@ -179,7 +179,7 @@ class GradientPair:
                 if not plain:
                     task_K.mul_(task)
 
-    def give(self, workers: AllReduce) -> None:
+    def assign_grads(self, workers: AllReduce) -> None:
         """Hand row 0 to the optimiser. A parameter that no loss has ever reached has no gradient, as in a plain loop;
         one that is reached at some steps only (an expert without tokens) has a zero one at the others."""
         self._agree(workers)

@@ -66,7 +66,7 @@ def task_step(
         The loss and the gradient's norm before clipping.
     """
     loss = gradients.backward(TASK, task_loss, task, workers)
-    gradients.give(workers)
+    gradients.assign_grads(workers)
     norm = clip_grad_norm_(gradients.parameters, torch.inf if max_norm is None else max_norm)
     optimizer.step()
     return loss, norm
@@ -121,7 +121,7 @@ def craft_step(
     scale = surgery.clip_factor(norm, max_norm)
     gradients.combine(scale * a, scale * c)
 
-    gradients.give(workers)
+    gradients.assign_grads(workers)
     optimizer.step()
     metrics = StepMetrics(loss, norm, l_ret, state.multiplier, angle.dot, cos, conflict)
     return state.ascend(epsilon, craft), metrics

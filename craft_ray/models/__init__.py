@@ -27,7 +27,7 @@ def load_model(
     """
     from craft_ray.data.source import require_lerobot
     from craft_ray.models.huggingface import CausalLM, VisionLanguageModel
-    from craft_ray.node_cache import at_hand
+    from craft_ray.storage.node_cache import at_hand
 
     merged = tuple(at_hand(path, "model.merge_statistics") for path in config.merge_statistics)
     config = config.model_copy(update={"path": at_hand(config.path, "model.path"), "merge_statistics": merged})

@@ -27,7 +27,6 @@ from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError, ModelError
 from craft_ray.method.pooling import Layout, Pooling
-from craft_ray.method.retention import token_loss
 from craft_ray.models.base import IGNORE, Batch, Features, clip_suffix, disable_dropout, targets
 from craft_ray.models.fingerprint import (
     json_fingerprint,
@@ -36,6 +35,7 @@ from craft_ray.models.fingerprint import (
     without_locations,
 )
 from craft_ray.models.packing import check_packing, packed_forward
+from craft_ray.retention.losses import token_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -16,10 +16,10 @@ from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import CraftError
-from craft_ray.metrics import Record
 from craft_ray.report.arms import ARMS
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.wording import number
+from craft_ray.run.metrics import Record
 
 MOST_ANSWERS, MOST_TEXTS = 12, 6
 LONGEST_TEXT = 320

@@ -9,9 +9,6 @@ from typing import Any
 
 from craft_ray.config import dump_config
 from craft_ray.errors import ConfigError
-from craft_ray.files import write_atomically
-from craft_ray.metrics import Record
-from craft_ray.places import Place
 from craft_ray.report import wording
 from craft_ray.report.examples import examples
 from craft_ray.report.page import template
@@ -20,10 +17,13 @@ from craft_ray.report.rollouts import rollouts
 from craft_ray.report.runs import FinishedRun, read_runs
 from craft_ray.report.settings import differences
 from craft_ray.report.summary import new_ratio, old_ratio, summarize
-from craft_ray.run_folder import RunFolder
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.metrics import Record
+from craft_ray.storage.files import write_atomically
+from craft_ray.storage.paths import StoragePath
 
 
-def write_report(runs: Sequence[RunFolder], target: Place, *, title: str, command: str) -> dict[str, Any]:
+def write_report(runs: Sequence[RunFolder], target: StoragePath, *, title: str, command: str) -> dict[str, Any]:
     """Write `report.html` and `result.json` into the folder `target`, and return what `result.json` holds.
 
     Args:

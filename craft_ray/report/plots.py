@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from craft_ray.evaluation import HIGHER_IS_BETTER, ratio
 from craft_ray.report.arms import ARMS
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.student_t import interval
@@ -21,6 +20,7 @@ from craft_ray.report.summary import new_ratio, old_ratio
 from craft_ray.report.svg import INK, PAPER, inline_svg, new_figure
 from craft_ray.report.thin import Curve, curve
 from craft_ray.report.wording import METRICS, loss_unit
+from craft_ray.run.scoring import HIGHER_IS_BETTER, ratio
 
 DECADES_BELOW = 3
 """L_ret begins at the cache's rounding, which would leave the budget a thin strip at the top of a log axis."""

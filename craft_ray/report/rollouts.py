@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from craft_ray.metrics import Record
 from craft_ray.report.runs import FinishedRun
+from craft_ray.run.metrics import Record
 
 MOST_EPISODES = 3
 """Episodes of each skill that are shown."""

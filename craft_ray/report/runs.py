@@ -9,10 +9,10 @@ from typing import Any
 
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError
-from craft_ray.metrics import Record
-from craft_ray.places import Place
 from craft_ray.report.arms import ArmStyle, styles_of
-from craft_ray.run_folder import RunFolder
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.metrics import Record
+from craft_ray.storage.paths import StoragePath
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _read(folder: RunFolder, config: Experiment, style: ArmStyle) -> FinishedRun
     )
 
 
-def _json(path: Place) -> dict[str, Any] | None:
+def _json(path: StoragePath) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from craft_ray.errors import ConfigError
-from craft_ray.evaluation import ratio
 from craft_ray.report.arms import in_order
 from craft_ray.report.student_t import interval
+from craft_ray.run.scoring import ratio
 
 Result = dict[str, Any]
 """The result.json of a run, with the `path` of its folder."""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from craft_ray.evaluation import HIGHER_IS_BETTER
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.wilson import wilson
+from craft_ray.run.scoring import HIGHER_IS_BETTER
 
 NONE = "–"
 

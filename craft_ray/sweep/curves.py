@@ -10,9 +10,9 @@ from markupsafe import Markup
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from craft_ray.metrics import Record
 from craft_ray.report.svg import INK, inline_svg, new_figure
 from craft_ray.report.thin import Curve, curve
+from craft_ray.run.metrics import Record
 from craft_ray.sweep.plots import BEST, DASHED, WITHIN, format_axis, legend, look, title_of
 from craft_ray.sweep.results import SweepResult, TrialResult
 from craft_ray.sweep.trials import TrialFolder, seeds

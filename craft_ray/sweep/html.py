@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from craft_ray.config import dump_config
-from craft_ray.files import write_atomically
 from craft_ray.report.page import template
+from craft_ray.storage.files import write_atomically
 from craft_ray.sweep import wording
 from craft_ray.sweep.curves import progress_plot, retention_curves, retention_plots
 from craft_ray.sweep.importance import MINIMUM, importance

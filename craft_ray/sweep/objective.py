@@ -19,9 +19,9 @@ from typing import Any
 
 from craft_ray.config import BOUND, EvalSet, Experiment, ObjectiveConfig
 from craft_ray.errors import ConfigError, DataError
-from craft_ray.evaluation import HIGHER_IS_BETTER
-from craft_ray.metrics import FIELDS, Record
 from craft_ray.report.student_t import quantile
+from craft_ray.run.metrics import FIELDS, Record
+from craft_ray.run.scoring import HIGHER_IS_BETTER
 
 SCORES = ("old/score", "old/ratio", "new/score", "new/ratio")
 HELDOUT = ("heldout/retention_loss", "heldout/violation")

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from craft_ray.evaluation import HIGHER_IS_BETTER
 from craft_ray.report.svg import INK, PAPER, inline_svg, new_figure
+from craft_ray.run.scoring import HIGHER_IS_BETTER
 from craft_ray.sweep.importance import Association, Importance
 from craft_ray.sweep.results import SweepResult, TrialResult
 from craft_ray.sweep.wording import Metric, metric_of, metrics_of, short_names, tooltip

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import ConfigError, CraftError
-from craft_ray.files import new_file, write_atomically
-from craft_ray.places import Place
+from craft_ray.storage.files import new_file, write_atomically
+from craft_ray.storage.paths import StoragePath
 from craft_ray.sweep.space import Params
 from craft_ray.sweep.trials import Outcome, Plan, Report, SweepFolder, seeds
 
@@ -27,7 +27,7 @@ class TrialResult:
     params: Params
     outcome: Outcome
     reports: list[Report]
-    path: Place
+    path: StoragePath
 
     @property
     def last(self) -> Report | None:
@@ -126,7 +126,7 @@ REPORT = {
 }  # fmt: skip
 
 
-def _write_table(result: SweepResult, path: Place) -> None:
+def _write_table(result: SweepResult, path: StoragePath) -> None:
     """One row a trial. Knobs are columns `param:KEY`; the numbers of each look are in the list `reports`."""
     rank = {trial.number: place for place, trial in enumerate(result.ranking, 1)}
     rows = [_row(result, trial, rank.get(trial.number)) for trial in result.trials]

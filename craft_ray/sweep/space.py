@@ -11,7 +11,6 @@ where none holds the knob keeps the config's value.
 from __future__ import annotations
 
 import difflib
-import importlib.resources
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ import yaml
 
 from craft_ray.config import Experiment, read_yaml
 from craft_ray.errors import ConfigError, CraftError
+from craft_ray.shipped import shipped
 
 Params = dict[str, Any]
 """Dotted config key to value."""
@@ -180,9 +180,9 @@ def load_space(source: str | Path) -> Space:
         ConfigError: it is missing, empty, or a knob or distribution is not what it should be.
     """
     path = Path(source)
-    shipped = importlib.resources.files("search_spaces") / f"{source}.yaml"
-    if not path.exists() and len(path.parts) == 1 and not path.suffix and shipped.is_file():
-        text, name = shipped.read_text(), f"search_spaces/{source}.yaml"
+    own = shipped("search_spaces") / f"{source}.yaml"
+    if not path.exists() and len(path.parts) == 1 and not path.suffix and own.is_file():
+        text, name = own.read_text(), f"search_spaces/{source}.yaml"
     else:
         try:
             text, name = path.read_text(), str(source)

@@ -20,9 +20,9 @@ import yaml
 
 from craft_ray.config import Experiment, dump_config, parse_config
 from craft_ray.errors import ConfigError
-from craft_ray.files import write_atomically
-from craft_ray.places import Place
-from craft_ray.run_folder import RunFolder, read_records
+from craft_ray.run.folder import RunFolder, read_records
+from craft_ray.storage.files import write_atomically
+from craft_ray.storage.paths import StoragePath
 from craft_ray.sweep.space import Params, Space, parse_space
 
 Status = Literal["open", "finished", "stopped", "failed"]
@@ -43,7 +43,7 @@ class Outcome:
 class TrialFolder:
     """The folder of one trial."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: StoragePath) -> None:
         self.path = path
         self.number = int(path.name)
 
@@ -105,7 +105,7 @@ class Plan:
 class SweepFolder:
     """The folder of a sweep."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: StoragePath) -> None:
         self.path = path
         self.plan = path / "sweep.yaml"
         self.scratch = path / ".ray"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from craft_ray.config import Experiment, ObjectiveConfig
-from craft_ray.evaluation import HIGHER_IS_BETTER
 from craft_ray.report.wording import NONE, number, percent
+from craft_ray.run.scoring import HIGHER_IS_BETTER
 from craft_ray.sweep.objective import SCORES, parse_bound
 from craft_ray.sweep.results import SweepResult, TrialResult
 from craft_ray.sweep.trials import Report

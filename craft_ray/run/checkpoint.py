@@ -1,0 +1,123 @@
+"""Checkpoints: `step_NNNNNN/model` loads with `from_pretrained`, `step_NNNNNN/training_state` goes on bit for bit.
+
+A checkpoint is written to a temporary folder and appears when it is complete; then the link `last` moves to it. What
+is random in a step is seeded by (seed, step, rank), and the sampler is a function of (seed, step), so neither has a
+state to save.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from craft_ray.errors import StorageError
+from craft_ray.method.dual import DualState
+from craft_ray.models.base import Model
+from craft_ray.storage.files import new_folder, write_atomically
+from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree, remove_tree
+
+LAST = "last"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything but the weights that the next step depends on."""
+
+    step: int
+    """Steps done."""
+    optimizer: dict[str, Any]
+    dual: DualState | None
+    reached: list[bool]
+    """Which parameters have had a gradient so far."""
+    cache: str | None
+    """Fingerprint of the anchor cache."""
+
+
+def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int) -> Path:
+    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`."""
+    target = folder / f"step_{state.step:06d}"
+    for stale in folder.glob(".step_*"):
+        shutil.rmtree(stale)  # what a killed process left half-written
+    with new_folder(target) as temporary:
+        try:
+            model.save(temporary / "model", final=target / "model")
+            (temporary / "training_state").mkdir()
+            torch.save(
+                {
+                    "step": state.step,
+                    "optimizer": state.optimizer,
+                    "dual": None if state.dual is None else state.dual.state_dict(),
+                    "reached": state.reached,
+                    "cache": state.cache,
+                },
+                temporary / "training_state" / "state.pt",
+            )
+        except (
+            RuntimeError,
+            ValueError,
+            OSError,
+            SafetensorError,
+        ) as error:  # torch and safetensors wrap the system's error
+            raise StorageError(
+                f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): free space or choose "
+                f"another output_dir, then go on with --resume; earlier checkpoints are untouched"
+            ) from error
+    point_last(folder, target.name)
+    for old in sorted(folder.glob("step_*"), key=checkpoint_step)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def last_checkpoint(folder: StoragePath) -> StoragePath | None:
+    """The newest complete checkpoint, or None."""
+    link = folder / LAST
+    if isinstance(link, ObjectPath):
+        return folder / link.read_text() if link.exists() else None
+    if not link.is_symlink():
+        return None
+    if not link.exists():
+        raise StorageError(f"{link} points to {link.readlink()}, which is gone: restore it, or start the run anew")
+    return link.resolve()
+
+
+def adopt_checkpoint(folder: StoragePath, source: Path) -> None:
+    """Make a copy of another run's checkpoint the one that a run goes on from, and remove the run's own."""
+    target = folder / source.name
+    if isinstance(folder, ObjectPath):
+        (folder / LAST).unlink(missing_ok=True)  # nobody goes on from a half-replaced one
+        copy_tree(source, target)
+    else:
+        with new_folder(target) as temporary:
+            copy_tree(source, temporary)
+    point_last(folder, source.name)
+    for other in folder.glob("step_*"):
+        if other.name != source.name:
+            remove_tree(other)
+
+
+def load_training_state(checkpoint: Path, device: torch.device) -> TrainingState:
+    state = torch.load(checkpoint / "training_state" / "state.pt", map_location="cpu", weights_only=True)
+    dual = None if state["dual"] is None else DualState.from_state_dict(state["dual"], device)
+    return TrainingState(state["step"], state["optimizer"], dual, state["reached"], state["cache"])
+
+
+def checkpoint_step(checkpoint: StoragePath) -> int:
+    """The steps done at a checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def point_last(folder: StoragePath, name: str) -> None:
+    """Make `name` the checkpoint that a run goes on from: by a link, or in an object store by an object of its name."""
+    if isinstance(folder, ObjectPath):
+        write_atomically(folder / LAST, name)
+        return
+    temporary = folder / f".{LAST}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    os.replace(temporary, folder / LAST)

@@ -1,0 +1,147 @@
+"""The folder of a run: what it was asked, what it ran on, what it measured, and what came out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from craft_ray.config import Experiment, dump_config, parse_config, read_yaml
+from craft_ray.errors import ConfigError
+from craft_ray.run.metrics import Record
+from craft_ray.storage.files import append_text, write_atomically
+from craft_ray.storage.paths import StoragePath
+
+PACKAGES = ("craft-ray", "torch", "transformers", "ray", "pyarrow", "datasets", "numpy")
+
+
+class RunFolder:
+    """`config.yaml`, `env.json`, `metrics.jsonl`, `validation.jsonl`, `tensorboard/`, `checkpoints/`, `evaluation/`,
+    `result.json`."""
+
+    def __init__(self, path: StoragePath, shared: StoragePath | None = None) -> None:
+        """
+        Args:
+            shared: where runs of one teacher find its scores; the folder around the run's where it is None.
+        """
+        self.path = path
+        self.home = path
+        """Where it is kept, and other processes look. `path` is another place in a `RunMirror` alone."""
+        self.shared = shared or path.parent
+        self.metrics = path / "metrics.jsonl"
+        self.validation = path / "validation.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.result = path / "result.json"
+        self.progress = path / "progress.jsonl"
+
+    @property
+    def disk(self) -> Path:
+        """The folder of a run that is trained in this process, which is on a disk or a mount (`mirrored_folder`)."""
+        assert isinstance(self.path, Path)
+        return self.path
+
+    def begin(self, config: Experiment, command: Sequence[str]) -> None:
+        """Write what the run was asked and what it runs on."""
+        write_atomically(self.path / "config.yaml", dump_config(config))
+        write_atomically(self.path / "env.json", json.dumps(environment(command), indent=2))
+
+    def config(self) -> Experiment:
+        if not (self.path / "config.yaml").exists():
+            raise ConfigError(f"{self.path} is no run directory: it has no config.yaml")
+        return parse_config(read_yaml((self.path / "config.yaml").read_text()), str(self.path / "config.yaml"))
+
+    @property
+    def started(self) -> bool:
+        """Whether a step was taken. A run that a mistake ended before that may be begun anew with another config."""
+        return bool(self.metrics.exists() and self.metrics.stat().st_size) or self.result.exists()
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of a run that came to its end."""
+        return json.loads(self.result.read_text()) if self.result.exists() else None
+
+    def append_metrics(self, records: Sequence[Record]) -> None:
+        append_text(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
+
+    def read_metrics(self) -> list[Record]:
+        return read_records(self.metrics)
+
+    def append_validation(self, record: Record) -> None:
+        append_text(self.validation, json.dumps(record) + "\n")
+
+    def read_validation(self) -> list[Record]:
+        return read_records(self.validation)
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop the records after `step`: the run goes on from there and writes them again."""
+        for path in (self.metrics, self.validation):
+            kept = [record for record in read_records(path) if record["step"] <= step]
+            if kept or path.exists() or path == self.metrics:
+                write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write_predictions(self, name: str, records: Sequence[Record]) -> None:
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_atomically(self.path / "evaluation" / f"{name}.jsonl", lines)
+
+    def read_predictions(self, name: str) -> list[Record]:
+        return read_records(self.path / "evaluation" / f"{name}.jsonl")
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_atomically(self.result, json.dumps(result, indent=2))
+
+    def pull(self) -> None:
+        """Have at hand what a process that goes on with the run needs. Here it is."""
+
+    def push(self) -> None:
+        """Let other processes see what was written. Here they do."""
+
+    def push_checkpoint(self) -> None:
+        """Let other processes see the last checkpoint, and none that was removed. Here they do."""
+
+
+def read_records(path: StoragePath) -> list[Record]:
+    """The complete lines of a file of JSON lines; a last one that a crash cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def environment(command: Sequence[str]) -> dict[str, Any]:
+    """Versions, commit and hardware. No environment variables but the counts of threads: they may hold secrets."""
+    return {
+        "command": list(command),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
+    }
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of this package's own checkout; None where it was installed from a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    result = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return result.stdout.strip() or None
+
+
+def command_line() -> list[str]:
+    """The command that runs now, as a user would type it."""
+    return ["craft-ray", *sys.argv[1:]]

@@ -1,0 +1,144 @@
+"""Files that are either there in full or not at all, on a disk or in an object store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blake3 import blake3
+
+from craft_ray.errors import StorageError
+from craft_ray.storage.paths import CHUNK, ObjectPath, StoragePath, copy_tree
+
+
+@contextmanager
+def new_file(path: StoragePath) -> Iterator[Path]:
+    """A temporary name to write to; it becomes `path` at the end, and vanishes on any error.
+
+    Raises:
+        StorageError: the disk is full or the file cannot be written; an older `path` is untouched.
+    """
+    if isinstance(path, ObjectPath):
+        with _scratch() as folder:
+            yield folder / path.name
+            path.upload(folder / path.name)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be written ({error.strerror or error}): free space or choose another folder; what was "
+            f"complete before is untouched"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: StoragePath, last: str | None = None) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes `path` at the end (an older one is replaced), and vanishes on any error.
+
+    Args:
+        last: the file without which the folder counts for nothing. An object store has no folders to rename: there it
+            appears after all others.
+
+    Raises:
+        StorageError: as `new_file`.
+    """
+    if isinstance(path, ObjectPath):
+        assert last is not None, "nothing would tell half a folder from a whole one"
+        with _scratch() as folder:
+            yield folder
+            (folder / last).rename(folder.with_name(last))
+            copy_tree(folder, path)
+            (path / last).upload(folder.with_name(last))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                _sync(file)
+        old = _beside(path)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be written ({error.strerror or error}): free space or choose another folder; what was "
+            f"complete before is untouched"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody else has, on whatever node: processes of two containers often have the same number."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def write_atomically(path: StoragePath, text: str) -> None:
+    if isinstance(path, ObjectPath):
+        path.write_bytes(text.encode())
+        return
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_text(path: StoragePath, text: str) -> None:
+    """Add to the end of a file. An object has no end to add to: what grows is written on a disk first.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    assert isinstance(path, Path), f"{path} cannot grow"
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise StorageError(f"{path} could not be written ({error.strerror or error}): free space") from error
+
+
+def checksum(path: StoragePath) -> str:
+    """blake3 of a file's content."""
+    digest = blake3(max_threads=blake3.AUTO)
+    if isinstance(path, Path):
+        digest.update_mmap(path)
+        return digest.hexdigest()
+    with path.open_input() as file:
+        while part := file.read(CHUNK):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def readable_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder on this node's disk for what is on its way to an object store."""
+    with tempfile.TemporaryDirectory(prefix="craft-ray-") as folder:
+        (content := Path(folder) / "content").mkdir()
+        yield content
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

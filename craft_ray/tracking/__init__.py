@@ -1,0 +1,3 @@
+"""Where numbers go beside the run folder."""
+
+from craft_ray.tracking.tracker import *  # noqa: F403

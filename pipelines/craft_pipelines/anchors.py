@@ -1,0 +1,340 @@
+"""Building the anchor cache with Ray Data: a pool of teachers, each of which writes whole shards.
+
+A row of the dataset is a shard to write, not a sample: which rows a shard holds is decided beforehand, a teacher reads
+them itself, and a shard appears by a rename. So whatever dies, and whenever, the shards that are there are complete,
+a repeated one replaces itself, and the next build does what is missing.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from craft_pipelines.outputs import check_kept
+from craft_pipelines.ray_metrics import BuildMetrics
+from craft_pipelines.session import check_resources, join
+from craft_pipelines.storage_check import check_shared
+from craft_ray.anchors.build import (
+    Estimate,
+    build_shard,
+    estimate,
+    finish,
+    finished_shards,
+    full_suffixes,
+    identity_of,
+)
+from craft_ray.anchors.forward import tokens_per_pack
+from craft_ray.anchors.importing import import_shards
+from craft_ray.anchors.legacy import LegacyShards
+from craft_ray.anchors.manifest import (
+    MANIFEST,
+    SHARDS,
+    Identity,
+    Manifest,
+    Plan,
+    read_manifest,
+    read_plan,
+    write_plan,
+)
+from craft_ray.anchors.teacher import Teacher
+from craft_ray.anchors.verify import Agreement, check_files, reforward
+from craft_ray.config import AnchorsConfig, Experiment, dump_config, parse_config
+from craft_ray.data.source import Source, open_source
+from craft_ray.errors import CacheRefused, ConfigError, CraftError
+from craft_ray.models import load_model
+from craft_ray.quiet import quiet_libraries
+from craft_ray.storage.files import readable_bytes
+from craft_ray.storage.lock import exclusive_lock
+from craft_ray.storage.paths import StoragePath, storage_path
+
+if TYPE_CHECKING:
+    import ray.data
+
+CHECKED_ROWS = 8
+"""Imported rows that the teacher is run on again."""
+
+MAX_DEATHS = 3
+"""Deaths of a teacher's process in a row, without a shard finished in between, after which a build gives up. A teacher
+that is lost with its node is not counted."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build did."""
+
+    manifest: Manifest
+    rows_computed: int
+    """0 where the cache was found complete."""
+
+
+def build(config: Experiment, say: Any = print) -> Built:
+    """Build the cache of an experiment in `craft.anchor_cache_dir`, or finish it, or find it complete.
+
+    Raises:
+        CacheRefused: the folder holds another cache, or a damaged one.
+    """
+    anchors, folder = needed(config)
+    check_kept(folder, "craft.anchor_cache_dir")
+    refusal = CacheRefused(f"another process is building the cache in {folder}: wait until it is done")
+    # Two at a time would clear away each other's half-written files.
+    with exclusive_lock(folder.with_name(f".{folder.name}.lock"), refusal):
+        return _build(config, anchors, folder, say)
+
+
+def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say: Any) -> Built:
+    model = load_model(config.model, config.train.precision)
+    source = open_source(anchors.source, "anchors.source")
+    model.check_source(source)
+    ids = source.ids()
+    plan = _plan(folder, identity_of(config, model, source), anchors)
+    done = finished_shards(folder, plan, ids)
+    missing = [(name, rows) for name, rows in plan.shards() if name not in done]
+    if (folder / MANIFEST).exists():
+        check_present(folder, done)
+        if not missing:
+            manifest = read_manifest(folder)
+            say(f"anchor cache found in {folder}: {manifest.identity.rows} anchors, no row computed")
+            return Built(manifest, 0)
+
+    expected = estimate(model, source, plan.identity.schema, anchors)
+    _announce(say, plan, expected, done, folder)
+    packed = tokens_per_pack(model, anchors)
+    passes = f"packs of up to {packed} tokens" if packed else f"batches of {anchors.batch_size} anchors, padded"
+    say(f"forward passes on {passes}")
+    _clear(folder)
+    del model
+    work = _in_process if config.workers.num_workers == 0 else _on_ray
+    with BuildMetrics(folder, plan.identity.rows, sum(shard.rows for shard in done.values())) as metrics:
+        for number, (name, rows) in enumerate(work(config, plan, missing), 1):
+            metrics.wrote(rows)
+            say(f"  {name}: {rows} anchors ({number} of {len(missing)})")
+    _clear(folder)
+    manifest = finish(folder, plan, ids)
+    say(
+        f"anchor cache complete: {manifest.identity.rows} anchors, {manifest.vectors} vectors, "
+        f"{readable_bytes(manifest.bytes)} ({manifest.bytes} bytes; estimated {readable_bytes(expected.bytes)})"
+    )
+    # A text may go on for ever; actions come to an end, and nobody can carry out a part of them.
+    if manifest.identity.inputs == "frames" and (full := full_suffixes(folder, manifest)):
+        say(
+            f"the action tokens of {full} of {manifest.identity.rows} anchors fill anchors.max_new_tokens="
+            f"{manifest.identity.max_new_tokens} and may be cut off: raise it; if they never end, the teacher has not "
+            f"learnt to act (random weights?)"
+        )
+    return Built(manifest, sum(len(rows) for _, rows in missing))
+
+
+def _clear(folder: StoragePath) -> None:
+    """Remove what killed teachers left half-written, of earlier builds and of this one."""
+    for stale in (folder / SHARDS).glob(".*.tmp"):
+        stale.unlink(missing_ok=True)  # a teacher whose driver was killed may still end this very moment
+
+
+def needed(config: Experiment) -> tuple[AnchorsConfig, StoragePath]:
+    """The two settings without which there is no cache to build."""
+    if config.anchors is None:
+        raise ConfigError("the config has no section anchors: name at least anchors.source.path")
+    if config.craft.anchor_cache_dir is None:
+        raise ConfigError("craft.anchor_cache_dir is not set: name the folder for the anchor cache")
+    return config.anchors, storage_path(config.craft.anchor_cache_dir)
+
+
+def _plan(folder: StoragePath, identity: Identity, anchors: AnchorsConfig) -> Plan:
+    """The plan that the folder holds, if it is of the same cache, or a new one."""
+    plan = read_plan(folder)
+    begun = (folder / MANIFEST).exists() or any((folder / SHARDS).glob("*.parquet"))
+    if plan is None or not begun:  # a plan of which nothing was carried out binds nobody
+        if (folder / MANIFEST).exists():
+            raise CacheRefused(f"the cache in {folder} was imported, not built: choose another craft.anchor_cache_dir")
+        plan = Plan(identity=identity, rows_per_shard=anchors.rows_per_shard)
+        write_plan(folder, plan)
+        return plan
+    if plan.identity != identity:
+        ours, theirs = identity.model_dump(), plan.identity.model_dump()
+        key = next(k for k in ours if ours[k] != theirs[k])
+        raise CacheRefused(
+            f"{folder} holds a cache with {key} {theirs[key]}, this config builds one with {key} {ours[key]}: choose "
+            f"another craft.anchor_cache_dir, or delete the folder"
+        )
+    return plan
+
+
+def check_present(folder: StoragePath, done: dict[str, Any]) -> None:
+    """Shards that a manifest vouches for must be what it says."""
+    for shard in read_manifest(folder).shards:
+        found = done.get(shard.name)
+        if found is not None and found.blake3 != shard.blake3:
+            raise CacheRefused(
+                f"{folder / SHARDS / shard.name} is damaged: its checksum is {found.blake3[:12]}, the manifest says "
+                f"{shard.blake3[:12]}; delete this file and build again, which writes it anew"
+            )
+
+
+def _announce(say: Any, plan: Plan, expected: Estimate, done: dict[str, Any], folder: StoragePath) -> None:
+    identity = plan.identity
+    what = []
+    if "hidden" in identity.modes:
+        what.append(
+            f"hidden states of layers {list(identity.layers)} at {', '.join(identity.positions)} "
+            f"({expected.vectors_per_row:.1f} vectors an anchor)"
+        )
+    if "token_ce" in identity.modes:
+        what.append(f"up to {identity.max_new_tokens} suffix tokens")
+    say(f"building the anchor cache in {folder}: {identity.rows} anchors, {' and '.join(what)}")
+    say(f"estimated size {readable_bytes(expected.bytes)} ({expected.bytes} bytes)")
+    if done:
+        say(f"{len(done)} of {len(plan.shards())} shards are there already")
+
+
+def _in_process(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
+    writer = ShardWriter(dump_config(config), plan.model_dump_json())
+    for name, rows in missing:
+        writer.write(name, rows)
+        yield name, len(rows)
+
+
+def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
+    """Ray Data over the missing shards; once more over what is left where a teacher's process or a node was lost."""
+    import ray.data
+
+    from craft_pipelines.failures import LOST_PROCESS_ERRORS, with_its_node
+
+    anchors, folder = needed(config)
+    join()
+    actors = min(anchors.actors, len(missing))
+    each = {"CPU": anchors.cpus_per_actor, "GPU": anchors.gpus_per_actor}
+    lacking = check_resources(actors, each, "anchors.actors")
+    if lacking:
+        raise ConfigError(lacking)
+    check_shared(folder, "craft.anchor_cache_dir")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log is raised, too
+    deaths, left = 0, dict(missing)
+    while left:
+        try:
+            for row in _dataset(config, plan, left, actors).iter_rows():
+                if row["error"]:
+                    raise CraftError.told(row["error"], row["exit_code"])
+                deaths = 0
+                yield row["name"], len(left.pop(row["name"]))
+        except LOST_PROCESS_ERRORS as error:
+            deaths += not with_its_node(error)
+            if deaths > MAX_DEATHS:
+                raise CraftError(
+                    f"a teacher's process died {deaths} times in a row, the next shard to write is {next(iter(left))}: "
+                    f"something kills it, often want of memory; lower anchors.batch_size, anchors.pack_tokens or "
+                    f"anchors.actors, and build again"
+                ) from None
+            for name in [name for name in left if (folder / SHARDS / name).exists()]:
+                yield name, len(left.pop(name))
+    gc.collect()  # Ray ends the teachers' processes when nothing refers to them any more, and circles do
+
+
+def _dataset(config: Experiment, plan: Plan, shards: dict[str, range], actors: int) -> ray.data.Dataset:
+    import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    anchors, folder = needed(config)
+    items = [{"name": name, "start": rows.start, "stop": rows.stop} for name, rows in shards.items()]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    dataset.set_name(f"anchors-{folder.name}")  # how the dashboard lists it
+    with warnings.catch_warnings():
+        # Restarts by Ray Data itself never end, and only a deprecated argument turns them off (Ray is pinned).
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return dataset.map_batches(
+            ShardWriter,
+            batch_size=1,
+            fn_constructor_args=(dump_config(config), plan.model_dump_json()),
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
+            num_cpus=anchors.cpus_per_actor,
+            num_gpus=anchors.gpus_per_actor or None,
+            max_restarts=0,
+        )
+
+
+class ShardWriter:
+    """A teacher in a process of its own; each call writes one shard.
+
+    A user's mistake is returned as a value: as an exception it would arrive with Ray's text around it. For the same
+    reason the model is loaded by the first call, not by the constructor.
+    """
+
+    def __init__(self, config: str, plan: str) -> None:
+        self.plan = Plan.model_validate_json(plan)
+        self.experiment = parse_config(yaml.safe_load(config), "config")
+        self.anchors, self.folder = needed(self.experiment)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        quiet_libraries()
+        torch.set_num_threads(self.anchors.threads_per_actor)
+        device = torch.device("cuda" if self.anchors.gpus_per_actor else "cpu")
+        model = load_model(self.experiment.model, self.experiment.train.precision, device)
+        return Teacher(model, self.plan.identity.schema, self.anchors)
+
+    @cached_property
+    def source(self) -> Source:
+        return open_source(self.anchors.source, "anchors.source")
+
+    def write(self, name: str, rows: range) -> None:
+        build_shard(self.teacher, self.source, rows, self.folder / SHARDS / name)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        name, rows = str(batch["name"][0]), range(int(batch["start"][0]), int(batch["stop"][0]))
+        try:
+            self.write(name, rows)
+        except CraftError as error:
+            return {"name": [name], "rows": [0], "error": [error.message], "exit_code": [error.exit_code]}
+        return {"name": [name], "rows": [len(rows)], "error": [""], "exit_code": [0]}
+
+
+def verify(folder: StoragePath, config: Experiment | None, rows: int, say: Any = print) -> None:
+    """Check a cache against its manifest and, with a config, `rows` of it against the model.
+
+    Raises:
+        CacheRefused: it is not what it says, or not what the model gives.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    say(f"{len(manifest.shards)} shards are undamaged, {manifest.identity.rows} anchors, each id once")
+    if config is not None:
+        model = load_model(config.model, config.train.precision)
+        say_agreement(say, reforward(folder, manifest, config, model, rows))
+
+
+def say_agreement(say: Any, agreement: Agreement) -> None:
+    what = []
+    if agreement.distance is not None:
+        what.append(f"largest relative mean square {agreement.distance:.1e}")
+    if agreement.tokens is not None:
+        what.append(f"{agreement.equal_tokens} of {agreement.tokens} suffix tokens equal")
+    say(f"the model reproduces {agreement.rows} anchors: {', '.join(what) or 'nothing to compare'}")
+
+
+def import_legacy(legacy: Path, config: Experiment, check: bool, say: Any = print) -> Manifest:
+    """Turn legacy shards into the cache that a config names.
+
+    Raises:
+        CacheRefused: the shards are not what the config says, or not what its model gives.
+    """
+    _, folder = needed(config)
+    check_kept(folder, "craft.anchor_cache_dir")
+    model = load_model(config.model, config.train.precision)
+    shards = LegacyShards(legacy)
+    manifest, agreement = import_shards(shards, folder, config, model, CHECKED_ROWS if check else 0)
+    if agreement is not None:
+        say_agreement(say, agreement)
+    say(
+        f"anchor cache complete: {manifest.identity.rows} anchors from {len(shards.files)} legacy shards, "
+        f"{manifest.vectors} vectors, {readable_bytes(manifest.bytes)}; it is in {folder}"
+    )
+    return manifest

@@ -1,0 +1,304 @@
+"""The command `craft-ray`: one subcommand for each stage.
+
+Exit codes: 0 done; 2 usage or config; 3 finished, but the retention
+budget was not met, or no setting of a sweep is within the bounds; 4 cache
+refused; 130 interrupted; 1 anything else. A user's mistake is one line,
+never a traceback.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from craft_ray.config import Experiment, load_config, parse_overrides
+from craft_ray.errors import NOT_MET, ConfigError, CraftError, Interrupted
+from craft_ray.storage.paths import storage_path
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+anchors_app = typer.Typer(no_args_is_help=True, help="Build, check, show and import anchor caches.")
+app.add_typer(anchors_app, name="anchors")
+
+Config = Annotated[Path, typer.Argument(help="a YAML config", show_default=False)]
+CacheFolder = Annotated[str, typer.Argument(help="the folder of an anchor cache", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. craft.lambda_lr=0.05")]
+
+
+def main() -> None:
+    """Run the command; a known error becomes one line and its exit code."""
+    signal.signal(signal.SIGINT, _interrupted)
+    try:
+        app()
+    except CraftError as error:
+        print(f"craft-ray: {error.message}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _interrupted(*_: object) -> None:
+    raise Interrupted("interrupted: what was complete is kept, the same command (train: with --resume RUN) goes on")
+
+
+@anchors_app.command("build")
+def anchors_build(config: Config, overrides: Overrides = None) -> None:
+    """Run the teacher over the anchors; goes on where an interrupted build stopped."""
+    experiment = load_config(config, overrides or [])
+    _quiet()
+    from craft_pipelines.anchors import build
+
+    build(experiment)
+
+
+@anchors_app.command("show")
+def anchors_show(folder: CacheFolder) -> None:
+    """What a cache holds: its identity, rows, vectors, size, and whether it is complete."""
+    from craft_ray.anchors.show import describe
+
+    print("\n".join(describe(storage_path(folder))))
+
+
+@anchors_app.command("verify")
+def anchors_verify(
+    folder: CacheFolder,
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="the YAML config that names the model")] = None,
+    reforward: Annotated[
+        int | None, typer.Option(min=1, help="rows to run the model on again (32 with --config)", show_default=False)
+    ] = None,
+) -> None:
+    """Check a cache: its files against its manifest and, with --config, its rows against the model."""
+    if config is None and (reforward or overrides):
+        raise ConfigError("running the model again needs its config: add --config CONFIG")
+    experiment = load_config(config, overrides or []) if config else None
+    _quiet()
+    from craft_pipelines.anchors import verify
+
+    verify(storage_path(folder), experiment, reforward or 32)
+
+
+@anchors_app.command("import")
+def anchors_import(
+    legacy: Annotated[Path, typer.Argument(help="a folder of shard_*.pt", show_default=False)],
+    config: Config,
+    overrides: Overrides = None,
+    check: Annotated[bool, typer.Option(help="run the teacher on some rows again and compare")] = True,
+) -> None:
+    """Turn legacy torch shards into a cache in craft.anchor_cache_dir. Their code is never run."""
+    experiment = load_config(config, overrides or [])
+    _quiet()
+    from craft_pipelines.anchors import import_legacy
+
+    import_legacy(legacy, experiment, check)
+
+
+@app.command("train")
+def train(
+    config: Annotated[Path | None, typer.Argument(help="a YAML config", show_default=False)] = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="go on with this run directory")] = None,
+    dry_run: Annotated[bool, typer.Option(help="check everything, run 3 steps, print the plan")] = False,
+) -> None:
+    """Fine-tune under the retention budget."""
+    experiment = _experiment(config, overrides, resume)
+    _quiet()
+    from craft_pipelines import train as stage
+    from craft_pipelines.dry_run import dry_run as run_dry
+
+    if dry_run:
+        if resume is not None:
+            raise ConfigError("--dry-run checks a run that has not begun, --resume goes on with one: choose one")
+        run_dry(experiment)
+        return
+    run = stage.resume_run(storage_path(resume), experiment) if resume else stage.plan_run(experiment)
+    result = stage.carry_out(run)
+    print(f"run: {run.folder.path}")
+    if result["arm"] != "baseline" and not result["feasible"]:
+        sys.exit(NOT_MET)
+
+
+@app.command("compare")
+def compare(
+    config: Config,
+    overrides: Overrides = None,
+    arms: Annotated[
+        str | None, typer.Option(help="comma-separated: baseline,token_ce,hidden and variants; all of them by default")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="comma-separated numbers")] = None,
+    out: Annotated[str | None, typer.Option(help="folder for runs and report")] = None,
+) -> None:
+    """Run the arms over seeds on one cache, and write the report."""
+    experiment = load_config(config, overrides or [])
+    if arms is not None:
+        experiment = experiment.changed({"compare.arms": arms.split(",")})
+    if seeds is not None:
+        if not re.fullmatch(r"\d+(,\d+)*", seeds):
+            raise ConfigError(f"--seeds is '{seeds}': name numbers with commas between, e.g. 0,1,2")
+        experiment = experiment.changed({"compare.seeds": seeds.split(",")})
+    _quiet()
+    from craft_pipelines import compare as stage
+
+    folder = (storage_path(out) if out else stage.default_folder(experiment)).absolute()
+    result = stage.compare(experiment, experiment.compare.chosen, experiment.compare.seeds, folder)
+    print(f"report: {folder / 'report.html'}")
+    if not stage.met(result):
+        sys.exit(NOT_MET)
+
+
+@app.command("sweep")
+def sweep(
+    config: Annotated[Path | None, typer.Argument(help="a YAML config with an objective", show_default=False)] = None,
+    overrides: Overrides = None,
+    space: Annotated[str | None, typer.Option(help="a YAML file, or craft, ablation or smoke")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="settings that are tried (for each point of a grid)")
+    ] = None,
+    repeat: Annotated[int | None, typer.Option(min=1, help="seeds of each setting")] = None,
+    out: Annotated[str | None, typer.Option(help="folder for trials and report")] = None,
+    resume: Annotated[str | None, typer.Option(help="go on with the sweep in this folder")] = None,
+) -> None:
+    """Search the settings that do best within the bounds of the objective."""
+    from craft_ray.sweep.space import load_space
+
+    if resume is not None and (repeat is not None or out is not None):
+        raise ConfigError("a sweep is resumed in its own folder and with its own seeds: leave --out and --repeat out")
+    if resume is not None and config is not None and "=" in str(config):
+        config, overrides = None, [str(config), *(overrides or [])]
+    if resume is None and (config is None or space is None):
+        raise ConfigError("name a config and a space: craft-ray sweep CONFIG --space craft")
+    changes = {"sweep.samples": samples, "sweep.repeat": repeat}
+    experiment = None
+    if config is not None:
+        experiment = load_config(config, overrides or [])
+        experiment = experiment.changed({key: value for key, value in changes.items() if value is not None})
+    searched = None if space is None else load_space(space)
+    _quiet()
+    from craft_pipelines.sweep import driver as stage
+
+    if resume is not None:
+        changed = parse_overrides(overrides or []) if config is None else {}
+        folder, plan = stage.resume_sweep(storage_path(resume).absolute(), experiment, searched, samples, changed)
+    else:
+        assert experiment is not None
+        assert searched is not None
+        folder, plan = stage.plan_sweep(experiment, searched, storage_path(out).absolute() if out else None)
+    if not stage.sweep(folder, plan):
+        sys.exit(NOT_MET)
+
+
+@app.command("evaluate")
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="a run, one of its checkpoints, or a model folder; can be given several times"),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="a .json file for the scores; samples go beside it")] = None,
+) -> None:
+    """Score the model and checkpoints of it side by side on what the config's evaluation names."""
+    experiment = load_config(config, overrides or [])
+    _quiet()
+    from craft_pipelines import evaluate as stage
+
+    stage.evaluate(experiment, [storage_path(each) for each in checkpoint or []], storage_path(out) if out else None)
+
+
+@app.command("report")
+def report(
+    runs: Annotated[list[str], typer.Argument(help="run directories", show_default=False)],
+    out: Annotated[str, typer.Option(help="folder for report.html and result.json")] = ".",
+) -> None:
+    """Write the report of finished runs."""
+    from craft_pipelines.outputs import check_kept
+    from craft_ray.report.html import write_report
+    from craft_ray.run.folder import RunFolder, command_line
+
+    target = storage_path(out)
+    check_kept(target, "--out")
+    folders = [RunFolder(storage_path(path).absolute()) for path in runs]
+    for folder in folders:
+        if not folder.path.exists():
+            raise ConfigError(f"there is no run at {folder.path}: name run directories")
+        if folder.finished() is None:
+            raise ConfigError(f"{folder.path} is no finished run: it has no result.json; go on with --resume")
+    _quiet()
+    write_report(folders, target, title=folders[0].config().name, command=shlex.join(command_line()))
+    print(f"report: {target / 'report.html'}")
+
+
+@app.command("submit", context_settings={"allow_interspersed_args": False})
+def submit(
+    command: Annotated[list[str], typer.Argument(help="what the cluster is to run", show_default=False)],
+    address: Annotated[
+        str | None,
+        typer.Option(help="the cluster's dashboard [default: $RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265]"),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the log, and exit as the command does")] = True,
+    working_dir: Annotated[Path, typer.Option(help="the folder that the command gets a copy of")] = Path("."),
+) -> None:
+    """Run a command as a job of a cluster: craft-ray submit -- craft-ray train run.yaml."""
+    from craft_pipelines.submit import submit as run
+
+    sys.exit(run(command, address, working_dir, wait))
+
+
+@app.command("doctor")
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(help="a cluster's dashboard, http://..., or its address for processes [default: $RAY_ADDRESS]"),
+    ] = None,
+    storage: Annotated[
+        list[str] | None, typer.Option(help="a folder, or s3://..., of caches or runs; can be given several times")
+    ] = None,
+) -> None:
+    """Check what a run on the cluster would trip over; without one, this machine. Exit code 1 if something fails."""
+    from craft_pipelines.doctor import doctor as run
+
+    if not run(address, storage or []):
+        sys.exit(1)
+
+
+@app.command("demo")
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="folder for everything that the demo makes [default: craft-demo-PRESET]")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="digits or text")] = "digits",
+    quick: Annotated[bool, typer.Option("--quick", help="one seed, fewer steps, no sweep")] = False,
+) -> None:
+    """See on real data what plain fine-tuning forgets and what a budget keeps."""
+    _quiet()
+    from craft_pipelines import demo as stage
+
+    if preset not in stage.PRESETS:
+        raise ConfigError(f"there is no preset '{preset}': choose {' or '.join(stage.PRESETS)}")
+    if not stage.demo(out or Path(f"craft-demo-{preset}"), preset, quick):
+        sys.exit(NOT_MET)
+
+
+def _experiment(config: Path | None, overrides: list[str] | None, resume: str | None) -> Experiment:
+    if resume is not None and config is not None and "=" in str(config):
+        raise ConfigError("a run is resumed with the config it began with: --resume takes no key=value")
+    if config is not None:
+        return load_config(config, overrides or [])
+    if resume is None:
+        raise ConfigError("name a config: craft-ray train CONFIG, or craft-ray train --resume RUN")
+    from craft_ray.run.folder import RunFolder
+
+    return RunFolder(storage_path(resume)).config()
+
+
+def _quiet() -> None:
+    from craft_ray.quiet import quiet_libraries
+
+    quiet_libraries()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The arms and variants side by side: one cache, the same steps and data, over seeds; then the report.
+
+Processes are dear to start, so the runs are dealt to as many trainers as the cluster holds at once, and each carries
+its share one after the other. A comparison that is started again passes over the runs that are finished.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from typing import Any
+
+import ray
+
+from craft_pipelines.anchors import build
+from craft_pipelines.console import QuarterObserver, following
+from craft_pipelines.outputs import check_kept
+from craft_pipelines.session import join
+from craft_pipelines.train import PlannedRun, check_inputs, fit, resources, run_name
+from craft_ray.config import Experiment
+from craft_ray.errors import ConfigError
+from craft_ray.report.html import write_report
+from craft_ray.run.folder import RunFolder, command_line
+from craft_ray.storage.paths import StoragePath, storage_path
+
+CONSTRAINED_COST = 2.0
+"""Expected time of a constrained run relative to plain fine-tuning; only used to deal runs evenly."""
+
+
+def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folder: StoragePath) -> dict[str, Any]:
+    """Run every arm on every seed into `folder/runs`, and write `report.html` and `result.json` into `folder`.
+
+    Raises:
+        CacheRefused, ConfigError, ...: as the single stages.
+    """
+    check_kept(folder, "output_dir, or --out,")
+    configs = [arm_config(config, arm, seed, folder, arms) for arm in arms for seed in seeds]
+    if config.craft.anchor_cache_dir is not None and config.anchors is not None:
+        build(config)
+    runs = [_planned(run) for run in configs]
+    for run in runs[:: len(seeds)]:
+        check_inputs(run.config)
+    open_runs = [run for run in runs if run.folder.finished() is None]
+    if len(open_runs) < len(runs):
+        print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are finished already")
+    if open_runs:
+        _carry_out(open_runs)
+    return write_report([run.folder for run in runs], folder, title=config.name, command=shlex.join(command_line()))
+
+
+def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arms: Sequence[str]) -> Experiment:
+    """The experiment of one arm and seed.
+
+    The baseline keeps the cache: it is not trained on it, but measured by the loss of the preferred other arm. Nobody
+    looks at validation data: nothing is chosen here. What else is compared is no part of a run, so that an arm can be
+    added to a comparison that is finished.
+    """
+    settings = config.compare.craft_settings(arm)
+    if arm == "baseline" and len(arms) > 1:
+        settings = config.compare.craft_settings(preferred(config, arms)) | settings
+    changes: dict[str, Any] = {
+        "variant": arm if arm in config.compare.variants else None,
+        "seed": seed,
+        "output_dir": str(folder / "runs"),
+        "validation": {},
+        "compare": {"parallel": config.compare.parallel},
+    }
+    return config.changed(changes | {f"craft.{key}": value for key, value in settings.items()})
+
+
+def preferred(config: Experiment, arms: Sequence[str]) -> str:
+    """The constrained arm whose loss plain fine-tuning is measured by: the config's own retention mode where it is
+    compared, or else hidden, token_ce, or the first variant."""
+    order = (config.craft.retention_mode, "hidden", "token_ce", *config.compare.variants)
+    return next(arm for arm in order if arm in arms)
+
+
+def met(result: dict[str, Any]) -> bool:
+    """Whether every constrained run of a comparison kept its budget on held-out anchors."""
+    return all(run["feasible"] for run in result["runs"] if run["arm"] != "baseline")
+
+
+def _planned(config: Experiment) -> PlannedRun:
+    folder = RunFolder(storage_path(config.output_dir) / run_name(config))
+    if not folder.started:
+        folder.begin(config, command_line())
+    elif folder.config() != config:
+        raise ConfigError(
+            f"the run {folder.path} was made with another config: choose another output folder, or delete this one"
+        )
+    return PlannedRun(config, folder)
+
+
+def _carry_out(runs: Sequence[PlannedRun]) -> None:
+    with ExitStack() as stack:
+        for run in runs:
+            label = f"{run.config.arm} seed {run.config.seed}"
+            observer = QuarterObserver(label, run.config.train.steps, run.config.arm)
+            stack.enter_context(following(run.folder.progress, observer))
+        lanes = deal(runs, _lanes(runs[0].config))
+        if len(lanes) == 1:
+            fit(lanes[0])
+            return
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            try:
+                for done in as_completed([pool.submit(fit, lane) for lane in lanes]):
+                    done.result()
+            except BaseException:
+                ray.shutdown()  # ends the other lanes: nobody waits hours to be told of a mistake in the first minute
+                raise
+
+
+def _lanes(config: Experiment) -> int:
+    """Trainers that the cluster holds at once, each with all the workers that it may have."""
+    if config.workers.num_workers == 0:
+        return 1
+    join()
+    have = ray.cluster_resources()
+    need = {name: config.workers.most * amount for name, amount in resources(config.workers).items()}
+    fitting = min(int(have.get(name, 0.0) // amount) for name, amount in need.items() if amount)
+    return max(1, min(fitting, config.compare.parallel or fitting))
+
+
+def deal(runs: Sequence[PlannedRun], lanes: int) -> list[list[PlannedRun]]:
+    """Runs to lanes, the dearest first, each to the lane with the least to do."""
+    share: list[list[PlannedRun]] = [[] for _ in range(min(lanes, len(runs)))]
+    load = [0.0] * len(share)
+    for run in sorted(runs, key=_cost, reverse=True):
+        lane = load.index(min(load))
+        share[lane].append(run)
+        load[lane] += _cost(run)
+    return share
+
+
+def _cost(run: PlannedRun) -> float:
+    return CONSTRAINED_COST if run.config.craft.enabled else 1.0
+
+
+def default_folder(config: Experiment) -> StoragePath:
+    return storage_path(config.output_dir) / f"{config.name}-compare"

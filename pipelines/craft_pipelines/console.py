@@ -1,0 +1,158 @@
+"""What a user sees while a stage runs: plain lines in a log, a bar on a terminal.
+
+A worker of Ray writes what it has to tell into the run folder; the driver follows that file. Ray's own forwarding
+would put the process in front of every line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from craft_ray.run.metrics import Record, console_line, result_lines, validation_line
+from craft_ray.run.training import Observer
+from craft_ray.storage.files import append_text
+from craft_ray.storage.paths import ObjectPath, StoragePath
+
+POLL_S = 0.1
+STORE_POLL_S = 1.0
+"""In an object store, where each look is a request."""
+
+
+class ConsoleObserver:
+    """Prints notes and steps; on a terminal a bar stands below them."""
+
+    def __init__(self, steps: int, mode: str) -> None:
+        self.total = steps
+        self.mode = mode
+        self._progress: Progress | None = None
+        if sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=Console(highlight=False), transient=True)
+            self._progress.start()
+            self._bar = self._progress.add_task(mode, total=steps)
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def steps(self, records: Sequence[Record]) -> None:
+        """A line for the last of them: the log has a line every `train.log_every` steps, the file has all."""
+        self._print(console_line(records[-1], self.total, self.mode))
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=records[-1]["step"])
+
+    def validated(self, record: Record) -> None:
+        self._print(validation_line(record, self.total))
+
+    def done(self, result: dict[str, Any]) -> None:
+        for line in result_lines(result):
+            self._print(line)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _print(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, soft_wrap=True)
+        else:
+            _line(text)
+
+
+class QuarterObserver:
+    """One run among several: a line each quarter of the way, and one at the end."""
+
+    def __init__(self, label: str, steps: int, mode: str) -> None:
+        self.label = label
+        self.total = steps
+        self.mode = mode
+        self._quarter = 0
+
+    def note(self, text: str) -> None:
+        pass
+
+    def steps(self, records: Sequence[Record]) -> None:
+        quarter = 4 * records[-1]["step"] // self.total
+        if quarter > self._quarter:
+            self._quarter = quarter
+            _line(f"[{self.label}] {console_line(records[-1], self.total, self.mode)}")
+
+    def validated(self, record: Record) -> None:
+        pass
+
+    def done(self, result: dict[str, Any]) -> None:
+        _line(f"[{self.label}] " + "; ".join(result_lines(result)))
+
+
+class FileObserver:
+    """Writes what an observer is told as JSON lines."""
+
+    def __init__(self, path: StoragePath) -> None:
+        self.path = path
+
+    def note(self, text: str) -> None:
+        self._append({"note": text})
+
+    def steps(self, records: Sequence[Record]) -> None:
+        self._append({"steps": list(records)})
+
+    def validated(self, record: Record) -> None:
+        self._append({"validated": record})
+
+    def done(self, result: dict[str, Any]) -> None:
+        self._append({"done": result})
+
+    def _append(self, message: dict[str, Any]) -> None:
+        append_text(self.path, json.dumps(message) + "\n")
+
+
+@contextmanager
+def following(path: StoragePath, observer: Observer) -> Iterator[None]:
+    """Tell `observer` what a `FileObserver` elsewhere writes into `path`, while the body runs."""
+    path.unlink(missing_ok=True)
+    done = threading.Event()
+
+    def follow() -> None:
+        place, ended = 0, False
+        poll_s = STORE_POLL_S if isinstance(path, ObjectPath) else POLL_S
+        while not ended:
+            ended = done.wait(poll_s)  # one more look after the end
+            if not path.exists():
+                continue
+            with path.open("rb") if isinstance(path, Path) else path.open_input() as file:
+                file.seek(place)
+                *lines, rest = file.read().split(b"\n")
+                place = file.tell() - len(rest)
+            for line in lines:
+                message = json.loads(line)
+                if "note" in message:
+                    observer.note(message["note"])
+                elif "validated" in message:
+                    observer.validated(message["validated"])
+                elif "done" in message:
+                    observer.done(message["done"])
+                else:
+                    observer.steps(message["steps"])
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        path.unlink(missing_ok=True)
+
+
+def _line(text: str) -> None:
+    """One write: several runs are followed at once, and `print` writes the line's end by itself."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

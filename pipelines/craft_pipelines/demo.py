@@ -1,0 +1,186 @@
+"""`craft-ray demo`: the whole chain on real data that comes with a package, in a few minutes on two cores.
+
+A teacher learns an old skill, the anchor cache is built from it, and the arms learn a new one: plainly, and under a
+budget for the old; then a small sweep looks for the setting that learns most of the new one. Started again in the same
+folder it finds what is finished and computes nothing anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from craft_pipelines.compare import compare, met
+from craft_pipelines.outputs import check_kept
+from craft_pipelines.sweep.driver import plan_sweep, resume_sweep, sweep
+from craft_pipelines.train import PlannedRun, carry_out
+from craft_ray.config import Experiment, dump_config, load_config
+from craft_ray.data.source import require_lerobot
+from craft_ray.errors import ConfigError
+from craft_ray.run.folder import RunFolder, command_line
+from craft_ray.shipped import shipped
+from craft_ray.storage.files import new_folder, write_atomically
+from craft_ray.sweep.space import load_space
+from craft_ray.sweep.trials import SweepFolder
+
+CONFIGS = shipped("pipelines/configs")
+SWEEP_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A demonstration: who makes its model and data, and its two configs."""
+
+    module: str
+    config: str
+    """The comparison's config; the teacher's has `_teacher` behind its name."""
+    old: str
+    new: str
+    quick: tuple[str, ...]
+    """Overrides of the comparison for --quick."""
+    quick_teacher: tuple[str, ...] = ()
+    """Overrides of the teacher for --quick. One that differs needs a name of its own."""
+    needs: str | None = None
+    """A package of the extra `demo`."""
+    model_from_data: bool = False
+    """Whether the model is made to fit the data: its tokenizers, its ranges."""
+    with_sweep: bool = True
+
+
+PRESETS = {
+    "digits": Preset(
+        "craft_ray.examples.digits",
+        "demo_digits",
+        "reading digits upright",
+        "reading them through a rotated, inverted camera",
+        ("compare.seeds=[0]", "train.steps=100"),
+        needs="sklearn",
+    ),
+    "text": Preset(
+        "craft_ray.examples.text",
+        "demo_text",
+        "English documentation prose",
+        "Python source",
+        # Half the steps need a quicker multiplier, and a budget of the tokens that no rounding decides about.
+        ("compare.seeds=[0]", "train.steps=100", "craft.lambda_lr=0.1", "compare.token_ce.epsilon_start=0.9"),
+    ),
+    "robot": Preset(
+        "craft_ray.examples.robot",
+        "robot",
+        "closing a drawer with a robot arm",
+        "closing a door",
+        (
+            "model.path=teacher-quick/checkpoints/last/model",
+            "craft.anchor_cache_dir=anchors-quick",
+            "anchors.source.stride=2",
+            "train.steps=250",
+            "compare.arms=[baseline, hidden]",
+            "evaluation.old.rollout.episodes=20",
+            "evaluation.new.rollout.episodes=20",
+        ),
+        ("name=teacher-quick", "train.steps=600", "evaluation.old.rollout.episodes=20"),
+        model_from_data=True,
+        with_sweep=False,
+    ),
+}
+
+
+def demo(out: Path, preset_name: str, quick: bool) -> bool:
+    """Run a preset into `out` and print what was kept and what was lost.
+
+    Returns:
+        Whether every constrained run met its budget, and the sweep found a setting within its bounds.
+    """
+    started = time.perf_counter()
+    preset = PRESETS[preset_name]
+    if preset_name == "robot":
+        require_lerobot(f"the preset {preset_name} runs a policy of LeRobot")
+    if preset.needs is not None and importlib.util.find_spec(preset.needs) is None:
+        raise ConfigError(f"the preset {preset_name} needs scikit-learn's data: pip install 'craft-ray[demo]'")
+    out = out.absolute()
+    check_kept(out, "--out")
+    _make_inputs(preset, out)
+    quickly = preset.quick_teacher if quick else ()
+    teach_config = load_config(CONFIGS / f"{preset.config}_teacher.yaml", quickly, base=out)
+    searches = preset.with_sweep and not quick
+    stages = 4 if searches else 3
+    print(f"1/{stages} the teacher learns the old skill: {preset.old}")
+    _teach(teach_config)
+    print(f"2/{stages} the teacher's anchor cache, and the arms learn the new skill: {preset.new}")
+    config = load_config(CONFIGS / f"{preset.config}.yaml", preset.quick if quick else (), base=out)
+    if quick:
+        config = config.changed({"name": config.name + "-quick"})
+    write_atomically(out / f"{config.name}.yaml", dump_config(config))  # to go on with, under other settings or seeds
+    result = compare(config, config.compare.chosen, config.compare.seeds, out)
+    print(f"3/{stages} the report")
+    for line in conclusion(result, preset):
+        print(line)
+    found = True
+    if searches:
+        print(f"4/{stages} a sweep: the settings that learn most of the new skill and keep the old one")
+        found = _search(config, out / "sweep")
+    print(f"{time.perf_counter() - started:.0f} s in all; report: {out / 'report.html'}")
+    return met(result) and found
+
+
+def _make_inputs(preset: Preset, out: Path) -> None:
+    """Model and data, unless they are there from before; each appears when it is complete.
+
+    Raises:
+        ConfigError: the folder holds the demo of another preset.
+    """
+    mark = out / "preset"
+    if mark.exists() and mark.read_text() != preset.module:
+        raise ConfigError(f"{out} holds the demo of {mark.read_text()}, not of {preset.module}: choose another --out")
+    write_atomically(mark, preset.module)
+    maker = importlib.import_module(preset.module)
+    build_model = maker.build_model
+    if preset.model_from_data:
+        build_model = partial(build_model, data=out / "data", final=out / "model")
+    for name, make in (("data", maker.write_data), ("model", build_model)):
+        if not (out / name).exists():
+            with new_folder(out / name) as folder:
+                make(folder)
+
+
+def _teach(config: Experiment) -> None:
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    if folder.finished() is not None:
+        print(f"  found in {folder.path}")
+        return
+    if not folder.started:
+        folder.begin(config, command_line())
+    carry_out(PlannedRun(config, folder))
+
+
+def _search(config: Experiment, path: Path) -> bool:
+    """A sweep of a few settings, or what is left of it."""
+    if SweepFolder(path).plan.exists():
+        return sweep(*resume_sweep(path))
+    # So few trials are all run to their end: which of them asha would stop depends on which reports first.
+    config = config.changed({"sweep.samples": SWEEP_SAMPLES, "sweep.scheduler": "none"})
+    return sweep(*plan_sweep(config, load_space("craft"), path))
+
+
+def conclusion(result: dict[str, Any], preset: Preset) -> Sequence[str]:
+    """What was kept and lost, a line for each arm."""
+    lines = [f"Old skill: {preset.old}. New skill: {preset.new}."]
+    for arm, summary in result["summary"].items():
+        who = "plain fine-tuning" if arm == "baseline" else f"CRaFT {arm}"
+        kept, new = summary["old_ratio"], summary["new_ratio"]
+        if kept is None:
+            lines.append(f"  {who:18s} cannot be judged: the teacher itself does not have the old skill")
+            continue
+        line = f"  {who:18s} kept {kept:6.1%} of the old skill (lost {max(0.0, 1 - kept):.1%})"
+        if arm != "baseline" and new is not None:
+            line += f", new skill {new:.1%} of plain"
+        if summary["feasible"] is not None and arm != "baseline":
+            line += f", budget met on held-out anchors in {summary['feasible']} of {summary['runs']} runs"
+        lines.append(line)
+    return lines

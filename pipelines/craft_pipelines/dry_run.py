@@ -1,0 +1,62 @@
+"""`craft-ray train --dry-run`: resolve, check, take three steps in this process, print the plan."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from craft_pipelines.console import ConsoleObserver
+from craft_pipelines.session import check_resources, join
+from craft_pipelines.train import check_inputs, check_new, resources, run_name
+from craft_ray.config import Experiment, dump_config
+from craft_ray.errors import ConfigError
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.training import HELD_OUT, Run, eval_sets
+from craft_ray.storage.paths import storage_path
+from craft_ray.workers import OneWorker
+
+STEPS = 3
+
+
+def dry_run(config: Experiment) -> None:
+    """Everything that a run would trip over in its first minute.
+
+    Raises:
+        CraftError: what the run itself would raise.
+    """
+    check_inputs(config)
+    check_new(config)
+    workers = config.workers
+    if workers.use_gpu and not torch.cuda.is_available():
+        print("workers.use_gpu is set and this machine has no GPU: the three steps are taken on its processors")
+    device = torch.device("cuda" if workers.use_gpu and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(workers.threads)
+    if workers.num_workers:
+        join()
+        needed = {name: amount for name, amount in resources(workers).items() if name != "GPU" or device.type == "cuda"}
+        lacking = check_resources(workers.least, needed, "workers.num_workers")
+        if lacking:
+            raise ConfigError(lacking)
+    print(dump_config(config))
+    observer = ConsoleObserver(STEPS, config.arm)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            # However seldom the run itself logs, these steps are what one wants to see.
+            run = Run(
+                config.changed({"train.log_every": 1}), RunFolder(Path(scratch) / "run"), OneWorker(device), observer
+            )
+            for section in HELD_OUT:
+                for skill, eval_set in eval_sets(config, section):
+                    run.eval_data(section, skill, eval_set)
+            run.loop(until=STEPS)
+            run.close()
+        finally:
+            observer.close()
+    place = f"{workers.count} worker(s) of {resources(workers)}" if workers.num_workers else "this process"
+    print(
+        f"Plan: {config.train.steps} steps of {config.train.batch_size} samples on {place}, arm {config.arm}, into "
+        f"{storage_path(config.output_dir) / run_name(config)}. "
+        f"Nothing was kept of these {min(STEPS, config.train.steps)} steps."
+    )

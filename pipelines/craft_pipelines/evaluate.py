@@ -1,0 +1,229 @@
+"""`craft-ray evaluate`: the teacher and checkpoints of it on the same held-out data, side by side, in this process."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from craft_pipelines.outputs import check_kept
+from craft_ray.config import Experiment
+from craft_ray.data.source import Source
+from craft_ray.errors import ConfigError
+from craft_ray.models import load_model
+from craft_ray.models.base import Model
+from craft_ray.models.features import Shelves
+from craft_ray.run.checkpoint import last_checkpoint
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.scoring import Episodes, EvalData, Score, open_eval_set
+from craft_ray.run.scoring import evaluate as score
+from craft_ray.run.training import eval_sets
+from craft_ray.storage.files import write_atomically
+from craft_ray.storage.paths import StoragePath
+from craft_ray.workers import OneWorker
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model and its scores by skill."""
+
+    label: str
+    path: str
+    weights: str
+    """Their fingerprint."""
+    scores: dict[str, Score]
+
+
+def evaluate(
+    config: Experiment, checkpoints: Sequence[StoragePath], out: StoragePath | None, say: Any = print
+) -> list[Scored]:
+    """Score `model.path` and each checkpoint on `evaluation.old` and `evaluation.new`, and print a table.
+
+    Args:
+        out: a JSON file for the scores; the records of the samples go into a file of JSON lines beside it.
+
+    Raises:
+        ConfigError: there is nothing to score on, or a checkpoint is none of this model.
+        ModelError: the weights of a checkpoint do not load completely.
+    """
+    if out is not None and out.suffix != ".json":
+        raise ConfigError(f"--out is {out}: name a .json file; the samples go into a .jsonl file beside it")
+    if out is not None:
+        check_kept(out, "--out")
+    folders = labelled([model_folder(path) for path in checkpoints])
+    sources = {skill: open_eval_set(found, f"evaluation.{skill}") for skill, found in eval_sets(config, "evaluation")}
+    if not sources:
+        raise ConfigError("the config names nothing to score on: add evaluation.old or evaluation.new")
+    device = _device(config)
+    torch.set_num_threads(config.workers.threads)
+    shelves = Shelves()
+    vocabulary: int | None = None
+    done = []
+    for label, folder in {TEACHER: None, **folders}.items():
+        path = config.model.path if folder is None else str(folder)
+        say(f"scoring {label}: {path}")
+        model = _load(config, folder, device)
+        if config.model.kind != "lerobot":  # a policy is built from its own config, so other sizes do not load
+            vocabulary = vocabulary or vocabulary_size(model)
+            _check_vocabulary(vocabulary_size(model), vocabulary, path, config)
+        done.append(Scored(label, path, model.weights_fingerprint(), _scores(config, model, sources, shelves)))
+        del model
+        gc.collect()  # the samples that a model has read hold on to it in a circle, and the next one needs the memory
+    for line in lines(done):
+        say(line)
+    if out is not None:
+        _write(done, sources, out)
+        say(f"scores: {out}, samples: {out.with_suffix('.jsonl')}")
+    return done
+
+
+def _load(config: Experiment, folder: StoragePath | None, device: torch.device) -> Model:
+    """The config's model, or one with other weights. A policy comes with its own normaliser, or it would act otherwise
+    than it was taught."""
+    settings = config.model
+    if folder is not None and settings.kind == "lerobot":
+        settings, folder = settings.model_copy(update={"path": str(folder), "merge_statistics": ()}), None
+    return load_model(settings, config.train.precision, device, None if folder is None else str(folder))
+
+
+def model_folder(path: StoragePath) -> StoragePath:
+    """The model that a user means by a run (its last checkpoint), a checkpoint, or a model folder.
+
+    Raises:
+        ConfigError: it is none of them, or the run has no checkpoint.
+    """
+    if not path.exists():
+        raise ConfigError(
+            f"--checkpoint {path}: there is nothing: name a run, one of its checkpoints, or a model folder"
+        )
+    if (path / "config.json").exists():
+        return path.resolve()
+    if (path / "model" / "config.json").exists():
+        return (path / "model").resolve()
+    if not (path / "config.yaml").exists():
+        raise ConfigError(f"--checkpoint {path} is neither a run, nor a checkpoint of one, nor a model folder")
+    last = last_checkpoint(RunFolder(path).checkpoints)
+    if last is None:
+        raise ConfigError(
+            f"--checkpoint {path}: the run has no checkpoint (yet): train it with train.keep_checkpoints > 0"
+        )
+    return last / "model"
+
+
+def labelled(folders: Sequence[StoragePath]) -> dict[str, StoragePath]:
+    """Models by a short name, RUN/STEP for a checkpoint; by their paths where short names would be the same.
+
+    Raises:
+        ConfigError: two are the same model.
+    """
+    if len(set(folders)) < len(folders):
+        double = next(folder for folder in folders if folders.count(folder) > 1)
+        raise ConfigError(f"--checkpoint names the model {double} twice: name each once")
+    short = [_short(folder) for folder in folders]
+    if len({TEACHER, *short}) < len(short) + 1:
+        short = [str(folder) for folder in folders]
+    return dict(zip(short, folders, strict=True))
+
+
+def _short(folder: StoragePath) -> str:
+    checkpoint = folder.parent
+    if folder.name == "model" and checkpoint.parent.name == "checkpoints":
+        return f"{checkpoint.parent.parent.name}/{checkpoint.name}"
+    return folder.name
+
+
+def _device(config: Experiment) -> torch.device:
+    if config.workers.use_gpu and not torch.cuda.is_available():
+        raise ConfigError("workers.use_gpu is set, but this machine has no GPU: set workers.use_gpu=false")
+    return torch.device("cuda" if config.workers.use_gpu else "cpu")
+
+
+def vocabulary_size(model: Model) -> int:
+    """Of a Hugging Face model."""
+    return int(cast("PreTrainedModel", model.module).config.get_text_config().vocab_size)
+
+
+def _check_vocabulary(found: int, expected: int, path: str, config: Experiment) -> None:
+    if found != expected:
+        raise ConfigError(
+            f"the model {path} has a vocabulary of {found} tokens, {config.model.path} one of {expected}, and the data "
+            f"are read with the latter's tokenizer: score the former as model.path of a config of its own"
+        )
+
+
+def _scores(
+    config: Experiment, model: Model, sources: Mapping[str, Source | Episodes], shelves: Shelves
+) -> dict[str, Score]:
+    found = {}
+    for skill, eval_set in eval_sets(config, "evaluation"):
+        # What one model has preprocessed the next one reads: they share the processor.
+        how = (skill, model.preprocessor_fingerprint())
+        shelf = None if eval_set.data is None else shelves.of(*how)
+        torch.manual_seed(config.seed)  # the same for every model, where a policy draws its actions
+        found[skill] = score(EvalData(model, sources[skill], eval_set, shelf), OneWorker(model.device))
+    return found
+
+
+def lines(done: Sequence[Scored]) -> Iterator[str]:
+    """The scores as a table with a row for each skill and a column for each model."""
+    rows = [["", *(model.label for model in done)]]
+    for skill, first in done[0].scores.items():
+        rows.append([f"{skill} {first.metric}, n = {first.samples}", *(_cell(model.scores[skill]) for model in done)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for skill, (lost, won) in changes(done).items():
+        yield f"{skill}, {done[0].label} -> {done[1].label}: {lost} from right to wrong, {won} from wrong to right"
+
+
+def _cell(found: Score) -> str:
+    return ", ".join([f"{found.value:.3f}", *(f"{name} {value:+.3f}" for name, value in found.details.items())])
+
+
+def changes(done: Sequence[Scored]) -> dict[str, tuple[int, int]]:
+    """By skill: how many samples the first of two models got right and the second wrong, and the other way round.
+    Nothing for more models, or fewer, nor where no answer is right or wrong (perplexity)."""
+    if len(done) != 2:
+        return {}
+    before, after = done
+    found = {}
+    for skill, first in before.scores.items():
+        if first.metric == "perplexity":
+            continue
+        pairs = [
+            (bool(one["correct"]), bool(two["correct"]))
+            for one, two in zip(first.records, after.scores[skill].records, strict=True)
+        ]
+        found[skill] = (pairs.count((True, False)), pairs.count((False, True)))
+    return found
+
+
+def _write(done: Sequence[Scored], sources: Mapping[str, Source | Episodes], out: StoragePath) -> None:
+    result: dict[str, Any] = {
+        "models": [{"label": model.label, "path": model.path, "weights": model.weights} for model in done]
+    }
+    for skill, first in done[0].scores.items():
+        scores = {model.label: {"score": model.scores[skill].value, **model.scores[skill].details} for model in done}
+        result[skill] = {
+            "metric": first.metric,
+            "samples": first.samples,
+            "data": sources[skill].fingerprint,
+            "scores": scores,
+        }
+    for skill, (lost, won) in changes(done).items():
+        result[skill] |= {"right_to_wrong": lost, "wrong_to_right": won}
+    records = [
+        json.dumps({"model": model.label, "skill": skill, **record}, ensure_ascii=False)
+        for model in done
+        for skill, found in model.scores.items()
+        for record in found.records
+    ]
+    write_atomically(out.with_suffix(".jsonl"), "".join(line + "\n" for line in records))
+    write_atomically(out, json.dumps(result, indent=2, ensure_ascii=False))

@@ -1,0 +1,199 @@
+"""The numbers of a stage as metrics of Ray. The node where it runs exports them to Prometheus, with the prefix `ray_`.
+
+Ray exports a gauge once each time that it is set, and forgets it after twenty seconds. So what a stage has set last is
+set again every few seconds while it runs; a run that has ended, or whose process is lost, leaves the port by itself.
+Where no Ray is, nothing happens.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.util.metrics import Counter, Gauge
+
+from craft_ray.run.metrics import Record
+from craft_ray.run.training import Observer
+from craft_ray.storage.paths import StoragePath
+
+REFRESH_S = 4.0
+"""Ray exports every ten seconds. A value that one export misses would leave the port until the next."""
+
+RUN, LOOK, CACHE = ("run", "arm"), ("run", "arm", "skill"), ("cache",)
+
+GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "craft_step": ("Steps done", RUN),
+    "craft_steps_planned": ("Steps of the whole run", RUN),
+    "craft_task_loss": ("Loss of the new skill", RUN),
+    "craft_grad_norm": ("Norm of the merged gradient, before clipping", RUN),
+    "craft_learning_rate": ("Learning rate", RUN),
+    "craft_retention_loss": ("Retention loss L_ret of the last step that measured it", RUN),
+    "craft_epsilon": ("Retention budget", RUN),
+    "craft_lambda": ("Multiplier", RUN),
+    "craft_violation": ("max(0, L_ret / epsilon - 1) of the last step that measured L_ret", RUN),
+    "craft_conflict_rate": ("Part of the steps since the last log whose two gradients conflicted", RUN),
+    "craft_step_seconds": ("Mean seconds of a step since the last log", RUN),
+    "craft_data_seconds": ("Mean seconds that a step waited for its data since the last log", RUN),
+    "craft_validation_score": ("Score on validation data", LOOK),
+    "craft_validation_ratio": ("Score on validation data, relative to the teacher's", LOOK),
+    "craft_heldout_retention_loss": ("Retention loss on held-out anchors", RUN),
+    "craft_heldout_violation": ("max(0, L_ret / final epsilon - 1) on held-out anchors", RUN),
+    "craft_anchors_done": ("Anchors in complete shards", CACHE),
+    "craft_anchors_planned": ("Anchors of the whole cache", CACHE),
+    "craft_anchors_per_second": ("Anchors a second of all teachers, since the build began", CACHE),
+}
+"""What each gauge means, and its tags."""
+
+COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "craft_steps": ("Steps done by all runs of an arm", ("arm",)),
+    "craft_anchors": ("Anchors that teachers have run on", CACHE),
+}
+"""Exported with `_total` behind their names. A counter stays as long as its node, so it has no tag for a run."""
+
+LATEST = {
+    "craft_task_loss": "train/loss",
+    "craft_grad_norm": "train/grad_norm",
+    "craft_learning_rate": "train/lr",
+    "craft_epsilon": "craft/epsilon",
+    "craft_lambda": "craft/lambda",
+}
+
+
+class Held:
+    """Gauges with the same tags, on the port from their first value until the end of a `with`, or of the process."""
+
+    def __init__(self, enabled: bool = True, **tags: str) -> None:
+        self._tags = tags
+        self._values: dict[tuple[str, str | None], float] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
+        if not enabled:
+            self._closed.set()
+
+    def set(self, values: Mapping[str, float | None], skill: str | None = None) -> None:
+        """None is passed over: the value before it stays."""
+        with self._lock:
+            new = {(name, skill): float(value) for name, value in values.items() if value is not None}
+            self._values |= new
+            if not self._on():
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._refresh, daemon=True)
+                self._thread.start()
+                new = self._values  # some may be from before Ray was there
+            self._send(new)
+
+    def count(self, name: str, amount: float, *tags: str) -> None:
+        """Add to a counter that has these tags of ours."""
+        if amount and self._on():
+            _counter(name).inc(amount, {tag: self._tags[tag] for tag in tags})
+
+    def _on(self) -> bool:
+        return not self._closed.is_set() and ray.is_initialized()
+
+    def _refresh(self) -> None:
+        while not self._closed.wait(REFRESH_S):
+            with self._lock:
+                if self._on():
+                    self._send(self._values)
+
+    def _send(self, values: Mapping[tuple[str, str | None], float]) -> None:
+        for (name, skill), value in values.items():
+            _gauge(name).set(value, self._tags if skill is None else {**self._tags, "skill": skill})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+
+
+class RayMetrics(Held):
+    """Tells Ray how a run stands, and passes everything on to another observer.
+
+    Args:
+        enabled: one process of a run tells.
+    """
+
+    def __init__(self, folder: StoragePath, arm: str, steps: int, inner: Observer, enabled: bool) -> None:
+        super().__init__(enabled, run=run_tag(folder), arm=arm)
+        self.inner = inner
+        self.set({"craft_steps_planned": steps})
+
+    def note(self, text: str) -> None:
+        self.inner.note(text)
+
+    def steps(self, records: Sequence[Record]) -> None:
+        if records:
+            self.set(standing(records))
+            self.count("craft_steps", len(records), "arm")
+        self.inner.steps(records)
+
+    def validated(self, record: Record) -> None:
+        for skill in ("old", "new"):
+            self.set({f"craft_validation_{what}": record.get(f"{skill}/{what}") for what in ("score", "ratio")}, skill)
+        self.set({f"craft_heldout_{w}": record.get(f"heldout/{w}") for w in ("retention_loss", "violation")})
+        self.inner.validated(record)
+
+    def done(self, result: dict[str, Any]) -> None:
+        self.inner.done(result)
+
+
+class BuildMetrics(Held):
+    """Tells Ray how far a build is, and how fast.
+
+    The process of the build tells it, for a teacher's stays until Ray Data has forgotten the last object from it.
+    """
+
+    def __init__(self, cache_folder: StoragePath, planned: int, done: int) -> None:
+        super().__init__(cache=cache_folder.name)
+        self._before, self._done, self._began = done, done, time.perf_counter()
+        self.set({"craft_anchors_planned": planned, "craft_anchors_done": done})
+
+    def wrote(self, rows: int) -> None:
+        self._done += rows
+        pace = (self._done - self._before) / (time.perf_counter() - self._began)
+        self.set({"craft_anchors_done": self._done, "craft_anchors_per_second": pace})
+        self.count("craft_anchors", rows, "cache")
+
+
+def standing(records: Sequence[Record]) -> dict[str, float | None]:
+    """Where a run stands after the steps since the last log."""
+    last = records[-1]
+    values: dict[str, float | None] = {"craft_step": last["step"]}
+    values |= {gauge: last[key] for gauge, key in LATEST.items()}
+    measured = [record for record in records if record["craft/retention_loss"] is not None]
+    if measured:
+        loss, epsilon = measured[-1]["craft/retention_loss"], measured[-1]["craft/epsilon"]
+        values["craft_retention_loss"] = loss
+        values["craft_violation"] = max(0.0, loss / epsilon - 1)
+        values["craft_conflict_rate"] = sum(record["craft/conflict"] for record in measured) / len(measured)
+    for gauge, key in (("craft_step_seconds", "perf/step_s"), ("craft_data_seconds", "perf/data_s")):
+        values[gauge] = sum(record[key] for record in records) / len(records)
+    return values
+
+
+def run_tag(folder: StoragePath) -> str:
+    """The name of a run's folder; of a trial's run `SWEEP/TRIAL/seedN`."""
+    in_sweep = folder.parent.parent.name == "trials"
+    return "/".join([folder.parents[2].name, folder.parent.name, folder.name]) if in_sweep else folder.name
+
+
+@cache
+def _gauge(name: str) -> Gauge:
+    description, tags = GAUGES[name]
+    return Gauge(name, description, tag_keys=tags)
+
+
+@cache
+def _counter(name: str) -> Counter:
+    description, tags = COUNTERS[name]
+    return Counter(name, description, tag_keys=tags)

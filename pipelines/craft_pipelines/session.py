@@ -1,0 +1,122 @@
+"""Joining Ray: the cluster of $RAY_ADDRESS where there is one, otherwise this machine alone; quietly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError
+
+from craft_pipelines.authentication import knock, refused
+from craft_pipelines.runtime_env import of_driver
+from craft_ray.errors import ConfigError
+
+KNOBS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a lost worker is noticed in tenths of a second, not in two
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # saves a process a run
+}
+ON_CLUSTER = {
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the cluster's dashboard lists training runs by name
+}
+
+
+_dashboard = False
+"""Whether the cluster that this process is connected to has a dashboard."""
+
+
+def join(dashboard: bool = False) -> None:
+    """Connect this process to Ray, once.
+
+    Args:
+        dashboard: whether a cluster that is started here has Ray's dashboard, on the loopback interface. Ray Train
+            frees the workers of a trial whose process was killed through it, and hangs without.
+    """
+    global _dashboard
+    if ray.is_initialized():
+        if not dashboard or _dashboard:
+            return
+        ray.shutdown()  # ours and idle: a stage is done before the next one joins
+    for name, value in KNOBS.items():
+        os.environ.setdefault(name, value)
+    quiet_ray()
+    address = os.environ.get("RAY_ADDRESS")
+    _dashboard = dashboard or bool(address)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address:
+        for name, value in ON_CLUSTER.items():
+            os.environ.setdefault(name, value)
+        try:
+            knock(address)
+            ray.init(address=address, runtime_env=of_driver(address, os.environ), **options)
+        except AuthenticationError:
+            raise refused(address) from None
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"RAY_ADDRESS is {address}, but no cluster answers there ({reason}): start it, or unset RAY_ADDRESS to "
+                f"use this machine"
+            ) from None
+    else:
+        with _told_its_address():
+            try:
+                ray.init(address="local", include_dashboard=dashboard, **options)
+            except Exception as error:  # what Ray raises where its processes do not come up in time has no class
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ConfigError(
+                    f"Ray does not start on this machine ({reason}): try again when it is less busy, name a cluster in "
+                    f"RAY_ADDRESS, or do without processes of Ray (workers.num_workers=0)"
+                ) from None
+
+
+@contextmanager
+def _told_its_address() -> Iterator[None]:
+    """Let the processes of the cluster that is started meanwhile know which one is theirs.
+
+    What watches over the workers of Ray Train looks its run up by the address in the environment. Without one it takes
+    the newest cluster of the machine: it finds no such run there and ends the workers, or finds several clusters and no
+    longer frees what a killed trial held.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def quiet_ray() -> None:
+    """Ray tells of itself only what needs an action."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def check_resources(count: int, each: dict[str, float], what: str) -> str | None:
+    """None if the cluster can hold `count` processes that each take `each`, otherwise what it lacks."""
+    total = ray.cluster_resources()
+    for name, amount in each.items():
+        if amount and count * amount > total.get(name, 0.0):
+            return (
+                f"{what} take {count} x {amount:g} {name}, the cluster has {total.get(name, 0.0):g}: ask for fewer, or "
+                f"join a larger cluster with RAY_ADDRESS"
+            )
+    return None
+
+
+def capacity(each: dict[str, float]) -> int:
+    """How many processes that each take `each` the nodes of the cluster hold."""
+    wanted = {name: amount for name, amount in each.items() if amount}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()) for node in nodes)

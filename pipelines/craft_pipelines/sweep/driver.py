@@ -1,0 +1,304 @@
+"""`craft-ray sweep`: trials on Ray Tune over one anchor cache, and what came out of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from ray import tune
+from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
+from ray.tune.experiment import Trial
+
+from craft_pipelines.anchors import build
+from craft_pipelines.outputs import check_kept
+from craft_pipelines.session import capacity, join
+from craft_pipelines.storage_check import check_shared
+from craft_pipelines.sweep.console import Say, TrialLog, conclusion
+from craft_pipelines.sweep.runs import Looks, in_process, on_trainer
+from craft_pipelines.sweep.schedulers import check_scheduler, scheduler_of
+from craft_pipelines.sweep.search import PlannedSearch, begin_population, open_trials, sampler_of, trial_count
+from craft_pipelines.sweep.tracking import SweepTracking
+from craft_pipelines.sweep.trial import TRIAL, CraftTrial
+from craft_pipelines.train import check_inputs, differences, resources
+from craft_ray.anchors.manifest import is_complete, read_manifest
+from craft_ray.config import Experiment
+from craft_ray.errors import ConfigError, CraftError, Interrupted
+from craft_ray.retention.student import asked_of
+from craft_ray.run.folder import command_line
+from craft_ray.run.scoring import open_eval_set
+from craft_ray.run.training import eval_sets
+from craft_ray.storage.lock import exclusive_lock
+from craft_ray.storage.paths import StoragePath, remove_tree, storage_path
+from craft_ray.sweep.html import write_sweep_report
+from craft_ray.sweep.objective import objective_of
+from craft_ray.sweep.results import read_results, write_results
+from craft_ray.sweep.space import Space, check_space
+from craft_ray.sweep.trials import Plan, SweepFolder
+
+FREE = ("tracking.", "sweep.parallel", "sweep.max_failures", "workers.max_failures")
+"""What decides no number of a sweep."""
+
+TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run folder has its own log and events
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interruption ends the command, as in every stage
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # what a resumed sweep needs is in the trials' folders
+    "RAY_AIR_NEW_OUTPUT": "0",  # the other one prints tables at verbose=0 too
+}
+
+
+def plan_sweep(config: Experiment, space: Space, path: StoragePath | None) -> tuple[SweepFolder, Plan]:
+    """A new sweep, checked as far as it can be before a process starts.
+
+    Raises:
+        CraftError: the objective, the space, the scheduler or the data do not fit; or a sweep is in the folder.
+    """
+    plan = Plan(config, space, command_line())
+    check_plan(plan)
+    folder = SweepFolder(path or storage_path(config.output_dir) / f"{config.name}-sweep")
+    check_kept(folder.path, "output_dir, or --out,")
+    folder.begin(plan)
+    return folder, plan
+
+
+def resume_sweep(
+    path: StoragePath,
+    config: Experiment | None = None,
+    space: Space | None = None,
+    samples: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> tuple[SweepFolder, Plan]:
+    """A sweep that has begun, to go on with its open trials; with `samples`, with another number of them.
+
+    Args:
+        changes: dotted keys of what decides no number and may be another now: tracking.*, sweep.parallel and
+            max_failures.
+
+    Raises:
+        ConfigError: there is none, or it began with another config or space.
+    """
+    folder = SweepFolder(path)
+    plan = folder.load()
+    begun = plan.config.sweep.samples
+    if samples is not None and samples < begun:
+        raise ConfigError(f"the sweep {path} began with {begun} samples: --samples may only add to them")
+    fixed = [key for key in changes or {} if not key.startswith(FREE)]
+    if fixed:
+        raise ConfigError(
+            f"a sweep is resumed with the {fixed[0]} that it began with: only {', '.join(FREE)} may change"
+        )
+    if config is not None:
+        asked = config.changed({"sweep.samples": begun, **(changes or {})})
+        difference = next(differences(plan.config.model_dump(), asked.model_dump()), None)
+        if difference is not None:
+            raise ConfigError(
+                f"the sweep {path} began with another config ({difference}): resume it with its own, --resume {path} "
+                f"alone"
+            )
+    if space is not None and space.source != plan.space.source:
+        raise ConfigError(
+            f"the sweep {path} began with the space {plan.space.name}, {space.name} is another: resume it with its "
+            f"own, --resume {path} alone"
+        )
+    plan = replace(plan, config=plan.config.changed({"sweep.samples": samples or begun, **(changes or {})}))
+    check_plan(plan)
+    with only_sweep(folder):
+        folder.write(plan)
+    return folder, plan
+
+
+def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
+    """Try the settings of a plan, those that have ended excepted, and write what came out.
+
+    Returns:
+        Whether a finished trial is within all bounds.
+
+    Raises:
+        CraftError: the cache or the cluster does not allow it, or no trial came to its end.
+    """
+    config = plan.config
+    with only_sweep(folder), _advice(folder):
+        tracking = SweepTracking(folder, plan, say)
+        for skill, eval_set in eval_sets(config, "validation"):
+            if any(eval_set.data == other.data for _, other in eval_sets(config, "evaluation")):
+                say(f"validation.{skill} is the data of evaluation: what is chosen on it will score too well on it")
+        if open_trials(folder, plan):
+            join(dashboard=config.workers.most > 1)
+            concurrency(config)
+            check_shared(folder.path, "output_dir, or --out,")
+            if not _cache_is_there(config) and config.anchors is not None:
+                build(config)
+            check_inputs(config)
+            check_cache(plan)
+            try:
+                search(folder, plan, tracking, say)
+            except BaseException:
+                tracking.end("stopped")
+                raise
+        remove_tree(folder.scratch)  # of a sweep that was killed when its trials had ended
+        for trial in folder.trials():
+            tracking.sync(trial)  # it may have been killed between the end of a trial and its log
+        result = read_results(folder)
+        write_sweep_report(result, folder, shlex.join(command_line()))
+        try:
+            write_results(result, folder)
+        except CraftError:
+            tracking.end("failed")
+            raise
+        assert result.best is not None
+        tracking.end("finished", folder.trial(result.best.number))
+    for line in conclusion(result, folder):
+        say(line)
+    return bool(result.best.feasible)
+
+
+@contextmanager
+def _advice(folder: SweepFolder) -> Iterator[None]:
+    """How an interrupted sweep goes on. A mistake before the first trial leaves no plan behind, so that the same
+    command can be given again."""
+    try:
+        yield
+    except (Interrupted, SystemError) as error:
+        if isinstance(error, SystemError) and not isinstance(error.__cause__, Interrupted):
+            raise  # Ray wraps what a signal raises while it waits
+        raise Interrupted(f"interrupted: go on with craft-ray sweep --resume {folder.path}") from None
+    except Exception:
+        if folder.new and not folder.trials():
+            folder.plan.unlink()
+        raise
+
+
+@contextmanager
+def only_sweep(folder: SweepFolder) -> Iterator[None]:
+    """One process carries a sweep.
+
+    Raises:
+        ConfigError: another one does.
+    """
+    refusal = ConfigError(f"another process carries the sweep {folder.path}: wait until it is done, or end it")
+    with exclusive_lock(folder.path / ".lock", refusal):
+        yield
+
+
+def check_plan(plan: Plan) -> None:
+    """Everything that can be told before a process starts.
+
+    Raises:
+        CraftError: the objective, the space, the scheduler or the data do not fit.
+    """
+    config = plan.config
+    if config.workers.elastic:
+        raise ConfigError(
+            f"workers.num_workers is {config.workers.count}, but the trials of a sweep are compared and have one "
+            f"number: set e.g. workers.num_workers={config.workers.least}"
+        )
+    objective_of(config)
+    check_scheduler(plan)
+    sampler_of(plan)
+    for skill, eval_set in eval_sets(config, "validation"):
+        open_eval_set(eval_set, f"validation.{skill}")
+    check_space(plan.space, config, lambda _: None)
+    if _cache_is_there(config):
+        check_cache(plan)
+
+
+def _cache_is_there(config: Experiment) -> bool:
+    """Whether trials have the cache that they are to read, if they are to read one."""
+    return config.craft.anchor_cache_dir is None or is_complete(storage_path(config.craft.anchor_cache_dir))
+
+
+def check_cache(plan: Plan) -> None:
+    """Refuse a space that anchors what the cache does not hold."""
+    if plan.config.craft.anchor_cache_dir is None:
+        return
+    cache = storage_path(plan.config.craft.anchor_cache_dir)
+    identity = read_manifest(cache).identity
+
+    def held(config: Experiment) -> None:
+        if config.craft.enabled:
+            asked_of(cache, identity, config)
+
+    check_space(plan.space, plan.config, held)
+
+
+def search(
+    folder: SweepFolder, plan: Plan, tracking: SweepTracking, say: Say = print, looks: Looks | None = None
+) -> None:
+    """Run the trials that are open.
+
+    Args:
+        looks: how a run of a trial is carried out; on a trainer for several workers, otherwise in the trial's process.
+    """
+    config = plan.config
+    multi = config.workers.most > 1
+    join(dashboard=multi)
+    os.environ.update(TUNE_SETTINGS)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial has its line in the trial log
+    remove_tree(folder.scratch)
+    trainable = tune.with_parameters(
+        CraftTrial, sweep=str(folder.path), looks=looks or (on_trainer if multi else in_process)
+    )
+    # The workers of a trainer are placed by Ray Train; what watches them takes nothing that a worker needs.
+    bundle = {"memory": 1.0} if multi else resources(config.workers)
+    which = _population(folder, plan) if config.sweep.scheduler == "pbt" else _one_after_another(folder, plan)
+    tuner = Tuner(
+        tune.with_resources(trainable, PlacementGroupFactory([bundle])),
+        param_space=which.pop("param_space"),
+        tune_config=TuneConfig(
+            metric="score", mode="max", scheduler=scheduler_of(folder, plan), reuse_actors=not multi, **which
+        ),
+        run_config=RunConfig(
+            name=folder.path.name,
+            storage_path=str(folder.scratch),
+            verbose=0,
+            failure_config=FailureConfig(max_failures=config.sweep.max_failures + 1),  # the trial log counts
+            checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
+            callbacks=[TrialLog(folder, plan, trial_count(plan), tracking, say)],
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        remove_tree(folder.scratch)
+
+
+def _one_after_another(folder: SweepFolder, plan: Plan) -> dict[str, Any]:
+    """What Tune is told where a sampler proposes the trials."""
+    return {
+        "param_space": {},
+        "search_alg": PlannedSearch(folder, plan, sampler_of(plan)),
+        "num_samples": trial_count(plan),
+        "max_concurrent_trials": concurrency(plan.config),
+    }
+
+
+def _population(folder: SweepFolder, plan: Plan) -> dict[str, Any]:
+    """What Tune is told of a population. It is there from the start and takes turns: who is not there yet cannot be
+    learnt from."""
+
+    def name(trial: Trial) -> str:  # the first that Tune asks of a trial
+        folder.assign(trial.trial_id, trial.config[TRIAL])
+        return str(trial)
+
+    return {"param_space": {TRIAL: tune.grid_search(begin_population(folder, plan))}, "trial_name_creator": name}
+
+
+def concurrency(config: Experiment) -> int:
+    """Trials that the cluster holds at once.
+
+    Raises:
+        ConfigError: it does not hold one.
+    """
+    each, workers = resources(config.workers), max(config.workers.most, 1)
+    held = capacity(each) // workers
+    if not held:
+        needed = ", ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+        raise ConfigError(
+            f"a trial takes {workers} worker(s) of {needed}, and the cluster holds {capacity(each)} of them: ask for "
+            f"fewer (workers.*), or join a larger cluster with RAY_ADDRESS"
+        )
+    return min(held, config.sweep.parallel or held)

@@ -1,0 +1,285 @@
+"""Training runs on Ray Train: one trainer starts the workers, which carry one run or several to their end.
+
+A lost worker is replaced and finds the last checkpoint in the run folder, so a run needs nothing of Ray but its
+processes. `num_workers: 0` is Ray Train's local mode: the same function in this process, without a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed
+import yaml
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+
+from craft_pipelines.console import ConsoleObserver, FileObserver, following
+from craft_pipelines.failures import LOST_PROCESS_ERRORS
+from craft_pipelines.outputs import check_kept
+from craft_pipelines.ray_metrics import RayMetrics
+from craft_pipelines.session import check_resources, join, quiet_ray
+from craft_pipelines.stop_signal import StopSignal
+from craft_pipelines.storage_check import check_shared
+from craft_ray.anchors.manifest import read_manifest
+from craft_ray.anchors.reader import check_shards, check_sizes
+from craft_ray.config import Experiment, WorkersConfig, dump_config, parse_config
+from craft_ray.errors import ConfigError, CraftError, Interrupted, StorageError
+from craft_ray.quiet import quiet_libraries
+from craft_ray.retention.student import asked_of
+from craft_ray.run.folder import RunFolder, command_line
+from craft_ray.run.mirror import mirrored_folder
+from craft_ray.run.training import training
+from craft_ray.storage.files import write_atomically
+from craft_ray.storage.paths import ObjectPath, StoragePath, remove_tree, storage_path
+from craft_ray.tracking import TrackedRun, Tracker, TrackingObserver, open_trackers
+from craft_ray.tracking.tensorboard import TensorBoardObserver
+from craft_ray.workers import OneWorker, ProcessGroup, Workers
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that is to be carried out, and where."""
+
+    config: Experiment
+    folder: RunFolder
+
+
+def run_name(config: Experiment) -> str:
+    return f"{config.name}-{config.arm}-seed{config.seed}"
+
+
+def plan_run(config: Experiment) -> PlannedRun:
+    """A new run in the output folder of its config.
+
+    Raises:
+        ConfigError: a run of that name is there already.
+    """
+    folder = check_new(config)
+    folder.begin(config, command_line())
+    return PlannedRun(config, folder)
+
+
+def check_new(config: Experiment) -> RunFolder:
+    """The folder of a run that has not begun."""
+    folder = RunFolder(storage_path(config.output_dir) / run_name(config))
+    check_kept(folder.path, "output_dir")
+    if folder.finished() is not None:
+        raise ConfigError(
+            f"the run {folder.path} is finished, its scores are in result.json: choose another name=... or seed=..., "
+            f"or delete it"
+        )
+    if folder.started:
+        raise ConfigError(
+            f"the run {folder.path} has begun: go on with --resume {folder.path}, or choose another name=... or "
+            f"seed=..."
+        )
+    return folder
+
+
+def resume_run(path: StoragePath, config: Experiment) -> PlannedRun:
+    """A run that has begun, to go on from its last checkpoint (or from the start, where it has none yet).
+
+    Raises:
+        ConfigError: it is finished, or `config` is not the one it began with.
+    """
+    folder = RunFolder(path.absolute())
+    begun = folder.config()
+    if folder.finished() is not None:
+        raise ConfigError(f"the run {path} is finished: its scores are in {folder.result}")
+    if begun != config:
+        key = next(iter(differences(begun.model_dump(), config.model_dump())))
+        raise ConfigError(
+            f"the run {path} began with another config ({key}): resume it with its own, craft-ray train --resume {path}"
+        )
+    return PlannedRun(config, folder)
+
+
+def differences(began: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What two configs do not share, a key at a time, with both sides."""
+    for key, value in began.items():
+        if isinstance(value, dict) and isinstance(given[key], dict):
+            yield from differences(value, given[key], f"{prefix}{key}.")
+        elif value != given[key]:
+            yield f"{prefix}{key} was {value}, is {given[key]}"
+
+
+def check_inputs(config: Experiment) -> None:
+    """What can be checked before any process starts: the cache holds what is asked of it, complete and undamaged."""
+    if config.craft.enabled and config.craft.anchor_cache_dir is not None:
+        folder = storage_path(config.craft.anchor_cache_dir)
+        manifest = read_manifest(folder)
+        asked_of(folder, manifest.identity, config)
+        # What lies in an object store is checked where it is fetched: by the nodes that train.
+        check = check_sizes if isinstance(folder, ObjectPath) else check_shards
+        check(folder, manifest)
+
+
+def carry_out(run: PlannedRun) -> dict[str, Any]:
+    """Train one run with its lines on the console."""
+    observer = ConsoleObserver(run.config.train.steps, run.config.arm)
+    try:
+        check_inputs(run.config)
+        trackers = open_trackers(run.config.tracking, run.folder.path)
+        with (
+            TrackingObserver(observer, [tracked(tracker, run) for tracker in trackers]) as watched,
+            following(run.folder.progress, watched),
+        ):
+            fit([run])
+    except Interrupted:
+        raise Interrupted(f"interrupted: go on with craft-ray train --resume {run.folder.path}") from None
+    except CraftError:
+        if not run.folder.started:
+            remove_tree(run.folder.path)  # a mistake before the first step leaves nothing behind
+        raise
+    finally:
+        observer.close()
+    result = run.folder.finished()
+    assert result is not None
+    return result
+
+
+def tracked(tracker: Tracker, run: PlannedRun) -> TrackedRun:
+    """A run in a tracker: the one that it began with, where it is resumed."""
+    path = run.folder.path / f"tracking-{tracker.name}.json"
+    known = json.loads(path.read_text())["id"] if path.exists() else None
+    found = tracker.start(run.folder.path.name, run.config.model_dump(mode="json"), id=known)
+    write_atomically(path, json.dumps({"id": found.id}))
+    return found
+
+
+def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
+    """Carry out runs one after the other on the same workers; those that are finished are passed over.
+
+    Args:
+        supervised: wait after each validation for the stop signal (craft_pipelines.stop_signal), and obey it.
+
+    Raises:
+        CraftError: a run cannot go on; the message is the worker's.
+    """
+    quiet_ray()
+    workers = runs[0].config.workers
+    assert all(run.config.workers == workers for run in runs), "runs of one trainer share its workers"
+    if workers.num_workers:
+        join()
+        lacking = check_resources(workers.least, resources(workers), "workers.num_workers")
+        if lacking:
+            raise ConfigError(lacking)
+        if not supervised:  # who supervises has checked the place of all its runs
+            check_shared(runs[0].folder.path, "output_dir")
+    scratch = runs[0].folder.path / ".ray"
+    remove_tree(scratch)  # a killed driver may have left an error there
+    trainer = TorchTrainer(
+        _work,  # type: ignore[arg-type]  # what it returns is the result's return_value
+        train_loop_config={
+            "runs": [(dump_config(run.config), str(run.folder.path)) for run in runs],
+            "threads": workers.threads,
+            "scratch": str(scratch),
+            "supervised": supervised,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,  # type: ignore[arg-type]  # of Train V2, which takes a pair
+            use_gpu=workers.use_gpu,
+            resources_per_worker=resources(workers),
+        ),
+        # A name is used once: Ray returns the old result where a finished name is run again.
+        run_config=RunConfig(
+            name=f"{runs[0].folder.path.name}-{uuid.uuid4().hex[:12]}",
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        outcome = trainer.fit().return_value  # type: ignore[attr-defined]  # of Train V2's Result
+    except SystemExit:  # how Ray's own handler of SIGINT ends a fit
+        raise Interrupted("interrupted") from None
+    except ray.train.WorkerGroupError as error:
+        failures = list(error.worker_failures.values())
+        mistake = next((failure for failure in failures if isinstance(failure, CraftError)), None)
+        if mistake is None and any(map(is_loss, failures)):
+            mistake = CraftError(
+                f"a worker was lost more than workers.max_failures={workers.max_failures} times (with its machine, or "
+                f"for want of memory): the same command (train: with --resume {runs[0].folder.path}) goes on"
+            )
+        raise mistake or error from None
+    finally:
+        if signal.getsignal(signal.SIGINT) is not interrupt:
+            signal.signal(signal.SIGINT, interrupt)  # a fit on the main thread leaves its own handler behind
+        remove_tree(scratch)
+    if outcome is not None and outcome["error"] is not None:
+        raise CraftError.told(**outcome["error"])
+
+
+def is_loss(failure: BaseException) -> bool:
+    """Whether a worker is gone, rather than that its run failed: Train learns it by asking after its health."""
+    if isinstance(failure, WorkerHealthCheckFailedError):
+        failure = failure.health_check_failure
+    return isinstance(failure, (*LOST_PROCESS_ERRORS, WorkerHealthCheckTimeoutError))
+
+
+def resources(workers: WorkersConfig) -> dict[str, float]:
+    """What one worker takes of the cluster."""
+    gpu = {"GPU": 1.0} if workers.use_gpu else {}
+    return {"CPU": workers.cpus_per_worker, **gpu, **workers.resources_per_worker}
+
+
+def _work(loop: dict[str, Any]) -> dict[str, Any]:
+    """The function of one worker.
+
+    Ray restarts the workers on any exception. A user's mistake does not go away by that, so it is handed over as a
+    value; with several workers it is left in a file first, for the others hang in a collective until they are ended,
+    and the restarted ones find it.
+    """
+    quiet_libraries()
+    torch.set_num_threads(loop["threads"])
+    told = storage_path(loop["scratch"]) / "error.json"
+    if told.exists():
+        return {"error": json.loads(told.read_text())}
+    workers = _workers()
+    try:
+        for text, path in loop["runs"]:
+            run = RunFolder(storage_path(path))
+            if run.finished() is None:
+                config = parse_config(yaml.safe_load(text), str(run.path / "config.yaml"))
+                with mirrored_folder(run, main=workers.rank == 0) as folder:
+                    _carry(config, folder, workers, StopSignal(run.path) if loop["supervised"] else None)
+    except Interrupted:
+        raise
+    except CraftError as error:
+        message = {"message": error.message, "exit_code": error.exit_code}
+        if workers.world_size == 1:
+            return {"error": message}
+        with suppress(StorageError):  # a full disk may be the very error
+            write_atomically(told, json.dumps(message))
+        raise
+    return {"error": None}
+
+
+def _carry(config: Experiment, folder: RunFolder, workers: Workers, word: StopSignal | None) -> None:
+    """Train one run. With `word` it goes on after a look when it is told so."""
+    observer, main = FileObserver(folder.progress), workers.rank == 0
+    with (
+        RayMetrics(folder.home, config.arm, config.train.steps, observer, main) as measured,
+        TensorBoardObserver(folder.disk / "tensorboard", measured, main) as watched,
+        closing(training(config, folder, workers, watched)) as looks,
+    ):
+        for look in looks:
+            # All workers go by what the first was told.
+            heard = word.wait(look["step"]) if word and main else True
+            if not workers.gather(heard)[0]:
+                break
+
+
+def _workers() -> Workers:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return ProcessGroup(get_device())
+    return OneWorker(get_device())

@@ -1,1 +1,0 @@
-"""Search spaces that come with the product, one YAML file each."""

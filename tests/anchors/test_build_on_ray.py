@@ -1,0 +1,89 @@
+"""Caches built by processes of Ray: a killed teacher costs time only, and a user's mistake stays one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from craft_pipelines.anchors import build
+
+from craft_ray.config import Experiment, dump_config
+from tests.support.caches import built, cache_folder, table
+from tests.support.experiments import digits_experiment
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+def start_build(config: Experiment, folder: Path) -> subprocess.Popen[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(dump_config(config))
+    return subprocess.Popen(
+        [sys.executable, "-m", "craft_pipelines.cli", "anchors", "build", str(folder / "run.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def teachers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Processes below the driver that write shards."""
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if any("ShardWriter" in part for part in process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def on_ray(model: Path, data: Path, folder: Path, **changes: object) -> Experiment:
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return digits_experiment(model, data, folder, {"workers.num_workers": 1, **dotted})
+
+
+@pytest.mark.slow
+def test_a_teacher_killed_in_the_middle_costs_no_anchor(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
+    config = on_ray(digits_model, digits_data, tmp_path, anchors__rows_per_shard=2)
+    driver = start_build(config, tmp_path)
+    folder = cache_folder(config) / "shards"
+    while driver.poll() is None and len(list(folder.glob("*.parquet"))) < 2:
+        time.sleep(0.02)
+    (killed,) = teachers(driver)
+    killed.kill()
+    there = len(list(folder.glob("*.parquet")))
+    out, err = driver.communicate(timeout=200)
+
+    assert driver.returncode == 0, err
+    assert there < 24, "it was killed too late to test anything"
+    given = pq.read_table(digits_data / "anchors.parquet", columns=["id"])["id"].to_pylist()[:48]
+    assert table(cache_folder(config))["id"].to_pylist() == given
+    assert "(24 of 24)" in out
+    assert "anchor cache complete: 48 anchors" in out
+    assert all("(raylet)" in line for line in err.splitlines()), err  # it tells of the death, and nothing else is said
+    assert not list(folder.glob(".*"))
+    assert build(config, say=lambda _: None).rows_computed == 0
+
+    whole = config.changed({"craft.anchor_cache_dir": str(tmp_path / "whole"), "workers.num_workers": 0})
+    assert built(whole).content == build(config, say=lambda _: None).manifest.content
+
+
+def test_a_mistake_in_a_teacher_is_one_line(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
+    anchors = pq.read_table(digits_data / "anchors.parquet").slice(0, 40).to_pydict()
+    anchors["image"][37] = b"no image at all"
+    pq.write_table(pa.table(anchors), tmp_path / "bad.parquet")
+    config = on_ray(digits_model, digits_data, tmp_path, anchors__source__path=str(tmp_path / "bad.parquet"))
+    driver = start_build(config, tmp_path)
+    _, err = driver.communicate(timeout=200)
+    assert driver.returncode == 1
+    (line,) = err.splitlines()
+    assert f"sample {anchors['id'][37]}" in line
+    assert "does not decode" in line

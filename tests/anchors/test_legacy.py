@@ -1,0 +1,303 @@
+"""Legacy torch shards become a cache that trains; what does not fit, or could run code, is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from craft_pipelines.anchors import import_legacy
+
+from craft_ray.anchors.manifest import read_manifest
+from craft_ray.anchors.reader import open_anchors
+from craft_ray.anchors.verify import check_files
+from craft_ray.config import Experiment
+from craft_ray.data.source import open_source
+from craft_ray.errors import CacheRefused, ConfigError, CraftError, StorageError
+from craft_ray.models.base import IGNORE, Model
+from craft_ray.retention.student import check_untouched, open_for_student
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.training import NullObserver, train
+from craft_ray.workers import OneWorker
+from tests.support.caches import cache_folder, prompts, shards, table, teacher, text_experiment
+from tests.support.experiments import digits_experiment
+
+ROWS = 12
+
+
+@torch.no_grad()
+def legacy_shard(config: Experiment, model: Model, rows: range, positions: list[str], layers: list[int]) -> dict:
+    """What an earlier tool wrote: prompt and suffix in one row, padded; labels beside them."""
+    assert config.anchors
+    source = open_source(config.anchors.source, "anchors.source")
+    samples = [source[row] for row in rows]
+    model.module.eval()
+    suffixes = model.generate([model.preprocess(sample) for sample in samples], 2)
+    features = [model.preprocess(s, t) for s, t in zip(samples, suffixes, strict=True)]
+    batch = model.collate(features, positions)
+    assert batch.pooling
+    labels = torch.full_like(batch.inputs["input_ids"], IGNORE)
+    for row, f in enumerate(features):
+        own = slice(f.layout.prompt_length, f.layout.length)
+        labels[row, own] = f.tokens["input_ids"][own]
+    images = {"pixel_values": batch.inputs["pixel_values"]} if "pixel_values" in batch.inputs else {}
+    return {
+        **images,
+        "input_ids": batch.inputs["input_ids"],
+        "attention_mask": batch.inputs["attention_mask"],
+        "teacher_hidden": batch.pooling(model.hidden_states(batch, layers)).values_BLVD,
+        "labels": labels,
+        "meta": {"layer_indices": layers, "pooling": positions},
+    }
+
+
+def digits_import(model: Path, data: Path, folder: Path) -> Experiment:
+    return digits_experiment(
+        model,
+        data,
+        folder,
+        {"anchors.positions": ["text_last", "vision_mean"], "craft.anchor_batch_size": 4, "train.steps": 3},
+    )
+
+
+@pytest.fixture(scope="module")
+def digits_shards(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Legacy shards of 7 and 5 rows. Shared: do not write into it."""
+    folder = tmp_path_factory.mktemp("legacy")
+    config = digits_import(digits_model, digits_data, folder)
+    model = teacher(config)
+    for number, rows in enumerate((range(7), range(7, ROWS))):
+        content = legacy_shard(config, model, rows, ["text_last", "vision_mean"], [3, 4])
+        torch.save(content, folder / f"shard_{number:03d}.pt")
+    return folder
+
+
+@pytest.fixture
+def digits(digits_model: Path, digits_data: Path, digits_shards: Path, tmp_path: Path) -> Experiment:
+    """A config of an import, and its legacy shards in `tmp_path / legacy`."""
+    shutil.copytree(digits_shards, tmp_path / "legacy")
+    return digits_import(digits_model, digits_data, tmp_path)
+
+
+@pytest.fixture
+def prose(text_model: Path, tmp_path: Path) -> Experiment:
+    """The same of a language model: texts of mixed lengths, padded on the left."""
+    source = prompts(tmp_path / "anchors.jsonl", [3, 1, 9, 4, 2, 6, 3, 8, 5, 2, 7, 4])
+    config = text_experiment(
+        text_model,
+        source,
+        tmp_path,
+        {"anchors.positions": ["last_token"], "craft.anchor_batch_size": 4, "anchors.max_new_tokens": 2},
+    )
+    content = legacy_shard(config, teacher(config), range(ROWS), ["last_token"], [2, 3])
+    lengths = content["attention_mask"].sum(1).tolist()
+    for name in ("input_ids", "labels", "attention_mask"):
+        rows = content[name]
+        content[name] = torch.stack([row.roll(len(row) - n) for row, n in zip(rows, lengths, strict=True)])
+    (tmp_path / "legacy").mkdir()
+    torch.save(content, tmp_path / "legacy" / "shard_0.pt")
+    return config
+
+
+def imported(config: Experiment, tmp_path: Path, check: bool = True) -> list[str]:
+    said: list[str] = []
+    import_legacy(tmp_path / "legacy", config, check, say=said.append)
+    return said
+
+
+def trained(config: Experiment, path: Path) -> list[dict]:
+    folder = RunFolder(path)
+    folder.begin(config, ["test"])
+    train(config, folder, OneWorker(), NullObserver())
+    return folder.read_metrics()
+
+
+@pytest.mark.parametrize("kind", ["digits", "prose"])
+def test_an_imported_cache_holds_every_row_and_trains(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    config: Experiment = request.getfixturevalue(kind)
+    (first, last) = imported(config, tmp_path)
+    assert first.startswith("the model reproduces 8 anchors: largest relative mean square")
+    assert "16 of 16 suffix tokens equal" in first
+    assert f"{ROWS} anchors from" in last
+
+    folder = cache_folder(config)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    ids = table(folder)["id"].to_pylist()
+    expected = [f"shard_000:{i}" for i in range(7)] + [f"shard_001:{i}" for i in range(5)]
+    assert ids == (expected if kind == "digits" else [f"shard_0:{i}" for i in range(ROWS)])
+    anchors = open_anchors(folder)
+    assert {len(anchors.suffix(row)) for row in range(ROWS)} <= {1, 2}
+    model = teacher(config)
+    source = open_source(config.anchors.source, "anchors.source")  # type: ignore[union-attr]
+    for row in range(ROWS):
+        features = model.preprocess(source[row])
+        input_ids, pixels = anchors.tensors(row)
+        np.testing.assert_array_equal(input_ids, features.tokens["input_ids"].numpy())
+        if kind == "digits":
+            np.testing.assert_array_equal(pixels, features.images["pixel_values"][0].numpy())
+
+    for mode in ("hidden", "token_ce"):
+        run = config.changed({"craft.retention_mode": mode, "craft.epsilon_start": 0.01})
+        student = open_for_student(run, model, model.weights_fingerprint())
+        check_untouched(student, range(ROWS), 4, OneWorker())
+        records = trained(run, tmp_path / mode)
+        assert len(records) == config.train.steps
+    # Starting it again finds it.
+    before = [path.read_bytes() for path in shards(folder)]
+    imported(config, tmp_path)
+    assert [path.read_bytes() for path in shards(folder)] == before
+
+
+def change(tmp_path: Path, edit: Callable[[dict], Any], name: str = "shard_000.pt") -> None:
+    path = tmp_path / "legacy" / name
+    content = torch.load(path, weights_only=True)
+    content = edit(content) or content
+    torch.save(content, path)
+
+
+def refused(config: Experiment, tmp_path: Path, error: type[CraftError], code: int, *parts: str) -> None:
+    with pytest.raises(error) as caught:
+        imported(config, tmp_path)
+    assert caught.value.exit_code == code
+    assert "\n" not in caught.value.message
+    assert not [part for part in parts if part not in caught.value.message], caught.value.message
+    assert not cache_folder(config).exists()
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+class Harmful:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_pickle_with_code_is_not_run(digits: Experiment, tmp_path: Path) -> None:
+    torch.save({"input_ids": Harmful(tmp_path / "harm")}, tmp_path / "legacy" / "shard_000.pt")
+    refused(digits, tmp_path, CacheRefused, 4, "shard_000.pt", "a pickle that runs code is not loaded")
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "parts"),
+    [
+        (lambda c: c.pop("attention_mask") is None, ["no tensor attention_mask", "input_ids, teacher_hidden"]),
+        (lambda c: c.pop("pixel_values") is None, ["has no pixel_values", "vision_language"]),
+        (lambda c: c.pop("labels") is None, ["holds no labels", "anchors.modes=[hidden]"]),
+        (lambda c: c.pop("teacher_hidden") is None, ["no hidden states", "anchors.modes=[token_ce]"]),
+        (lambda c: {**c, "target_features": c["teacher_hidden"] + 1}, ["are both there and differ"]),
+        (lambda c: {**c, "teacher_hidden": c["teacher_hidden"][:, :1]}, ["[7, 1, 2, 64]", "2 layers [3, 4]"]),
+        (lambda c: {**c, "teacher_hidden": c["teacher_hidden"][..., :32]}, ["[7, 2, 2, 32]", "width 64"]),
+        (lambda c: {**c, "meta": {"layers": [-3, -2]}}, ["layers [-3, -2]", "anchors.layers [3, 4]"]),
+        (lambda c: {**c, "meta": {"pooling": "mean_image_tokens"}}, ["pooling vision_mean", "text_last, vision_mean"]),
+        (lambda c: {**c, "labels": c["labels"].roll(1, 1)}, ["shifted"]),
+        (lambda c: {**c, "labels": c["labels"] * 0 - 100}, ["row 0 has no label"]),
+        (lambda c: {**c, "pixel_values": c["pixel_values"].byte()}, ["torch.uint8", "[7, C, H, W] float"]),
+        (lambda c: [c], ["holds a list"]),
+        (lambda c: {**c, "teacher_hidden": c["teacher_hidden"] * 1e9}, ["float16 ends at 6.55e+04", "anchors.dtype"]),
+    ],
+)
+def test_shards_that_do_not_fit_name_both_sides(
+    edit: Callable[[dict], Any], parts: list[str], digits: Experiment, tmp_path: Path
+) -> None:
+    def edited(content: dict) -> Any:
+        result = edit(content)
+        return result if isinstance(result, (dict, list)) else content
+
+    change(tmp_path, edited)
+    code = 1 if "anchors.dtype" in parts else 4
+    refused(digits, tmp_path, CraftError, code, *parts)
+
+
+def test_vectors_that_the_teacher_does_not_give_are_refused(digits: Experiment, tmp_path: Path) -> None:
+    change(tmp_path, lambda c: {**c, "teacher_hidden": c["teacher_hidden"].flip(1), "meta": {}}, "shard_001.pt")
+    refused(digits, tmp_path, CacheRefused, 4, "anchor shard_001:", "float16 storage explains 1e-06")
+    imported(digits, tmp_path, check=False)
+    model = teacher(digits)
+    student = open_for_student(digits, model, model.weights_fingerprint())
+    with pytest.raises(CacheRefused, match="away from the cached teacher"):
+        check_untouched(student, range(ROWS), 4, OneWorker())  # training would have found it, too
+
+
+def test_labels_that_are_not_the_teachers_are_refused_unless_they_are_called_so(
+    digits: Experiment, tmp_path: Path
+) -> None:
+    change(tmp_path, lambda c: {**c, "labels": torch.full((7, 1), 9)})
+    change(tmp_path, lambda c: {**c, "labels": torch.full((5, 1), 9)}, "shard_001.pt")
+    tokens = digits.changed({"anchors.modes": ["token_ce"]})
+    refused(tokens, tmp_path, CacheRefused, 4, "of 8 cached suffix tokens", "anchors.suffix_from")
+    imported(tokens.changed({"anchors.suffix_from": "response"}), tmp_path)
+    assert table(cache_folder(digits))["suffix"].to_pylist() == [[9]] * ROWS
+
+
+@pytest.mark.parametrize("shape", ["BLD", "BVD", "BD"])
+def test_shorter_shapes_of_vectors(shape: str, digits: Experiment, tmp_path: Path) -> None:
+    layers = [3, 4] if "L" in shape else [4]
+    positions = ["vision_mean", "text_last"] if "V" in shape else ["text_last"]
+    config = digits.changed({"anchors.layers": layers, "anchors.positions": positions, "anchors.modes": ["hidden"]})
+    for number, rows in enumerate((range(7), range(7, ROWS))):
+        content = legacy_shard(config, teacher(config), rows, positions, layers)
+        vectors = content.pop("teacher_hidden")
+        vectors = vectors if "V" in shape else vectors[:, :, 0]
+        vectors = vectors if "L" in shape else vectors[:, 0]
+        content["target_features"] = vectors
+        torch.save(content, tmp_path / "legacy" / f"shard_{number:03d}.pt")
+    assert vectors.ndim == len(shape)
+    assert imported(config, tmp_path)[0].startswith("the model reproduces 8 anchors")
+
+
+def test_positions_of_many_vectors_are_refused(digits: Experiment, tmp_path: Path) -> None:
+    config = digits.changed({"anchors.positions": ["all"]})
+    refused(config, tmp_path, ConfigError, 2, "anchors.positions has all", "one vector a position")
+
+
+def test_no_shards_there(digits: Experiment, tmp_path: Path) -> None:
+    for path in (tmp_path / "legacy").iterdir():
+        path.unlink()
+    refused(digits, tmp_path, ConfigError, 2, "no legacy shards in", "shard_*.pt")
+
+
+def test_a_truncated_shard_leaves_nothing_behind(digits: Experiment, tmp_path: Path) -> None:
+    path = tmp_path / "legacy" / "shard_001.pt"
+    path.write_bytes(path.read_bytes()[:-200])
+    refused(digits, tmp_path, CacheRefused, 4, "shard_001.pt is damaged")
+
+
+def test_an_import_that_was_killed_is_started_again(digits: Experiment, tmp_path: Path) -> None:
+    half = tmp_path / f".{cache_folder(digits).name}.1234.tmp" / "shards"
+    half.mkdir(parents=True)
+    (half / "shard-00000.parquet").write_bytes(b"PAR1 half")
+    imported(digits, tmp_path)
+    assert len(table(cache_folder(digits))) == ROWS
+    assert not half.parent.exists()
+
+
+def test_another_cache_in_the_place_is_left_alone(digits: Experiment, tmp_path: Path) -> None:
+    imported(digits, tmp_path)
+    manifest = read_manifest(cache_folder(digits))
+    with pytest.raises(
+        CacheRefused, match=r"holds a cache with dtype float16, this import makes one with dtype float32"
+    ):
+        imported(digits.changed({"anchors.dtype": "float32"}), tmp_path)
+    assert read_manifest(cache_folder(digits)) == manifest
+
+
+def test_a_failed_write_leaves_nothing_behind(
+    digits: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from craft_ray.anchors import importing
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(importing, "write_manifest", full)
+    refused(digits, tmp_path, StorageError, 1, "No space left on device", "could not be written")

@@ -1,0 +1,192 @@
+"""cluster/local: a cluster by process. What is started is found again and ended, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "cluster" / "local" / "cluster.py"
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "state"
+    local(tmp_path / "state", "stop")
+
+
+def local(state: Path, *arguments: str) -> tuple[int, str, str]:
+    """`cluster.py ARGUMENTS...` on this folder -> exit code, standard output, standard error."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--state", state, *arguments], capture_output=True, text=True, timeout=800, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def exported(out: str) -> dict[str, str]:
+    lines = [line.removeprefix("export ").split("=", 1) for line in out.splitlines()]
+    return {name: value.strip("'") for name, value in lines}
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The processes whose environment has the mark of this cluster."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("CRAFT_RAY_CLUSTER") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess, OSError):
+            continue
+    return found
+
+
+def driver(environment: dict[str, str], program: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=clean | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_nothing_runs_yet(state: Path) -> None:
+    for command, code in (("status", 1), ("stop", 0)):
+        got, out, err = local(state, command)
+        assert (got, out) == (code, "")
+        assert err == f"cluster: no cluster was started from {state}\n"
+    code, _, err = local(state, "start", "--nodes", "0")
+    assert code == 1
+    assert err == "cluster: --nodes is 0: a cluster has one or more\n"
+
+
+def test_a_stranger_with_an_old_pid_is_not_touched(state: Path, tmp_path: Path) -> None:
+    """The record names its pid and even its start, but it has not the mark."""
+    stranger = subprocess.Popen(["sleep", "600"])
+    try:
+        start = int(Path(f"/proc/{stranger.pid}/stat").read_text().rpartition(")")[2].split()[19])
+        state.mkdir()
+        (state / "token").write_text("old")
+        kept_by_ray = tmp_path / "ray"
+        kept_by_ray.mkdir()
+        record = {
+            "mark": "0123456789abcdef", "address": "127.0.0.1:1", "dashboard": "http://127.0.0.1:1",
+            "temp": str(kept_by_ray), "nodes": [{"name": "head", "pid": stranger.pid, "start": start}],
+        }  # fmt: skip
+        (state / "cluster.json").write_text(json.dumps(record))
+        assert local(state, "stop") == (0, "", "cluster: stopped; 0 processes ended\n")
+        assert stranger.poll() is None
+        assert not kept_by_ray.exists()
+        assert not (state / "token").exists()
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_what_carries_the_mark_is_ended_and_all_below_it(state: Path, tmp_path: Path) -> None:
+    """Also what hears no SIGTERM, and what has left the session and the environment behind."""
+    program = (
+        "import signal, subprocess, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen(['sleep', '600'], env={}, start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    node = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "CRAFT_RAY_CLUSTER": "feedfeedfeedfeed"},
+    )  # fmt: skip
+    assert node.stdout is not None
+    child = psutil.Process(int(node.stdout.readline()))
+    state.mkdir()
+    record = {
+        "mark": "feedfeedfeedfeed", "address": "127.0.0.1:1", "dashboard": "http://127.0.0.1:1",
+        "temp": str(tmp_path / "none"), "nodes": [{"name": "head", "pid": node.pid, "start": -1}],
+    }  # fmt: skip
+    (state / "cluster.json").write_text(json.dumps(record))
+    code, _, err = local(state, "start")
+    assert code == 1
+    assert "a cluster runs already" in err
+    assert local(state, "stop") == (0, "", "cluster: stopped; 2 processes ended\n")
+    assert node.wait(timeout=10) == -signal.SIGKILL
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.ray
+def test_a_node_that_does_not_start_is_one_line_and_leaves_nothing(state: Path) -> None:
+    code, out, err = local(state, "start", "--cpus", "-1")
+    assert (code, out) == (1, "")
+    assert err.startswith("cluster: the node head ended (")
+    assert err.endswith(f"see {state / 'head.log'}\n")
+    assert err.count("\n") == 1
+    assert not (state / "cluster.json").exists()
+    assert not (state / "token").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_nodes_from_start_to_stop(state: Path) -> None:
+    code, out, err = local(state, "start", "--nodes", "2", "--cpus", "1", "--object-store", "100", "--patience", "600")
+    assert code == 0, err
+    assert err.startswith("cluster: 2 node(s) alive")
+    environment = exported(out)
+    assert list(environment) == ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"]
+    assert environment["RAY_API_SERVER_ADDRESS"].startswith("http://127.0.0.1:")
+
+    token_file = Path(environment["RAY_AUTH_TOKEN_PATH"])
+    assert token_file.stat().st_mode & 0o777 == 0o600
+    assert state.stat().st_mode & 0o777 == 0o700
+    token = token_file.read_text()
+    assert len(token) == 64
+    record = json.loads((state / "cluster.json").read_text())
+    processes = marked(record["mark"])
+    assert len(processes) >= 4
+    assert not any(token in value for process in processes for value in process.environ().values())
+    assert not any(token in " ".join(process.cmdline()) for process in processes)
+    assert not any(token in file.read_text() for file in state.iterdir() if file != token_file)
+    assert token not in out + err
+
+    code, out, err = local(state, "start")
+    assert (code, out) == (1, "")
+    assert err == (
+        f"cluster: a cluster runs already from {state} (RAY_ADDRESS={environment['RAY_ADDRESS']}): stop it first, or "
+        f"name another folder with --state\n"
+    )
+    code, out, _ = local(state, "status")
+    assert code == 0
+    assert exported(out) == environment
+
+    seen = driver(environment, "import ray; ray.init(logging_level='ERROR'); print(len(ray.nodes()))")
+    assert seen.stdout.strip() == "2", seen.stderr
+    wrong = token_file.with_name("wrong")
+    wrong.write_text("0" * 64)
+    for refused in ({**environment, "RAY_AUTH_TOKEN_PATH": str(wrong)}, {"RAY_ADDRESS": environment["RAY_ADDRESS"]}):
+        assert driver({**refused, "HOME": str(state)}, "import ray; ray.init()").returncode != 0
+
+    stranger = subprocess.Popen(["sleep", "600"])
+    try:
+        worker = record["nodes"][1]
+        assert worker["name"] == "worker-1"
+        os.kill(worker["pid"], signal.SIGKILL)
+        end = time.monotonic() + 120
+        while (status := local(state, "status"))[0] == 0:
+            assert time.monotonic() < end, "the lost node was never missed"
+            time.sleep(1)
+        assert "worker-1 (pid" in status[2]
+        assert "has ended" in status[2]
+        code, _, err = local(state, "stop")
+        assert code == 0, err
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+    assert marked(record["mark"]) == []
+    assert not Path(record["temp"]).exists()
+    assert not token_file.exists()
+    assert local(state, "status")[0] == 1

@@ -1,0 +1,443 @@
+"""Every key can be set from a file and from the command line; what cannot mean anything is said in one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from craft_ray.config import DataConfig, Experiment, Section, dump_config, load_config, parse_config
+from craft_ray.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[2]
+MINIMAL = "model: {path: org/model}\ntask: {path: org/data}\ntrain: {steps: 4}\n"
+
+
+@pytest.fixture
+def minimal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert "\n" not in caught.value.message
+    assert caught.value.exit_code == 2
+    return caught.value.message
+
+
+def get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    return config
+
+
+# --- every key ----------------------------------------------------------------------------------------------------
+
+DATA = {
+    "path": "org/other", "format": "jsonl", "split": "test", "revision": "v2", "limit": 7, "chunk_chars": 99,
+    "columns.id": "key", "columns.image": "picture", "columns.prompt": "question", "columns.response": "answer",
+    "columns.choices": "options", "episodes": [1, 2], "stride": 2, "rename": {"observation.a": "observation.b"},
+}  # fmt: skip
+INSTEAD = ("columns.answer_index", "rollout")
+"""Keys in whose place another stands in this list."""
+EVAL = {**{f"data.{k}": v for k, v in DATA.items()}, "metric": "choice", "batch_size": 3, "max_new_tokens": 5}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "": {"name": "other", "variant": "other", "seed": 5, "output_dir": "/tmp/elsewhere"},
+    "model": {
+        "kind": "vision_language", "path": "org/other", "revision": "abc", "trust_remote_code": True,
+        "dtype": "bfloat16", "max_length": 77, "chat_template": True, "append_eos": False, "disable_dropout": False,
+        "gradient_checkpointing": True, "merge_statistics": ["org/data"],
+    },
+    "task": DATA,
+    "anchors": {
+        **{f"source.{k}": v for k, v in DATA.items()}, "modes": ["token_ce"], "positions": ["every_3", "suffix"],
+        "layers": [0, -1], "dtype": "float32", "max_new_tokens": 3, "suffix_from": "response", "batch_size": 5,
+        "pack_tokens": 999, "rows_per_shard": 11, "actors": 2, "cpus_per_actor": 0.5, "gpus_per_actor": 0.25,
+        "threads_per_actor": 2,
+    },
+    "craft": {
+        "enabled": False, "anchor_cache_dir": "/tmp/cache", "anchor_batch_size": 8, "anchor_holdout": 0.3,
+        "retention_freq": 2, "retention_mode": "token_ce", "loss_type": "cosine", "positions": ["all"],
+        "layers": [-1], "initial_lambda": 0.5, "lambda_lr": 0.25, "lambda_max": 9.0, "lambda_kp": 0.125,
+        "violation": "absolute", "violation_clip": None, "retention_ema": 0.5, "epsilon_schedule": "linear",
+        "epsilon_start": 0.5, "epsilon_end": 0.25, "epsilon_decay_steps": 3, "use_grad_projection": False,
+        "conflict_threshold": 0.5, "projection_gate": "always", "projection_mode": "task_priority",
+    },
+    "train": {
+        "steps": 9, "batch_size": 8, "accumulate": 2, "learning_rate": 0.5, "schedule": "linear", "warmup_steps": 2,
+        "weight_decay": 0.0, "betas": [0.5, 0.75], "max_grad_norm": None, "precision": "bf16", "log_every": 3,
+        "checkpoint_every": 4, "keep_checkpoints": 1, "prefetch": 5,
+    },
+    "evaluation.old": EVAL,
+    "evaluation.new": EVAL,
+    "workers": {
+        "num_workers": 2, "use_gpu": True, "cpus_per_worker": 0.5, "resources_per_worker": {"GPU": 0.5},
+        "threads": 2, "max_failures": 0,
+    },
+    "validation": {"every": 9},
+    **{f"validation.{skill}": EVAL for skill in ("old", "new")},
+    "objective": {
+        "maximize": None, "minimize": "train/loss", "subject_to": {"old/ratio": ">= 0.9"}, "confidence": 0.9,
+    },
+    "sweep": {
+        "samples": 3, "sampler": "tpe", "seed": 4, "scheduler": "median", "grace": 2, "reduction_factor": 4,
+        "repeat": 2, "parallel": 3, "max_failures": 0,
+    },
+    "tracking": {"mlflow": "http://tracking", "wandb": "offline", "project": "mine"},
+    "compare": {
+        "arms": ["hidden"], "seeds": [7], "parallel": 2, "token_ce": {"epsilon_start": 0.5},
+        "variants": {"near": {"epsilon_start": 0.25}},
+    },
+}  # fmt: skip
+EVERY = {f"{section}.{key}".lstrip("."): value for section, keys in SECTIONS.items() for key, value in keys.items()}
+
+
+def test_every_key_can_be_overridden(minimal: Path) -> None:
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in EVERY.items()]
+    config = load_config(minimal, overrides)
+    for key, value in EVERY.items():
+        found = get(config, key)
+        assert (list(found) if isinstance(found, tuple) else found) == value, key
+
+
+def test_the_list_of_keys_is_complete_and_changes_each(minimal: Path) -> None:
+    """Guards the test above: a key that is new must be added to it, with a value that is not the default."""
+    paths = [f"{k}={v}" for k, v in EVERY.items() if k.endswith("path") and v is not None]
+    config = load_config(minimal, [*paths, "objective.maximize=new/score"])
+
+    def leaves(section: Section, prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name in type(section).model_fields:
+            value = getattr(section, name)
+            found |= leaves(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+        return found
+
+    defaults = leaves(config)
+    defaults = {key: value for key, value in defaults.items() if not key.endswith(INSTEAD)}
+    assert defaults.keys() == EVERY.keys()
+    same = [key for key, value in defaults.items() if value == EVERY[key] and not key.endswith("path")]
+    assert same == []
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.learning_rate=1e-4", "train.learning_rate", 1e-4),
+        ("train.learning_rate=3.0E-5", "train.learning_rate", 3e-5),
+        ("craft.enabled=off", "craft.enabled", False),
+        ("craft.epsilon_end=null", "craft.epsilon_end", None),
+        ("craft.layers=[-1]", "craft.layers", (-1,)),
+        ("task.episodes=0-2", "task.episodes", (0, 1, 2)),
+        ("task.episodes=[7, 1-2]", "task.episodes", (7, 1, 2)),
+        ("workers.resources_per_worker.TPU=0.5", "workers.resources_per_worker", {"TPU": 0.5}),
+        ("anchors={source: {path: a/b}, dtype: float32}", "anchors.dtype", "float32"),
+        ("evaluation.old.data.path=a/b", "evaluation.old.data.path", "a/b"),
+        ("evaluation.old={metric: success, rollout: {env: e, task: t}}", "evaluation.old.rollout.episodes", 20),
+        ("task.path=a=b", "task.path", "a=b"),
+        ("name=", "name", None),
+    ],
+)
+def test_how_overrides_are_written(override: str, key: str, value: Any, minimal: Path) -> None:
+    if value is None and key == "name":
+        assert "name: " in refusal(minimal, override)
+    else:
+        assert get(load_config(minimal, [override]), key) == value
+
+
+def test_the_last_override_wins(minimal: Path) -> None:
+    assert load_config(minimal, ["seed=1", "seed=2"]).seed == 2
+    assert load_config(minimal).seed == 0
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("craft.epsilon_start=0", "craft.epsilon_start"),
+        ("craft.epsilon_start=.nan", "craft.epsilon_start"),
+        ("craft.epsilon_start=.inf", "craft.epsilon_start"),
+        ("craft.epsilon_decay_steps=-1", "craft.epsilon_decay_steps"),
+        ("craft.retention_freq=0", "craft.retention_freq"),
+        ("craft.initial_lambda=-1", "craft.initial_lambda"),
+        ("craft.lambda_lr=-0.1", "craft.lambda_lr"),
+        ("craft.lambda_max=0", "craft.lambda_max"),
+        ("craft.lambda_kp=-1", "craft.lambda_kp"),
+        ("craft.violation_clip=0", "craft.violation_clip"),
+        ("craft.retention_ema=1", "craft.retention_ema"),
+        ("craft.anchor_holdout=1", "craft.anchor_holdout"),
+        ("craft.anchor_batch_size=0", "craft.anchor_batch_size"),
+        ("craft.conflict_threshold=2", "craft.conflict_threshold"),
+        ("craft.conflict_threshold=-1.1", "craft.conflict_threshold"),
+        ("craft.retention_mode=Hidden", "craft.retention_mode"),
+        ("craft.projection_mode=weigted", "craft.projection_mode"),
+        ("craft.loss_type=huber", "craft.loss_type"),
+        ("craft.epsilon_schedule=step", "craft.epsilon_schedule"),
+        ("craft.layers=[]", "craft.layers"),
+        ("craft.layers=[-1, -1]", "craft.layers"),
+        ("craft.positions=[every_0]", "craft.positions.0"),
+        ("craft.positions=[every_N]", "craft.positions.0"),
+        ("craft.positions=[middle]", "craft.positions.0"),
+        ("anchors={source: {path: a}, rows_per_shard: 0}", "anchors.rows_per_shard"),
+        ("anchors={source: {path: a}, dtype: bfloat16}", "anchors.dtype"),
+        ("anchors={source: {path: a}, modes: []}", "anchors.modes"),
+        ("anchors.dtype=float32", "anchors.source"),
+        ("train.steps=0", "train.steps"),
+        ("train.steps=1.5", "train.steps"),
+        ("train.steps=", "train.steps"),
+        ("train.batch_size=0", "train.batch_size"),
+        ("train.learning_rate=0", "train.learning_rate"),
+        ("train.learning_rate=fast", "train.learning_rate"),
+        ("train.betas=[0.9, 1.0]", "train.betas.1"),
+        ("train.betas=[0.9]", "train.betas.1"),
+        ("train.weight_decay=-1", "train.weight_decay"),
+        ("train.max_grad_norm=0", "train.max_grad_norm"),
+        ("train.precision=fp16", "train.precision"),
+        ("model.max_length=1", "model.max_length"),
+        ("model.kind=vla", "model.kind"),
+        ("model=5", "model"),
+        ("task.limit=0", "task.limit"),
+        ("task.format=csv", "task.format"),
+        ("evaluation.old.metric=choice", "evaluation.old"),
+        ("evaluation.old={data: {path: a}, metric: f1}", "evaluation.old.metric"),
+        ("workers.num_workers=-1", "workers.num_workers"),
+        ("workers.num_workers=two", "workers.num_workers"),
+        ("workers.num_workers=1.5", "workers.num_workers"),
+        ("workers.num_workers=[0, 2]", "workers.num_workers"),
+        ("workers.num_workers=[2, 1]", "workers.num_workers"),
+        ("workers.num_workers=[1, 2, 3]", "workers.num_workers"),
+        ("workers.num_workers=[]", "workers.num_workers"),
+        ("compare.seeds=[1, 1]", "compare.seeds"),
+        ("compare.arms=[none]", "compare.arms"),
+        ("compare.arms=[hidden, hidden]", "compare.arms"),
+        ("compare.variants={Near: {}}", "compare.variants.Near"),
+        ("compare.variants={hidden: {}}", "compare.variants.hidden"),
+        ("compare.variants={near: 3}", "compare.variants.near"),
+        ("compare.variants={a: {}, b: {}, c: {}, d: {}, e: {}}", "compare.variants"),
+        ("compare.variants={near: {epsilon_start: 0}}", "compare.variants.near"),
+        ("variant=baseline", "variant"),
+        ("seed=-1", "seed"),
+        ("name=12", "name"),
+    ],
+)
+def test_a_value_that_cannot_be(override: str, key: str, minimal: Path) -> None:
+    message = refusal(minimal, override)
+    assert message.startswith(f"{minimal}: {key}")
+    assert message.removeprefix(f"{minimal}: {key}")[0] in ": "
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["craft.epsilon_start=0.25", "craft.epsilon_end=0.5"], "craft: epsilon_end 0.5 is above epsilon_start 0.25"),
+        (["craft.epsilon_start=0.5", "craft.epsilon_end=0.25"], "craft: epsilon_schedule constant has one epsilon"),
+        (["craft.initial_lambda=3", "craft.lambda_max=2"], "craft: initial_lambda 3.0 is above lambda_max 2.0"),
+        (["train.batch_size=9", "workers.num_workers=2"], "train.batch_size 9 does not divide over 2 workers"),
+        (
+            ["train.batch_size=8", "train.accumulate=3"],
+            "train.batch_size 8 does not divide over 1 workers times 3 micro-batches",
+        ),
+        (["craft.anchor_batch_size=9", "workers.num_workers=2"], "craft.anchor_batch_size 9 does not divide"),
+        (
+            ["train.batch_size=8", "workers.num_workers=[2, 4]"],
+            "train.batch_size 8 does not divide over 3 workers (of 2 to 4) times 1 micro-batches",
+        ),
+        (["craft.anchor_batch_size=9", "workers.num_workers=[1, 2]"], "craft.anchor_batch_size 9 does not divide over"),
+        (
+            ["compare.variants={near: {epsilon_strat: 1}}"],
+            "compare.variants.near: unknown key craft.epsilon_strat; did you mean craft.epsilon_start?",
+        ),
+        (["compare.token_ce={epsilon_strat: 1}"], "compare.token_ce: unknown key craft.epsilon_strat"),
+        (["compare.variants={near: {enabled: false}}"], "compare.variants.near.enabled is what makes the arm"),
+        (["compare.variants={near: {anchor_cache_dir: a}}"], "compare.variants.near.anchor_cache_dir cannot be"),
+        (["compare.token_ce={retention_mode: hidden}"], "compare.token_ce.retention_mode is what makes the arm"),
+        (
+            ["compare.variants={near: {}}", "compare.arms=[far]"],
+            "compare.arms: 'far' is no arm and no variant; there are baseline, token_ce, hidden, near",
+        ),
+        (["train.warmup_steps=5"], "train.warmup_steps 5 is more than train.steps 4"),
+        (["workers.resources_per_worker.GPU=0.5"], "workers: resources_per_worker takes 0.5 GPU, which use_gpu=false"),
+        (
+            ["workers.use_gpu=true", "workers.resources_per_worker.GPU=0"],
+            "workers: resources_per_worker takes 0 GPU: name a part of one, or whole ones",
+        ),
+        (
+            ["workers.use_gpu=true", "workers.resources_per_worker.GPU=1.5"],
+            "workers: resources_per_worker takes 1.5 GPU: name a part of one, or whole ones",
+        ),
+    ],
+)
+def test_values_that_contradict_each_other(overrides: list[str], said: str, minimal: Path) -> None:
+    assert refusal(minimal, *overrides).startswith(f"{minimal}: {said}")
+
+
+def test_a_number_of_workers_is_a_range(minimal: Path) -> None:
+    for override, least, most, count in (("0", 0, 0, "0"), ("3", 3, 3, "3"), ("[1, 2]", 1, 2, "1 to 2")):
+        config = load_config(
+            minimal, ["train.batch_size=12", "craft.anchor_batch_size=12", f"workers.num_workers={override}"]
+        )
+        workers = config.workers
+        assert (workers.least, workers.most, workers.count, workers.elastic) == (least, most, count, least < most)
+        assert parse_config(yaml.safe_load(dump_config(config)), "again") == config
+
+
+def test_a_baseline_does_not_mind_the_anchors(minimal: Path) -> None:
+    overrides = ["craft.anchor_batch_size=9", "workers.num_workers=2", "craft.enabled=false"]
+    assert load_config(minimal, overrides).arm == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trian.steps=3", "unknown key trian; did you mean train?"),
+        ("train.stepz=3", "unknown key train.stepz; did you mean train.steps?"),
+        ("craft.lamda_lr=3", "unknown key craft.lamda_lr; did you mean craft.lambda_lr?"),
+        ("task.columns.zzz=x", "unknown key task.columns.zzz"),
+        ("task.columns.respons=x", "unknown key task.columns.respons; did you mean task.columns.response?"),
+        (
+            "anchors={source: {path: a, colums: {id: x}}}",
+            "unknown key anchors.source.colums; did you mean anchors.source.columns?",
+        ),
+        (
+            "evaluation.old={data: {path: a}, metrik: choice}",
+            "unknown key evaluation.old.metrik; did you mean evaluation.old.metric?",
+        ),
+        ("craft.zzzzzzz=1", "unknown key craft.zzzzzzz"),
+        ("a..b=1", "unknown key a"),
+    ],
+)
+def test_an_unknown_key_comes_with_a_guess(override: str, said: str, minimal: Path) -> None:
+    assert refusal(minimal, override) == f"{minimal}: {said}"
+
+
+def test_two_mistakes_are_told_at_once(minimal: Path) -> None:
+    message = refusal(minimal, "train.steps=0", "craft.lamda_lr=3")
+    assert "train.steps" in message
+    assert "did you mean craft.lambda_lr?" in message
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "", "train.steps=[1"])
+def test_what_is_no_override(override: str, minimal: Path) -> None:
+    assert f"'{override}'" in refusal(minimal, override)
+
+
+def test_a_value_has_no_keys(minimal: Path) -> None:
+    assert refusal(minimal, "model.path.deeper=1") == "model.path.deeper: path is no section"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds NoneType"),
+        (b"- 1\n- 2\n", "holds list"),
+        (b"just words", "holds str"),
+        (b"model: {path: [\n", "is no YAML"),
+        (b"a: b: c\n", "is no YAML"),
+        (b"\xff\xfe\x00\x01", "is no YAML"),
+        (b"seed: 1\n", "model is missing; task is missing; train is missing"),
+        (b"model: {}\ntask: {path: a}\ntrain: {steps: 1}\n", "model.path is missing"),
+    ],
+)
+def test_a_file_that_is_no_config(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    message = refusal(path)
+    assert str(path) in message
+    assert said in message
+
+
+def test_a_file_that_does_not_open(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "no.yaml") == f"no config at {tmp_path / 'no.yaml'}: name a YAML file"
+    assert f"the config {tmp_path} does not open" in refusal(tmp_path)
+
+
+def test_a_config_does_not_change(minimal: Path) -> None:
+    config = load_config(minimal)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.steps = 3  # type: ignore[misc]
+
+
+def test_changes_make_another_config(minimal: Path) -> None:
+    config = load_config(minimal)
+    changed = config.changed({"train.steps": 9, "anchors.source.path": "a/b"})
+    assert (config.train.steps, changed.train.steps) == (4, 9)
+    assert config.anchors is None
+    assert changed.anchors is not None
+    assert changed.anchors.source == DataConfig(path="a/b")
+    assert config.changed({}) == config
+    with pytest.raises(ConfigError, match=r"did you mean train\.steps"):
+        config.changed({"train.step": 9})
+
+
+def test_what_follows_from_the_settings(minimal: Path) -> None:
+    assert [load_config(minimal, [f"craft.retention_mode={mode}"]).arm for mode in ("hidden", "token_ce")] == [
+        "hidden", "token_ce",
+    ]  # fmt: skip
+    assert load_config(minimal, ["variant=near"]).arm == "near"
+    assert load_config(minimal, ["variant=near", "craft.enabled=false"]).arm == "baseline"
+    assert load_config(minimal).compare.chosen == ("baseline", "token_ce", "hidden")
+    assert load_config(minimal, ["compare.variants={near: {}}"]).compare.chosen[-2:] == ("hidden", "near")
+    assert load_config(minimal, ["craft.epsilon_start=0.5"]).craft.epsilon_final == 0.5
+    tightening = ["craft.epsilon_schedule=cosine", "craft.epsilon_start=0.5", "craft.epsilon_end=0.25"]
+    assert load_config(minimal, tightening).craft.epsilon_final == 0.25
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
+def test_written_and_read_is_the_same(minimal: Path, tmp_path: Path) -> None:
+    everything = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in EVERY.items()]
+    odd = ["train.learning_rate=0.1", "craft.epsilon_start=1e-7", "name='1e3'", "task.revision='0012 ✓: #'"]
+    for overrides in ([], everything, odd):
+        config = load_config(minimal, overrides)
+        (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
+        again = load_config(tmp_path / "again.yaml")
+        assert again == config
+        assert dump_config(again) == dump_config(config)
+
+
+def test_relative_paths_become_absolute(minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.txt").touch()
+    overrides = [
+        "model.path=here", "task.path=here/*.txt", "craft.anchor_cache_dir=later", "output_dir=../runs",
+        "anchors.source.path=./not/yet.jsonl", "evaluation.old.data.path=~/x.jsonl",
+        "evaluation.new.data.path=here/a.txt",
+    ]  # fmt: skip
+    config = load_config(minimal, overrides)
+    assert config.model.path == str(tmp_path / "here")
+    assert config.task.path == str(tmp_path / "here" / "*.txt")
+    assert config.craft.anchor_cache_dir == str(tmp_path / "later")
+    assert config.output_dir == str(tmp_path.parent / "runs")
+    assert config.anchors is not None
+    assert config.anchors.source.path == str(tmp_path / "not" / "yet.jsonl")
+    assert config.evaluation.old is not None
+    assert config.evaluation.old.data.path == os.path.expanduser("~/x.jsonl")
+    assert config.evaluation.new is not None
+    assert config.evaluation.new.data.path == str(tmp_path / "here" / "a.txt")
+
+    hub = load_config(minimal)
+    assert (hub.model.path, hub.task.path) == ("org/model", "org/data")
+
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert load_config(minimal, overrides, base=tmp_path) == config
+    assert load_config(minimal, overrides) != config
+    assert parse_config(config.model_dump(), "again") == config
+
+
+def test_every_shipped_config_is_valid() -> None:
+    shipped = sorted((REPOSITORY / "pipelines" / "configs").glob("**/*.yaml"))
+    for path in shipped:
+        config = load_config(path)
+        assert isinstance(config, Experiment)
+        assert parse_config(yaml.safe_load(dump_config(config)), "again") == config

@@ -1,0 +1,229 @@
+"""The command line: what it prints, what it leaves, and its exit codes. In this process, without a cluster."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from craft_pipelines import cli
+from craft_pipelines.anchors import build
+
+from craft_ray.config import dump_config
+from tests.support.experiments import digits_experiment, scored
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`craft-ray ARGUMENTS...` -> exit code, standard output, standard error."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["craft-ray", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def cached(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    build(digits_experiment(digits_model, digits_data, folder), say=lambda _: None)
+    return folder
+
+
+@pytest.fixture
+def config(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> Path:
+    """A config that meets its budget, with runs of its own."""
+    changes = {**scored(digits_data), "output_dir": str(tmp_path / "runs"), "craft.epsilon_start": 10.0}
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(digits_experiment(digits_model, digits_data, cached, changes)))
+    return path
+
+
+def one_line(err: str) -> str:
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("craft-ray: ")
+    return lines[0]
+
+
+def test_train_says_what_it_does_and_refuses_to_do_it_twice(command: Command, config: Path, tmp_path: Path) -> None:
+    code, out, _ = command("train", config)
+    assert code == 0
+    assert "anchors loaded" in out
+    assert "CRaFT is enabled: hidden" in out
+    assert out.count("\nStep ") == 6
+    assert "budget 10: met" in out
+    run = tmp_path / "runs" / "digits-hidden-seed0"
+    assert (run / "result.json").exists()
+    assert list((run / "tensorboard").glob("events.*"))
+
+    code, _, err = command("train", config)
+    assert code == 2
+    assert "is finished" in one_line(err)
+    code, _, err = command("train", "--resume", run)
+    assert code == 2
+    assert "is finished" in one_line(err)
+
+
+def test_a_mistake_before_the_first_step_does_not_take_the_name(command: Command, config: Path) -> None:
+    code, _, _ = command("train", config, "model.path=/nowhere")
+    assert code == 2
+    code, _, err = command("train", config)
+    assert code == 0, err
+
+
+def test_a_mistake_about_the_cache_leaves_no_run_behind(command: Command, config: Path, tmp_path: Path) -> None:
+    code, _, err = command("train", config, "craft.positions=[suffix]")
+    assert code == 4, err
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_mistake_about_the_evaluation_leaves_no_run_behind(command: Command, config: Path, tmp_path: Path) -> None:
+    """It is met after the model and the cache were opened, and before the first step."""
+    code, _, err = command("train", config, "evaluation.old.data.columns.response=null")
+    assert code == 2
+    assert "evaluation.old" in one_line(err)
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_cluster_that_does_not_start_is_one_line(
+    command: Command, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, _, err = command("train", config, "workers.num_workers=1")
+    assert code == 2
+    assert "Ray does not start on this machine (The current node timed out during startup.)" in one_line(err)
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lerobot") is not None, reason="LeRobot is installed")
+def test_without_lerobot_its_policies_and_data_are_one_line(command: Command, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "robot" / "meta").mkdir(parents=True)
+    (tmp_path / "robot" / "meta" / "info.json").write_text("{}")
+    task = f"task={{path: {tmp_path / 'robot'}}}"
+    rollout = "evaluation.old={metric: success, rollout: {env: metaworld, task: drawer-close-v3}}"
+    for override, why in (
+        ("model.kind=lerobot", "model.kind is lerobot"),
+        (task, "task is a LeRobotDataset"),
+        ("task={path: somebody/something, format: lerobot}", "task is a LeRobotDataset"),
+        (rollout, "evaluation.old rolls out a policy"),
+    ):
+        code, _, err = command("train", config, override)
+        assert code == 2
+        assert one_line(err) == (
+            f"craft-ray: {why}, but LeRobot is not installed: pip install 'craft-ray[lerobot]' (Python 3.12 or newer)"
+        )
+        assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_budget_that_is_not_met_is_exit_code_3(command: Command, config: Path) -> None:
+    code, out, _ = command("train", config, "craft.epsilon_start=1e-9", "name=tight")
+    assert code == 3
+    assert "NOT met" in out
+
+
+def test_a_baseline_needs_no_cache(command: Command, config: Path) -> None:
+    code, out, _ = command("train", config, "craft.enabled=false", "craft.anchor_cache_dir=null")
+    assert code == 0
+    assert "CRaFT is off" in out
+
+
+def test_the_dry_run_takes_three_steps_and_keeps_nothing(command: Command, config: Path, tmp_path: Path) -> None:
+    code, out, _ = command("train", config, "--dry-run", "train.steps=50")
+    assert code == 0
+    assert out.count("\nStep ") == 3
+    assert "Plan: 50 steps of 8 samples on this process, arm hidden" in out
+    assert yaml.safe_load(out[: out.index("0.24 M")])["train"]["steps"] == 50
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_baseline_beside_token_ce_needs_no_hidden_states(
+    command: Command, digits_model: Path, digits_data: Path, tmp_path: Path
+) -> None:
+    changes = {**scored(digits_data), "anchors.modes": ["token_ce"], "compare.token_ce": {"epsilon_start": 20.0}}
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(digits_experiment(digits_model, digits_data, tmp_path, changes)))
+    code, _, err = command("compare", path, "--arms", "baseline,token_ce", "--seeds", "0")
+    assert code == 0, err
+
+
+def test_a_build_that_a_mistake_ended_binds_nobody(
+    command: Command, digits_model: Path, digits_data: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(digits_experiment(digits_model, digits_data, tmp_path)))
+    code, _, err = command("anchors", "build", path, "model.max_length=10")
+    assert code == 1
+    assert "model.max_length is 10: raise it" in one_line(err)
+    assert command("anchors", "build", path)[0] == 0
+
+
+def test_compare_and_report_make_one_file_with_all_arms(command: Command, config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    arguments = ("compare", config, "--seeds", "0,1", "--out", folder, "compare.token_ce={epsilon_start: 20.0}")
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    result = yaml.safe_load((folder / "result.json").read_text())
+    assert set(result["summary"]) == {"baseline", "token_ce", "hidden"}
+    assert [(run["arm"], run["seed"]) for run in result["runs"]] == [
+        (arm, seed) for arm in ("baseline", "token_ce", "hidden") for seed in (0, 1)
+    ]
+    html = (folder / "report.html").read_text()
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    code, out, _ = command(*arguments)
+    assert code == 0
+    assert "6 of 6 runs are finished already" in out
+    assert "no row computed" in out
+
+    runs = sorted((folder / "runs").glob("*-seed0"))
+    code, _, _ = command("report", *runs, "--out", tmp_path / "again")
+    assert code == 0
+    assert (tmp_path / "again" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["train", "none.yaml"], 2, "no config at none.yaml"),
+        (["train", "CONFIG", "craft.lamda_lr=1"], 2, "did you mean craft.lambda_lr?"),
+        (["train", "CONFIG", "craft.retention_freq=0"], 2, "craft.retention_freq"),
+        (["train", "CONFIG", "nonsense"], 2, "write key=value"),
+        (["train"], 2, "name a config"),
+        (["train", "--resume", "."], 2, "is no run directory"),
+        (["train", "CONFIG", "model.path=/nowhere"], 2, "/nowhere"),
+        (["train", "CONFIG", "task.path=/nowhere.jsonl"], 2, "there is no data at /nowhere.jsonl"),
+        (["train", "CONFIG", "craft.anchor_cache_dir=/nowhere"], 4, "there is no anchor cache in /nowhere"),
+        (["train", "CONFIG", "craft.anchor_cache_dir=null"], 2, "craft.anchor_cache_dir"),
+        (["train", "CONFIG", "craft.positions=[suffix]"], 4, "holds positions text_last"),
+        (["train", "CONFIG", "train.precision=bf16"], 4, "cache fp32, this run bf16"),
+        (["compare", "CONFIG", "--arms", "magic"], 2, "compare.arms"),
+        (["compare", "CONFIG", "compare.token_ce={epsilon_strat: 1}"], 2, "epsilon_strat"),
+        (["compare", "CONFIG", "compare.token_ce={enabled: false}"], 2, "compare.token_ce.enabled"),
+        (["train", "CONFIG", "--dry-run", "evaluation.old.data.path=/nowhere.jsonl"], 2, "evaluation.old.data"),
+        (["train", "CONFIG", "--dry-run", "--resume", "."], 2, "choose one"),
+        (["report", "."], 2, "is no finished run"),
+        (["demo", "--preset", "magic"], 2, "choose digits or text"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], code: int, words: str, command: Command, config: Path) -> None:
+    found, _, err = command(*(str(config) if a == "CONFIG" else a for a in arguments))
+    assert found == code, err
+    assert words in one_line(err)

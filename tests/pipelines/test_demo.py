@@ -1,0 +1,73 @@
+"""The demo as a user runs it, on Ray, with its shipped settings: what it promises is what comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from craft_pipelines.demo import demo
+
+from craft_ray.examples import digits
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+def run_demo(*arguments: str) -> str:
+    """What `craft-ray demo` prints; it must end well."""
+    result = subprocess.run(
+        [sys.executable, "-m", "craft_pipelines.cli", "demo", *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_digits_demo_keeps_its_promise_over_three_seeds(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    printed = run_demo("--out", str(out))
+    summary = json.loads((out / "result.json").read_text())["summary"]
+    assert summary["baseline"]["old_ratio"] < 0.60
+    assert summary["hidden"]["old_ratio"] >= 0.95
+    assert summary["hidden"]["new_ratio"] >= 0.97
+    assert summary["hidden"]["feasible"] == 3
+    assert str(out / "report.html") in printed.splitlines()[-1]
+    trials = pq.read_table(out / "sweep" / "trials.parquet").to_pylist()
+    assert [trial["trial"] for trial in trials] == [0, 1, 2, 3]
+    assert next(trial for trial in trials if trial["rank"] == 1)["feasible"]
+    assert (out / "sweep" / "report.html").exists()
+    again = run_demo("--out", str(out))
+    assert "no row computed" in again
+    assert "9 of 9 runs are finished already" in again
+    assert "[1/4]" not in again, "no trial is run again"
+
+
+@pytest.mark.cluster
+def test_the_benchmark_of_sweeps_reads_a_demo(tmp_path: Path) -> None:
+    """The costs of a few trials are finite and not judged."""
+    out, path = tmp_path / "demo", tmp_path / "report.json"
+    run_demo("--quick", "--out", str(out))
+    command = [sys.executable, "-m", "benchmarks.sweep", "--tiny", "--demo", str(out), "--json", str(path)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=200)
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 4
+    assert all(math.isfinite(row["value"]) and row["target"] is None for row in rows)
+
+
+@pytest.mark.cluster
+def test_the_text_demo_keeps_more_than_plain_fine_tuning(tmp_path: Path) -> None:
+    run_demo("--out", str(tmp_path), "--preset", "text", "--quick")
+    summary = json.loads((tmp_path / "result.json").read_text())["summary"]
+    assert summary["hidden"]["old_ratio"] > summary["baseline"]["old_ratio"] + 0.1
+
+
+def test_a_folder_of_another_preset_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "preset").write_text(digits.__name__)
+    with pytest.raises(Exception, match="choose another --out"):
+        demo(tmp_path, "text", quick=True)

@@ -1,0 +1,106 @@
+"""A process that dies counts against what it did; one that is lost with its node does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from craft_pipelines import anchors as stage
+from craft_pipelines.anchors import MAX_DEATHS, build
+from craft_pipelines.failures import LOST_PROCESS_ERRORS, with_its_node
+from craft_pipelines.train import is_loss
+from ray import ActorID
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    WorkerCrashedError,
+)
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+
+from craft_ray.errors import CraftError
+from tests.support.caches import prompts, text_experiment
+
+AN_ACTOR = ActorID(b"a" * 16)
+
+
+def died(message: str) -> ActorDiedError:
+    return ActorDiedError(ActorDiedErrorContext(actor_id=AN_ACTOR.binary(), error_message=message))
+
+
+NODES = (
+    died("The actor died because its node has died. Node Id: 1f"),
+    ActorUnavailableError("RpcError: connection refused", AN_ACTOR.binary()),
+    NodeDiedError("its node is dead"),
+    ObjectLostError("ff", None, ""),
+)
+PROCESSES = (
+    died("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"),
+    WorkerCrashedError(),
+    OutOfMemoryError("its node is short of memory"),
+)
+
+
+def test_what_goes_with_a_node_is_told_from_what_dies_alone() -> None:
+    assert all(isinstance(error, LOST_PROCESS_ERRORS) for error in (*NODES, *PROCESSES))
+    assert [with_its_node(error) for error in NODES] == [True] * len(NODES)
+    assert [with_its_node(error) for error in PROCESSES] == [False] * len(PROCESSES)
+
+
+def test_train_tells_of_a_worker_that_is_gone_in_errors_of_its_own() -> None:
+    assert all(is_loss(WorkerHealthCheckFailedError("its health", error)) for error in (*NODES, *PROCESSES))
+    assert is_loss(WorkerHealthCheckTimeoutError("its health"))
+    assert not is_loss(RuntimeError("Connection closed by peer"))
+    assert not is_loss(WorkerHealthCheckFailedError("its health", CraftError("a mistake")))
+
+
+class Shards:
+    """In place of Ray Data: raises what is told, then hands over a shard, and so on."""
+
+    def __init__(self, errors: list[Exception]) -> None:
+        self.errors = errors
+
+    def __call__(self, config: Any, plan: Any, left: dict[str, range], actors: int) -> SimpleNamespace:
+        def rows() -> Iterator[dict[str, Any]]:
+            if self.errors:
+                raise self.errors.pop(0)
+            writer = stage.ShardWriter(stage.dump_config(config), plan.model_dump_json())
+            for name, rows in list(left.items()):
+                yield {key: value[0] for key, value in writer(_batch(name, rows)).items()}
+
+        return SimpleNamespace(iter_rows=rows)
+
+
+def _batch(name: str, rows: range) -> dict[str, list[Any]]:
+    return {"name": [name], "start": [rows.start], "stop": [rows.stop]}
+
+
+@pytest.mark.parametrize(
+    ("errors", "ends"),
+    [
+        ([*NODES] * 3, True),
+        ([*PROCESSES], True),
+        ([*PROCESSES, *NODES, PROCESSES[0]], False),
+    ],
+)
+def test_a_build_gives_up_over_deaths_of_teachers_not_of_nodes(
+    errors: list[Exception], ends: bool, text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "_dataset", Shards(list(errors)))
+    monkeypatch.setattr(stage, "join", lambda: None)
+    monkeypatch.setattr(stage, "check_resources", lambda *_: None)
+    monkeypatch.setattr(stage, "check_shared", lambda *_: None)
+    source = prompts(tmp_path / "anchors.jsonl", [3, 9, 1, 14] * 3)
+    config = text_experiment(text_model, source, tmp_path, {"workers.num_workers": 1})
+    assert len(PROCESSES) == MAX_DEATHS
+    if ends:
+        assert build(config, say=lambda _: None).rows_computed == 12
+    else:
+        with pytest.raises(CraftError, match=f"died {MAX_DEATHS + 1} times in a row"):
+            build(config, say=lambda _: None)

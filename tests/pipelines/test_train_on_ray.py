@@ -1,0 +1,164 @@
+"""Runs on real processes of Ray: several workers equal one, a lost worker and a killed driver cost nothing but time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from craft_pipelines.anchors import build
+from safetensors.torch import load_file
+
+from craft_ray.config import Experiment, dump_config
+from craft_ray.run.folder import RunFolder
+from tests.support.experiments import digits_experiment
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def cached(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray")
+    build(digits_experiment(digits_model, digits_data, folder), say=lambda _: None)
+    return folder
+
+
+def command(*arguments: str | Path) -> subprocess.Popen[str]:
+    """`craft-ray` as a user runs it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "craft_pipelines.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def saved(config: Experiment, folder: Path) -> Path:
+    path = folder / f"{config.name}.yaml"
+    path.write_text(dump_config(config))
+    return path
+
+
+def run_folder(config: Experiment) -> RunFolder:
+    return RunFolder(Path(config.output_dir) / f"{config.name}-{config.arm}-seed{config.seed}")
+
+
+def weights(config: Experiment) -> dict[str, torch.Tensor]:
+    return load_file(run_folder(config).checkpoints / "last" / "model" / "model.safetensors")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_times(config: Experiment) -> list[dict]:
+    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in run_folder(config).read_metrics()]
+
+
+@pytest.mark.slow
+def test_two_workers_equal_one_on_the_same_global_batches(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    results = {}
+    for workers in (0, 2):
+        config = digits_experiment(
+            digits_model, digits_data, cached,
+            {"name": f"w{workers}", "workers.num_workers": workers, "train.steps": 4, "output_dir": str(tmp_path)},
+        )  # fmt: skip
+        code, out, err = finish(command("train", saved(config, tmp_path)))
+        assert code in (0, 3), err
+        assert f"{max(workers, 1)} worker(s)" in out
+        results[workers] = config
+    one, two = without_times(results[0]), without_times(results[2])
+    assert any(record["craft/conflict"] for record in one), "surgery must fire for this to mean anything"
+    for a, b in zip(one, two, strict=True):
+        assert a["craft/conflict"] == b["craft/conflict"]
+        for key in ("train/loss", "train/grad_norm", "craft/retention_loss", "craft/lambda"):
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-6), key
+    ours, theirs = weights(results[0]), weights(results[2])
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    def planned(name: str, workers: int) -> Experiment:
+        changes = {
+            "name": name, "workers.num_workers": workers, "output_dir": str(tmp_path),
+            "train.steps": 120, "train.checkpoint_every": 10, "craft.retention_freq": 3,
+        }  # fmt: skip
+        return digits_experiment(digits_model, digits_data, cached, changes)
+
+    undisturbed = planned("undisturbed", 0)
+    assert finish(command("train", saved(undisturbed, tmp_path)))[0] in (0, 3)
+
+    lost = planned("lost-worker", 1)
+    process = command("train", saved(lost, tmp_path))
+    wait_until(lambda: len(run_folder(lost).read_metrics()) >= 15)
+    workers = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if any("RayTrainWorker" in c for c in p.cmdline())
+    ]
+    assert len(workers) == 1
+    workers[0].send_signal(signal.SIGKILL)
+    code, out, err = finish(process)
+    assert code in (0, 3), err
+    assert "going on after step" in out
+    assert equal(weights(lost), weights(undisturbed))
+    assert without_times(lost) == without_times(undisturbed)
+
+    killed = planned("killed-driver", 0)
+    process = command("train", saved(killed, tmp_path))
+    wait_until(lambda: len(run_folder(killed).read_metrics()) >= 15)
+    process.kill()
+    process.communicate()
+    assert run_folder(killed).finished() is None
+    code, out, err = finish(command("train", "--resume", run_folder(killed).path))
+    assert code in (0, 3), err
+    assert "going on after step" in out
+    assert equal(weights(killed), weights(undisturbed))
+    assert without_times(killed) == without_times(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_mistake_found_by_a_worker_is_one_line(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    """Of two workers the one that finds it ends the other, and nobody trains again and again."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(digits_data / "new_train.parquet")
+    images = table["image"].to_pylist()
+    images[:] = [b"no image"] * len(images)
+    broken = tmp_path / "broken.parquet"
+    pq.write_table(table.set_column(table.column_names.index("image"), "image", [images]), broken)
+    config = digits_experiment(
+        digits_model, digits_data, cached,
+        {"workers.num_workers": 2, "task.path": str(broken), "output_dir": str(tmp_path)},
+    )  # fmt: skip
+    code, _, err = finish(command("train", saved(config, tmp_path)))
+    assert code == 1
+    lines = [line for line in err.splitlines() if line.startswith("craft-ray:")]
+    assert len(lines) == 1, err
+    assert "its image of 8 bytes does not decode" in lines[0]
+    assert "Traceback" not in err

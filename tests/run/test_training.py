@@ -1,0 +1,488 @@
+"""The run as a whole, in this process: what it equals, how it resumes, what it leaves behind, how it fails."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from craft_pipelines.anchors import build
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from craft_ray.config import Experiment, dump_config, parse_config
+from craft_ray.data.sample import Sample
+from craft_ray.data.sampler import StepSampler
+from craft_ray.data.source import open_source
+from craft_ray.errors import CacheRefused, ConfigError, DataError, StorageError
+from craft_ray.models import load_model
+from craft_ray.models.base import Features
+from craft_ray.models.features import Shelves
+from craft_ray.models.huggingface import VisionLanguageModel
+from craft_ray.run.checkpoint import TrainingState, last_checkpoint, save_checkpoint
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.metrics import console_line, validation_line
+from craft_ray.run.training import TASK_STREAM, NullObserver, Run, learning_rate, train, training
+from craft_ray.tracking.tensorboard import TensorBoardObserver
+from craft_ray.workers import OneWorker
+from tests.support.experiments import ANSWERED, digits_experiment, scored
+
+
+@pytest.fixture(scope="module")
+def cached(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an anchor cache of the digits model."""
+    folder = tmp_path_factory.mktemp("training")
+    build(digits_experiment(digits_model, digits_data, folder), say=lambda _: None)
+    return folder
+
+
+def carry_out(config: Experiment, path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    folder.begin(config, ["test"])
+    train(config, folder, OneWorker(), NullObserver())
+    return folder
+
+
+def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(folder.checkpoints / "last" / "model" / "model.safetensors")
+
+
+def measured(folder: RunFolder) -> list[dict]:
+    """The records of a run without its times."""
+    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in folder.read_metrics()]
+
+
+def test_baseline_equals_a_plain_adamw_loop_bit_for_bit(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, {"craft.enabled": False})
+    ours = weights(carry_out(config, tmp_path / "run"))
+
+    model = load_model(config.model, "fp32")
+    source = open_source(config.task, "task")
+    optimizer = torch.optim.AdamW(
+        model.module.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
+    )
+    sampler = StepSampler(len(source), config.train.batch_size, config.seed, TASK_STREAM)
+    for step in range(config.train.steps):
+        samples = [source[row] for row in sampler.global_batch(step)]
+        batch = model.collate([model.preprocess(s, model.response_tokens(s)) for s in samples])
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config.train)
+        optimizer.zero_grad()
+        model.task_loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.module.parameters(), 1.0)
+        optimizer.step()
+
+    model.save(tmp_path / "plain")
+    theirs = load_file(tmp_path / "plain" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("changes", [{}, {"craft.retention_freq": 2, "craft.retention_mode": "token_ce"}])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    changes: dict, digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, {"train.steps": 7, **changes})
+    whole = carry_out(config, tmp_path / "whole")
+
+    cut = RunFolder(tmp_path / "cut")
+    cut.begin(config, ["test"])
+    Run(config, cut, OneWorker(), NullObserver()).loop(until=5)  # past the checkpoint at 4: step 5 is done again
+    assert len(cut.read_metrics()) == 5
+    train(config, cut, OneWorker(), NullObserver())
+
+    assert measured(cut) == measured(whole)
+    ours, theirs = weights(cut), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for key in ("retention_loss", "lambda", "feasible"):
+        assert cut.finished()[key] == whole.finished()[key]
+
+
+def test_a_restart_before_the_first_checkpoint_leaves_each_step_once(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, {"train.checkpoint_every": 0})
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    Run(config, folder, OneWorker(), NullObserver()).loop(until=3)
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 4, "train/lo')  # a process was killed while it wrote
+    train(config, folder, OneWorker(), NullObserver())
+    assert [record["step"] for record in folder.read_metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_teachers_score_belongs_to_its_preprocessing_and_moves_with_the_run(
+    text_model: Path, text_data: Path, tmp_path: Path
+) -> None:
+    columns = {"id": "id", "prompt": "prompt", "response": "response"}
+    evaluation = {"data": {"path": str(text_data / "old_test.parquet"), "columns": columns, "limit": 4}}
+    tree = {
+        "model": {"path": str(text_model)},
+        "task": {"path": str(text_data / "new_train.parquet"), "columns": columns},
+        "craft": {"enabled": False},
+        "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 2},
+        "evaluation": {"old": {**evaluation, "metric": "perplexity"}},
+    }
+    config = parse_config(tree, "test")
+    before = {}
+    for eos in (True, False):
+        folder = carry_out(config.changed({"model.append_eos": eos}), tmp_path / "runs" / f"eos-{eos}")
+        before[eos] = folder.finished()["old"]["before"]
+    assert before[True] != before[False]
+
+    begun = RunFolder(tmp_path / "runs" / "begun")
+    begun.begin(config, ["test"])
+    run = Run(config, begun, OneWorker(), NullObserver())
+    run.evaluate_before()
+    run.loop(until=3)
+    moved = RunFolder(tmp_path / "elsewhere" / "moved")
+    moved.path.parent.mkdir()
+    begun.path.rename(moved.path)
+    train(config, moved, OneWorker(), NullObserver())
+    assert moved.finished()["old"]["before"] == before[True]
+
+
+def test_pruning_keeps_the_newest_checkpoint_beyond_a_million_steps(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    model = load_model(digits_experiment(digits_model, digits_data, cached).model, "fp32")
+    for step in (999_998, 999_999, 1_000_000):
+        save_checkpoint(tmp_path / "checkpoints", model, TrainingState(step, {}, None, [], None), keep=2)
+    assert last_checkpoint(tmp_path / "checkpoints").name == "step_1000000"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == ["step_1000000", "step_999999"]
+    shutil.rmtree(tmp_path / "checkpoints" / "step_1000000")
+    with pytest.raises(StorageError, match="which is gone"):
+        last_checkpoint(tmp_path / "checkpoints")
+
+
+def test_surgery_fires_and_the_log_says_so(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> None:
+    records = measured(carry_out(digits_experiment(digits_model, digits_data, cached), tmp_path / "run"))
+    assert records[0]["craft/grad_cos"] is None, "an untouched student has no retention gradient to compare"
+    assert records[0]["craft/conflict"] is False
+    assert any(record["craft/conflict"] for record in records)
+    for record in records[1:]:
+        assert -1 <= record["craft/grad_cos"] <= 1
+
+
+def test_what_a_run_leaves_behind(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, {**scored(digits_data), "train.keep_checkpoints": 2})
+    folder = carry_out(config, tmp_path / "run")
+    assert folder.config() == config
+    assert sorted(p.name for p in folder.checkpoints.glob("step_*")) == ["step_000004", "step_000006"]
+    assert (folder.checkpoints / "last").resolve().name == "step_000006"
+    assert {p.name for p in (folder.checkpoints / "last").iterdir()} == {"model", "training_state"}
+    keys = [
+        *("step", "train/loss", "train/grad_norm", "train/lr"),
+        *("craft/retention_loss", "craft/lambda", "craft/epsilon"),
+        *("craft/grad_dot", "craft/grad_cos", "craft/conflict"),
+        *("perf/step_s", "perf/data_s"),
+    ]
+    assert [list(record) for record in folder.read_metrics()] == [keys] * 6
+    result = json.loads(folder.result.read_text())
+    assert result["arm"] == "hidden"
+    assert result["heldout_anchors"] == 8
+    for skill in ("old", "new"):
+        assert 0 <= result[skill]["before"] <= 1
+        assert len(folder.read_predictions(f"{skill}_after")) == 24
+    env = json.loads((folder.path / "env.json").read_text())
+    assert env["packages"]["torch"] == importlib.metadata.version("torch")
+    # The checkpoint is an ordinary folder: it loads as a model with its processor, and is the trained one.
+    again = load_model(config.model.model_copy(update={"path": str(folder.checkpoints / "last" / "model")}), "fp32")
+    assert again.weights_fingerprint() != load_model(config.model, "fp32").weights_fingerprint()
+
+
+def test_accumulation_minimises_the_same_loss(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    changes = {"train.steps": 2}
+    one = carry_out(digits_experiment(digits_model, digits_data, cached, changes), tmp_path / "one")
+    two = carry_out(
+        digits_experiment(digits_model, digits_data, cached, {**changes, "train.accumulate": 4}), tmp_path / "two"
+    )
+    for a, b in zip(measured(one), measured(two), strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
+
+
+def test_bf16_starts_within_the_tolerance_of_bf16(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
+    config = digits_experiment(digits_model, digits_data, tmp_path, {"train.precision": "bf16", "train.steps": 2})
+    build(config, say=lambda _: None)
+    records = measured(carry_out(config, tmp_path / "run"))
+    assert records[0]["craft/retention_loss"] < 1e-2
+    assert all(math.isfinite(record["train/loss"]) for record in records)
+
+
+def test_the_console_line_has_the_documented_form(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    folder = carry_out(digits_experiment(digits_model, digits_data, cached), tmp_path / "run")
+    line = console_line(folder.read_metrics()[2], 6, "hidden")
+    number = r"-?\d+\.\d{3}"
+    small = rf"({number}|\d\.\d\de-\d\d)"
+    assert re.fullmatch(
+        rf"Step 3/6 \| loss={number} \| grdn={number} \| lr=\d\.\de-\d\d \| updt_s={number} \| data_s={number} \| "
+        rf"mode=hidden \| L_ret={small} \| λ={number} \| ε={small} \| conflict=[✓✗] \| "
+        rf"dot={number} \| cos={number}",
+        line,
+    ), line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(
+        digits_model, digits_data, cached, {"train.learning_rate": 1e30, "train.warmup_steps": 0, "train.steps": 50}
+    )
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(DataError, match=r"is nan at step \d+: look for NaN .* train.learning_rate"):
+        train(config, folder, OneWorker(), NullObserver())
+    assert not folder.checkpoints.exists(), "the second step's weights are not finite, and must not be saved"
+
+
+def test_craft_without_a_cache_is_no_baseline(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
+    config = digits_experiment(digits_model, digits_data, tmp_path, {"craft.anchor_cache_dir": None})
+    with pytest.raises(ConfigError, match=r"craft\.anchor_cache_dir names no cache"):
+        train(config, RunFolder(tmp_path / "run"), OneWorker(), NullObserver())
+
+
+def test_resuming_with_another_cache_is_refused(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached)
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    Run(config, folder, OneWorker(), NullObserver()).loop(until=3)
+    other = digits_experiment(digits_model, digits_data, tmp_path, {"anchors.source.limit": 40})
+    build(other, say=lambda _: None)
+    with pytest.raises(CacheRefused, match="resume with the cache it began with"):
+        train(other, folder, OneWorker(), NullObserver())
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from craft_ray.config import load_config
+from craft_ray.errors import StorageError
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.training import Run, NullObserver, train
+from craft_ray.workers import OneWorker
+sys.path.insert(0, {root!r})
+config = load_config({config!r})
+folder = RunFolder(Path({run!r}))
+Run(config, folder, OneWorker(), NullObserver()).loop(until=3)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # what a full disk looks like: writes fail
+try:
+    train(config, folder, OneWorker(), NullObserver())
+except StorageError as error:
+    print("REFUSED", error.message)
+"""
+
+
+def test_a_full_disk_damages_no_checkpoint(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> None:
+    config = digits_experiment(digits_model, digits_data, cached)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    script = FULL_DISK.format(
+        root=str(Path(__file__).parents[2]), config=str(tmp_path / "config.yaml"), run=str(tmp_path / "run")
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "REFUSED checkpoint" in output.stdout, output.stderr[-2000:]
+    assert "earlier checkpoints are untouched" in output.stdout
+    folder = RunFolder(tmp_path / "run")
+    assert [p.name for p in folder.checkpoints.iterdir() if p.name != "last"] == ["step_000002"]
+    train(config, folder, OneWorker(), NullObserver())  # with room again it goes on
+    assert folder.finished()["steps"] == 6
+
+
+# --- looks at the validation data ---------------------------------------------------------------------------------
+
+
+def looked_at(data: Path, every: int, **changes: Any) -> dict[str, Any]:
+    """Changes that look at both skills, by a number that the last bit of a weight changes and by generated answers."""
+    sets = {
+        f"validation.{skill}": {
+            "data": {"path": str(data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": 24},
+            "metric": metric,
+            "max_new_tokens": 2,
+        }
+        for skill, metric in (("old", "perplexity"), ("new", "exact_match"))
+    }
+    return {**sets, "validation.every": every, **changes}
+
+
+@pytest.fixture(scope="module")
+def watched(digits_model: Path, digits_data: Path, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run that went undisturbed and was looked at after each step. Read only."""
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 1))
+    return carry_out(config, tmp_path_factory.mktemp("watched") / "run")
+
+
+def test_looking_changes_nothing(
+    watched: RunFolder, digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    blind = carry_out(digits_experiment(digits_model, digits_data, cached, {"train.log_every": 4}), tmp_path / "run")
+    assert measured(watched) == measured(blind)
+    ours, theirs = weights(watched), weights(blind)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not blind.validation.exists()
+    assert [look["step"] for look in watched.read_validation()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, [6]), (4, [4, 6]), (9, [6])])
+def test_when_a_run_is_looked_at(
+    every: int, steps: list[int], digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, every))
+    folder = carry_out(config, tmp_path / "run")
+    looks = folder.read_validation()
+    assert [look["step"] for look in looks] == steps
+    expected = ["step", "old/score", "old/ratio", "new/score", "new/ratio"]
+    assert all(list(look) == [*expected, "heldout/retention_loss", "heldout/violation"] for look in looks)
+    last, result = looks[-1], folder.finished()
+    assert last["heldout/retention_loss"] == result["retention_loss"]
+    assert last["heldout/violation"] == result["violation"]
+    teacher = json.loads((folder.path / "teacher_validation_old.json").read_text())["score"]["value"]
+    assert last["old/ratio"] == teacher / last["old/score"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_every", "every", "closed_at", "lost"),
+    [
+        *((2, 2, 2, False), (3, 2, 4, False), (2, 3, 3, False), (0, 2, 4, False)),
+        *((2, 2, 4, True), (2, 2, 6, True), (0, 2, 4, True)),
+    ],
+)
+def test_a_resumed_run_has_each_look_once(
+    checkpoint_every: int,
+    every: int,
+    closed_at: int,
+    lost: bool,
+    watched: RunFolder,
+    digits_model: Path,
+    digits_data: Path,
+    cached: Path,
+    tmp_path: Path,
+) -> None:
+    """
+    Args:
+        lost: the process went while it wrote the look down, after the checkpoint of the same step where there is one.
+    """
+    changes = {"train.checkpoint_every": checkpoint_every, "train.keep_checkpoints": 1 if checkpoint_every else 0}
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, every, **changes))
+    cut = RunFolder(tmp_path / "run")
+    cut.begin(config, ["test"])
+    with closing(training(config, cut, OneWorker(), NullObserver())) as looks:
+        while next(looks)["step"] < closed_at:
+            pass
+    if lost:
+        lines = cut.validation.read_text().splitlines(keepends=True)
+        cut.validation.write_text("".join(lines[:-1]) + lines[-1][:20])
+    train(config, cut, OneWorker(), NullObserver())
+    assert cut.read_validation() == [look for look in watched.read_validation() if look["step"] % every == 0]
+    assert measured(cut) == measured(watched)
+
+
+def test_a_run_that_was_lost_after_its_last_look_is_concluded(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 3))
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    with closing(training(config, folder, OneWorker(), NullObserver())) as looks:
+        assert [next(looks)["step"], next(looks)["step"]] == [3, 6]
+    assert folder.finished() is None
+    seen = folder.read_validation()
+    train(config, folder, OneWorker(), NullObserver())
+    assert folder.finished()["steps"] == 6
+    assert folder.read_validation() == seen
+
+
+def test_a_run_that_is_closed_at_a_look_is_left_open_for_others(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 2))
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    with closing(training(config, folder, OneWorker(), NullObserver())) as looks:
+        assert next(looks)["step"] == 2
+    assert [record["step"] for record in folder.read_metrics()] == [1, 2], "the log is complete up to the look"
+    with (folder.path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is still held
+
+
+def test_validation_is_in_tensorboard_beside_the_steps(
+    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 2))
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    with TensorBoardObserver(folder.path / "tensorboard", NullObserver(), enabled=True) as observer:
+        train(config, folder, OneWorker(), observer)
+    events = EventAccumulator(str(folder.path / "tensorboard")).Reload()
+    looks = folder.read_validation()
+    for key in ("old/score", "old/ratio", "new/score", "heldout/retention_loss", "heldout/violation"):
+        found = [(event.step, event.value) for event in events.Scalars(key)]
+        assert found == [(look["step"], pytest.approx(look[key])) for look in looks]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_line_of_a_look() -> None:
+    look = {
+        "step": 25, "old/score": 0.875, "old/ratio": 0.9512, "new/score": 0.5, "new/ratio": None,
+        "heldout/retention_loss": 0.0123456, "heldout/violation": 0.0,
+    }  # fmt: skip
+    assert validation_line(look, 150) == (
+        "Step 25/150 | validation | old 0.875 (95.1% of the teacher's) | new 0.500 | held-out L_ret=0.01235"
+    )
+    assert validation_line({"step": 2, "new/score": 1.0, "new/ratio": 2.0}, 4) == (
+        "Step 2/4 | validation | new 1.000 (200.0% of the teacher's)"
+    )
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 2])
+def test_a_run_that_keeps_no_checkpoints_leaves_none(
+    checkpoint_every: int, digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+) -> None:
+    changes = {"train.keep_checkpoints": 0, "train.checkpoint_every": checkpoint_every}
+    config = digits_experiment(digits_model, digits_data, cached, changes)
+    folder = carry_out(config, tmp_path / "run")
+    assert not folder.checkpoints.exists()
+    assert folder.finished()["steps"] == 6
+
+
+def test_runs_of_one_process_share_what_is_preprocessed(
+    cached: Path, digits_model: Path, digits_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their numbers do not depend on it."""
+    config = digits_experiment(digits_model, digits_data, cached, scored(digits_data))
+    made: list[str] = []
+    preprocess = VisionLanguageModel.preprocess
+
+    def counted(self: VisionLanguageModel, sample: Sample, *rest: Any) -> Features:
+        made.append(sample.id)
+        return preprocess(self, sample, *rest)
+
+    monkeypatch.setattr(VisionLanguageModel, "preprocess", counted)
+    shelves, losses = Shelves(), []
+    for name, shared in (("first", shelves), ("second", shelves), ("alone", None)):
+        before = len(made)
+        folder = RunFolder(tmp_path / name / "run")
+        list(training(config, folder, OneWorker(), NullObserver(), shared))
+        losses.append([record["train/loss"] for record in folder.read_metrics()])
+        assert (len(made) > before) is (name != "second")
+    assert losses[0] == losses[1] == losses[2]
+
+    other = config.changed({"model.append_eos": False, "craft": {"enabled": False}, "evaluation": {}})
+    before = len(made)
+    list(training(other, RunFolder(tmp_path / "other" / "run"), OneWorker(), NullObserver(), shelves))
+    assert len(made) > before, "another way to read the same data has features of its own"

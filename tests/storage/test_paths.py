@@ -1,0 +1,248 @@
+"""A place in an object store: what it is called, what is there, and that nobody meets half of anything."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from craft_ray.config import absolute, parse_config
+from craft_ray.errors import ConfigError, StorageError
+from craft_ray.storage.files import append_text, checksum, new_file, new_folder, write_atomically
+from craft_ray.storage.node_cache import at_hand
+from craft_ray.storage.paths import ObjectPath, copy_tree, remove_tree, storage_path
+
+LARGE = 12 << 20
+"""Bytes that are sent in several parts."""
+
+
+@pytest.fixture
+def bucket(object_store: ObjectPath, tmp_path: Path) -> ObjectPath:
+    """A folder of this test alone."""
+    return object_store / tmp_path.name
+
+
+def test_names_behave_as_those_of_a_path() -> None:
+    ours, theirs = ObjectPath("s3://bucket/a/b.tar/step_01.json"), Path("/bucket/a/b.tar/step_01.json")
+    assert str(ours) == f"s3:/{theirs}"
+    assert (ours.name, ours.suffix) == (theirs.name, theirs.suffix)
+    assert str(ours.parent / "x") == "s3://bucket/a/b.tar/x"
+    assert str(ours.with_name("y")) == "s3://bucket/a/b.tar/y"
+    assert str(ours.with_suffix(".z")) == "s3://bucket/a/b.tar/step_01.z"
+    assert [str(parent) for parent in ours.parents] == ["s3://bucket/a/b.tar", "s3://bucket/a", "s3://bucket"]
+    assert storage_path("s3://bucket/a/b.tar/step_01.json") == ours
+    assert len({ours, ObjectPath(str(ours)), ours.parent}) == 2
+    assert storage_path("a/b") == Path("a/b")
+
+
+def test_no_function_of_the_system_mistakes_it_for_a_file() -> None:
+    with pytest.raises(TypeError, match="in an object store"):
+        open(ObjectPath("s3://bucket/a"))  # noqa: SIM115
+
+
+def test_content_is_read_back_and_listed(bucket: ObjectPath) -> None:
+    file = bucket / "folder" / "file.txt"
+    assert not file.exists()
+    assert not bucket.exists()
+    assert list(bucket.iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        file.read_text()
+    with pytest.raises(FileNotFoundError):
+        file.stat()
+    write_atomically(file, "grün")
+    assert file.read_text() == "grün"
+    assert file.stat().st_size == len("grün".encode())
+    assert (file.is_file(), file.is_dir(), file.parent.is_dir()) == (True, False, True)
+    write_atomically(bucket / "other", "x")
+    assert list(bucket.iterdir()) == [bucket / "folder", bucket / "other"]
+    assert list(bucket.glob("f*")) == [bucket / "folder"]
+    file.unlink()
+    file.unlink(missing_ok=True)
+    assert not file.exists()
+    with pytest.raises(FileNotFoundError):
+        file.unlink()
+
+
+def test_a_file_has_the_same_checksum_in_both(bucket: ObjectPath, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.write_bytes(os.urandom(LARGE))
+    (bucket / "copy").upload(local)
+    assert checksum(bucket / "copy") == checksum(local)
+
+
+def test_a_tree_goes_there_and_back(bucket: ObjectPath, tmp_path: Path) -> None:
+    tree = {"a": "1", "b/c": "2", "b/d/e": "", "b/.hidden": "3"}
+    for name, text in tree.items():
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text(text)
+    copy_tree(tmp_path / "tree", bucket / "tree")
+    copy_tree(bucket / "tree", bucket / "second")
+    copy_tree(bucket / "second", tmp_path / "back")
+    found = {
+        str(f.relative_to(tmp_path / "back")): f.read_text() for f in (tmp_path / "back").rglob("*") if f.is_file()
+    }
+    assert found == tree
+    remove_tree(bucket / "tree")
+    remove_tree(bucket / "never there")
+    assert [entry.name for entry in bucket.iterdir()] == ["second"]
+
+
+@pytest.mark.parametrize("after", [b"{}", b'{"longer": "than before"}', b"four", None])
+def test_what_is_read_was_there_at_one_moment(
+    bucket: ObjectPath, after: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process replaces or deletes the object between its size and its content."""
+    path, opened, opening = bucket / "changing", [], ObjectPath.open_input
+    path.write_bytes(b"size")
+
+    def interrupted(self: ObjectPath) -> pa.NativeFile:
+        file = opening(self)
+        if not opened:
+            path.unlink() if after is None else path.write_bytes(after)
+        opened.append(file)
+        return file
+
+    monkeypatch.setattr(ObjectPath, "open_input", interrupted)
+    if after is None:
+        with pytest.raises(FileNotFoundError):
+            path.read_bytes()
+    else:
+        assert path.read_bytes() == after
+
+
+def test_what_never_stands_still_is_not_read_for_ever(bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opening = bucket / "changing", ObjectPath.open_input
+    path.write_bytes(b"")
+
+    def interrupted(self: ObjectPath) -> pa.NativeFile:
+        file = opening(self)
+        path.write_bytes(bytes(file.size() + 1))
+        return file
+
+    monkeypatch.setattr(ObjectPath, "open_input", interrupted)
+    with pytest.raises(StorageError, match="changed 4 times while it was read"):
+        path.read_bytes()
+
+
+def test_an_error_on_the_way_leaves_what_was_there(bucket: ObjectPath) -> None:
+    write_atomically(bucket / "file", "old")
+    with pytest.raises(ZeroDivisionError), new_file(bucket / "file") as temporary:  # noqa: PT012
+        temporary.write_text("new")
+        raise ZeroDivisionError
+    assert (bucket / "file").read_text() == "old"
+    with pytest.raises(ZeroDivisionError), new_folder(bucket / "folder", last="mark") as temporary:  # noqa: PT012
+        (temporary / "mark").write_text("")
+        raise ZeroDivisionError
+    assert not (bucket / "folder").exists()
+
+
+def test_the_file_that_completes_a_folder_comes_last(bucket: ObjectPath) -> None:
+    seen: list[bool] = []
+    original = ObjectPath.upload
+
+    def upload(self: ObjectPath, source: Path) -> None:
+        seen.append((bucket / "folder" / "z").exists())
+        original(self, source)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ObjectPath, "upload", upload)
+        with new_folder(bucket / "folder", last="a") as temporary:
+            (temporary / "a").write_text("1")
+            (temporary / "z").write_text("2")
+    assert seen == [True]
+    assert [entry.name for entry in (bucket / "folder").iterdir()] == ["a", "z"]
+
+
+def test_an_upload_that_is_killed_leaves_no_object(bucket: ObjectPath) -> None:
+    program = (
+        "import sys, time\n"
+        "import pyarrow.fs\n"
+        "store, key = pyarrow.fs.FileSystem.from_uri(sys.argv[1])\n"
+        "file = store.open_output_stream(key)\n"
+        f"file.write(b'x' * {LARGE})\n"
+        "print('half', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(bucket / "half")], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"half\n"
+        process.send_signal(signal.SIGKILL)
+    assert not (bucket / "half").exists()
+
+
+def test_what_grows_is_not_written_to_a_store() -> None:
+    with pytest.raises(AssertionError, match="cannot grow"):
+        append_text(ObjectPath("s3://bucket/log"), "line")
+
+
+def test_a_store_that_cannot_be_used_is_one_line(bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        StorageError, match=r"s3://no-such-bucket/x could not be written .*NO_SUCH_BUCKET.*: check"
+    ) as found:
+        write_atomically(ObjectPath("s3://no-such-bucket/x"), "text")
+    assert "\n" not in found.value.message
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in found.value.message
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(
+        StorageError, match=r"could not be read .*NETWORK_CONNECTION.*AWS_ENDPOINT_URL .it is http://127"
+    ):
+        (bucket / "file").read_text()
+
+
+def test_an_input_is_copied_once_and_again_when_it_changes(bucket: ObjectPath) -> None:
+    write_atomically(bucket / "in" / "a.jsonl", "1")
+    write_atomically(bucket / "in" / "b.txt", "2")
+    file = at_hand(str(bucket / "in" / "a.jsonl"), "task.path")
+    assert Path(file).name == "a.jsonl"
+    assert Path(file).read_text() == "1"
+    assert at_hand(str(bucket / "in" / "a.jsonl"), "task.path") == file
+    folder = Path(at_hand(str(bucket / "in"), "task.path"))
+    assert sorted(entry.name for entry in folder.iterdir()) == ["a.jsonl", "b.txt"]
+    pattern = Path(at_hand(str(bucket / "in" / "*.txt"), "task.path"))
+    assert [entry.name for entry in pattern.parent.glob(pattern.name)] == ["b.txt"]
+    time.sleep(1.1)  # the store's times are whole seconds
+    write_atomically(bucket / "in" / "a.jsonl", "3")
+    assert Path(at_hand(str(bucket / "in" / "a.jsonl"), "task.path")).read_text() == "3"
+    with pytest.raises(ConfigError, match=r"task.path: there is nothing at s3://.*/none"):
+        at_hand(str(bucket / "none"), "task.path")
+
+
+def test_the_last_checkpoint_is_found_by_the_name_that_it_has_on_a_disk(bucket: ObjectPath) -> None:
+    write_atomically(bucket / "checkpoints" / "step_000002" / "model" / "config.json", "{}")
+    write_atomically(bucket / "checkpoints" / "last", "step_000002")
+    found = Path(at_hand(str(bucket / "checkpoints" / "last" / "model"), "model.path"))
+    assert (found / "config.json").read_text() == "{}"
+
+
+TREE = {"model": {"path": "m"}, "task": {"path": "t.jsonl"}, "train": {"steps": 1}}
+
+
+def test_places_of_a_config_stay_as_they_are(tmp_path: Path) -> None:
+    places = {"output_dir": "s3://b/runs/", "craft": {"anchor_cache_dir": "s3://b/anchors"}}
+    config = absolute(parse_config(TREE | places, "test"), tmp_path)
+    assert config.output_dir == "s3://b/runs"
+    assert config.craft.anchor_cache_dir == "s3://b/anchors"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("gs://b/runs", "output_dir: 'gs://b/runs' is no place that is known: name a path .* or s3://BUCKET/KEY"),
+        ("s3://", "has to be s3://BUCKET/KEY alone"),
+        (
+            "s3://key:geheim@b/runs",
+            "'b/runs' has to be s3://BUCKET/KEY alone: credentials, .* come from the environment",
+        ),
+        ("s3://b/runs?endpoint_override=x", "has to be s3://BUCKET/KEY alone"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(place: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as found:
+        parse_config(TREE | {"output_dir": place}, "test")
+    assert "geheim" not in found.value.message

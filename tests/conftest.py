@@ -20,26 +20,19 @@ import pytest  # noqa: E402
 if TYPE_CHECKING:
     from craft_ray.storage.paths import ObjectPath
     from tests.support.clusters import Cluster
+    from tests.support.experiments import Digits
 
 
 @pytest.fixture(scope="session")
-def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the tiny PaliGemma and its processor. Shared: do not write into it."""
-    from craft_ray.examples import digits
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    """The tiny PaliGemma and its data."""
+    from craft_ray.examples import digits as example
+    from tests.support.experiments import Digits
 
-    folder = tmp_path_factory.mktemp("digits") / "model"
-    digits.build_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def digits_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with {old,new}_{train,val,test}.parquet and anchors.parquet. Shared: do not write into it."""
-    from craft_ray.examples import digits
-
-    folder = tmp_path_factory.mktemp("digits") / "data"
-    digits.write_data(folder)
-    return folder
+    folder = tmp_path_factory.mktemp("digits")
+    example.build_model(folder / "model")
+    example.write_data(folder / "data")
+    return Digits(folder / "model", folder / "data")
 
 
 @pytest.fixture(scope="session")

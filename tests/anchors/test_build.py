@@ -27,7 +27,7 @@ from craft_ray.errors import DataError, StorageError
 from craft_ray.models import load_model
 from craft_ray.retention.batches import AnchorBatches
 from tests.support.caches import built, cache_folder, prompts, shards, table, text_experiment
-from tests.support.experiments import digits_experiment
+from tests.support.experiments import Digits
 
 LENGTHS = [3, 9, 1, 14, 6, 2, 30, 5, 8, 12, 4, 7, 1, 22, 3, 10, 6, 2, 9, 17]
 
@@ -103,12 +103,8 @@ def test_paths_and_number_of_workers_are_no_part_of_the_identity(
     assert built(moved).fingerprint == built(text).fingerprint
 
 
-def test_estimated_size_is_within_15_percent(
-    digits_model: Path, digits_data: Path, text_model: Path, text_data: Path, tmp_path: Path
-) -> None:
-    digits = digits_experiment(
-        digits_model, digits_data, tmp_path / "d", {"anchors.source.limit": 200, "anchors.rows_per_shard": 64}
-    )
+def test_estimated_size_is_within_15_percent(digits: Digits, text_model: Path, text_data: Path, tmp_path: Path) -> None:
+    digits = digits.experiment(tmp_path / "d", {"anchors.source.limit": 200, "anchors.rows_per_shard": 64})
     prose = text_experiment(text_model, text_data / "anchors.parquet", tmp_path / "t", {"anchors.source.limit": 100})
     for config in (digits, prose):
         model, manifest = load_model(config.model, "fp32"), built(config)
@@ -165,10 +161,10 @@ def test_every_parquet_reader_finds_the_same_values(text: Experiment) -> None:
             np.testing.assert_array_equal(np.array(left, np.float32), np.array(right, np.float32))
 
 
-def test_images_stay_the_bytes_that_they_were(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
-    config = digits_experiment(digits_model, digits_data, tmp_path)
+def test_images_stay_the_bytes_that_they_were(digits: Digits, tmp_path: Path) -> None:
+    config = digits.experiment(tmp_path)
     built(config)
-    given = pq.read_table(digits_data / "anchors.parquet")["image"].to_pylist()[:48]
+    given = pq.read_table(digits.data / "anchors.parquet")["image"].to_pylist()[:48]
     assert table(cache_folder(config))["image"].to_pylist() == given
 
 

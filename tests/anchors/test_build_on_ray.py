@@ -16,7 +16,7 @@ from craft_pipelines.anchors import build
 
 from craft_ray.config import Experiment, dump_config
 from tests.support.caches import built, cache_folder, table
-from tests.support.experiments import digits_experiment
+from tests.support.experiments import Digits
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -45,14 +45,14 @@ def teachers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
-def on_ray(model: Path, data: Path, folder: Path, **changes: object) -> Experiment:
+def on_ray(digits: Digits, folder: Path, **changes: object) -> Experiment:
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    return digits_experiment(model, data, folder, {"workers.num_workers": 1, **dotted})
+    return digits.experiment(folder, {"workers.num_workers": 1, **dotted})
 
 
 @pytest.mark.slow
-def test_a_teacher_killed_in_the_middle_costs_no_anchor(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
-    config = on_ray(digits_model, digits_data, tmp_path, anchors__rows_per_shard=2)
+def test_a_teacher_killed_in_the_middle_costs_no_anchor(digits: Digits, tmp_path: Path) -> None:
+    config = on_ray(digits, tmp_path, anchors__rows_per_shard=2)
     driver = start_build(config, tmp_path)
     folder = cache_folder(config) / "shards"
     while driver.poll() is None and len(list(folder.glob("*.parquet"))) < 2:
@@ -64,7 +64,7 @@ def test_a_teacher_killed_in_the_middle_costs_no_anchor(digits_model: Path, digi
 
     assert driver.returncode == 0, err
     assert there < 24, "it was killed too late to test anything"
-    given = pq.read_table(digits_data / "anchors.parquet", columns=["id"])["id"].to_pylist()[:48]
+    given = pq.read_table(digits.data / "anchors.parquet", columns=["id"])["id"].to_pylist()[:48]
     assert table(cache_folder(config))["id"].to_pylist() == given
     assert "(24 of 24)" in out
     assert "anchor cache complete: 48 anchors" in out
@@ -76,11 +76,11 @@ def test_a_teacher_killed_in_the_middle_costs_no_anchor(digits_model: Path, digi
     assert built(whole).content == build(config, say=lambda _: None).manifest.content
 
 
-def test_a_mistake_in_a_teacher_is_one_line(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
-    anchors = pq.read_table(digits_data / "anchors.parquet").slice(0, 40).to_pydict()
+def test_a_mistake_in_a_teacher_is_one_line(digits: Digits, tmp_path: Path) -> None:
+    anchors = pq.read_table(digits.data / "anchors.parquet").slice(0, 40).to_pydict()
     anchors["image"][37] = b"no image at all"
     pq.write_table(pa.table(anchors), tmp_path / "bad.parquet")
-    config = on_ray(digits_model, digits_data, tmp_path, anchors__source__path=str(tmp_path / "bad.parquet"))
+    config = on_ray(digits, tmp_path, anchors__source__path=str(tmp_path / "bad.parquet"))
     driver = start_build(config, tmp_path)
     _, err = driver.communicate(timeout=200)
     assert driver.returncode == 1

@@ -25,7 +25,7 @@ from craft_ray.run.folder import RunFolder
 from craft_ray.run.training import NullObserver, train
 from craft_ray.workers import OneWorker
 from tests.support.caches import cache_folder, prompts, shards, table, teacher, text_experiment
-from tests.support.experiments import digits_experiment
+from tests.support.experiments import Digits
 
 ROWS = 12
 
@@ -56,20 +56,18 @@ def legacy_shard(config: Experiment, model: Model, rows: range, positions: list[
     }
 
 
-def digits_import(model: Path, data: Path, folder: Path) -> Experiment:
-    return digits_experiment(
-        model,
-        data,
+def digits_import(digits: Digits, folder: Path) -> Experiment:
+    return digits.experiment(
         folder,
         {"anchors.positions": ["text_last", "vision_mean"], "craft.anchor_batch_size": 4, "train.steps": 3},
     )
 
 
 @pytest.fixture(scope="module")
-def digits_shards(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits_shards(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Legacy shards of 7 and 5 rows. Shared: do not write into it."""
     folder = tmp_path_factory.mktemp("legacy")
-    config = digits_import(digits_model, digits_data, folder)
+    config = digits_import(digits, folder)
     model = teacher(config)
     for number, rows in enumerate((range(7), range(7, ROWS))):
         content = legacy_shard(config, model, rows, ["text_last", "vision_mean"], [3, 4])
@@ -78,10 +76,10 @@ def digits_shards(digits_model: Path, digits_data: Path, tmp_path_factory: pytes
 
 
 @pytest.fixture
-def digits(digits_model: Path, digits_data: Path, digits_shards: Path, tmp_path: Path) -> Experiment:
+def digits(digits: Digits, digits_shards: Path, tmp_path: Path) -> Experiment:
     """A config of an import, and its legacy shards in `tmp_path / legacy`."""
     shutil.copytree(digits_shards, tmp_path / "legacy")
-    return digits_import(digits_model, digits_data, tmp_path)
+    return digits_import(digits, tmp_path)
 
 
 @pytest.fixture

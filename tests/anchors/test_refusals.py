@@ -22,7 +22,7 @@ from craft_ray.errors import CacheRefused, ConfigError, CraftError, DataError
 from craft_ray.retention.student import check_untouched, open_for_student
 from craft_ray.workers import OneWorker
 from tests.support.caches import built, cache_folder, json_lines, prompts, shards, teacher, text_experiment
-from tests.support.experiments import digits_experiment
+from tests.support.experiments import Digits
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +220,13 @@ def test_an_id_twice(text_model: Path, tmp_path: Path) -> None:
     failing(config, DataError, 1, "'same'", "unique")
 
 
-def test_an_image_that_does_not_decode(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
-    anchors = pq.read_table(digits_data / "anchors.parquet").slice(0, 40).to_pydict()
+def test_an_image_that_does_not_decode(digits: Digits, tmp_path: Path) -> None:
+    anchors = pq.read_table(digits.data / "anchors.parquet").slice(0, 40).to_pydict()
     anchors["image"][37] = b"no image at all"
     pq.write_table(pa.table(anchors), tmp_path / "bad.parquet")
     changes: dict[str, Any] = {"anchors.source.path": str(tmp_path / "bad.parquet")}
     failing(
-        digits_experiment(digits_model, digits_data, tmp_path, changes),
+        digits.experiment(tmp_path, changes),
         DataError, 1, anchors["id"][37], "does not decode", "mend or remove the row",
     )  # fmt: skip
 
@@ -236,8 +236,8 @@ def test_an_anchor_that_is_too_long(config: Experiment, tmp_path: Path) -> None:
     failing(config.changed(changes), DataError, 1, "tokens, model.max_length is 40")
 
 
-def test_packing_asked_of_a_model_that_has_images(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
-    config = digits_experiment(digits_model, digits_data, tmp_path, {"anchors.pack_tokens": 512})
+def test_packing_asked_of_a_model_that_has_images(digits: Digits, tmp_path: Path) -> None:
+    config = digits.experiment(tmp_path, {"anchors.pack_tokens": 512})
     failing(config, ConfigError, 2, "anchors.pack_tokens is 512", "vision_language cannot be packed")
 
 

@@ -30,7 +30,7 @@ from benchmarks.workload import SHAPES, Shape, language_model
 from craft_ray.method.gradients import GradientPair
 from craft_ray.models import load_model
 from tests.support.caches import cache_folder, shards
-from tests.support.experiments import digits_experiment
+from tests.support.experiments import Digits
 
 DIGITS = Vision(width=32, layers=2, inner=64, patches=16, patch=2)
 
@@ -102,11 +102,11 @@ def test_a_step_sums_the_two_gradients_and_holds_one_copy_more() -> None:
     assert sent_bytes(count, 512) == pytest.approx(2 * summed_bytes(count), rel=0.01)
 
 
-def test_bytes_of_a_real_cache_and_a_real_checkpoint(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
+def test_bytes_of_a_real_cache_and_a_real_checkpoint(digits: Digits, tmp_path: Path) -> None:
     """Within what a file of Parquet, safetensors or torch has beside its numbers."""
     changes = {"anchors.source.limit": 512, "anchors.rows_per_shard": 512, "anchors.positions": ["all"],
                "train.steps": 2, "craft.positions": ["all"]}  # fmt: skip
-    config = digits_experiment(digits_model, digits_data, tmp_path, changes)
+    config = digits.experiment(tmp_path, changes)
     manifest = build(config, say=lambda _: None).manifest
     loaded = load_model(config.model, "fp32")
     count = sum(p.numel() for p in loaded.module.parameters())

@@ -17,7 +17,7 @@ import yaml
 
 from craft_ray.config import Experiment, dump_config
 from tests.cluster.test_local import exported, local
-from tests.support.experiments import ANSWERED, digits_experiment
+from tests.support.experiments import ANSWERED, Digits
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(1500)]
 
@@ -37,17 +37,17 @@ def environment(tmp: Path) -> dict[str, str]:
     }
 
 
-def small(model: Path, data: Path, shared: Path, changes: dict[str, Any]) -> Experiment:
+def small(digits: Digits, shared: Path, changes: dict[str, Any]) -> Experiment:
     """A run named as the manifests name it, everything below `shared`."""
     validation = {
-        skill: {"data": {"path": str(data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": 8}}
+        skill: {"data": {"path": str(digits.data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": 8}}
         for skill in ("old", "new")
     }
     common = {
         "name": "run", "craft.epsilon_start": 10.0, "train.steps": 4, "workers.num_workers": 2,
         "validation": {"every": 2, **validation}, "objective": {"maximize": "new/score", "subject_to": {}},
     }  # fmt: skip
-    return digits_experiment(model, data, shared, {**common, **changes})
+    return digits.experiment(shared, {**common, **changes})
 
 
 # ---------------------------------------------------------------------------------------------------------- KubeRay
@@ -68,14 +68,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     local(state, "stop")
 
 
-def test_the_entrypoints_of_the_rayjobs(
-    cluster: dict[str, str], digits_model: Path, digits_data: Path, tmp_path: Path
-) -> None:
+def test_the_entrypoints_of_the_rayjobs(cluster: dict[str, str], digits: Digits, tmp_path: Path) -> None:
     """Each as KubeRay's submitter sends it; paths of the image and the volume stand for ones of this machine."""
     shared = tmp_path / "shared"
     config = tmp_path / "etc" / "run.yaml"
     config.parent.mkdir()
-    config.write_text(dump_config(small(digits_model, digits_data, shared, {})))
+    config.write_text(dump_config(small(digits, shared, {})))
     here = {"/opt/craft-ray": str(ROOT), "/etc/craft-ray": str(config.parent), "/shared": str(shared)}
     smaller = {"--space craft": "--space smoke", "--samples 32": "--samples 2"}
 
@@ -103,7 +101,7 @@ def test_the_entrypoints_of_the_rayjobs(
     assert json.loads((run / "result.json").read_text())["feasible"]
     assert "2 worker(s)" in log
 
-    config.write_text(dump_config(small(digits_model, digits_data, shared, {"workers.num_workers": 1})))  # fast trials
+    config.write_text(dump_config(small(digits, shared, {"workers.num_workers": 1})))  # fast trials
     code, log = submit("sweep")
     assert code == 0, log
     assert (shared / "sweeps" / "run" / "report.html").exists()
@@ -169,10 +167,10 @@ def sbatch(tmp_path: Path) -> Any:
     return run
 
 
-def test_what_sbatch_runs(sbatch: Any, digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
+def test_what_sbatch_runs(sbatch: Any, digits: Digits, tmp_path: Path) -> None:
     """The cache, then training on a real `ray symmetric-run`: exit codes, the token, and nothing left."""
     config = tmp_path / "run.yaml"
-    config.write_text(dump_config(small(digits_model, digits_data, tmp_path, {"craft.epsilon_start": 1e-9})))
+    config.write_text(dump_config(small(digits, tmp_path, {"craft.epsilon_start": 1e-9})))
     stranger = subprocess.Popen(["sleep", "900"])
     try:
         code, log = sbatch("craft-ray", "anchors", "build", config)

@@ -19,6 +19,7 @@ from craft_ray.errors import ConfigError, CraftError, ModelError
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
 from craft_ray.models.fingerprint import json_fingerprint, weights_fingerprint
+from tests.support.experiments import Digits
 
 KINDS = {"text": "causal_lm", "digits": "vision_language"}
 WEIGHTS = "model.safetensors"
@@ -30,8 +31,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def original(kind: str, text_model: Path, digits_model: Path) -> Path:
-    return {"causal_lm": text_model, "vision_language": digits_model}[kind]
+def original(kind: str, text_model: Path, digits: Digits) -> Path:
+    return {"causal_lm": text_model, "vision_language": digits.model}[kind]
 
 
 @pytest.fixture
@@ -133,8 +134,8 @@ def test_a_damaged_folder(kind: str, folder: Path, name: str, content: str | Non
     assert f"model.path {folder}: no processor or tokenizer loads from it" in refusal(ConfigError, kind, folder)
 
 
-def test_the_wrong_kind(text_model: Path, digits_model: Path) -> None:
-    message = refusal(ConfigError, "causal_lm", digits_model)
+def test_the_wrong_kind(text_model: Path, digits: Digits) -> None:
+    message = refusal(ConfigError, "causal_lm", digits.model)
     assert "PaliGemmaConfig" in message
     assert "AutoModelForCausalLM" in message
     message = refusal(ConfigError, "vision_language", text_model)
@@ -238,13 +239,13 @@ def test_a_tokenizer_that_was_used_is_the_same(text_model: Path) -> None:
     assert model.preprocessor_fingerprint() == before
 
 
-def test_another_image_size(digits_model: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(digits_model, tmp_path / "copy"))
+def test_another_image_size(digits: Digits, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(digits.model, tmp_path / "copy"))
     file = folder / "processor_config.json"
     settings = json.loads(file.read_text())
     settings["image_processor"]["size"] = {"height": 16, "width": 16}
     file.write_text(json.dumps(settings))
-    before, after = identity("vision_language", digits_model), identity("vision_language", folder)
+    before, after = identity("vision_language", digits.model), identity("vision_language", folder)
     assert before[0] == after[0]
     assert before[1] != after[1]
 

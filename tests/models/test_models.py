@@ -40,6 +40,7 @@ from craft_ray.examples.text import byte_tokenizer
 from craft_ray.models import load_model
 from craft_ray.models.base import IGNORE, disable_dropout, resolve_layers
 from craft_ray.models.huggingface import HuggingFaceModel
+from tests.support.experiments import Digits
 
 TEXT = ("llama", "gemma", "qwen2", "gpt2")
 VISION = ("paligemma", "llava", "gemma3")
@@ -157,8 +158,8 @@ def write(folder: Path, factory: Any, config: Any, processor: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder_of(digits_model: Path, text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folders = {"paligemma": digits_model, "llama": text_model}
+def folder_of(digits: Digits, text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folders = {"paligemma": digits.model, "llama": text_model}
 
     def build(name: str) -> Path:
         if name not in folders:

@@ -14,7 +14,7 @@ from craft_pipelines import cli
 from craft_pipelines.anchors import build
 
 from craft_ray.config import dump_config
-from tests.support.experiments import digits_experiment, scored
+from tests.support.experiments import Digits
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -37,18 +37,18 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture(scope="module")
-def cached(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
-    build(digits_experiment(digits_model, digits_data, folder), say=lambda _: None)
+    build(digits.experiment(folder), say=lambda _: None)
     return folder
 
 
 @pytest.fixture
-def config(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> Path:
+def config(digits: Digits, cached: Path, tmp_path: Path) -> Path:
     """A config that meets its budget, with runs of its own."""
-    changes = {**scored(digits_data), "output_dir": str(tmp_path / "runs"), "craft.epsilon_start": 10.0}
+    changes = {**digits.scored(), "output_dir": str(tmp_path / "runs"), "craft.epsilon_start": 10.0}
     path = tmp_path / "run.yaml"
-    path.write_text(dump_config(digits_experiment(digits_model, digits_data, cached, changes)))
+    path.write_text(dump_config(digits.experiment(cached, changes)))
     return path
 
 
@@ -155,21 +155,17 @@ def test_the_dry_run_takes_three_steps_and_keeps_nothing(command: Command, confi
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_baseline_beside_token_ce_needs_no_hidden_states(
-    command: Command, digits_model: Path, digits_data: Path, tmp_path: Path
-) -> None:
-    changes = {**scored(digits_data), "anchors.modes": ["token_ce"], "compare.token_ce": {"epsilon_start": 20.0}}
+def test_a_baseline_beside_token_ce_needs_no_hidden_states(command: Command, digits: Digits, tmp_path: Path) -> None:
+    changes = {**digits.scored(), "anchors.modes": ["token_ce"], "compare.token_ce": {"epsilon_start": 20.0}}
     path = tmp_path / "run.yaml"
-    path.write_text(dump_config(digits_experiment(digits_model, digits_data, tmp_path, changes)))
+    path.write_text(dump_config(digits.experiment(tmp_path, changes)))
     code, _, err = command("compare", path, "--arms", "baseline,token_ce", "--seeds", "0")
     assert code == 0, err
 
 
-def test_a_build_that_a_mistake_ended_binds_nobody(
-    command: Command, digits_model: Path, digits_data: Path, tmp_path: Path
-) -> None:
+def test_a_build_that_a_mistake_ended_binds_nobody(command: Command, digits: Digits, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(dump_config(digits_experiment(digits_model, digits_data, tmp_path)))
+    path.write_text(dump_config(digits.experiment(tmp_path)))
     code, _, err = command("anchors", "build", path, "model.max_length=10")
     assert code == 1
     assert "model.max_length is 10: raise it" in one_line(err)

@@ -14,20 +14,18 @@ from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused
 from craft_ray.report.html import write_report
 from craft_ray.run.folder import RunFolder
-from tests.support.experiments import digits_experiment, scored
+from tests.support.experiments import Digits
 
 PREFIX = {"retention_mode": "hidden", "positions": ["text_last"], "epsilon_start": 11.0}
 LAST = {"positions": ["last_token"], "epsilon_start": 12.0}
 
 
-def experiment(model: Path, data: Path, folder: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
+def experiment(digits: Digits, folder: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
     """Two variants on a cache of two positions, with budgets that are met."""
-    return digits_experiment(
-        model,
-        data,
+    return digits.experiment(
         folder,
         {
-            **scored(data, limit=8),
+            **digits.scored(limit=8),
             "anchors.positions": ["text_last", "last_token"],
             "craft.epsilon_start": 10.0,
             "compare.seeds": [0],
@@ -37,8 +35,8 @@ def experiment(model: Path, data: Path, folder: Path, changes: Mapping[str, Any]
     )
 
 
-def test_a_variant_is_the_config_with_its_own_settings(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
-    config = experiment(digits_model, digits_data, tmp_path, {"craft.retention_mode": "token_ce"})
+def test_a_variant_is_the_config_with_its_own_settings(digits: Digits, tmp_path: Path) -> None:
+    config = experiment(digits, tmp_path, {"craft.retention_mode": "token_ce"})
     runs = {arm: arm_config(config, arm, 3, tmp_path, config.compare.chosen) for arm in config.compare.chosen}
     assert list(runs) == ["baseline", "token_ce", "hidden", "prefix", "last"]
     assert [run_name(run) for run in runs.values()] == [f"digits-{arm}-seed3" for arm in runs]
@@ -49,10 +47,8 @@ def test_a_variant_is_the_config_with_its_own_settings(digits_model: Path, digit
     assert not runs["baseline"].craft.enabled
 
 
-def test_plain_fine_tuning_is_measured_by_the_preferred_arm(
-    digits_model: Path, digits_data: Path, tmp_path: Path
-) -> None:
-    config = experiment(digits_model, digits_data, tmp_path, {"compare.token_ce": {"epsilon_start": 20.0}})
+def test_plain_fine_tuning_is_measured_by_the_preferred_arm(digits: Digits, tmp_path: Path) -> None:
+    config = experiment(digits, tmp_path, {"compare.token_ce": {"epsilon_start": 20.0}})
 
     def measured_by(*arms: str) -> tuple[str, float, tuple[str, ...] | None]:
         craft = arm_config(config, "baseline", 0, tmp_path, ("baseline", *arms)).craft
@@ -66,14 +62,14 @@ def test_plain_fine_tuning_is_measured_by_the_preferred_arm(
 
 
 def test_a_variant_can_be_added_to_a_comparison_that_is_finished(
-    digits_model: Path, digits_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: Digits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = experiment(digits_model, digits_data, tmp_path, {"compare.variants": {"prefix": PREFIX}})
+    first = experiment(digits, tmp_path, {"compare.variants": {"prefix": PREFIX}})
     told = compare(first, ("baseline", "prefix"), (0,), tmp_path / "out")
     assert [run["arm"] for run in told["runs"]] == ["baseline", "prefix"]
     assert "[prefix seed 0] Step 6/6" in capsys.readouterr().out
 
-    more = experiment(digits_model, digits_data, tmp_path)
+    more = experiment(digits, tmp_path)
     told = compare(more, ("baseline", "prefix", "last"), (0,), tmp_path / "out")
     printed = capsys.readouterr().out
     assert "2 of 3 runs are finished already" in printed
@@ -87,11 +83,9 @@ def test_a_variant_can_be_added_to_a_comparison_that_is_finished(
     assert list(write_report(runs, tmp_path, title="", command="")["summary"]) == ["last", "prefix"]
 
 
-def test_a_variant_that_the_cache_cannot_serve_is_refused_before_any_run(
-    digits_model: Path, digits_data: Path, tmp_path: Path
-) -> None:
+def test_a_variant_that_the_cache_cannot_serve_is_refused_before_any_run(digits: Digits, tmp_path: Path) -> None:
     odd = {"compare.variants": {"odd": {"positions": ["first_token"]}}}
-    config = experiment(digits_model, digits_data, tmp_path, odd)
+    config = experiment(digits, tmp_path, odd)
     with pytest.raises(CacheRefused, match="first_token"):
         compare(config, ("baseline", "odd"), (0,), tmp_path / "out")
     assert not list((tmp_path / "out").rglob("metrics.jsonl"))

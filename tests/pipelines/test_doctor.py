@@ -18,7 +18,7 @@ from craft_pipelines.nodes import Answer, Node
 
 from craft_ray.config import dump_config
 from tests.support.clusters import Cluster, cluster
-from tests.support.experiments import digits_experiment, scored
+from tests.support.experiments import Digits
 
 GIB = 2**30
 NODE = Node("a" * 56, "10.0.0.1", {"CPU": 4.0, "object_store_memory": GIB})
@@ -168,14 +168,14 @@ def test_the_doctor_sees_a_mount_that_is_missing(apart: tuple[Cluster, Path], tm
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_no_stage_starts_where_nodes_do_not_share_its_storage(
-    apart: tuple[Cluster, Path], digits_model: Path, digits_data: Path, tmp_path: Path
+    apart: tuple[Cluster, Path], digits: Digits, tmp_path: Path
 ) -> None:
     """And what refuses it leaves nothing behind; on a folder that both see the same stages come to their end."""
     found, hidden = apart
     changes = {
-        **scored(digits_data), "workers.num_workers": 1, "train.steps": 4, "craft.epsilon_start": 10.0,
+        **digits.scored(), "workers.num_workers": 1, "train.steps": 4, "craft.epsilon_start": 10.0,
         "objective": {"maximize": "new/score", "subject_to": {"old/score": ">= 0.0"}},
-        "validation": {"every": 2, **{k.partition(".")[2]: v for k, v in scored(digits_data, 16).items()}},
+        "validation": {"every": 2, **{k.partition(".")[2]: v for k, v in digits.scored(16).items()}},
     }  # fmt: skip
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
@@ -184,7 +184,7 @@ def test_no_stage_starts_where_nodes_do_not_share_its_storage(
         return process.returncode, out, err
 
     config = tmp_path / "run.yaml"
-    config.write_text(dump_config(digits_experiment(digits_model, digits_data, tmp_path, changes)))
+    config.write_text(dump_config(digits.experiment(tmp_path, changes)))
     refused = "and 1 of 2 nodes do not see what this one writes there"
     remedy = "mount the same storage at this path on every node, or name s3://BUCKET/FOLDER"
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from craft_ray.config import dump_config
 from craft_ray.models.base import Model
 from craft_ray.run.folder import RunFolder
-from tests.support.experiments import ANSWERED, digits_experiment
+from tests.support.experiments import ANSWERED, Digits
 
 Command = Callable[..., tuple[int, str, str]]
 QUESTIONS = {"image": "image_path", "prompt": "question", "choices": "choices", "answer_index": "answer_index"}
@@ -72,23 +72,23 @@ def write_questions(data: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def world(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with run.yaml and the run that it makes, which has two checkpoints."""
     folder = tmp_path_factory.mktemp("evaluate")
     changes: dict[str, Any] = {
         "craft.enabled": False,
         "craft.anchor_cache_dir": None,
         "evaluation.old": {
-            "data": {"path": str(write_questions(digits_data, folder)), "columns": QUESTIONS},
+            "data": {"path": str(write_questions(digits.data, folder)), "columns": QUESTIONS},
             "metric": "choice",
             "batch_size": 16,
         },
         "evaluation.new": {
-            "data": {"path": str(digits_data / "new_test.parquet"), "columns": ANSWERED, "limit": SAMPLES},
+            "data": {"path": str(digits.data / "new_test.parquet"), "columns": ANSWERED, "limit": SAMPLES},
             "metric": "perplexity",
         },
     }
-    (folder / "run.yaml").write_text(dump_config(digits_experiment(digits_model, digits_data, folder, changes)))
+    (folder / "run.yaml").write_text(dump_config(digits.experiment(folder, changes)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["craft-ray", "train", str(folder / "run.yaml")])
         with pytest.raises(SystemExit) as stop:
@@ -269,7 +269,7 @@ def test_weights_that_are_not_all_there(command: Command, world: Path, tmp_path:
     assert "did not load completely: 1 weights are missing" in one_line(err)
 
 
-def test_a_model_with_another_vocabulary(command: Command, text_model: Path, digits_data: Path, tmp_path: Path) -> None:
+def test_a_model_with_another_vocabulary(command: Command, text_model: Path, digits: Digits, tmp_path: Path) -> None:
     """The config's tokenizer would speak past it."""
     other = AutoModelForCausalLM.from_pretrained(text_model)
     other.resize_token_embeddings(other.config.vocab_size + 8)
@@ -282,7 +282,7 @@ def test_a_model_with_another_vocabulary(command: Command, text_model: Path, dig
         "evaluation.old": {"data": {"path": str(data), "columns": columns}, "metric": "perplexity"},
     }
     path = tmp_path / "run.yaml"
-    path.write_text(dump_config(digits_experiment(text_model, digits_data, tmp_path, changes)))
+    path.write_text(dump_config(Digits(text_model, digits.data).experiment(tmp_path, changes)))
     code, _, err = command("evaluate", path, "--checkpoint", tmp_path / "other")
     assert code == 2
     assert "score the former as model.path of a config of its own" in one_line(err)

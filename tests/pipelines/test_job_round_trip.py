@@ -16,7 +16,7 @@ from craft_ray.config import dump_config, load_config
 from craft_ray.run.folder import RunFolder
 from craft_ray.storage.paths import ObjectPath, copy_tree, readable
 from tests.cluster.test_local import exported, local, marked
-from tests.support.experiments import digits_experiment, scored
+from tests.support.experiments import Digits
 from tests.sweep.test_trials import validated
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -33,22 +33,22 @@ def craft_ray(environment: dict[str, str], folder: Path, *arguments: str) -> tup
 
 
 def test_every_stage_as_a_job(
-    digits_model: Path, digits_data: Path, object_store: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Digits, object_store: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = object_store / "jobs"
-    copy_tree(digits_model, store / "model")
-    copy_tree(digits_data, store / "data")
+    copy_tree(digits.model, store / "model")
+    copy_tree(digits.data, store / "data")
     places = {
         "model.path": f"{store}/model", "task.path": f"{store}/data/new_train.parquet",
         "anchors.source.path": f"{store}/data/anchors.parquet", "anchors.actors": 2,
         "craft.anchor_cache_dir": f"{store}/anchors", "output_dir": f"{store}/runs",
         "objective": {"maximize": "new/ratio"}, "sweep": {"scheduler": "none"}, "workers.num_workers": 2,
     }  # fmt: skip
-    held_out = {**scored(digits_data), **{k: v for k, v in validated(digits_data).items() if k != "objective"}}
-    config = digits_experiment(digits_model, digits_data, tmp_path, {**held_out, **places})
+    held_out = {**digits.scored(), **{k: v for k, v in validated(digits.data).items() if k != "objective"}}
+    config = digits.experiment(tmp_path, {**held_out, **places})
     work = tmp_path / "work"
     work.mkdir()
-    text = dump_config(config).replace(f"{digits_data}/", f"{store}/data/")
+    text = dump_config(config).replace(f"{digits.data}/", f"{store}/data/")
     (work / "run.yaml").write_text(text)
     (work / "space.yaml").write_text("train.learning_rate: {loguniform: [5.0e-4, 4.0e-3]}\n")
 

@@ -19,7 +19,7 @@ from craft_pipelines.ray_metrics import COUNTERS, GAUGES, RayMetrics, run_tag, s
 from craft_pipelines.train import carry_out, plan_run
 
 from craft_ray.run.training import NullObserver
-from tests.support.experiments import ANSWERED, digits_experiment
+from tests.support.experiments import ANSWERED, Digits
 
 GRAFANA = Path(__file__).parents[2] / "cluster" / "grafana"
 LABELS = {"run", "arm", "skill", "cache"}
@@ -179,16 +179,16 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_prometheus_reads_what_the_run_logged(digits_model: Path, digits_data: Path, tmp_path: Path, port: str) -> None:
+def test_prometheus_reads_what_the_run_logged(digits: Digits, tmp_path: Path, port: str) -> None:
     def look(skill: str) -> dict[str, Any]:
-        data = {"path": str(digits_data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": 8}
+        data = {"path": str(digits.data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": 8}
         return {"data": data, "max_new_tokens": 1}
 
     changes = {
         "workers.num_workers": 1, "train.log_every": 3, "train.checkpoint_every": 3, "craft.retention_freq": 2,
         "validation": {"every": 3, "old": look("old"), "new": look("new")},
     }  # fmt: skip
-    config = digits_experiment(digits_model, digits_data, tmp_path, changes)
+    config = digits.experiment(tmp_path, changes)
     run = plan_run(config)
     with watched(port) as seen:
         build(config, say=lambda _: None)

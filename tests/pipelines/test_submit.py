@@ -24,7 +24,7 @@ from craft_ray.config import dump_config
 from craft_ray.errors import ConfigError
 from craft_ray.run.folder import RunFolder
 from tests.support.clusters import BIN, HOST, Cluster, free_ports
-from tests.support.experiments import digits_experiment, scored
+from tests.support.experiments import Digits
 
 SECRETS = (
     "AWS_SECRET_ACCESS_KEY",
@@ -265,14 +265,12 @@ def test_no_cluster_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_cache_and_training_as_jobs(
-    token_cluster: Cluster, digits_model: Path, digits_data: Path, tmp_path: Path
-) -> None:
+def test_cache_and_training_as_jobs(token_cluster: Cluster, digits: Digits, tmp_path: Path) -> None:
     """The same config and commands as on a laptop; the artifacts are on shared storage, here a folder."""
     shared, local = tmp_path / "shared", tmp_path / "local"
     local.mkdir()
-    changes = {**scored(digits_data), "workers.num_workers": 2, "craft.epsilon_start": 1e-9, "train.steps": 4}
-    (local / "run.yaml").write_text(dump_config(digits_experiment(digits_model, digits_data, shared, changes)))
+    changes = {**digits.scored(), "workers.num_workers": 2, "craft.epsilon_start": 1e-9, "train.steps": 4}
+    (local / "run.yaml").write_text(dump_config(digits.experiment(shared, changes)))
     options = ("submit", "--address", token_cluster.dashboard, "--working-dir", local, "--")
 
     code, out, err = finish(token_cluster.command(*options, "craft-ray", "anchors", "build", "run.yaml"))

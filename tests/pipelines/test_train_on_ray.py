@@ -18,15 +18,15 @@ from safetensors.torch import load_file
 
 from craft_ray.config import Experiment, dump_config
 from craft_ray.run.folder import RunFolder
-from tests.support.experiments import digits_experiment
+from tests.support.experiments import Digits
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
-def cached(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ray")
-    build(digits_experiment(digits_model, digits_data, folder), say=lambda _: None)
+    build(digits.experiment(folder), say=lambda _: None)
     return folder
 
 
@@ -73,13 +73,10 @@ def without_times(config: Experiment) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_two_workers_equal_one_on_the_same_global_batches(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
+def test_two_workers_equal_one_on_the_same_global_batches(digits: Digits, cached: Path, tmp_path: Path) -> None:
     results = {}
     for workers in (0, 2):
-        config = digits_experiment(
-            digits_model, digits_data, cached,
+        config = digits.experiment(cached,
             {"name": f"w{workers}", "workers.num_workers": workers, "train.steps": 4, "output_dir": str(tmp_path)},
         )  # fmt: skip
         code, out, err = finish(command("train", saved(config, tmp_path)))
@@ -99,14 +96,14 @@ def test_two_workers_equal_one_on_the_same_global_batches(
 
 @pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+    digits: Digits, cached: Path, tmp_path: Path
 ) -> None:
     def planned(name: str, workers: int) -> Experiment:
         changes = {
             "name": name, "workers.num_workers": workers, "output_dir": str(tmp_path),
             "train.steps": 120, "train.checkpoint_every": 10, "craft.retention_freq": 3,
         }  # fmt: skip
-        return digits_experiment(digits_model, digits_data, cached, changes)
+        return digits.experiment(cached, changes)
 
     undisturbed = planned("undisturbed", 0)
     assert finish(command("train", saved(undisturbed, tmp_path)))[0] in (0, 3)
@@ -141,19 +138,16 @@ def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
 
 
 @pytest.mark.slow
-def test_a_mistake_found_by_a_worker_is_one_line(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
+def test_a_mistake_found_by_a_worker_is_one_line(digits: Digits, cached: Path, tmp_path: Path) -> None:
     """Of two workers the one that finds it ends the other, and nobody trains again and again."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(digits_data / "new_train.parquet")
+    table = pq.read_table(digits.data / "new_train.parquet")
     images = table["image"].to_pylist()
     images[:] = [b"no image"] * len(images)
     broken = tmp_path / "broken.parquet"
     pq.write_table(table.set_column(table.column_names.index("image"), "image", [images]), broken)
-    config = digits_experiment(
-        digits_model, digits_data, cached,
+    config = digits.experiment(cached,
         {"workers.num_workers": 2, "task.path": str(broken), "output_dir": str(tmp_path)},
     )  # fmt: skip
     code, _, err = finish(command("train", saved(config, tmp_path)))

@@ -27,7 +27,7 @@ from craft_ray.sweep.space import parse_space
 from craft_ray.sweep.trials import SweepFolder
 from craft_ray.workers import OneWorker
 from tests.pipelines.test_train_on_ray import command, finish, saved, wait_until
-from tests.support.experiments import digits_experiment, scored
+from tests.support.experiments import Digits
 from tests.sweep.test_trials import validated
 
 
@@ -38,17 +38,17 @@ def bucket(object_store: ObjectPath, tmp_path: Path) -> ObjectPath:
 
 
 @pytest.fixture(scope="module")
-def stored(object_store: ObjectPath, digits_model: Path, digits_data: Path) -> ObjectPath:
+def stored(object_store: ObjectPath, digits: Digits) -> ObjectPath:
     """The model, the data and a cache of them, all in the store. Read only."""
     folder = object_store / "stored"
-    copy_tree(digits_model, folder / "model")
-    copy_tree(digits_data, folder / "data")
-    build(in_store(folder, digits_model, digits_data), say=lambda _: None)
+    copy_tree(digits.model, folder / "model")
+    copy_tree(digits.data, folder / "data")
+    build(in_store(folder, digits.model, digits.data), say=lambda _: None)
     return folder
 
 
-def in_store(stored: ObjectPath, model: Path, data: Path) -> Experiment:
-    """The experiment of `digits_experiment`, every place of it in the store."""
+def in_store(stored: ObjectPath, digits: Digits) -> Experiment:
+    """The experiment of `Digits.experiment`, every place of it in the store."""
     places = {
         "model.path": f"{stored}/model",
         "task.path": f"{stored}/data/new_train.parquet",
@@ -56,13 +56,13 @@ def in_store(stored: ObjectPath, model: Path, data: Path) -> Experiment:
         "craft.anchor_cache_dir": f"{stored}/anchors",
         "output_dir": f"{stored}/runs",
     }
-    return digits_experiment(model, data, Path("/nowhere"), places)
+    return digits.experiment(Path("/nowhere"), places)
 
 
 @pytest.fixture(scope="module")
-def on_disk(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def on_disk(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """The same experiment with its cache, on the disk."""
-    config = digits_experiment(digits_model, digits_data, tmp_path_factory.mktemp("disk"))
+    config = digits.experiment(tmp_path_factory.mktemp("disk"))
     build(config, say=lambda _: None)
     return config
 
@@ -94,12 +94,10 @@ def measured(folder: RunFolder) -> list[Record]:
     return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in folder.read_metrics()]
 
 
-def test_a_cache_is_the_same_in_both(
-    stored: ObjectPath, on_disk: Experiment, digits_model: Path, digits_data: Path
-) -> None:
+def test_a_cache_is_the_same_in_both(stored: ObjectPath, on_disk: Experiment, digits: Digits) -> None:
     assert on_disk.craft.anchor_cache_dir is not None
     assert read_manifest(stored / "anchors") == read_manifest(Path(on_disk.craft.anchor_cache_dir))
-    config = in_store(stored, digits_model, digits_data)
+    config = in_store(stored, digits)
     said: list[str] = []
     assert build(config, said.append).rows_computed == 0
     verify(stored / "anchors", config, 8, said.append)
@@ -107,9 +105,9 @@ def test_a_cache_is_the_same_in_both(
 
 
 def test_a_cache_without_its_manifest_or_a_part_of_a_shard_is_refused(
-    stored: ObjectPath, bucket: ObjectPath, digits_model: Path, digits_data: Path
+    stored: ObjectPath, bucket: ObjectPath, digits: Digits
 ) -> None:
-    config = in_store(stored, digits_model, digits_data).changed({"craft.anchor_cache_dir": f"{bucket}/anchors"})
+    config = in_store(stored, digits).changed({"craft.anchor_cache_dir": f"{bucket}/anchors"})
     copy_tree(stored / "anchors", bucket / "anchors")
     (bucket / "anchors" / "manifest.json").unlink()
     with pytest.raises(CacheRefused, match="is half-written"):
@@ -129,11 +127,11 @@ def test_a_cache_without_its_manifest_or_a_part_of_a_shard_is_refused(
 
 
 def test_a_run_is_the_same_in_both(
-    stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits_model: Path, digits_data: Path, tmp_path: Path
+    stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path
 ) -> None:
-    here = trained(on_disk.changed(scored(digits_data)), tmp_path / "run")
+    here = trained(on_disk.changed(digits.scored()), tmp_path / "run")
     data = {f"evaluation.{skill}.data.path": f"{stored}/data/{skill}_test.parquet" for skill in ("old", "new")}
-    config = in_store(stored, digits_model, digits_data).changed(scored(digits_data)).changed(data)
+    config = in_store(stored, digits).changed(digits.scored()).changed(data)
     there = trained(config, bucket / "run")
     assert measured(there) == measured(here)
     assert weights(there) == weights(here)
@@ -153,10 +151,10 @@ def test_a_run_is_the_same_in_both(
 
 
 def test_a_run_that_was_lost_goes_on_from_its_last_whole_checkpoint(
-    stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits_model: Path, digits_data: Path, tmp_path: Path
+    stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path
 ) -> None:
     here = trained(on_disk, tmp_path / "run")
-    config = in_store(stored, digits_model, digits_data)
+    config = in_store(stored, digits)
     folder = begun(config, bucket / "run")
     with mirrored_folder(folder) as copy:
         Run(config, copy, OneWorker(), NullObserver()).loop(until=5)
@@ -170,10 +168,10 @@ def test_a_run_that_was_lost_goes_on_from_its_last_whole_checkpoint(
 
 
 def test_a_pointer_follows_its_checkpoint_and_the_result_everything(
-    stored: ObjectPath, bucket: ObjectPath, digits_model: Path, digits_data: Path, monkeypatch: pytest.MonkeyPatch
+    stored: ObjectPath, bucket: ObjectPath, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each moment, what is in the store is whole."""
-    config = in_store(stored, digits_model, digits_data).changed(scored(digits_data))
+    config = in_store(stored, digits).changed(digits.scored())
     folder = begun(config, bucket / "run")
     upload, write = ObjectPath.upload, ObjectPath.write_bytes
 
@@ -202,10 +200,8 @@ def test_a_pointer_follows_its_checkpoint_and_the_result_everything(
     assert folder.finished() is not None
 
 
-def test_a_run_that_is_finished_is_not_begun_again(
-    stored: ObjectPath, bucket: ObjectPath, digits_model: Path, digits_data: Path
-) -> None:
-    config = in_store(stored, digits_model, digits_data).changed({"output_dir": str(bucket), "train.steps": 2})
+def test_a_run_that_is_finished_is_not_begun_again(stored: ObjectPath, bucket: ObjectPath, digits: Digits) -> None:
+    config = in_store(stored, digits).changed({"output_dir": str(bucket), "train.steps": 2})
     run = plan_run(config)
     carry_out(run)
     with pytest.raises(ConfigError, match=f"the run {bucket}/.* is finished"):
@@ -215,7 +211,7 @@ def test_a_run_that_is_finished_is_not_begun_again(
 @pytest.mark.ray
 @pytest.mark.cluster
 def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
-    stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits_model: Path, digits_data: Path, tmp_path: Path
+    stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path
 ) -> None:
     long = {"train.steps": 60, "train.checkpoint_every": 10}
     here = trained(on_disk.changed(long), tmp_path / "run")
@@ -223,7 +219,7 @@ def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
         "name": "lost", "output_dir": str(bucket), "craft.anchor_cache_dir": f"{bucket}/anchors",
         "anchors.actors": 2, "workers.num_workers": 1, **long,
     }  # fmt: skip
-    config = in_store(stored, digits_model, digits_data).changed(changes)
+    config = in_store(stored, digits).changed(changes)
     code, _, err = finish(command("anchors", "build", saved(config, tmp_path)))
     assert code == 0, err
     assert read_manifest(bucket / "anchors").content == read_manifest(stored / "anchors").content
@@ -248,10 +244,10 @@ def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
 @pytest.mark.ray
 @pytest.mark.cluster
 def test_a_sweep_is_the_same_in_both(
-    stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits_model: Path, digits_data: Path, tmp_path: Path
+    stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path
 ) -> None:
     space = parse_space({"train.learning_rate": {"loguniform": [5e-4, 4e-3]}}, "space.yaml")
-    changes = {**validated(digits_data), "objective.subject_to": {}, "sweep": {"samples": 3, "scheduler": "none"}}
+    changes = {**validated(digits.data), "objective.subject_to": {}, "sweep": {"samples": 3, "scheduler": "none"}}
 
     def swept(config: Experiment, path: StoragePath) -> SweepFolder:
         folder, plan = plan_sweep(config.changed({**changes, "workers.num_workers": 1}), space, path)
@@ -263,7 +259,7 @@ def test_a_sweep_is_the_same_in_both(
         return [[{k: v for k, v in r.items() if k not in timed} for r in t.reports()] for t in folder.trials()]
 
     here = swept(on_disk, tmp_path / "sweep")
-    there = swept(in_store(stored, digits_model, digits_data), bucket / "sweep")
+    there = swept(in_store(stored, digits), bucket / "sweep")
     assert told(there) == told(here)
     assert [trial.outcome().status for trial in there.trials()] == ["finished"] * 3
     names = {entry.name for entry in (bucket / "sweep").iterdir()}

@@ -24,6 +24,7 @@ from craft_ray.models import load_model
 from craft_ray.models.base import IGNORE, Batch, Model
 from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, ratio
 from craft_ray.workers import OneWorker
+from tests.support.experiments import Digits
 
 TEXTS = ["Call me Ishmael.", "To be", "All happy families", "It was the best of times", "Once"]
 
@@ -34,8 +35,8 @@ def text(text_model: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def digits(digits_model: Path) -> Model:
-    return load_model(ModelConfig(kind="vision_language", path=str(digits_model)), "fp32")
+def reader(digits: Digits) -> Model:
+    return load_model(ModelConfig(kind="vision_language", path=str(digits.model)), "fp32")
 
 
 def questions(path: Path, rows: Sequence[dict[str, Any]], metric: str, **settings: Any) -> tuple[Source, EvalSet]:
@@ -155,21 +156,21 @@ def test_margins_are_those_of_one_sequence_at_a_time(text: Model, tmp_path: Path
 
 
 def test_choices_of_several_samples_fill_a_pass_and_no_more(
-    digits: Model, digits_data: Path, monkeypatch: pytest.MonkeyPatch
+    reader: Model, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     columns = Columns(id="id", image="image", prompt="prompt", response="response", choices="choices")
-    data = DataConfig(path=str(digits_data / "old_val.parquet"), columns=columns, limit=7)
-    passes, log_probs = [], digits.token_log_probs
+    data = DataConfig(path=str(digits.data / "old_val.parquet"), columns=columns, limit=7)
+    passes, log_probs = [], reader.token_log_probs
 
     def counted(batch: Batch) -> tuple[Tensor, Tensor]:
         passes.append(batch.samples)
         return log_probs(batch)
 
-    monkeypatch.setattr(digits, "token_log_probs", counted)
+    monkeypatch.setattr(reader, "token_log_probs", counted)
     results = []
     for size in (1, 4, 64):
         eval_set = EvalSet(data=data, metric="choice", batch_size=size)
-        results.append(score(digits, (open_eval_set(eval_set, "evaluation.old"), eval_set)))
+        results.append(score(reader, (open_eval_set(eval_set, "evaluation.old"), eval_set)))
     assert passes == [1] * 70 + [4] * 10 + [4] * 7 + [2] + [64, 6]  # ten choices each, of 4 samples and of 3
     for result in results[1:]:
         assert [record["id"] for record in result.records] == [record["id"] for record in results[0].records]
@@ -215,13 +216,13 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(text_model: Path, 
     assert result.value == pytest.approx(model.module.config.vocab_size, rel=1e-5)
 
 
-def test_digits_read_from_images(digits: Model, digits_data: Path) -> None:
+def test_digits_read_from_images(reader: Model, digits: Digits) -> None:
     """An untrained reader; that the answers are scored against the images' own labels shows in its records."""
     columns = Columns(id="id", image="image", prompt="prompt", response="response", choices="choices")
-    data = DataConfig(path=str(digits_data / "old_val.parquet"), columns=columns, limit=40)
+    data = DataConfig(path=str(digits.data / "old_val.parquet"), columns=columns, limit=40)
     for metric in ("exact_match", "choice"):
         eval_set = EvalSet(data=data, metric=metric, max_new_tokens=2, batch_size=16)  # type: ignore[arg-type]
-        result = score(digits, (open_eval_set(eval_set, "evaluation.old"), eval_set))
+        result = score(reader, (open_eval_set(eval_set, "evaluation.old"), eval_set))
         assert result.samples == 40
         assert result.value == sum(r["prediction"] == r["response"] for r in result.records) / 40
         assert len({record["response"] for record in result.records}) == 10

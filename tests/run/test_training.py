@@ -35,14 +35,14 @@ from craft_ray.run.metrics import console_line, validation_line
 from craft_ray.run.training import TASK_STREAM, NullObserver, Run, learning_rate, train, training
 from craft_ray.tracking.tensorboard import TensorBoardObserver
 from craft_ray.workers import OneWorker
-from tests.support.experiments import ANSWERED, digits_experiment, scored
+from tests.support.experiments import ANSWERED, Digits
 
 
 @pytest.fixture(scope="module")
-def cached(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an anchor cache of the digits model."""
     folder = tmp_path_factory.mktemp("training")
-    build(digits_experiment(digits_model, digits_data, folder), say=lambda _: None)
+    build(digits.experiment(folder), say=lambda _: None)
     return folder
 
 
@@ -62,10 +62,8 @@ def measured(folder: RunFolder) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in folder.read_metrics()]
 
 
-def test_baseline_equals_a_plain_adamw_loop_bit_for_bit(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
-    config = digits_experiment(digits_model, digits_data, cached, {"craft.enabled": False})
+def test_baseline_equals_a_plain_adamw_loop_bit_for_bit(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    config = digits.experiment(cached, {"craft.enabled": False})
     ours = weights(carry_out(config, tmp_path / "run"))
 
     model = load_model(config.model, "fp32")
@@ -91,9 +89,9 @@ def test_baseline_equals_a_plain_adamw_loop_bit_for_bit(
 
 @pytest.mark.parametrize("changes", [{}, {"craft.retention_freq": 2, "craft.retention_mode": "token_ce"}])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    changes: dict, digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+    changes: dict, digits: Digits, cached: Path, tmp_path: Path
 ) -> None:
-    config = digits_experiment(digits_model, digits_data, cached, {"train.steps": 7, **changes})
+    config = digits.experiment(cached, {"train.steps": 7, **changes})
     whole = carry_out(config, tmp_path / "whole")
 
     cut = RunFolder(tmp_path / "cut")
@@ -110,9 +108,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 
 
 def test_a_restart_before_the_first_checkpoint_leaves_each_step_once(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+    digits: Digits, cached: Path, tmp_path: Path
 ) -> None:
-    config = digits_experiment(digits_model, digits_data, cached, {"train.checkpoint_every": 0})
+    config = digits.experiment(cached, {"train.checkpoint_every": 0})
     folder = RunFolder(tmp_path / "run")
     folder.begin(config, ["test"])
     Run(config, folder, OneWorker(), NullObserver()).loop(until=3)
@@ -154,9 +152,9 @@ def test_the_teachers_score_belongs_to_its_preprocessing_and_moves_with_the_run(
 
 
 def test_pruning_keeps_the_newest_checkpoint_beyond_a_million_steps(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+    digits: Digits, cached: Path, tmp_path: Path
 ) -> None:
-    model = load_model(digits_experiment(digits_model, digits_data, cached).model, "fp32")
+    model = load_model(digits.experiment(cached).model, "fp32")
     for step in (999_998, 999_999, 1_000_000):
         save_checkpoint(tmp_path / "checkpoints", model, TrainingState(step, {}, None, [], None), keep=2)
     assert last_checkpoint(tmp_path / "checkpoints").name == "step_1000000"
@@ -166,8 +164,8 @@ def test_pruning_keeps_the_newest_checkpoint_beyond_a_million_steps(
         last_checkpoint(tmp_path / "checkpoints")
 
 
-def test_surgery_fires_and_the_log_says_so(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> None:
-    records = measured(carry_out(digits_experiment(digits_model, digits_data, cached), tmp_path / "run"))
+def test_surgery_fires_and_the_log_says_so(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    records = measured(carry_out(digits.experiment(cached), tmp_path / "run"))
     assert records[0]["craft/grad_cos"] is None, "an untouched student has no retention gradient to compare"
     assert records[0]["craft/conflict"] is False
     assert any(record["craft/conflict"] for record in records)
@@ -175,8 +173,8 @@ def test_surgery_fires_and_the_log_says_so(digits_model: Path, digits_data: Path
         assert -1 <= record["craft/grad_cos"] <= 1
 
 
-def test_what_a_run_leaves_behind(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> None:
-    config = digits_experiment(digits_model, digits_data, cached, {**scored(digits_data), "train.keep_checkpoints": 2})
+def test_what_a_run_leaves_behind(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    config = digits.experiment(cached, {**digits.scored(), "train.keep_checkpoints": 2})
     folder = carry_out(config, tmp_path / "run")
     assert folder.config() == config
     assert sorted(p.name for p in folder.checkpoints.glob("step_*")) == ["step_000004", "step_000006"]
@@ -202,31 +200,25 @@ def test_what_a_run_leaves_behind(digits_model: Path, digits_data: Path, cached:
     assert again.weights_fingerprint() != load_model(config.model, "fp32").weights_fingerprint()
 
 
-def test_accumulation_minimises_the_same_loss(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
+def test_accumulation_minimises_the_same_loss(digits: Digits, cached: Path, tmp_path: Path) -> None:
     changes = {"train.steps": 2}
-    one = carry_out(digits_experiment(digits_model, digits_data, cached, changes), tmp_path / "one")
-    two = carry_out(
-        digits_experiment(digits_model, digits_data, cached, {**changes, "train.accumulate": 4}), tmp_path / "two"
-    )
+    one = carry_out(digits.experiment(cached, changes), tmp_path / "one")
+    two = carry_out(digits.experiment(cached, {**changes, "train.accumulate": 4}), tmp_path / "two")
     for a, b in zip(measured(one), measured(two), strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
 
 
-def test_bf16_starts_within_the_tolerance_of_bf16(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
-    config = digits_experiment(digits_model, digits_data, tmp_path, {"train.precision": "bf16", "train.steps": 2})
+def test_bf16_starts_within_the_tolerance_of_bf16(digits: Digits, tmp_path: Path) -> None:
+    config = digits.experiment(tmp_path, {"train.precision": "bf16", "train.steps": 2})
     build(config, say=lambda _: None)
     records = measured(carry_out(config, tmp_path / "run"))
     assert records[0]["craft/retention_loss"] < 1e-2
     assert all(math.isfinite(record["train/loss"]) for record in records)
 
 
-def test_the_console_line_has_the_documented_form(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
-    folder = carry_out(digits_experiment(digits_model, digits_data, cached), tmp_path / "run")
+def test_the_console_line_has_the_documented_form(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    folder = carry_out(digits.experiment(cached), tmp_path / "run")
     line = console_line(folder.read_metrics()[2], 6, "hidden")
     number = r"-?\d+\.\d{3}"
     small = rf"({number}|\d\.\d\de-\d\d)"
@@ -239,31 +231,27 @@ def test_the_console_line_has_the_documented_form(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+    digits: Digits, cached: Path, tmp_path: Path
 ) -> None:
-    config = digits_experiment(
-        digits_model, digits_data, cached, {"train.learning_rate": 1e30, "train.warmup_steps": 0, "train.steps": 50}
-    )
+    config = digits.experiment(cached, {"train.learning_rate": 1e30, "train.warmup_steps": 0, "train.steps": 50})
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(DataError, match=r"is nan at step \d+: look for NaN .* train.learning_rate"):
         train(config, folder, OneWorker(), NullObserver())
     assert not folder.checkpoints.exists(), "the second step's weights are not finite, and must not be saved"
 
 
-def test_craft_without_a_cache_is_no_baseline(digits_model: Path, digits_data: Path, tmp_path: Path) -> None:
-    config = digits_experiment(digits_model, digits_data, tmp_path, {"craft.anchor_cache_dir": None})
+def test_craft_without_a_cache_is_no_baseline(digits: Digits, tmp_path: Path) -> None:
+    config = digits.experiment(tmp_path, {"craft.anchor_cache_dir": None})
     with pytest.raises(ConfigError, match=r"craft\.anchor_cache_dir names no cache"):
         train(config, RunFolder(tmp_path / "run"), OneWorker(), NullObserver())
 
 
-def test_resuming_with_another_cache_is_refused(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
-    config = digits_experiment(digits_model, digits_data, cached)
+def test_resuming_with_another_cache_is_refused(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    config = digits.experiment(cached)
     folder = RunFolder(tmp_path / "run")
     folder.begin(config, ["test"])
     Run(config, folder, OneWorker(), NullObserver()).loop(until=3)
-    other = digits_experiment(digits_model, digits_data, tmp_path, {"anchors.source.limit": 40})
+    other = digits.experiment(tmp_path, {"anchors.source.limit": 40})
     build(other, say=lambda _: None)
     with pytest.raises(CacheRefused, match="resume with the cache it began with"):
         train(other, folder, OneWorker(), NullObserver())
@@ -289,8 +277,8 @@ except StorageError as error:
 """
 
 
-def test_a_full_disk_damages_no_checkpoint(digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path) -> None:
-    config = digits_experiment(digits_model, digits_data, cached)
+def test_a_full_disk_damages_no_checkpoint(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    config = digits.experiment(cached)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     script = FULL_DISK.format(
         root=str(Path(__file__).parents[2]), config=str(tmp_path / "config.yaml"), run=str(tmp_path / "run")
@@ -321,16 +309,14 @@ def looked_at(data: Path, every: int, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def watched(digits_model: Path, digits_data: Path, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def watched(digits: Digits, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run that went undisturbed and was looked at after each step. Read only."""
-    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 1))
+    config = digits.experiment(cached, looked_at(digits.data, 1))
     return carry_out(config, tmp_path_factory.mktemp("watched") / "run")
 
 
-def test_looking_changes_nothing(
-    watched: RunFolder, digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
-    blind = carry_out(digits_experiment(digits_model, digits_data, cached, {"train.log_every": 4}), tmp_path / "run")
+def test_looking_changes_nothing(watched: RunFolder, digits: Digits, cached: Path, tmp_path: Path) -> None:
+    blind = carry_out(digits.experiment(cached, {"train.log_every": 4}), tmp_path / "run")
     assert measured(watched) == measured(blind)
     ours, theirs = weights(watched), weights(blind)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -339,10 +325,8 @@ def test_looking_changes_nothing(
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [6]), (4, [4, 6]), (9, [6])])
-def test_when_a_run_is_looked_at(
-    every: int, steps: list[int], digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
-    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, every))
+def test_when_a_run_is_looked_at(every: int, steps: list[int], digits: Digits, cached: Path, tmp_path: Path) -> None:
+    config = digits.experiment(cached, looked_at(digits.data, every))
     folder = carry_out(config, tmp_path / "run")
     looks = folder.read_validation()
     assert [look["step"] for look in looks] == steps
@@ -368,8 +352,7 @@ def test_a_resumed_run_has_each_look_once(
     closed_at: int,
     lost: bool,
     watched: RunFolder,
-    digits_model: Path,
-    digits_data: Path,
+    digits: Digits,
     cached: Path,
     tmp_path: Path,
 ) -> None:
@@ -378,7 +361,7 @@ def test_a_resumed_run_has_each_look_once(
         lost: the process went while it wrote the look down, after the checkpoint of the same step where there is one.
     """
     changes = {"train.checkpoint_every": checkpoint_every, "train.keep_checkpoints": 1 if checkpoint_every else 0}
-    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, every, **changes))
+    config = digits.experiment(cached, looked_at(digits.data, every, **changes))
     cut = RunFolder(tmp_path / "run")
     cut.begin(config, ["test"])
     with closing(training(config, cut, OneWorker(), NullObserver())) as looks:
@@ -392,10 +375,8 @@ def test_a_resumed_run_has_each_look_once(
     assert measured(cut) == measured(watched)
 
 
-def test_a_run_that_was_lost_after_its_last_look_is_concluded(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
-    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 3))
+def test_a_run_that_was_lost_after_its_last_look_is_concluded(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    config = digits.experiment(cached, looked_at(digits.data, 3))
     folder = RunFolder(tmp_path / "run")
     folder.begin(config, ["test"])
     with closing(training(config, folder, OneWorker(), NullObserver())) as looks:
@@ -407,10 +388,8 @@ def test_a_run_that_was_lost_after_its_last_look_is_concluded(
     assert folder.read_validation() == seen
 
 
-def test_a_run_that_is_closed_at_a_look_is_left_open_for_others(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
-    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 2))
+def test_a_run_that_is_closed_at_a_look_is_left_open_for_others(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    config = digits.experiment(cached, looked_at(digits.data, 2))
     folder = RunFolder(tmp_path / "run")
     folder.begin(config, ["test"])
     with closing(training(config, folder, OneWorker(), NullObserver())) as looks:
@@ -420,10 +399,8 @@ def test_a_run_that_is_closed_at_a_look_is_left_open_for_others(
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is still held
 
 
-def test_validation_is_in_tensorboard_beside_the_steps(
-    digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
-) -> None:
-    config = digits_experiment(digits_model, digits_data, cached, looked_at(digits_data, 2))
+def test_validation_is_in_tensorboard_beside_the_steps(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    config = digits.experiment(cached, looked_at(digits.data, 2))
     folder = RunFolder(tmp_path / "run")
     folder.begin(config, ["test"])
     with TensorBoardObserver(folder.path / "tensorboard", NullObserver(), enabled=True) as observer:
@@ -451,20 +428,20 @@ def test_the_line_of_a_look() -> None:
 
 @pytest.mark.parametrize("checkpoint_every", [0, 2])
 def test_a_run_that_keeps_no_checkpoints_leaves_none(
-    checkpoint_every: int, digits_model: Path, digits_data: Path, cached: Path, tmp_path: Path
+    checkpoint_every: int, digits: Digits, cached: Path, tmp_path: Path
 ) -> None:
     changes = {"train.keep_checkpoints": 0, "train.checkpoint_every": checkpoint_every}
-    config = digits_experiment(digits_model, digits_data, cached, changes)
+    config = digits.experiment(cached, changes)
     folder = carry_out(config, tmp_path / "run")
     assert not folder.checkpoints.exists()
     assert folder.finished()["steps"] == 6
 
 
 def test_runs_of_one_process_share_what_is_preprocessed(
-    cached: Path, digits_model: Path, digits_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cached: Path, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And their numbers do not depend on it."""
-    config = digits_experiment(digits_model, digits_data, cached, scored(digits_data))
+    config = digits.experiment(cached, digits.scored())
     made: list[str] = []
     preprocess = VisionLanguageModel.preprocess
 

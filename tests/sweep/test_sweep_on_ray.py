@@ -36,7 +36,7 @@ from craft_ray.config import Experiment, dump_config, load_config
 from craft_ray.errors import ConfigError, CraftError
 from craft_ray.sweep.space import parse_space
 from craft_ray.sweep.trials import SweepFolder, TrialFolder
-from tests.support.experiments import digits_experiment
+from tests.support.experiments import Digits
 from tests.sweep.test_trials import snapshot, untimed, validated
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -71,12 +71,12 @@ def own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def base(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def base(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """A config of one worker with an anchor cache, validation data and an objective. No trial is stopped early."""
     folder = tmp_path_factory.mktemp("sweeps")
     objective = {"maximize": "new/ratio", "subject_to": {"heldout/violation": f"<= {FORGETFUL}"}}
-    changes = {**validated(digits_data), "objective": objective, "sweep": {"samples": 1, "scheduler": "none"}}
-    config = digits_experiment(digits_model, digits_data, folder, changes)
+    changes = {**validated(digits.data), "objective": objective, "sweep": {"samples": 1, "scheduler": "none"}}
+    config = digits.experiment(folder, changes)
     build(config, say=lambda _: None)
     return config.changed({"workers.num_workers": 1})
 

@@ -33,7 +33,7 @@ from craft_ray.sweep.results import read_results, write_results
 from craft_ray.sweep.space import Params, parse_space
 from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder, seeds, trial_config
 from craft_ray.workers import OneWorker
-from tests.support.experiments import ANSWERED, digits_experiment, scored
+from tests.support.experiments import ANSWERED, Digits
 
 KNOBS: dict[str, Any] = {
     "craft.lambda_lr": {"loguniform": [0.02, 0.5]},
@@ -58,11 +58,11 @@ def validated(data: Path, limit: int = 24) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def base(digits_model: Path, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def base(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """A config with an anchor cache, validation and evaluation data, and an objective."""
     folder = tmp_path_factory.mktemp("sweep")
-    changes = {**validated(digits_data), **scored(digits_data)}
-    config = digits_experiment(digits_model, digits_data, folder, changes)
+    changes = {**validated(digits.data), **digits.scored()}
+    config = digits.experiment(folder, changes)
     build(config, say=lambda _: None)
     return config
 

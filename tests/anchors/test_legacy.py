@@ -76,7 +76,7 @@ def digits_shards(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def digits(digits: Digits, digits_shards: Path, tmp_path: Path) -> Experiment:
+def pictures(digits: Digits, digits_shards: Path, tmp_path: Path) -> Experiment:
     """A config of an import, and its legacy shards in `tmp_path / legacy`."""
     shutil.copytree(digits_shards, tmp_path / "legacy")
     return digits_import(digits, tmp_path)
@@ -115,7 +115,7 @@ def trained(config: Experiment, path: Path) -> list[dict]:
     return folder.read_metrics()
 
 
-@pytest.mark.parametrize("kind", ["digits", "prose"])
+@pytest.mark.parametrize("kind", ["pictures", "prose"])
 def test_an_imported_cache_holds_every_row_and_trains(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -130,7 +130,7 @@ def test_an_imported_cache_holds_every_row_and_trains(
     check_files(folder, manifest)
     ids = table(folder)["id"].to_pylist()
     expected = [f"shard_000:{i}" for i in range(7)] + [f"shard_001:{i}" for i in range(5)]
-    assert ids == (expected if kind == "digits" else [f"shard_0:{i}" for i in range(ROWS)])
+    assert ids == (expected if kind == "pictures" else [f"shard_0:{i}" for i in range(ROWS)])
     anchors = open_anchors(folder)
     assert {len(anchors.suffix(row)) for row in range(ROWS)} <= {1, 2}
     model = teacher(config)
@@ -139,7 +139,7 @@ def test_an_imported_cache_holds_every_row_and_trains(
         features = model.preprocess(source[row])
         input_ids, pixels = anchors.tensors(row)
         np.testing.assert_array_equal(input_ids, features.tokens["input_ids"].numpy())
-        if kind == "digits":
+        if kind == "pictures":
             np.testing.assert_array_equal(pixels, features.images["pixel_values"][0].numpy())
 
     for mode in ("hidden", "token_ce"):
@@ -179,9 +179,9 @@ class Harmful:
         return os.mkdir, (str(self.mark),)
 
 
-def test_a_pickle_with_code_is_not_run(digits: Experiment, tmp_path: Path) -> None:
+def test_a_pickle_with_code_is_not_run(pictures: Experiment, tmp_path: Path) -> None:
     torch.save({"input_ids": Harmful(tmp_path / "harm")}, tmp_path / "legacy" / "shard_000.pt")
-    refused(digits, tmp_path, CacheRefused, 4, "shard_000.pt", "a pickle that runs code is not loaded")
+    refused(pictures, tmp_path, CacheRefused, 4, "shard_000.pt", "a pickle that runs code is not loaded")
     assert not (tmp_path / "harm").exists()
 
 
@@ -205,7 +205,7 @@ def test_a_pickle_with_code_is_not_run(digits: Experiment, tmp_path: Path) -> No
     ],
 )
 def test_shards_that_do_not_fit_name_both_sides(
-    edit: Callable[[dict], Any], parts: list[str], digits: Experiment, tmp_path: Path
+    edit: Callable[[dict], Any], parts: list[str], pictures: Experiment, tmp_path: Path
 ) -> None:
     def edited(content: dict) -> Any:
         result = edit(content)
@@ -213,35 +213,35 @@ def test_shards_that_do_not_fit_name_both_sides(
 
     change(tmp_path, edited)
     code = 1 if "anchors.dtype" in parts else 4
-    refused(digits, tmp_path, CraftError, code, *parts)
+    refused(pictures, tmp_path, CraftError, code, *parts)
 
 
-def test_vectors_that_the_teacher_does_not_give_are_refused(digits: Experiment, tmp_path: Path) -> None:
+def test_vectors_that_the_teacher_does_not_give_are_refused(pictures: Experiment, tmp_path: Path) -> None:
     change(tmp_path, lambda c: {**c, "teacher_hidden": c["teacher_hidden"].flip(1), "meta": {}}, "shard_001.pt")
-    refused(digits, tmp_path, CacheRefused, 4, "anchor shard_001:", "float16 storage explains 1e-06")
-    imported(digits, tmp_path, check=False)
-    model = teacher(digits)
-    student = open_for_student(digits, model, model.weights_fingerprint())
+    refused(pictures, tmp_path, CacheRefused, 4, "anchor shard_001:", "float16 storage explains 1e-06")
+    imported(pictures, tmp_path, check=False)
+    model = teacher(pictures)
+    student = open_for_student(pictures, model, model.weights_fingerprint())
     with pytest.raises(CacheRefused, match="away from the cached teacher"):
         check_untouched(student, range(ROWS), 4, OneWorker())  # training would have found it, too
 
 
 def test_labels_that_are_not_the_teachers_are_refused_unless_they_are_called_so(
-    digits: Experiment, tmp_path: Path
+    pictures: Experiment, tmp_path: Path
 ) -> None:
     change(tmp_path, lambda c: {**c, "labels": torch.full((7, 1), 9)})
     change(tmp_path, lambda c: {**c, "labels": torch.full((5, 1), 9)}, "shard_001.pt")
-    tokens = digits.changed({"anchors.modes": ["token_ce"]})
+    tokens = pictures.changed({"anchors.modes": ["token_ce"]})
     refused(tokens, tmp_path, CacheRefused, 4, "of 8 cached suffix tokens", "anchors.suffix_from")
     imported(tokens.changed({"anchors.suffix_from": "response"}), tmp_path)
-    assert table(cache_folder(digits))["suffix"].to_pylist() == [[9]] * ROWS
+    assert table(cache_folder(pictures))["suffix"].to_pylist() == [[9]] * ROWS
 
 
 @pytest.mark.parametrize("shape", ["BLD", "BVD", "BD"])
-def test_shorter_shapes_of_vectors(shape: str, digits: Experiment, tmp_path: Path) -> None:
+def test_shorter_shapes_of_vectors(shape: str, pictures: Experiment, tmp_path: Path) -> None:
     layers = [3, 4] if "L" in shape else [4]
     positions = ["vision_mean", "text_last"] if "V" in shape else ["text_last"]
-    config = digits.changed({"anchors.layers": layers, "anchors.positions": positions, "anchors.modes": ["hidden"]})
+    config = pictures.changed({"anchors.layers": layers, "anchors.positions": positions, "anchors.modes": ["hidden"]})
     for number, rows in enumerate((range(7), range(7, ROWS))):
         content = legacy_shard(config, teacher(config), rows, positions, layers)
         vectors = content.pop("teacher_hidden")
@@ -253,44 +253,44 @@ def test_shorter_shapes_of_vectors(shape: str, digits: Experiment, tmp_path: Pat
     assert imported(config, tmp_path)[0].startswith("the model reproduces 8 anchors")
 
 
-def test_positions_of_many_vectors_are_refused(digits: Experiment, tmp_path: Path) -> None:
-    config = digits.changed({"anchors.positions": ["all"]})
+def test_positions_of_many_vectors_are_refused(pictures: Experiment, tmp_path: Path) -> None:
+    config = pictures.changed({"anchors.positions": ["all"]})
     refused(config, tmp_path, ConfigError, 2, "anchors.positions has all", "one vector a position")
 
 
-def test_no_shards_there(digits: Experiment, tmp_path: Path) -> None:
+def test_no_shards_there(pictures: Experiment, tmp_path: Path) -> None:
     for path in (tmp_path / "legacy").iterdir():
         path.unlink()
-    refused(digits, tmp_path, ConfigError, 2, "no legacy shards in", "shard_*.pt")
+    refused(pictures, tmp_path, ConfigError, 2, "no legacy shards in", "shard_*.pt")
 
 
-def test_a_truncated_shard_leaves_nothing_behind(digits: Experiment, tmp_path: Path) -> None:
+def test_a_truncated_shard_leaves_nothing_behind(pictures: Experiment, tmp_path: Path) -> None:
     path = tmp_path / "legacy" / "shard_001.pt"
     path.write_bytes(path.read_bytes()[:-200])
-    refused(digits, tmp_path, CacheRefused, 4, "shard_001.pt is damaged")
+    refused(pictures, tmp_path, CacheRefused, 4, "shard_001.pt is damaged")
 
 
-def test_an_import_that_was_killed_is_started_again(digits: Experiment, tmp_path: Path) -> None:
-    half = tmp_path / f".{cache_folder(digits).name}.1234.tmp" / "shards"
+def test_an_import_that_was_killed_is_started_again(pictures: Experiment, tmp_path: Path) -> None:
+    half = tmp_path / f".{cache_folder(pictures).name}.1234.tmp" / "shards"
     half.mkdir(parents=True)
     (half / "shard-00000.parquet").write_bytes(b"PAR1 half")
-    imported(digits, tmp_path)
-    assert len(table(cache_folder(digits))) == ROWS
+    imported(pictures, tmp_path)
+    assert len(table(cache_folder(pictures))) == ROWS
     assert not half.parent.exists()
 
 
-def test_another_cache_in_the_place_is_left_alone(digits: Experiment, tmp_path: Path) -> None:
-    imported(digits, tmp_path)
-    manifest = read_manifest(cache_folder(digits))
+def test_another_cache_in_the_place_is_left_alone(pictures: Experiment, tmp_path: Path) -> None:
+    imported(pictures, tmp_path)
+    manifest = read_manifest(cache_folder(pictures))
     with pytest.raises(
         CacheRefused, match=r"holds a cache with dtype float16, this import makes one with dtype float32"
     ):
-        imported(digits.changed({"anchors.dtype": "float32"}), tmp_path)
-    assert read_manifest(cache_folder(digits)) == manifest
+        imported(pictures.changed({"anchors.dtype": "float32"}), tmp_path)
+    assert read_manifest(cache_folder(pictures)) == manifest
 
 
 def test_a_failed_write_leaves_nothing_behind(
-    digits: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from craft_ray.anchors import importing
 
@@ -298,4 +298,4 @@ def test_a_failed_write_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(importing, "write_manifest", full)
-    refused(digits, tmp_path, StorageError, 1, "No space left on device", "could not be written")
+    refused(pictures, tmp_path, StorageError, 1, "No space left on device", "could not be written")

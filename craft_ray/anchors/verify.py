@@ -15,6 +15,7 @@ from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused
 from craft_ray.method.pooling import Vectors
 from craft_ray.models.base import Model
+from craft_ray.models.capabilities import token_model
 from craft_ray.retention.batches import AnchorBatch, AnchorBatches
 from craft_ray.retention.losses import hidden_loss
 from craft_ray.retention.student import check_model
@@ -120,7 +121,7 @@ def _compare_tokens(model: Model, anchors: AnchorSet, rows: Sequence[int]) -> tu
     tokens, wrong = 0, [0] * len(rows)
     for start in range(0, len(rows), BATCH):
         batch: AnchorBatch = batches.batch(rows[start : start + BATCH]).to(model.device)
-        _, likeliest_BP = model.token_log_probs(batch.inputs)
+        _, likeliest_BP = token_model(model).token_log_probs(batch.inputs)
         tokens += batch.inputs.tokens
         wrong[start : start + BATCH] = (~likeliest_BP).sum(1).tolist()
     equal = tokens - sum(wrong)

@@ -26,7 +26,7 @@ from craft_ray.config import Experiment
 from craft_ray.data.sampler import StepSampler
 from craft_ray.errors import ConfigError
 from craft_ray.lerobot.folder import folder_around
-from craft_ray.lerobot.policy import policy_of
+from craft_ray.lerobot.kinds import policy_of
 from craft_ray.method.dual import DualState, epsilon_at
 from craft_ray.method.gradients import GradientPair
 from craft_ray.method.step import craft_step

@@ -14,6 +14,7 @@ from craft_ray.config import RetentionMode
 from craft_ray.errors import CacheRefused
 from craft_ray.method.pooling import Vectors
 from craft_ray.models.base import Batch, Features, Model
+from craft_ray.models.capabilities import tensor_model, token_model
 from craft_ray.models.features import FeatureCache, Shelves
 from craft_ray.retention.losses import hidden_loss
 
@@ -71,8 +72,9 @@ class AnchorBatches:
         suffix = self.anchors.suffix(row) if self._with_suffix else None
         if self.anchors.identity.inputs == "tensors":
             input_ids, pixels = self.anchors.tensors(row)
-            return self.model.from_tensors(input_ids, pixels, suffix)
-        return self.model.preprocess(self.anchors.sample(row), suffix)
+            return tensor_model(self.model).from_tensors(input_ids, pixels, suffix)
+        sample = self.anchors.sample(row)
+        return self.model.preprocess(sample) if suffix is None else token_model(self.model).preprocess(sample, suffix)
 
     def batch(self, rows: Sequence[int]) -> AnchorBatch:
         """The anchors of these rows, on the host."""
@@ -108,5 +110,5 @@ class AnchorBatches:
     def loss(self, batch: AnchorBatch, loss_type: str) -> Tensor:
         """L_ret of a batch: float32, on the device."""
         if batch.teacher is None:
-            return self.model.token_loss(batch.inputs)
+            return token_model(self.model).token_loss(batch.inputs)
         return hidden_loss(self.student_vectors(batch), batch.teacher, loss_type)

@@ -5,7 +5,7 @@
                  mse            |s - t|^2 / D
                  cosine         1 - <s, t> / (|s| |t|)
                  l1             |s - t|_1 / D
-    token_ce   cross-entropy of the teacher's own greedy suffix tokens, in nats a token
+    token_ce   cross-entropy of the teacher's own greedy suffix tokens, in nats a token: the model's own `token_loss`
 
 Every sample weighs the same however many vectors it has, so the mean over workers is the mean over the batch.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity
 
 from craft_ray.method.pooling import Vectors
 
@@ -48,8 +48,3 @@ def hidden_loss(student: Vectors, teacher: Vectors, loss_type: str = "relative_m
     valid_BV = teacher.valid_BV
     per_vector_BV = torch.where(valid_BV, distance_BLV.mean(1), 0.0)
     return (per_vector_BV.sum(1) / valid_BV.sum(1)).mean()
-
-
-def token_loss(logits_NV: Tensor, targets_N: Tensor, count: int) -> Tensor:
-    """Mean cross-entropy of N target tokens of which `count` are real and the others are -100, in nats, float32."""
-    return cross_entropy(logits_NV.float(), targets_N, ignore_index=-100, reduction="sum") / count

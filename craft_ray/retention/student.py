@@ -11,7 +11,8 @@ from craft_ray.anchors.reader import check_contains, check_identity, open_anchor
 from craft_ray.anchors.schema import STEP0_AGREEMENT, STEP0_TOLERANCE
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused
-from craft_ray.models.base import Model, resolve_layers
+from craft_ray.models.base import Model, evaluating, resolve_layers
+from craft_ray.models.capabilities import token_model
 from craft_ray.models.features import Shelves
 from craft_ray.retention.batches import AnchorBatch, AnchorBatches
 from craft_ray.storage.paths import StoragePath, storage_path
@@ -127,7 +128,8 @@ def check_untouched(anchors: AnchorBatches, rows: Sequence[int], batch_size: int
 
 def _agreement(anchors: AnchorBatches, batches: Sequence[AnchorBatch], workers: Workers) -> float:
     """The part of the cached tokens that are the student's likeliest."""
-    wrong = sum(int((~anchors.model.token_log_probs(batch.inputs.to(workers.device))[1]).sum()) for batch in batches)
+    model = token_model(anchors.model)
+    wrong = sum(int((~model.token_log_probs(batch.inputs.to(workers.device))[1]).sum()) for batch in batches)
     return 1 - wrong / sum(batch.inputs.tokens for batch in batches)
 
 
@@ -136,13 +138,11 @@ def heldout_loss(
     anchors: AnchorBatches, rows: Sequence[int], batch_size: int, loss_type: str, workers: Workers
 ) -> float:
     """L_ret over `rows`, each worker taking its share."""
-    was_training = anchors.model.module.training
-    anchors.model.module.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=workers.device)
     mine = rows[workers.rank :: workers.world_size]
-    for start in range(0, len(mine), batch_size):
-        batch = anchors.batch(mine[start : start + batch_size]).to(workers.device)
-        sums += torch.stack([anchors.loss(batch, loss_type).double() * batch.count, sums.new_tensor(batch.count)])
-    anchors.model.module.train(was_training)
+    with evaluating(anchors.model.module):
+        for start in range(0, len(mine), batch_size):
+            batch = anchors.batch(mine[start : start + batch_size]).to(workers.device)
+            sums += torch.stack([anchors.loss(batch, loss_type).double() * batch.count, sums.new_tensor(batch.count)])
     workers.all_reduce(sums)
     return float(sums[0] / sums[1])

@@ -241,8 +241,7 @@ class Run:
     # -- data
 
     def _preprocess_task(self, row: int) -> Any:
-        sample = self.task[row]
-        return self.model.preprocess(sample, self.model.response_tokens(sample))
+        return self.model.preprocess_task(self.task[row])
 
     def _shelf(self, data: DataConfig) -> Shelf:
         # Rows are the same however many are read.

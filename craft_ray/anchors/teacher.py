@@ -46,8 +46,9 @@ class Teacher:
             if self.schema.has_suffix:
                 suffixes = columns["suffix"] = self.suffixes(samples, prompts)
                 if "suffix" in self.schema.positions and self.schema.has_hidden:
+                    # Decoding an image is expensive, so its prompt is extended and not preprocessed again.
                     model = token_model(self.model)
-                    features = [model.preprocess(s, t) for s, t in zip(samples, suffixes, strict=True)]
+                    features = [model.with_suffix(*one) for one in zip(prompts, suffixes, ids, strict=True)]
             if self.schema.has_hidden:
                 for position, rows in self.vectors(ids, features).items():
                     columns[hidden_column(position)] = vectors_array(rows, self.schema.vector_size, self.schema.dtype)

@@ -6,8 +6,9 @@ again. So what an interruption leaves is nothing, and an import is repeated by s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,6 @@ from craft_ray.anchors.legacy import LegacyRows, LegacyShards
 from craft_ray.anchors.manifest import MANIFEST, SHARDS, Identity, Manifest, Shard, read_manifest, write_manifest
 from craft_ray.anchors.schema import ROW_GROUP, CacheSchema, hidden_column, vectors_array
 from craft_ray.anchors.storage import stored
-from craft_ray.anchors.verify import Agreement, reforward
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.models.base import Model
@@ -26,6 +26,9 @@ from craft_ray.storage.paths import StoragePath, remove_tree
 
 ONE_VECTOR = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token")
 """Positions with exactly one vector a sample: what a legacy tensor can hold."""
+
+
+Checked = TypeVar("Checked")
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,23 @@ class _Unread:
 
 
 def import_shards(
-    shards: LegacyShards, folder: StoragePath, config: Experiment, model: Model, check_rows: int
-) -> tuple[Manifest, Agreement | None]:
-    """Write the cache, compare `check_rows` of it with the model, and put it in its place.
+    shards: LegacyShards,
+    folder: StoragePath,
+    config: Experiment,
+    model: Model,
+    check: Callable[[StoragePath, Manifest], Checked] | None,
+) -> tuple[Manifest, Checked | None]:
+    """Write the cache, check it, and put it in its place.
+
+    Args:
+        check: compares the written cache with the model; what it raises leaves no cache behind.
+
+    Returns:
+        The manifest, and what `check` found; None where the cache was there already.
 
     Raises:
         ConfigError: a position has more than one vector.
-        CacheRefused: the shards do not fit the config, or the model gives something else than they hold.
+        CacheRefused: the shards do not fit the config.
     """
     identity = identity_of(config, model, _Unread(shards.fingerprint)).model_copy(update={"inputs": "tensors"})
     ragged = [p for p in identity.positions if p not in ONE_VECTOR]
@@ -75,8 +88,8 @@ def import_shards(
         identity = identity.model_copy(update={"rows": rows, "pixel_shape": shape})
         manifest = manifest_of(temporary, identity, written)
         write_manifest(temporary, manifest)
-        agreement = reforward(temporary, manifest, config, model, check_rows) if check_rows else None
-    return manifest, agreement
+        checked = check(temporary, manifest) if check is not None else None
+    return manifest, checked
 
 
 def _found(folder: StoragePath, identity: Identity) -> Manifest:

@@ -16,9 +16,10 @@ import torch
 from craft_pipelines import cli
 
 from craft_ray.anchors.manifest import read_manifest
-from craft_ray.anchors.verify import check_files, reforward
+from craft_ray.anchors.verify import check_files
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import CacheRefused, ConfigError, CraftError, DataError
+from craft_ray.retention.reforward import reforward
 from craft_ray.retention.student import check_untouched, open_for_student
 from craft_ray.workers import OneWorker
 from tests.support.caches import built, cache_folder, json_lines, prompts, shards, teacher, text_experiment

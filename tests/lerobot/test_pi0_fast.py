@@ -29,7 +29,7 @@ from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.reader import open_anchors
 from craft_ray.anchors.schema import STEP0_AGREEMENT
-from craft_ray.anchors.verify import check_files, reforward
+from craft_ray.anchors.verify import check_files
 from craft_ray.config import DataConfig, EvalSet, Experiment, ModelConfig, parse_config
 from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
@@ -42,6 +42,7 @@ from craft_ray.method.pooling import Vectors
 from craft_ray.models import load_model
 from craft_ray.models.base import IGNORE
 from craft_ray.retention.batches import AnchorBatches
+from craft_ray.retention.reforward import reforward
 from craft_ray.retention.student import check_untouched
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.scoring import EvalData, evaluate, open_eval_set

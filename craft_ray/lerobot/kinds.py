@@ -6,7 +6,7 @@ import torch
 
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.lerobot.act import ACT
-from craft_ray.lerobot.folder import PolicyFolder, load_folder
+from craft_ray.lerobot.folder import SUPPORTED, PolicyFolder, load_folder
 from craft_ray.lerobot.pi0_fast import PI0Fast
 from craft_ray.lerobot.pi05 import PI05
 from craft_ray.lerobot.policy import LeRobotPolicy
@@ -14,6 +14,7 @@ from craft_ray.lerobot.smolvla import SmolVLA
 
 KINDS: dict[str, type[LeRobotPolicy]] = {"pi0_fast": PI0Fast, "pi05": PI05, "smolvla": SmolVLA, "act": ACT}
 """By LeRobot's name of the type."""
+assert KINDS.keys() == set(SUPPORTED), "a folder is refused by its type before anything of it is loaded"
 
 
 def load_policy(config: ModelConfig, precision: Precision, device: torch.device, weights: str | None) -> LeRobotPolicy:

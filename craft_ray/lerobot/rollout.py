@@ -94,9 +94,9 @@ class Rollouts:
             ConfigError: the model is no policy, the simulator does not show what it looks at or take what it returns,
                 or cannot be made.
         """
-        if not isinstance(model, LeRobotPolicy):
+        if model.kind != "lerobot":
             raise ConfigError(f"{self._key}: only a policy acts in a simulator, model.kind is {model.kind}")
-        policy = model
+        policy = cast("LeRobotPolicy", model)
         size = cast("tuple[int, int]", policy.features[policy.cameras[0]][1:]) if policy.cameras else NO_CAMERA
         if size != self._size or not self._simulations:
             self.close()

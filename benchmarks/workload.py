@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from craft_ray.method.pooling import Layout, Pooling, Vectors
-from craft_ray.models.losses import token_loss
+from craft_ray.models.tokens import token_loss
 from craft_ray.retention.hidden import hidden_loss
 
 

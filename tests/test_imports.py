@@ -1,12 +1,18 @@
-"""What an import costs and what it must not bring: Ray stays in `pipelines`, the configuration needs no torch."""
+"""What an import costs and what it must not bring: Ray stays in `pipelines`, the configuration needs no torch. And,
+from the source, which way imports point: from room to room in one direction, and from module to module in no circle."""
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import json
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+import craft_pipelines
 import pytest
 
 import craft_ray
@@ -50,3 +56,119 @@ def test_the_method_is_torch_only() -> None:
     method = [name for name in MODULES if name.startswith("craft_ray.method")]
     assert len(method) > 5
     assert not loaded_by(*method) & {"transformers", "datasets", "pyarrow", "ray"}
+
+
+# -- from the source: also imports inside functions, but not those that only a type checker reads
+
+
+def sources() -> dict[str, Path]:
+    """The file of each module of both packages."""
+    found = {}
+    for package in (craft_ray, craft_pipelines):
+        assert package.__file__ is not None
+        root = Path(package.__file__).parent
+        for file in root.rglob("*.py"):
+            parts = file.relative_to(root.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+SOURCES = sources()
+
+
+def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import statement below a node that is executed at some time."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in child.orelse:
+                yield from statements(ast.Module([other], []))
+        else:
+            yield from statements(child)
+
+
+def imported(text: str) -> set[str]:
+    """The modules that a source imports; of `from package import name` the submodule, where `name` is one of ours."""
+    names: set[str] = set()
+    for statement in statements(ast.parse(text)):
+        if isinstance(statement, ast.Import):
+            names.update(alias.name for alias in statement.names)
+        else:
+            assert statement.module is not None, "imports are absolute"
+            assert not statement.level, "imports are absolute"
+            full = {f"{statement.module}.{alias.name}" for alias in statement.names}
+            names |= {name if name in SOURCES else statement.module for name in full}
+    return names
+
+
+IMPORTS = {module: imported(file.read_text()) for module, file in SOURCES.items()}
+
+FLOORS = (
+    ("errors", "quiet", "workers", "shipped", "storage"),
+    ("config",),
+    ("method",),
+    ("data", "models", "lerobot"),
+    ("anchors",),
+    ("retention",),
+    ("run",),
+    ("tracking", "report", "sweep", "examples", "lerobot.hook"),
+)
+"""The rooms of craft_ray, from the lowest up: a room imports its own floor and those below it. LeRobot's loop with
+CRaFT's step in it is a user of the whole, beside `craft_pipelines`."""
+
+
+def floor(module: str) -> int:
+    package, _, inside = module.partition(".")
+    if package == "craft_pipelines":
+        return len(FLOORS)
+    if not inside:
+        return 0  # the version
+    floors = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    return floors[inside] if inside in floors else floors[inside.partition(".")[0]]
+
+
+def test_every_import_of_a_source_is_found() -> None:
+    text = """
+from typing import TYPE_CHECKING
+import torch.nn
+from craft_ray.models import base, load_model
+if TYPE_CHECKING:
+    import ray
+else:
+    import numpy
+def inside():
+    try:
+        from craft_ray import errors
+    except ImportError:
+        import lerobot
+"""
+    found = imported(text)
+    ours = {"craft_ray.models.base", "craft_ray.models", "craft_ray.errors"}
+    assert found == ours | {"typing", "torch.nn", "numpy", "lerobot"}
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    assert len(IMPORTS) > 100
+    graph = {module: names & SOURCES.keys() for module, names in IMPORTS.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail("a circle of imports: " + " -> ".join(reversed(error.args[1])))
+
+
+def test_imports_point_one_way() -> None:
+    up = [
+        f"{module} imports {name}"
+        for module, names in IMPORTS.items()
+        for name in sorted(names & SOURCES.keys())
+        if floor(name) > floor(module)
+    ]
+    assert not up
+
+
+def test_ray_and_lerobot_are_imported_in_their_rooms_alone() -> None:
+    for module, names in IMPORTS.items():
+        packages = {name.partition(".")[0] for name in names}
+        assert "ray" not in packages or module.startswith("craft_pipelines."), module
+        assert "lerobot" not in packages or module.startswith(LEROBOT), module

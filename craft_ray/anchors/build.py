@@ -31,6 +31,7 @@ from craft_ray.data.source import Source
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.method.pooling import vector_count
 from craft_ray.models.base import Model, resolve_layers
+from craft_ray.models.capabilities import token_model
 from craft_ray.storage.files import checksum, new_file
 from craft_ray.storage.paths import StoragePath, readable
 
@@ -100,9 +101,9 @@ def estimate(model: Model, source: Source, schema: CacheSchema, anchors: Anchors
     suffix = [0] * anchors.max_new_tokens if schema.has_suffix else []
     counts, size = 0, 0
     for sample in samples:
-        layout = model.preprocess(sample, suffix).layout
+        features = token_model(model).preprocess(sample, suffix) if schema.has_suffix else model.preprocess(sample)
         if schema.has_hidden:
-            counts += sum(vector_count(layout, position) for position in schema.positions)
+            counts += sum(vector_count(features.layout, position) for position in schema.positions)
         size += len(sample.image or b"") + (len(sample.frame.to_bytes()) if sample.frame else 0)
         size += len(sample.prompt.encode()) + len(sample.id) + 4 * len(suffix)
     size += counts * schema.vector_size * NUMPY[schema.dtype].itemsize

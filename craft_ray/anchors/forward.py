@@ -17,6 +17,7 @@ from craft_ray.config import AnchorsConfig
 from craft_ray.errors import ConfigError
 from craft_ray.method.pooling import Layout, is_mean, token_positions, vector_count
 from craft_ray.models.base import Features, Model
+from craft_ray.models.capabilities import PackingModel, packing_model
 from craft_ray.models.packing import DEFAULT_BUDGET, plan_packs
 
 
@@ -42,7 +43,7 @@ def tokens_per_pack(model: Model, config: AnchorsConfig) -> int:
     if config.pack_tokens == 0:
         return 0
     try:
-        model.check_packing()
+        packing_model(model).check_packing()
     except ValueError as error:
         if config.pack_tokens is None:
             return 0
@@ -80,7 +81,7 @@ def padded_vectors(
 
 @torch.inference_mode()
 def packed_vectors(
-    model: Model, features: Sequence[Features], positions: Sequence[str], layers: Sequence[int], budget: int
+    model: PackingModel, features: Sequence[Features], positions: Sequence[str], layers: Sequence[int], budget: int
 ) -> Iterator[Pooled]:
     """Vectors of all anchors, in packs of up to `budget` tokens."""
     for rows in plan_packs([f.layout.length for f in features], budget):

@@ -52,7 +52,7 @@ def import_shards(
 
     Raises:
         ConfigError: a position has more than one vector.
-        CacheRefused: the shards do not fit the config, or the model gives something else than they hold.
+        CacheRefused: the shards do not fit the config.
     """
     identity = identity_of(config, model, _Unread(shards.fingerprint)).model_copy(update={"inputs": "tensors"})
     ragged = [p for p in identity.positions if p not in ONE_VECTOR]

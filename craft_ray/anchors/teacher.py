@@ -15,7 +15,8 @@ from craft_ray.anchors.schema import CacheSchema, hidden_column, vectors_array
 from craft_ray.anchors.storage import stored
 from craft_ray.config import AnchorsConfig
 from craft_ray.data.sample import Sample
-from craft_ray.models.base import Features, Model
+from craft_ray.models.base import Features, Model, evaluating
+from craft_ray.models.capabilities import packing_model, token_model
 
 
 @dataclass(frozen=True)
@@ -33,35 +34,34 @@ class Teacher:
 
     def table(self, samples: Sequence[Sample]) -> pa.Table:
         """The rows of the cache for these samples, in their order."""
-        self.model.module.eval()
         prompts = [self.model.preprocess(sample) for sample in samples]
-        columns: dict[str, pa.Array | list] = {
-            "id": [s.id for s in samples],
-            "prompt": [s.prompt for s in samples],
-        }
+        ids = [s.id for s in samples]
+        columns: dict[str, pa.Array | list] = {"id": ids, "prompt": [s.prompt for s in samples]}
         if self.schema.inputs == "frames":
             columns["frame"] = [s.frame and s.frame.to_bytes() for s in samples]
         else:
             columns["image"] = [s.image for s in samples]
-        suffixes: list[list[int]] = [[] for _ in samples]
-        if self.schema.has_suffix:
-            suffixes = self.suffixes(samples, prompts)
-            columns["suffix"] = suffixes
-        if self.schema.has_hidden:
-            features = prompts
-            if "suffix" in self.schema.positions:
-                features = [self.model.preprocess(s, t) for s, t in zip(samples, suffixes, strict=True)]
-            for position, rows in self.vectors([s.id for s in samples], features).items():
-                columns[hidden_column(position)] = vectors_array(rows, self.schema.vector_size, self.schema.dtype)
+        features = prompts
+        with evaluating(self.model.module):
+            if self.schema.has_suffix:
+                suffixes = columns["suffix"] = self.suffixes(samples, prompts)
+                if "suffix" in self.schema.positions and self.schema.has_hidden:
+                    # Decoding an image is expensive, so its prompt is extended and not preprocessed again.
+                    model = token_model(self.model)
+                    features = [model.with_suffix(*one) for one in zip(prompts, suffixes, ids, strict=True)]
+            if self.schema.has_hidden:
+                for position, rows in self.vectors(ids, features).items():
+                    columns[hidden_column(position)] = vectors_array(rows, self.schema.vector_size, self.schema.dtype)
         return pa.table(columns, schema=self.schema.arrow())
 
     def suffixes(self, samples: Sequence[Sample], prompts: Sequence[Features]) -> list[list[int]]:
         """Suffix tokens of each sample: the teacher's greedy ones, or the response's."""
+        model = token_model(self.model)
         if self.config.suffix_from == "response":
-            return [self.model.response_tokens(sample) for sample in samples]
+            return [model.response_tokens(sample) for sample in samples]
         result: list[list[int]] = [[] for _ in samples]
         for chosen in by_length(prompts, self.config.batch_size):
-            generated = self.model.generate([prompts[i] for i in chosen], self.config.max_new_tokens)
+            generated = model.generate([prompts[i] for i in chosen], self.config.max_new_tokens)
             for i, tokens in zip(chosen, generated, strict=True):
                 result[i] = tokens
         return result
@@ -75,7 +75,7 @@ class Teacher:
         """
         positions, layers = self.schema.positions, self.schema.layers
         if self.pack_tokens:
-            pools = packed_vectors(self.model, features, positions, layers, self.pack_tokens)
+            pools = packed_vectors(packing_model(self.model), features, positions, layers, self.pack_tokens)
         else:
             pools = padded_vectors(self.model, features, positions, layers, self.config.batch_size)
         result: dict[str, list[np.ndarray]] = {p: [np.empty(0)] * len(features) for p in positions}

@@ -1,4 +1,4 @@
-"""Is a cache what its manifest says: sizes, checksums, the number of rows, and every id once."""
+"""Is a cache what it says: its files against its manifest. `craft_ray/retention/reforward.py` compares its content."""
 
 from __future__ import annotations
 

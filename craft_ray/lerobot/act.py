@@ -11,10 +11,10 @@ from torch import Tensor
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.errors import ConfigError
 from craft_ray.lerobot.folder import PolicyFolder
-from craft_ray.lerobot.policy import LeRobotPolicy, evaluating
+from craft_ray.lerobot.policy import LeRobotPolicy
 from craft_ray.lerobot.taps import Taps
 from craft_ray.method.pooling import Layout
-from craft_ray.models.base import Batch
+from craft_ray.models.base import Batch, evaluating
 
 
 class ACT(LeRobotPolicy):

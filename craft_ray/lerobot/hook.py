@@ -24,7 +24,7 @@ from torch import Tensor
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError
 from craft_ray.lerobot.folder import folder_around
-from craft_ray.lerobot.policy import policy_of
+from craft_ray.lerobot.kinds import policy_of
 from craft_ray.method.gradients import GradientPair
 from craft_ray.retention.constraint import Constraint, open_mode
 from craft_ray.retention.update import update

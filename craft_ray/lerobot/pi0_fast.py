@@ -15,29 +15,30 @@ from typing import Any
 import torch
 from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
+from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.lerobot.folder import PolicyFolder
-from craft_ray.lerobot.policy import LANGUAGE, LANGUAGE_MASK, LeRobotPolicy, evaluating, image_tokens, padded
+from craft_ray.lerobot.policy import LANGUAGE, LANGUAGE_MASK, LeRobotPolicy, image_tokens, padded
 from craft_ray.lerobot.taps import Taps
 from craft_ray.method.pooling import Layout
-from craft_ray.models.base import IGNORE, Batch, Features, clip_suffix
+from craft_ray.models.base import IGNORE, Batch, Features, evaluating
+from craft_ray.models.capabilities import TokenModel
 from craft_ray.models.fingerprint import json_fingerprint
+from craft_ray.models.tokens import clip_suffix, token_log_probs
 
 SUFFIX, SUFFIX_MASK = "action.tokens", "action.token_mask"
 END = "|"
 """The token that closes the actions."""
 
 
-class PI0Fast(LeRobotPolicy):
+class PI0Fast(TokenModel, LeRobotPolicy):
     """Frames with actions; and, on its language side, questions about a picture with their answers."""
 
     default_positions = ("suffix",)
-    speaks = True
 
     def __init__(self, config: ModelConfig, precision: Precision, device: torch.device, folder: PolicyFolder) -> None:
         super().__init__(config, precision, device, folder)
@@ -72,6 +73,10 @@ class PI0Fast(LeRobotPolicy):
         language = self._paligemma.model.language_model
         return Taps([layer.input_layernorm for layer in language.layers], language.norm)
 
+    def check_source(self, source: Source) -> None:
+        if source.features is not None:  # otherwise questions and answers for its language side
+            super().check_source(source)
+
     # -- host side
 
     def layout(self, encoded: Mapping[str, Tensor], suffix: int) -> Layout:
@@ -84,23 +89,29 @@ class PI0Fast(LeRobotPolicy):
 
     def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
         """A frame with its action tokens, or a question about a picture with the tokens of its answer."""
-        tokens = list(suffix or ())
         if sample.frame is None:
             encoded, given = self._encode_question(sample), []
             text = {"language": encoded[LANGUAGE][0]}
         else:
             encoded, given = self.encode(sample), [self._bos]
             text = self.language(encoded)
+        layout = replace(self.layout(encoded, len(given)), given=len(given))
+        images = {name: encoded[name] for name in self.cameras if name in encoded}
+        prompt = Features(text | {"suffix": torch.tensor(given, dtype=torch.long)}, images, layout)
+        return self.with_suffix(prompt, suffix or (), sample.id)
+
+    def with_suffix(self, prompt: Features, suffix: Sequence[int], sample_id: str) -> Features:
+        given = prompt.tokens["suffix"]
+        assert len(given) == prompt.layout.given, "it has a suffix already"
         most = self.settings.max_action_tokens
-        if len(tokens) > most:
+        if len(suffix) > most:
             raise DataError(
-                f"sample {sample.id} has {len(tokens)} suffix tokens, the policy's max_action_tokens is {most}: lower "
+                f"sample {sample_id} has {len(suffix)} suffix tokens, the policy's max_action_tokens is {most}: lower "
                 f"max_new_tokens where they are generated, or take a policy with a larger max_action_tokens"
             )
-        layout = self.layout(encoded, len(given) + len(tokens))
-        images = {name: encoded[name] for name in self.cameras if name in encoded}
-        own = {"suffix": torch.tensor([*given, *tokens], dtype=torch.long)}
-        return Features(text | own, images, replace(layout, given=len(given)))
+        tokens = torch.cat([given, torch.tensor(list(suffix), dtype=torch.long)])
+        layout = replace(prompt.layout, length=prompt.layout.length + len(suffix))
+        return Features(prompt.tokens | {"suffix": tokens}, prompt.images, layout)
 
     def _encode_question(self, sample: Sample) -> dict[str, Any]:
         """A picture before the first camera, a question as PaliGemma is asked it: BOS, the text and a line break."""
@@ -132,7 +143,10 @@ class PI0Fast(LeRobotPolicy):
         return resize_with_pad_torch(floats, *self.settings.image_resolution).permute(0, 3, 1, 2)
 
     def response_tokens(self, sample: Sample) -> list[int]:
-        """The actions as FAST tokens, closed by the end marker; or the answer to a question."""
+        """The actions as FAST tokens, closed by the end marker; or the answer to a question.
+
+        LeRobot's preprocessor makes the tokens from a whole moment, so it reads the pictures here, too.
+        """
         if sample.frame is None:
             return self._answer_tokens(sample)
         encoded = self.encode(sample, actions=True)
@@ -209,9 +223,6 @@ class PI0Fast(LeRobotPolicy):
         last = pictures + inputs[LANGUAGE_MASK].sum(1) - 1
         return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
 
-    def task_loss(self, batch: Batch) -> Tensor:
-        return self.token_loss(batch)
-
     def token_loss(self, batch: Batch) -> Tensor:
         """LeRobot's own loss: cross-entropy over the FAST tokens behind BOS. Of answers, over all of their tokens."""
         if not batch.tokens:
@@ -231,11 +242,8 @@ class PI0Fast(LeRobotPolicy):
         with self.autocast():
             hidden, _, _ = self._run(inputs)
             feeding = torch.cat([self._before_suffix(hidden, inputs), hidden[:, -most:-1]], 1)[:, most - columns :]
-            logits_BPV = self._paligemma.lm_head(feeding).float()
-        log_probs = -cross_entropy(
-            logits_BPV.flatten(0, 1), batch.targets_BP.flatten(), ignore_index=IGNORE, reduction="none"
-        ).view_as(batch.targets_BP)
-        return log_probs, (logits_BPV.argmax(-1) == batch.targets_BP) | (batch.targets_BP == IGNORE)
+            logits_BPV = self._paligemma.lm_head(feeding)
+        return token_log_probs(logits_BPV, batch.targets_BP)
 
     @torch.inference_mode()
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:

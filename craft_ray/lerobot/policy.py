@@ -7,10 +7,11 @@ put back in a batch only as far as its longest sample needs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,10 +24,11 @@ from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.lerobot.dataset import action_chunk
-from craft_ray.lerobot.folder import PolicyFolder, load_folder, save_folder
+from craft_ray.lerobot.folder import PolicyFolder, save_folder
 from craft_ray.lerobot.taps import Taps
 from craft_ray.method.pooling import Layout, Pooling
-from craft_ray.models.base import Batch, Features, disable_dropout
+from craft_ray.models.base import Batch, Features, Model, disable_dropout, evaluating
+from craft_ray.models.capabilities import token_model
 from craft_ray.models.fingerprint import json_fingerprint, tokenizer_identity, weights_fingerprint
 
 ACTION = "action"
@@ -36,34 +38,11 @@ LOCATIONS = {"tokenizer_name", "action_tokenizer_name", "paligemma_tokenizer_nam
 """Settings of a processor step that say where something came from; what it does is told otherwise."""
 
 
-def load_policy(config: ModelConfig, precision: Precision, device: torch.device, weights: str | None) -> LeRobotPolicy:
-    """The policy of a configuration, in training mode.
-
-    Raises:
-        ConfigError: no policy loads from the path, or one of a type that is not supported.
-        ModelError: its weights do not load completely.
-    """
-    return policy_of(config, precision, device, load_folder(config, device, weights))
-
-
-def policy_of(config: ModelConfig, precision: Precision, device: torch.device, found: PolicyFolder) -> LeRobotPolicy:
-    """The interface around what a folder holds."""
-    from craft_ray.lerobot.act import ACT
-    from craft_ray.lerobot.pi0_fast import PI0Fast
-    from craft_ray.lerobot.pi05 import PI05
-    from craft_ray.lerobot.smolvla import SmolVLA
-
-    kinds = {"pi0_fast": PI0Fast, "pi05": PI05, "smolvla": SmolVLA, "act": ACT}
-    return kinds[found.policy.name](config, precision, device, found)
-
-
-class LeRobotPolicy:
+class LeRobotPolicy(Model):
     """What all policies share; a subclass says what its sequence of tokens is and how it is run."""
 
     kind: ClassVar[str] = "lerobot"
     default_positions: ClassVar[tuple[str, ...]] = ("all",)
-    speaks: ClassVar[bool] = False
-    """Whether it answers in tokens."""
     counts_steps: ClassVar[bool] = False
     """Whether its loss is a mean over the actions within the episode; otherwise over samples."""
     one_size: ClassVar[bool] = False
@@ -98,13 +77,17 @@ class LeRobotPolicy:
                 f"{self.settings.type} looks at {self.settings.n_obs_steps} moments at once; only 1 is supported"
             )
 
+    @property
+    def description(self) -> str:
+        return f"a policy of type {self.settings.type}"
+
     # -- what a subclass says
 
-    hidden_size: int
-
+    @abstractmethod
     def make_taps(self) -> Taps:
-        raise NotImplementedError
+        """Where its hidden states are taken."""
 
+    @abstractmethod
     def layout(self, encoded: Mapping[str, Tensor], suffix: int) -> Layout:
         """What the tokens of one sample are, without padding.
 
@@ -112,18 +95,15 @@ class LeRobotPolicy:
             encoded: the preprocessor's output, with a batch dimension of one.
             suffix: suffix tokens behind the prompt.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def run_prompt(self, inputs: Mapping[str, Tensor]) -> None:
         """A forward pass over the prompt, and the suffix tokens if there are any; the taps see it."""
-        raise NotImplementedError
 
     # -- data
 
     def check_source(self, source: Source) -> None:
         if source.features is None:
-            if self.speaks:
-                return  # questions and answers for its language side
             raise ConfigError(
                 f"{source.name} is no LeRobotDataset, and a policy of type {self.settings.type} learns and anchors "
                 f"nothing else: name one"
@@ -172,9 +152,7 @@ class LeRobotPolicy:
         rest = [name for name in self.features if name not in pictures]
         return pictures | {name: torch.from_numpy(np.array(frame.state[name]))[None] for name in rest}
 
-    def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
-        if suffix:
-            self._refuse_tokens()
+    def preprocess(self, sample: Sample) -> Features:
         encoded = self.encode(sample, actions=sample.frame is not None and sample.frame.actions is not None)
         images = {name: encoded[name] for name in (*self.features, ACTION, IS_PAD) if encoded.get(name) is not None}
         return Features(self.language(encoded), images, self.layout(encoded, 0))
@@ -192,14 +170,8 @@ class LeRobotPolicy:
             )
         return {"language": tokens[mask]}
 
-    def from_tensors(
-        self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None, suffix: Sequence[int] | None = None
-    ) -> Features:
-        raise ConfigError("a legacy cache holds no frames of a robot: build the cache of a policy with anchors build")
-
-    def response_tokens(self, sample: Sample) -> list[int]:
-        """Nothing: a policy that does not speak in tokens is taught by the actions in its batch."""
-        return []
+    def preprocess_task(self, sample: Sample) -> Features:
+        return self.preprocess(sample)  # with the actions of its frame
 
     def collate(self, features: Sequence[Features], positions: Sequence[str] | None = None) -> Batch:
         """A batch in LeRobot's names; text is padded to its longest, on the right."""
@@ -240,39 +212,14 @@ class LeRobotPolicy:
             loss: Tensor = self.policy.forward(self.inputs(batch))[0]
         return loss.float()
 
-    def token_loss(self, batch: Batch) -> Tensor:
-        self._refuse_tokens()
-
-    def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        self._refuse_tokens()
-
     def hidden_states(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         with self.autocast(), self.taps.capture(layers) as seen:
             self.run_prompt(self.inputs(batch))
         return [seen[k] for k in layers]
 
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
-        if not self.speaks and ("token_ce" in modes or "suffix" in positions):
-            self._refuse_tokens()
-
-    def check_packing(self) -> None:
-        raise ValueError(f"a policy of type {self.settings.type} cannot be packed, its pictures are no row of tokens")
-
-    def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
-        raise NotImplementedError
-
-    def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
-        self._refuse_tokens()
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        self._refuse_tokens()
-
-    def _refuse_tokens(self) -> NoReturn:
-        raise ConfigError(
-            f"a policy of type {self.settings.type} has no action tokens: anchor its hidden states at positions of the "
-            f"prompt (anchors.modes=[hidden], anchors.positions=[{','.join(self.default_positions)}]), and score it by "
-            f"episodes (metric success)"
-        )
+        if "token_ce" in modes or "suffix" in positions:
+            token_model(self)
 
     @torch.inference_mode()
     def act(self, samples: Sequence[Sample]) -> np.ndarray:
@@ -344,17 +291,6 @@ def check_trained(part: nn.Module, settings: Any) -> None:
             f"the prompt cannot change: set train_expert_only to false in the config.json of its folder, or train "
             f"without retention (craft.enabled=false)"
         )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode, and back in the mode it was in."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 def padded(rows: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def load_model(
     weights = None if weights is None else at_hand(weights, "a checkpoint")
     if config.kind == "lerobot":
         require_lerobot("model.kind is lerobot")
-        from craft_ray.lerobot.policy import load_policy
+        from craft_ray.lerobot.kinds import load_policy
 
         return load_policy(config, precision, torch.device(device), weights)
     kinds = {"causal_lm": CausalLM, "vision_language": VisionLanguageModel}

@@ -1,18 +1,18 @@
 """What a model must offer to be trained under a retention budget.
 
 A sample goes through `preprocess` (host, one sample, deterministic) and `collate` (host, a batch); the batch goes to
-the device and into a loss, into hidden states, or into `generate`. Teacher, student, task and anchors all take this
-one way.
+the device and into a loss or into hidden states. Teacher, student, task and anchors all take this one way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,8 +75,11 @@ class Batch:
         )
 
 
-class Model(Protocol):
-    """A policy, a vision-language model or a language model."""
+class Model(ABC):
+    """What every model offers: a policy, a vision-language model or a language model.
+
+    What only some models can do is in `craft_ray/models/capabilities.py`, a type each.
+    """
 
     module: nn.Module
     device: torch.device
@@ -87,53 +90,48 @@ class Model(Protocol):
     default_positions: ClassVar[tuple[str, ...]]
     """The anchor positions that measured best for this kind of model (docs/anchors.md)."""
 
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """What it is, for messages: 'a model of kind causal_lm', 'a policy of type act'."""
+
+    @abstractmethod
     def check_source(self, source: Source) -> None:
         """Refuse data that this model cannot read at all.
 
         Raises:
             ConfigError: a feature is missing or has another shape, or the data are of another kind of model.
         """
-        ...
 
-    def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
-        """One sample as tensors: its prompt, and `suffix` tokens behind it, if any.
+    @abstractmethod
+    def preprocess(self, sample: Sample) -> Features:
+        """The prompt of one sample as tensors.
 
         Raises:
             DataError: its image does not decode, or it is longer than `max_length`.
         """
-        ...
 
-    def from_tensors(
-        self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None, suffix: Sequence[int] | None = None
-    ) -> Features:
-        """Features of an anchor that came as tensors (an imported cache)."""
-        ...
+    @abstractmethod
+    def preprocess_task(self, sample: Sample) -> Features:
+        """One sample as `task_loss` learns from it: its prompt with its response or its actions.
 
-    def response_tokens(self, sample: Sample) -> list[int]:
-        """The response as suffix tokens, closed by the end-of-sequence token where the config says so."""
-        ...
+        Raises:
+            DataError: as `preprocess`, or the sample has no response.
+        """
 
+    @abstractmethod
     def collate(self, features: Sequence[Features], positions: Sequence[str] | None = None) -> Batch:
         """A right-padded batch on the host; with `positions`, the plan that pools its hidden states."""
-        ...
 
+    @abstractmethod
     def task_loss(self, batch: Batch) -> Tensor:
         """What fine-tuning minimises: a float32 scalar, the mean over the batch's `count` terms."""
-        ...
 
-    def token_loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the suffix tokens, in nats, float32."""
-        ...
-
-    def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Log-probability of each target token and whether it is the likeliest, each [B, P]; 0 and True where
-        there is no target."""
-        ...
-
+    @abstractmethod
     def hidden_states(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         """Hidden states [B, S, D] at each of `layers` (resolved, not negative), without the vocabulary projection."""
-        ...
 
+    @abstractmethod
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
         """Refuse anchors that this model does not give, or that cannot bind it.
 
@@ -144,44 +142,22 @@ class Model(Protocol):
             ConfigError: they need tokens and the model answers in none, or nothing that is trained reaches its hidden
                 states.
         """
-        ...
 
-    def check_packing(self) -> None:
-        """Whether `packed_hidden_states` gives what `hidden_states` gives.
-
-        Raises:
-            ValueError: it does not, or the model has none.
-        """
-        ...
-
-    def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
-        """Hidden states [L, T, D] of samples laid end to end in one row of T tokens, each as if it were alone. The
-        module must be in eval mode."""
-        ...
-
-    def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
-        """Greedy suffix tokens of each prompt, the end-of-sequence token included where it came."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Suffix tokens as text, without special tokens."""
-        ...
-
+    @abstractmethod
     def weights_fingerprint(self) -> str:
         """Hash of the names, types, shapes and values of all weights."""
-        ...
 
+    @abstractmethod
     def preprocessor_fingerprint(self) -> str:
         """Hash of everything that decides how a sample becomes tensors."""
-        ...
 
+    @abstractmethod
     def save(self, folder: Path, final: Path | None = None) -> None:
         """Write a folder that `from_pretrained` loads.
 
         Args:
             final: where the folder will stand, if it is now written elsewhere.
         """
-        ...
 
 
 def resolve_layers(layers: Sequence[int], num_hidden_states: int) -> tuple[int, ...]:
@@ -212,20 +188,13 @@ def disable_dropout(module: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def clip_suffix(tokens: Sequence[int], stops: Collection[int]) -> list[int]:
-    """Tokens up to and including the first that is one of `stops`."""
-    end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
-    return list(tokens[:end])
-
-
-def targets(layouts: Sequence[Layout], input_ids_BS: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(keep_P, targets_BP, count) for next-token prediction of every sample's suffix."""
-    spans = [layout.predicted for layout in layouts]
-    keep = sorted({t - 1 for span in spans for t in span})
-    place = {position: column for column, position in enumerate(keep)}
-    result = torch.full((len(layouts), len(keep)), IGNORE)
-    for row, span in enumerate(spans):
-        if span:
-            columns = torch.tensor([place[t - 1] for t in span])
-            result[row, columns] = input_ids_BS[row, span.start : span.stop]
-    return torch.tensor(keep, dtype=torch.long), result, sum(map(len, spans))
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode; afterwards every part of it is in the mode that it was in, also after an exception."""
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode

@@ -8,8 +8,10 @@ pass and the teacher run the base model only; the vocabulary projection is left 
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar
@@ -19,7 +21,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.data.images import decode_image
@@ -27,24 +28,24 @@ from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError, ModelError
 from craft_ray.method.pooling import Layout, Pooling
-from craft_ray.models.base import IGNORE, Batch, Features, clip_suffix, disable_dropout, targets
+from craft_ray.models.base import Batch, Features, disable_dropout, evaluating
+from craft_ray.models.capabilities import PackingModel, TensorModel, TokenModel
 from craft_ray.models.fingerprint import (
     json_fingerprint,
     tokenizer_identity,
     weights_fingerprint,
     without_locations,
 )
-from craft_ray.models.losses import token_loss
 from craft_ray.models.packing import check_packing, packed_forward
+from craft_ray.models.tokens import clip_suffix, targets, token_log_probs, token_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class HuggingFaceModel:
+class HuggingFaceModel(TokenModel, TensorModel):
     """What causal language models and vision-language models share; a subclass says how a prompt is encoded."""
 
-    kind: ClassVar[str]
-    default_positions: ClassVar[tuple[str, ...]]
+    module: Any
     auto_class: ClassVar[Any]
     processor_class: ClassVar[Any]
 
@@ -71,6 +72,10 @@ class HuggingFaceModel:
         pad = self.tokenizer.pad_token_id
         self._pad: int = pad if pad is not None else (self._eos or 0)
         self._takes_keep = "logits_to_keep" in inspect.signature(self.module.forward).parameters
+
+    @property
+    def description(self) -> str:
+        return f"a model of kind {self.kind}"
 
     # -- loading
 
@@ -127,9 +132,9 @@ class HuggingFaceModel:
 
     # -- host side: samples to batches
 
+    @abstractmethod
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
         """The model's inputs for a prompt alone, with a batch dimension of one."""
-        raise NotImplementedError
 
     def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
         """Indices of image tokens in a prompt."""
@@ -143,7 +148,7 @@ class HuggingFaceModel:
     """token_type_ids of suffix tokens, where the model has them."""
 
     def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
-        return self._features(self.encode_prompt(sample), suffix or (), sample.id)
+        return self.with_suffix(self._prompt(self.encode_prompt(sample)), suffix or (), sample.id)
 
     def from_tensors(
         self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None, suffix: Sequence[int] | None = None
@@ -152,16 +157,22 @@ class HuggingFaceModel:
         if pixel_values is not None:
             encoded["pixel_values"] = torch.tensor(pixel_values)[None]
             encoded |= self.prompt_types(encoded["input_ids"])
-        return self._features(encoded, suffix or (), "of an imported cache")
+        return self.with_suffix(self._prompt(encoded), suffix or (), "of an imported cache")
 
-    def _features(self, encoded: dict[str, Tensor], suffix: Sequence[int], sample_id: str) -> Features:
-        """A prompt with its suffix behind it."""
+    def _prompt(self, encoded: dict[str, Tensor]) -> Features:
+        """Features of an encoded prompt alone."""
         prompt = encoded["input_ids"]
         tokens = {name: t[0] for name, t in encoded.items() if t.shape == prompt.shape}
         images = {name: t for name, t in encoded.items() if t.shape != prompt.shape}
         tokens.setdefault("attention_mask", torch.ones_like(tokens["input_ids"]))
+        length = len(tokens["input_ids"])
+        return Features(tokens, images, Layout(length, length, self.image_tokens(prompt[0])))
+
+    def with_suffix(self, prompt: Features, suffix: Sequence[int], sample_id: str) -> Features:
+        assert prompt.layout.length == prompt.layout.prompt_length, "it has a suffix already"
+        tokens = {}
         added = {"input_ids": torch.tensor(list(suffix), dtype=torch.long)}
-        for name, tensor in tokens.items():
+        for name, tensor in prompt.tokens.items():
             fill = {"attention_mask": 1, "token_type_ids": self.suffix_type}.get(name, 0)
             tail = added.get(name, torch.full((len(suffix),), fill))
             tokens[name] = torch.cat([tensor, tail.to(tensor.dtype)])
@@ -169,11 +180,11 @@ class HuggingFaceModel:
         if length > self.config.max_length:
             raise DataError(
                 f"sample {sample_id} has {length} tokens, model.max_length is {self.config.max_length}: raise it, or "
-                f"shorten the sample (its prompt has {prompt.shape[1]})"
+                f"shorten the sample (its prompt has {prompt.layout.prompt_length})"
             )
         if length == 0:
             raise DataError(f"sample {sample_id} is empty: it has neither a prompt nor a response")
-        return Features(tokens, images, Layout(length, prompt.shape[1], self.image_tokens(prompt[0])))
+        return Features(tokens, prompt.images, replace(prompt.layout, length=length))
 
     def response_tokens(self, sample: Sample) -> list[int]:
         if sample.response is None:
@@ -220,9 +231,6 @@ class HuggingFaceModel:
                 return self.module(**batch.inputs, use_cache=False, logits_to_keep=batch.keep_P).logits
             return self.module(**batch.inputs, use_cache=False).logits[:, batch.keep_P]
 
-    def task_loss(self, batch: Batch) -> Tensor:
-        return self.token_loss(batch)
-
     def token_loss(self, batch: Batch) -> Tensor:
         if not batch.tokens:
             raise DataError(
@@ -231,12 +239,7 @@ class HuggingFaceModel:
         return token_loss(self.logits(batch).flatten(0, 1), batch.targets_BP.flatten(), batch.tokens)
 
     def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits_BPV = self.logits(batch).float()
-        log_probs = -cross_entropy(
-            logits_BPV.flatten(0, 1), batch.targets_BP.flatten(), ignore_index=IGNORE, reduction="none"
-        ).view_as(batch.targets_BP)
-        likeliest = (logits_BPV.argmax(-1) == batch.targets_BP) | (batch.targets_BP == IGNORE)
-        return log_probs, likeliest
+        return token_log_probs(self.logits(batch), batch.targets_BP)
 
     def hidden_states(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         with self.autocast():
@@ -247,12 +250,6 @@ class HuggingFaceModel:
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
         """It gives all of them."""
 
-    def check_packing(self) -> None:
-        raise ValueError(f"a model of kind {self.kind} cannot be packed, its images are not part of a row of tokens")
-
-    def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
-        raise NotImplementedError
-
     @torch.inference_mode()
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
         inputs = {k: v.to(self.device) for k, v in self._pad_batch(features, left=True).items()}
@@ -261,15 +258,13 @@ class HuggingFaceModel:
         )
         # transformers fills what is left open in `settings` from the model's own, and a repetition penalty there
         # would make the suffix another one than the likeliest.
-        was_training, own_settings = self.module.training, self.module.generation_config
-        self.module.eval()
+        own_settings = self.module.generation_config
         self.module.generation_config = settings
         try:
-            with self.autocast():
+            with evaluating(self.module), self.autocast():
                 output = self.module.generate(**inputs, generation_config=settings)
         finally:
             self.module.generation_config = own_settings
-            self.module.train(was_training)
         new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [clip_suffix(tokens, self._stops) for tokens in new_tokens]
 
@@ -296,7 +291,7 @@ class HuggingFaceModel:
         self.processor.save_pretrained(folder)
 
 
-class CausalLM(HuggingFaceModel):
+class CausalLM(HuggingFaceModel, PackingModel):
     """A language model: AutoModelForCausalLM with its tokenizer."""
 
     kind = "causal_lm"
@@ -315,15 +310,11 @@ class CausalLM(HuggingFaceModel):
         return {"input_ids": torch.tensor([ids], dtype=torch.long)}
 
     def check_packing(self) -> None:
-        was_training = self.module.training
-        self.module.eval()
         try:
-            with self.autocast():
+            with evaluating(self.module), self.autocast():
                 check_packing(self.module.base_model, 1e-1 if self.precision == "bf16" else 1e-3)
         except TypeError as error:  # its forward does not take what a pack has to tell its attention
             raise ValueError(f"{type(self.module).__name__} cannot be packed ({_first(error)})") from None
-        finally:
-            self.module.train(was_training)
 
     def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
         with self.autocast():

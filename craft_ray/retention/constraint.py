@@ -19,7 +19,7 @@ from craft_ray.config import Experiment
 from craft_ray.data.sampler import StepSampler
 from craft_ray.errors import CacheRefused, DataError
 from craft_ray.method.dual import DualState, epsilon_at
-from craft_ray.models.base import Model
+from craft_ray.models.base import Model, evaluating
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention import MODES
 from craft_ray.retention.mode import RetentionMode, Terms, batches_of
@@ -185,13 +185,10 @@ def split(rows: Sequence[int], parts: int) -> list[Sequence[int]]:
 @torch.inference_mode()
 def mean_loss(mode: RetentionMode[Any], rows: Sequence[int], batch_size: int, workers: Workers) -> float:
     """L_ret over `rows`, of which each worker takes its share."""
-    module = mode.model.module
-    was_training = module.training
-    module.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=workers.device)
-    for part in batches_of(rows[workers.rank :: workers.world_size], batch_size):
-        batch = mode.batch(part).to(workers.device)
-        sums += torch.stack([mode.loss(batch).double() * batch.count, sums.new_tensor(batch.count)])
-    module.train(was_training)
+    with evaluating(mode.model.module):
+        for part in batches_of(rows[workers.rank :: workers.world_size], batch_size):
+            batch = mode.batch(part).to(workers.device)
+            sums += torch.stack([mode.loss(batch).double() * batch.count, sums.new_tensor(batch.count)])
     workers.all_reduce(sums)
     return float(sums[0] / sums[1])

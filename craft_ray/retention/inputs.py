@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from craft_ray.anchors.reader import AnchorSet
 from craft_ray.models.base import Batch, Features, Model
+from craft_ray.models.capabilities import tensor_model, token_model
 from craft_ray.models.features import FeatureCache
 
 
@@ -33,5 +34,6 @@ class AnchorInputs:
         suffix = self._anchors.suffix(row) if self._with_suffix else None
         if self._anchors.identity.inputs == "tensors":
             input_ids, pixels = self._anchors.tensors(row)
-            return self._model.from_tensors(input_ids, pixels, suffix)
-        return self._model.preprocess(self._anchors.sample(row), suffix)
+            return tensor_model(self._model).from_tensors(input_ids, pixels, suffix)
+        sample = self._anchors.sample(row)
+        return self._model.preprocess(sample) if suffix is None else token_model(self._model).preprocess(sample, suffix)

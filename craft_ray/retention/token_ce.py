@@ -15,6 +15,7 @@ from craft_ray.config import CraftConfig
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.errors import CacheRefused
 from craft_ray.models.base import Batch, Model
+from craft_ray.models.capabilities import TokenModel, token_model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.inputs import AnchorInputs
 from craft_ray.retention.mode import RetentionMode, batches_of
@@ -42,9 +43,10 @@ class TokenCE(RetentionMode[TokenBatch]):
     needs: ClassVar[Literal["anchors", "responses", "weights"]] = "anchors"
     unit = RETENTION_MODES["token_ce"].unit("")
     description = unit.words
+    model: TokenModel
 
     def __init__(self, model: Model, anchors: AnchorSet, features: FeatureCache | None = None) -> None:
-        self.model = model
+        self.model = token_model(model)
         self.anchors = anchors
         self._inputs = AnchorInputs(model, anchors, with_suffix=True, cache=features)
 

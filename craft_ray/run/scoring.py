@@ -15,7 +15,8 @@ from craft_ray.config import DataConfig, EvalSet
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source, require_lerobot
 from craft_ray.errors import ConfigError, DataError
-from craft_ray.models.base import IGNORE, Features, Model
+from craft_ray.models.base import IGNORE, Features, Model, evaluating
+from craft_ray.models.capabilities import token_model
 from craft_ray.models.features import FeatureCache
 from craft_ray.workers import Workers
 
@@ -144,8 +145,7 @@ class EvalData:
         sample = self.source[row]
         if response is None:
             return self.model.preprocess(sample)
-        sample = replace(sample, response=response)
-        return self.model.preprocess(sample, self.model.response_tokens(sample))
+        return self.model.preprocess_task(replace(sample, response=response))
 
 
 @torch.inference_mode()
@@ -156,14 +156,10 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
     score = {"exact_match": _exact_match, "choice": _choice, "perplexity": _perplexity, "success": _success}[
         eval_set.metric
     ]
-    was_training = model.module.training
-    model.module.eval()
-    try:
-        records = []
+    records = []
+    with evaluating(model.module):
         for start in range(0, len(mine), eval_set.batch_size):
             records += score(data, mine[start : start + eval_set.batch_size])
-    finally:
-        model.module.train(was_training)
     shares = workers.gather(records)
     everyone = [shares[i % workers.world_size][i // workers.world_size] for i in range(len(data.of))]
     if eval_set.metric == "perplexity":
@@ -180,11 +176,12 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
 
 
 def _exact_match(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
-    answers = data.model.generate([data.question(row) for row in rows], data.eval_set.max_new_tokens)
+    model = token_model(data.model)
+    answers = model.generate([data.question(row) for row in rows], data.eval_set.max_new_tokens)
     records = []
     for row, tokens in zip(rows, answers, strict=True):
         sample = data.source[row]
-        records.append(_record(sample, data.model.decode(tokens).strip(), str(sample.response).strip()))
+        records.append(_record(sample, model.decode(tokens).strip(), str(sample.response).strip()))
     return records
 
 
@@ -246,7 +243,7 @@ def _success(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
 def _log_likelihoods(model: Model, features: Sequence[Features]) -> list[tuple[float, int]]:
     """Log-likelihood of each suffix in nats, and its number of tokens."""
     batch = model.collate(features).to(model.device)
-    log_probs, _ = model.token_log_probs(batch)
+    log_probs, _ = token_model(model).token_log_probs(batch)
     counts = (batch.targets_BP != IGNORE).sum(1).tolist()
     return list(zip(log_probs.double().sum(1).tolist(), counts, strict=True))
 

@@ -183,8 +183,7 @@ class Run:
     # -- data
 
     def _preprocess_task(self, row: int) -> Features:
-        sample = self.task[row]
-        return self.model.preprocess(sample, self.model.response_tokens(sample))
+        return self.model.preprocess_task(self.task[row])
 
     def batches(self) -> Iterator[StepData]:
         """This worker's part of each remaining step, prepared and copied to the device by another thread."""

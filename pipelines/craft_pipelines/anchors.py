@@ -52,7 +52,7 @@ from craft_ray.data.source import Source, open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError
 from craft_ray.models import load_model
 from craft_ray.quiet import quiet_libraries
-from craft_ray.retention.reproduction import Agreement, reforward
+from craft_ray.retention.reforward import Agreement, reforward
 from craft_ray.storage.files import readable_bytes
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, storage_path

@@ -18,16 +18,19 @@ import pytest
 import torch
 from craft_pipelines import anchors as stage
 from craft_pipelines.anchors import build
+from PIL import Image
 
-from craft_ray.anchors.build import estimate
+from craft_ray.anchors.build import build_shard, estimate, identity_of
 from craft_ray.anchors.reader import open_anchors
+from craft_ray.anchors.teacher import Teacher
 from craft_ray.config import Experiment
+from craft_ray.data.images import decode_image
 from craft_ray.data.source import open_source
 from craft_ray.errors import DataError, StorageError
-from craft_ray.models import load_model
+from craft_ray.models import huggingface, load_model
 from craft_ray.retention.hidden import Hidden
-from tests.support.caches import built, cache_folder, prompts, shards, table, text_experiment
-from tests.support.experiments import Digits
+from tests.support.caches import built, cache_folder, prompts, shards, table, teacher, text_experiment
+from tests.support.experiments import ANSWERED, Digits
 
 LENGTHS = [3, 9, 1, 14, 6, 2, 30, 5, 8, 12, 4, 7, 1, 22, 3, 10, 6, 2, 9, 17]
 
@@ -36,6 +39,45 @@ LENGTHS = [3, 9, 1, 14, 6, 2, 30, 5, 8, 12, 4, 7, 1, 22, 3, 10, 6, 2, 9, 17]
 def text(text_model: Path, tmp_path: Path) -> Experiment:
     """20 anchors of 1 to 30 words in 3 shards."""
     return text_experiment(text_model, prompts(tmp_path / "anchors.jsonl", LENGTHS), tmp_path)
+
+
+@pytest.mark.parametrize("positions", [["suffix"], ["text_last", "suffix"], ["text_last"]])
+@pytest.mark.parametrize("modes", [["hidden"], ["hidden", "token_ce"]])
+@pytest.mark.parametrize("suffix_from", ["teacher", "response"])
+def test_each_image_is_decoded_once(
+    suffix_from: str,
+    modes: list[str],
+    positions: list[str],
+    digits: Digits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the shard is the one of a teacher that preprocesses each sample anew for its suffix."""
+    changes = {
+        "anchors.source": {"path": str(digits.data / "old_val.parquet"), "columns": ANSWERED, "limit": 13},
+        "anchors.positions": positions,
+        "anchors.modes": modes,
+        "anchors.suffix_from": suffix_from,
+        "anchors.batch_size": 5,
+    }
+    config = digits.experiment(tmp_path, changes)
+    assert config.anchors
+    model, source = teacher(config), open_source(config.anchors.source, "anchors.source")
+    runs = Teacher(model, identity_of(config, model, source).schema, config.anchors)
+    decoded: list[str] = []
+
+    def counted(data: bytes, what: str) -> Image.Image:
+        decoded.append(what)
+        return decode_image(data, what)
+
+    monkeypatch.setattr(huggingface, "decode_image", counted)
+    build_shard(runs, source, range(len(source)), tmp_path / "once.parquet")
+    assert sorted(decoded) == sorted(f"sample {source[row].id}" for row in range(len(source)))
+
+    samples, fresh = {source[row].id: source[row] for row in range(len(source))}, teacher(config)
+    monkeypatch.setattr(model, "with_suffix", lambda _, suffix, sample: fresh.preprocess(samples[sample], suffix))
+    build_shard(runs, source, range(len(source)), tmp_path / "anew.parquet")
+    assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "anew.parquet").read_bytes()
 
 
 @pytest.mark.parametrize("finished", [0, 1, 2])

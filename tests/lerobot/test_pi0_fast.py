@@ -42,7 +42,7 @@ from craft_ray.method.pooling import Vectors
 from craft_ray.models import load_model
 from craft_ray.models.base import IGNORE
 from craft_ray.retention.hidden import Hidden
-from craft_ray.retention.reproduction import reforward
+from craft_ray.retention.reforward import reforward
 from craft_ray.retention.token_ce import TokenCE
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver

@@ -33,6 +33,7 @@ from craft_ray.lerobot.policy import ACTION, IS_PAD, LANGUAGE, LeRobotPolicy
 from craft_ray.method.pooling import Vectors
 from craft_ray.models import load_model
 from craft_ray.models.base import disable_dropout
+from craft_ray.models.capabilities import packing_model, tensor_model, token_model
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train
@@ -469,14 +470,8 @@ def source(features: dict[str, tuple[int, ...]] | None) -> Any:
 
 def test_action_tokens_are_refused_with_the_type_and_the_way_on(kind: str, folders: dict[str, Path]) -> None:
     model = loaded(folders[kind])
-    features = [model.preprocess(s) for s in SAMPLES]
-    batch = model.collate(features)
     for ask in (
-        lambda: model.token_loss(batch),
-        lambda: model.token_log_probs(batch),
-        lambda: model.generate(features, 4),
-        lambda: model.decode([1]),
-        lambda: model.preprocess(SAMPLES[0], [1, 2]),
+        lambda: token_model(model),
         lambda: model.check_anchors(["token_ce"], ["all"]),
         lambda: model.check_anchors(["hidden"], ["suffix"]),
     ):
@@ -484,6 +479,11 @@ def test_action_tokens_are_refused_with_the_type_and_the_way_on(kind: str, folde
             ask()
         assert one_line(told.value)
     model.check_anchors(["hidden"], model.default_positions)
+    with pytest.raises(ConfigError, match=f"no frames of a robot, which a policy of type {kind} looks at") as told:
+        tensor_model(model)
+    assert one_line(told.value)
+    with pytest.raises(ValueError, match=f"a policy of type {kind} cannot be packed"):
+        packing_model(model)
 
 
 def test_a_cache_of_action_tokens_is_refused_before_anything_is_computed(

@@ -38,7 +38,8 @@ from craft_ray.data.sample import Sample
 from craft_ray.errors import DataError
 from craft_ray.examples.text import byte_tokenizer
 from craft_ray.models import load_model
-from craft_ray.models.base import IGNORE, disable_dropout, resolve_layers
+from craft_ray.models.base import IGNORE, disable_dropout, evaluating, resolve_layers
+from craft_ray.models.capabilities import packing_model
 from craft_ray.models.huggingface import HuggingFaceModel
 from tests.support.experiments import Digits
 
@@ -377,6 +378,28 @@ def test_a_suffix_does_not_change_the_prompt(name: str, model: HuggingFaceModel)
         torch.testing.assert_close(longer, states[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_prompt_that_is_extended_is_preprocessed_with_its_suffix(name: str, model: HuggingFaceModel) -> None:
+    for sample in (s for s in samples(name) if s.prompt):
+        prompt, suffix = model.preprocess(sample), model.response_tokens(sample)
+        before = {key: tensor.clone() for key, tensor in prompt.tokens.items()}
+        for tokens in (suffix, suffix[:1], []):
+            whole, extended = model.preprocess(sample, tokens), model.with_suffix(prompt, tokens, sample.id)
+            assert extended.layout == whole.layout
+            for ours, theirs in ((extended.tokens, whole.tokens), (extended.images, whole.images)):
+                assert ours.keys() == theirs.keys()
+                assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+                assert all(ours[key].dtype == theirs[key].dtype for key in theirs)
+        assert all(torch.equal(prompt.tokens[key], before[key]) for key in before), "the prompt is still the prompt"
+
+
+def test_a_model_packs_where_its_samples_are_rows_of_tokens(name: str, model: HuggingFaceModel) -> None:
+    if name in TEXT:
+        assert packing_model(model) is model
+    else:
+        with pytest.raises(ValueError, match="a model of kind vision_language cannot be packed"):
+            packing_model(model)
+
+
 def test_hidden_states_leave_the_vocabulary_projection_out(name: str, model: HuggingFaceModel) -> None:
     batch = model.collate(features_of(model, name))
     with Calls(model.module.get_output_embeddings()) as outputs:
@@ -627,6 +650,19 @@ def test_dropout_is_off_in_training_mode(family: str, dropping: Callable[[str], 
 
     noisy = load_model(settings(family, folder, disable_dropout=False), "fp32")
     assert not torch.equal(noisy.logits(batch), noisy.logits(batch)), "the folder has no dropout to disable"
+
+
+def test_evaluating_leaves_every_part_in_the_mode_it_was_in() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.ReLU()))
+    module.train()
+    module[1][0].eval()  # a part that is frozen
+    before = [part.training for part in module.modules()]
+    with evaluating(module):
+        assert not any(part.training for part in module.modules())
+    assert [part.training for part in module.modules()] == before
+    with pytest.raises(KeyError), evaluating(module):
+        raise KeyError
+    assert [part.training for part in module.modules()] == before
 
 
 def test_every_form_of_dropout_is_disabled() -> None:

@@ -90,7 +90,7 @@ def _compare_tokens(model: Model, anchors: AnchorSet, rows: Sequence[int]) -> tu
     tokens, wrong = 0, []
     for part in batches_of(rows, BATCH):
         batch = suffixes.batch(part).to(model.device)
-        _, likeliest_BP = model.token_log_probs(batch.inputs)
+        _, likeliest_BP = suffixes.model.token_log_probs(batch.inputs)
         tokens += batch.count
         wrong += (~likeliest_BP).sum(1).tolist()
     equal = tokens - sum(wrong)

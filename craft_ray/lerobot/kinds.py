@@ -1,0 +1,32 @@
+"""The types of policies that are supported, and the policy of a folder."""
+
+from __future__ import annotations
+
+import torch
+
+from craft_ray.config import ModelConfig, Precision
+from craft_ray.lerobot.act import ACT
+from craft_ray.lerobot.folder import SUPPORTED, PolicyFolder, load_folder
+from craft_ray.lerobot.pi0_fast import PI0Fast
+from craft_ray.lerobot.pi05 import PI05
+from craft_ray.lerobot.policy import LeRobotPolicy
+from craft_ray.lerobot.smolvla import SmolVLA
+
+KINDS: dict[str, type[LeRobotPolicy]] = {"pi0_fast": PI0Fast, "pi05": PI05, "smolvla": SmolVLA, "act": ACT}
+"""By LeRobot's name of the type."""
+assert KINDS.keys() == set(SUPPORTED), "a folder is refused by its type before anything of it is loaded"
+
+
+def load_policy(config: ModelConfig, precision: Precision, device: torch.device, weights: str | None) -> LeRobotPolicy:
+    """The policy of a configuration, in training mode.
+
+    Raises:
+        ConfigError: no policy loads from the path, or one of a type that is not supported.
+        ModelError: its weights do not load completely.
+    """
+    return policy_of(config, precision, device, load_folder(config, device, weights))
+
+
+def policy_of(config: ModelConfig, precision: Precision, device: torch.device, found: PolicyFolder) -> LeRobotPolicy:
+    """The interface around what a folder holds."""
+    return KINDS[found.policy.name](config, precision, device, found)

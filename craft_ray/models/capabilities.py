@@ -1,0 +1,128 @@
+"""What some models can do beyond what every model does. A caller that needs it asks for the type that has it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from craft_ray.data.sample import Sample
+from craft_ray.errors import ConfigError
+from craft_ray.models.base import Batch, Features, Model
+
+
+class TokenModel(Model):
+    """A model that answers in tokens, the suffix of its prompt."""
+
+    @abstractmethod
+    def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
+        """One sample as tensors: its prompt, and `suffix` tokens behind it, if any."""
+
+    @abstractmethod
+    def with_suffix(self, prompt: Features, suffix: Sequence[int], sample_id: str) -> Features:
+        """A preprocessed prompt with `suffix` tokens behind it, exactly what `preprocess` gives for both; the image is
+        not decoded again.
+
+        Args:
+            prompt: what `preprocess` gave for the sample alone.
+
+        Raises:
+            DataError: prompt and suffix are too long together.
+        """
+
+    @abstractmethod
+    def response_tokens(self, sample: Sample) -> list[int]:
+        """The response as suffix tokens, closed by the end-of-sequence token where the config says so.
+
+        Raises:
+            DataError: the sample has no response, or one that the model has no tokens for.
+        """
+
+    def preprocess_task(self, sample: Sample) -> Features:
+        return self.preprocess(sample, self.response_tokens(sample))
+
+    @abstractmethod
+    def token_loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the suffix tokens, in nats, float32."""
+
+    @abstractmethod
+    def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target token and whether it is the likeliest, each [B, P]; 0 and True where
+        there is no target."""
+
+    def task_loss(self, batch: Batch) -> Tensor:
+        return self.token_loss(batch)
+
+    @abstractmethod
+    def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
+        """Greedy suffix tokens of each prompt, the end-of-sequence token included where it came."""
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Suffix tokens as text, without special tokens."""
+
+
+class TensorModel(Model):
+    """A model that reads inputs that came as tensors (an imported cache)."""
+
+    @abstractmethod
+    def from_tensors(
+        self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None, suffix: Sequence[int] | None = None
+    ) -> Features:
+        """Features of a prompt that came as tensors, and `suffix` tokens behind it, if any."""
+
+
+class PackingModel(Model):
+    """A model whose samples may share one row of tokens, without padding."""
+
+    @abstractmethod
+    def check_packing(self) -> None:
+        """Whether `packed_hidden_states` gives what `hidden_states` gives.
+
+        Raises:
+            ValueError: it does not.
+        """
+
+    @abstractmethod
+    def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
+        """Hidden states [L, T, D] of samples laid end to end in one row of T tokens, each as if it were alone. The
+        module must be in eval mode."""
+
+
+def token_model(model: Model) -> TokenModel:
+    """
+    Raises:
+        ConfigError: the model does not answer in tokens.
+    """
+    if isinstance(model, TokenModel):
+        return model
+    raise ConfigError(
+        f"{model.description} has no action tokens: anchor its hidden states at positions of the prompt "
+        f"(anchors.modes=[hidden], anchors.positions=[{','.join(model.default_positions)}]), and score it by episodes "
+        f"(metric success)"
+    )
+
+
+def tensor_model(model: Model) -> TensorModel:
+    """
+    Raises:
+        ConfigError: the model reads no tensors.
+    """
+    if isinstance(model, TensorModel):
+        return model
+    raise ConfigError(
+        f"a legacy cache holds no frames of a robot, which {model.description} looks at: build the cache of a policy "
+        f"with anchors build"
+    )
+
+
+def packing_model(model: Model) -> PackingModel:
+    """
+    Raises:
+        ValueError: the model packs nothing; who asked for packs adds the remedy, as for one that fails `check_packing`.
+    """
+    if isinstance(model, PackingModel):
+        return model
+    raise ValueError(f"{model.description} cannot be packed, its images are not part of a row of tokens")

@@ -1,37 +1,17 @@
 """The experiment as frozen models, read and validated once, at the edge. Neither torch nor ray is imported here."""
 
-from craft_ray.config.schema import (
-    ARMS,
-    BOUND,
-    MOST_VARIANTS,
-    POSITIONS,
-    SQLITE,
-    AnchorsConfig,
-    Columns,
-    CompareConfig,
-    CraftConfig,
-    DataConfig,
-    EvalSet,
-    EvaluationConfig,
-    Experiment,
-    ModelConfig,
-    ObjectiveConfig,
-    Precision,
-    RetentionMode,
-    RolloutConfig,
-    Section,
-    SweepConfig,
-    TrackingConfig,
-    TrainConfig,
-    ValidationConfig,
-    WorkersConfig,
-    absolute,
-    dump_config,
-    load_config,
-    parse_config,
-    parse_overrides,
-    read_yaml,
-)
+from craft_ray.config.comparison import CompareConfig
+from craft_ray.config.data import Columns, DataConfig
+from craft_ray.config.evaluation import EvalSet, EvaluationConfig, RolloutConfig, ValidationConfig
+from craft_ray.config.experiment import Experiment, absolute, parse_config
+from craft_ray.config.loading import dump_config, load_config, read_yaml
+from craft_ray.config.model import ModelConfig
+from craft_ray.config.overrides import parse_overrides
+from craft_ray.config.retention import AnchorsConfig, CraftConfig
+from craft_ray.config.search import ObjectiveConfig, SweepConfig
+from craft_ray.config.tracking import TrackingConfig
+from craft_ray.config.training import TrainConfig, WorkersConfig
+from craft_ray.config.types import ARMS, BOUND, MOST_VARIANTS, POSITIONS, SQLITE, Precision, RetentionMode, Section
 
 __all__ = [
     "ARMS",

@@ -3,15 +3,16 @@
 from craft_ray.config.comparison import CompareConfig
 from craft_ray.config.data import Columns, DataConfig
 from craft_ray.config.evaluation import EvalSet, EvaluationConfig, RolloutConfig, ValidationConfig
-from craft_ray.config.experiment import Experiment, absolute, parse_config
+from craft_ray.config.experiment import Experiment, parse_config
 from craft_ray.config.loading import dump_config, load_config, read_yaml
 from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import parse_overrides
+from craft_ray.config.paths import SQLITE
 from craft_ray.config.retention import AnchorsConfig, CraftConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
 from craft_ray.config.tracking import TrackingConfig
 from craft_ray.config.training import TrainConfig, WorkersConfig
-from craft_ray.config.types import ARMS, BOUND, MOST_VARIANTS, POSITIONS, SQLITE, Precision, RetentionMode, Section
+from craft_ray.config.types import ARMS, BOUND, MOST_VARIANTS, POSITIONS, Precision, RetentionMode, Section
 
 __all__ = [
     "ARMS",
@@ -38,7 +39,6 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
     "WorkersConfig",
-    "absolute",
     "dump_config",
     "load_config",
     "parse_config",

@@ -6,7 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from craft_ray.config.types import Episodes, PlaceName, Section
+from craft_ray.config.paths import PathOrHubName
+from craft_ray.config.types import Episodes, Section
 
 
 class Columns(Section):
@@ -40,7 +41,7 @@ class Columns(Section):
 class DataConfig(Section):
     """A place that samples are read from."""
 
-    path: PlaceName
+    path: PathOrHubName
     """A file, a folder, a glob pattern of text files (local, of a shared mount, or s3://), or a hub name."""
     format: Literal["auto", "jsonl", "parquet", "dataset", "text", "lerobot"] = "auto"
     """`auto` goes by the ending: .jsonl/.json, .parquet, .txt/.md/.py; a folder with meta/info.json is a

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -16,11 +14,12 @@ from craft_ray.config.evaluation import EvaluationConfig, ValidationConfig
 from craft_ray.config.mistakes import explain
 from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import set_value
+from craft_ray.config.paths import FolderPath
 from craft_ray.config.retention import AnchorsConfig, CraftConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
 from craft_ray.config.tracking import TrackingConfig
 from craft_ray.config.training import TrainConfig, WorkersConfig
-from craft_ray.config.types import ARMS, OBJECTS, SQLITE, PlaceName, Section, VariantName
+from craft_ray.config.types import ARMS, Section, VariantName
 from craft_ray.errors import ConfigError
 
 
@@ -32,7 +31,7 @@ class Experiment(Section):
     variant: VariantName | None = None
     """What this run's arm is called where it is a variant of a comparison; `craft-ray compare` sets it."""
     seed: int = Field(0, ge=0)
-    output_dir: PlaceName = "runs"
+    output_dir: FolderPath = Field("runs", validate_default=True)
     """Folder that run directories are made in: local, of a shared mount, or s3://."""
     model: ModelConfig
     task: DataConfig
@@ -105,42 +104,12 @@ class Experiment(Section):
 
 
 def parse_config(tree: dict[str, Any], where: str, base: Path | None = None) -> Experiment:
-    """A mapping as an experiment, every mistake in one line that names `where` and the key."""
+    """A mapping as an experiment, every mistake in one line that names `where` and the key.
+
+    Args:
+        base: the folder that relative paths start from; the working directory where it is None.
+    """
     try:
-        return absolute(Experiment.model_validate(tree), base or Path.cwd())
+        return Experiment.model_validate(tree, context={"base": base or Path.cwd()})
     except ValidationError as error:
         raise ConfigError(f"{where}: " + "; ".join(explain(e, Experiment) for e in error.errors())) from None
-
-
-def absolute(config: Experiment, base: Path) -> Experiment:
-    """The same experiment with local paths absolute: workers have another working directory."""
-    tree = config.model_dump()
-
-    def fix(section: dict[str, Any], key: str, always: bool = False) -> None:
-        value = section[key]
-        if value is None:
-            return
-        if value.startswith(OBJECTS):
-            return
-        path = base / Path(value).expanduser()
-        if always or value.startswith(("~", "./", "../")) or path.exists() or glob.glob(str(path)):
-            section[key] = os.path.normpath(path.absolute())
-
-    fix(tree, "output_dir", always=True)
-    fix(tree["model"], "path")
-    merged = {str(number): path for number, path in enumerate(tree["model"]["merge_statistics"])}
-    for number in merged:
-        fix(merged, number)
-    tree["model"]["merge_statistics"] = tuple(merged.values())
-    fix(tree["task"], "path")
-    tracked = tree["tracking"]["mlflow"]
-    if tracked is not None and tracked.startswith(SQLITE) and not tracked.startswith(SQLITE + "/"):
-        tree["tracking"]["mlflow"] = SQLITE + os.path.abspath(base / tracked.removeprefix(SQLITE))
-    fix(tree["craft"], "anchor_cache_dir", always=True)
-    if tree["anchors"]:
-        fix(tree["anchors"]["source"], "path")
-    for held_out in ("validation", "evaluation"):
-        for skill in ("old", "new"):
-            if tree[held_out][skill] and tree[held_out][skill]["data"]:
-                fix(tree[held_out][skill]["data"], "path")
-    return Experiment.model_validate(tree)

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from craft_ray.config.types import PlaceName, Section
+from craft_ray.config.paths import PathOrHubName
+from craft_ray.config.types import Section
 
 
 class ModelConfig(Section):
@@ -15,7 +16,7 @@ class ModelConfig(Section):
     kind: Literal["vision_language", "causal_lm", "lerobot"] = "causal_lm"
     """`vision_language` loads AutoModelForImageTextToText, `causal_lm` loads AutoModelForCausalLM, `lerobot` a policy
     of LeRobot with its processors (docs/lerobot.md; needs the extra `lerobot`)."""
-    path: PlaceName
+    path: PathOrHubName
     """A folder (local, of a shared mount, or s3://) or a hub name."""
     revision: str | None = None
     """Commit or tag of a hub model."""
@@ -34,6 +35,6 @@ class ModelConfig(Section):
     """Anchors compare student and teacher; dropout would be counted as forgetting."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    merge_statistics: tuple[PlaceName, ...] = ()
+    merge_statistics: tuple[PathOrHubName, ...] = ()
     """LeRobotDatasets (folders or hub names) whose statistics widen those of a policy's normaliser. By default the
     teacher's own stay as they are, whatever the new data are."""

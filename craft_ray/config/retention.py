@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from craft_ray.config.data import DataConfig
-from craft_ray.config.types import Fraction, Layers, PlaceName, Positions, RetentionMode, Section, distinct
+from craft_ray.config.paths import FolderPath
+from craft_ray.config.types import Fraction, Layers, Positions, RetentionMode, Section, distinct
 
 
 class AnchorsConfig(Section):
@@ -48,7 +49,7 @@ class CraftConfig(Section):
 
     enabled: bool = True
     """Off is the baseline arm: plain fine-tuning."""
-    anchor_cache_dir: PlaceName | None = None
+    anchor_cache_dir: FolderPath | None = None
     """Folder that `craft-ray anchors build` wrote: local, of a shared mount, or s3://."""
     anchor_batch_size: int = Field(32, ge=1)
     """Anchors in one retention step, over all workers."""

@@ -7,13 +7,14 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from craft_ray.config.paths import TrackingUri
 from craft_ray.config.types import Section
 
 
 class TrackingConfig(Section):
     """Where numbers go beside the run folder. TensorBoard events are always written."""
 
-    mlflow: str | None = None
+    mlflow: TrackingUri | None = None
     """MLflow's tracking URI, e.g. `sqlite:///mlflow.db`. Needs the extra `mlflow`."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases; `offline` writes files for `wandb sync`. Needs the extra `wandb`."""

@@ -15,8 +15,6 @@ Precision = Literal["fp32", "bf16"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 BOUND = re.compile(r"\s*(>=|<=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
-SQLITE = "sqlite:///"
-OBJECTS = "s3://"
 POSITIONS = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token", "all", "every_N", "suffix")
 
 
@@ -72,23 +70,7 @@ def _variant(name: str) -> str:
     return name
 
 
-def _place(text: str | None) -> str | None:
-    """A path or a hub name as it is; of an object store one that holds neither settings nor secrets."""
-    if text is None or "://" not in text:
-        return text
-    if not text.startswith(OBJECTS):
-        raise ValueError(f"'{text}' is no place that is known: name a path (of a mount, too) or {OBJECTS}BUCKET/KEY")
-    if re.search(r"[?@]", text) or not re.match(rf"{OBJECTS}[^/]+", text):
-        raise ValueError(
-            f"'{text.split('@')[-1]}' has to be {OBJECTS}BUCKET/KEY alone: credentials, region and endpoint come from "
-            f"the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL)"
-        )
-    return text.rstrip("/")
-
-
 Position = Annotated[str, AfterValidator(_position)]
-PlaceName = Annotated[str, AfterValidator(_place)]
-"""A path on a disk or a shared mount, or `s3://bucket/key`; for models and data a hub name, too."""
 VariantName = Annotated[str, AfterValidator(_variant)]
 Positions = Annotated[tuple[Position, ...] | None, AfterValidator(distinct)]
 Bound = Annotated[str, BeforeValidator(_bound)]

@@ -1,8 +1,27 @@
 """The experiment as frozen models, read and validated once, at the edge. Neither torch nor ray is imported here."""
 
 from craft_ray.config.comparison import CompareConfig
-from craft_ray.config.data import Columns, DataConfig
-from craft_ray.config.evaluation import EvalSet, EvaluationConfig, RolloutConfig, ValidationConfig
+from craft_ray.config.data import (
+    ENDINGS,
+    AutoData,
+    Columns,
+    DataConfig,
+    HuggingFaceData,
+    JsonLinesData,
+    LeRobotData,
+    ParquetData,
+    TableData,
+    TextData,
+    as_format,
+)
+from craft_ray.config.evaluation import (
+    EvalSet,
+    EvaluationConfig,
+    RolloutConfig,
+    RolloutEvalSet,
+    SampleEvalSet,
+    ValidationConfig,
+)
 from craft_ray.config.experiment import Experiment, parse_config
 from craft_ray.config.loading import dump_config, load_config, read_yaml
 from craft_ray.config.model import ModelConfig
@@ -17,10 +36,12 @@ from craft_ray.config.types import ARMS, BOUND, MOST_VARIANTS, POSITIONS, Precis
 __all__ = [
     "ARMS",
     "BOUND",
+    "ENDINGS",
     "MOST_VARIANTS",
     "POSITIONS",
     "SQLITE",
     "AnchorsConfig",
+    "AutoData",
     "Columns",
     "CompareConfig",
     "CraftConfig",
@@ -28,17 +49,26 @@ __all__ = [
     "EvalSet",
     "EvaluationConfig",
     "Experiment",
+    "HuggingFaceData",
+    "JsonLinesData",
+    "LeRobotData",
     "ModelConfig",
     "ObjectiveConfig",
+    "ParquetData",
     "Precision",
     "RetentionMode",
     "RolloutConfig",
+    "RolloutEvalSet",
+    "SampleEvalSet",
     "Section",
     "SweepConfig",
+    "TableData",
+    "TextData",
     "TrackingConfig",
     "TrainConfig",
     "ValidationConfig",
     "WorkersConfig",
+    "as_format",
     "dump_config",
     "load_config",
     "parse_config",

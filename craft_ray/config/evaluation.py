@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field
 
 from craft_ray.config.data import DataConfig
+from craft_ray.config.kinds import Kind, without_unused
 from craft_ray.config.types import Section
 
 
@@ -34,26 +36,65 @@ class RolloutConfig(Section):
     """Episodes of which a film strip is kept."""
 
 
-class EvalSet(Section):
+class ScoredSet(Kind):
     """How one skill is scored: on held-out samples, or in a simulator."""
 
-    data: DataConfig | None = None
-    rollout: RolloutConfig | None = None
-    metric: Literal["exact_match", "choice", "perplexity", "success"] = "exact_match"
+    key: ClassVar[str] = "metric"
+
+    metric: str
     """exact_match: greedy answer equals the response; choice: the response is the likeliest of the choices;
     perplexity: of the response, per token (lower is better); success: the part of `rollout`'s episodes that a policy
     ends with success."""
     batch_size: int = Field(64, ge=1)
     """Samples of one forward pass; of rollouts, episodes that go on side by side."""
-    max_new_tokens: int = Field(16, ge=1)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        needed = "rollout" if self.metric == "success" else "data"
-        for name, value in (("data", self.data), ("rollout", self.rollout)):
-            if (value is not None) != (name == needed):
-                raise ValueError(f"metric {self.metric} goes with a section {needed}, and no other")
-        return self
+
+class SampleEvalSet(ScoredSet):
+    """A skill that is scored on held-out samples."""
+
+    tags: ClassVar[tuple[str, ...]] = ("exact_match", "choice", "perplexity")
+    noun: ClassVar[str] = "held-out samples"
+
+    metric: Literal["exact_match", "choice", "perplexity"] = "exact_match"
+    data: DataConfig
+    max_new_tokens: int = Field(16, ge=1)
+    """Longest answer that is generated for exact_match."""
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that a score depends on, beside model and data. Kept scores of teachers go by it."""
+        return {"metric": self.metric, "max_new_tokens": self.max_new_tokens}
+
+
+class RolloutEvalSet(ScoredSet):
+    """A skill that is scored by a policy's episodes in a simulator."""
+
+    tags: ClassVar[tuple[str, ...]] = ("success",)
+    noun: ClassVar[str] = "episodes in a simulator"
+
+    metric: Literal["success"] = "success"
+    rollout: RolloutConfig
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that a score depends on, beside model and rollout. Kept scores of teachers go by it; the second
+        one dates from when rollouts had it, too."""
+        return {"metric": self.metric, "max_new_tokens": 16}
+
+
+EVAL_SETS: tuple[type[ScoredSet], ...] = (SampleEvalSet, RolloutEvalSet)
+
+
+def _with_metric(value: Any) -> Any:
+    """A section with its metric, and without what another metric would go with."""
+    if not isinstance(value, Mapping):
+        return value
+    tree = {"metric": "exact_match", **value}
+    own = next((kind for kind in EVAL_SETS if tree["metric"] in kind.tags), None)
+    return tree if own is None else without_unused(tree, own, EVAL_SETS)
+
+
+EvalSet = Annotated[SampleEvalSet | RolloutEvalSet, Discriminator("metric"), BeforeValidator(_with_metric)]
 
 
 class EvaluationConfig(Section):

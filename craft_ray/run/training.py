@@ -19,7 +19,15 @@ import torch
 from torch.optim import AdamW, Optimizer
 
 from craft_ray.anchors.schema import NOISE_FLOOR
-from craft_ray.config import DataConfig, EvalSet, EvaluationConfig, Experiment, TrainConfig, ValidationConfig
+from craft_ray.config import (
+    DataConfig,
+    EvalSet,
+    EvaluationConfig,
+    Experiment,
+    RolloutEvalSet,
+    TrainConfig,
+    ValidationConfig,
+)
 from craft_ray.data.prefetch import prefetch
 from craft_ray.data.sampler import StepSampler
 from craft_ray.data.source import open_source
@@ -383,10 +391,9 @@ class Run:
 
     def _teacher_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
         data = self.eval_data(section, skill, eval_set)
-        settings = eval_set.model_dump(mode="json", include={"metric", "max_new_tokens"})
         teacher = self.teacher_weights or self._teacher_of_resumed_run()
         how = [self.model.preprocessor_fingerprint(), self.config.train.precision]
-        key = json_fingerprint([teacher, data.of.fingerprint, settings, how])
+        key = json_fingerprint([teacher, data.of.fingerprint, eval_set.decisive, how])
         own = self._own_teacher_score(section, skill)
         shared = self.folder.shared / f".teacher-score-{key[:16]}.json"
         known = self.workers.gather({str(p): json.loads(p.read_text()) for p in (own, shared) if p.exists()})[0]
@@ -421,7 +428,7 @@ class Run:
         """
         if (section, skill) not in self._held_out:
             source = open_eval_set(eval_set, f"{section}.{skill}")
-            shelf = None if eval_set.data is None else self._shelf(eval_set.data)
+            shelf = None if isinstance(eval_set, RolloutEvalSet) else self._shelf(eval_set.data)
             self._held_out[section, skill] = EvalData(self.model, source, eval_set, shelf)
         return self._held_out[section, skill]
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from craft_pipelines.outputs import check_kept
-from craft_ray.config import Experiment
+from craft_ray.config import Experiment, RolloutEvalSet
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError
 from craft_ray.models import load_model
@@ -165,7 +165,7 @@ def _scores(
     for skill, eval_set in eval_sets(config, "evaluation"):
         # What one model has preprocessed the next one reads: they share the processor.
         how = (skill, model.preprocessor_fingerprint())
-        shelf = None if eval_set.data is None else shelves.of(*how)
+        shelf = None if isinstance(eval_set, RolloutEvalSet) else shelves.of(*how)
         torch.manual_seed(config.seed)  # the same for every model, where a policy draws its actions
         found[skill] = score(EvalData(model, sources[skill], eval_set, shelf), OneWorker(model.device))
     return found

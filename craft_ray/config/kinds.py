@@ -18,6 +18,7 @@ class Kind(Section):
     tags: ClassVar[tuple[str, ...]]
     """What that field says for this kind."""
     noun: ClassVar[str]
+    """What the kind is called in a message."""
 
     @classmethod
     def described(cls) -> str:

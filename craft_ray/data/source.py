@@ -81,8 +81,8 @@ def open_source(config: DataConfig, key: str) -> Source:
     """
     named, config = config.path, config.model_copy(update={"path": at_hand(config.path, f"{key}.path")})
     if config.format == "auto":
-        unknown = "dataset" if isinstance(config, AutoData) else config.tags[0]
-        config = as_format(config, format_at(config.path) or unknown, key)
+        otherwise = "dataset" if isinstance(config, AutoData) else config.tags[0]
+        config = as_format(config, format_at(config.path) or otherwise, key)
     if isinstance(config, LeRobotData):
         require_lerobot(f"{key} is a LeRobotDataset")
         from craft_ray.lerobot.dataset import open_lerobot

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.workload import Shape, language_model, mixed_lengths, random_texts
 from craft_ray.anchors.schema import CacheSchema
 from craft_ray.anchors.teacher import Teacher
-from craft_ray.config import AnchorsConfig, DataConfig, Experiment, ModelConfig, Precision, parse_config
+from craft_ray.config import AnchorsConfig, AutoData, Experiment, ModelConfig, Precision, parse_config
 from craft_ray.data.sample import Sample
 from craft_ray.models import load_model
 from craft_ray.quiet import quiet_libraries
@@ -83,4 +83,4 @@ def teacher_of(
     model = load_model(ModelConfig(path=str(folder), dtype=dtype, max_length=max_length), precision)  # type: ignore[arg-type]
     last = model.num_hidden_states - 1
     schema = CacheSchema(modes, positions, (last - 1, last), model.hidden_size, "float16", "raw")
-    return Teacher(model, schema, AnchorsConfig(source=DataConfig(path="unused"), modes=modes, **settings))  # type: ignore[arg-type]
+    return Teacher(model, schema, AnchorsConfig(source=AutoData(path="unused"), modes=modes, **settings))  # type: ignore[arg-type]

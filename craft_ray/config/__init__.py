@@ -1,45 +1,47 @@
 """The experiment as frozen models, read and validated once, at the edge. Neither torch nor ray is imported here."""
 
-from craft_ray.config.schema import (
-    ARMS,
-    BOUND,
-    MOST_VARIANTS,
-    POSITIONS,
-    SQLITE,
-    AnchorsConfig,
+from craft_ray.config.comparison import CompareConfig
+from craft_ray.config.data import (
+    ENDINGS,
+    AutoData,
     Columns,
-    CompareConfig,
-    CraftConfig,
     DataConfig,
+    HuggingFaceData,
+    JsonLinesData,
+    LeRobotData,
+    ParquetData,
+    TableData,
+    TextData,
+    as_format,
+)
+from craft_ray.config.evaluation import (
     EvalSet,
     EvaluationConfig,
-    Experiment,
-    ModelConfig,
-    ObjectiveConfig,
-    Precision,
-    RetentionMode,
     RolloutConfig,
-    Section,
-    SweepConfig,
-    TrackingConfig,
-    TrainConfig,
+    RolloutEvalSet,
+    SampleEvalSet,
     ValidationConfig,
-    WorkersConfig,
-    absolute,
-    dump_config,
-    load_config,
-    parse_config,
-    parse_overrides,
-    read_yaml,
 )
+from craft_ray.config.experiment import Experiment, parse_config
+from craft_ray.config.loading import dump_config, load_config, read_yaml
+from craft_ray.config.model import ModelConfig
+from craft_ray.config.overrides import parse_overrides
+from craft_ray.config.paths import SQLITE
+from craft_ray.config.retention import AnchorsConfig, CraftConfig
+from craft_ray.config.search import ObjectiveConfig, SweepConfig
+from craft_ray.config.tracking import TrackingConfig
+from craft_ray.config.training import TrainConfig, WorkersConfig
+from craft_ray.config.types import ARMS, BOUND, MOST_VARIANTS, POSITIONS, Precision, RetentionMode, Section
 
 __all__ = [
     "ARMS",
     "BOUND",
+    "ENDINGS",
     "MOST_VARIANTS",
     "POSITIONS",
     "SQLITE",
     "AnchorsConfig",
+    "AutoData",
     "Columns",
     "CompareConfig",
     "CraftConfig",
@@ -47,18 +49,26 @@ __all__ = [
     "EvalSet",
     "EvaluationConfig",
     "Experiment",
+    "HuggingFaceData",
+    "JsonLinesData",
+    "LeRobotData",
     "ModelConfig",
     "ObjectiveConfig",
+    "ParquetData",
     "Precision",
     "RetentionMode",
     "RolloutConfig",
+    "RolloutEvalSet",
+    "SampleEvalSet",
     "Section",
     "SweepConfig",
+    "TableData",
+    "TextData",
     "TrackingConfig",
     "TrainConfig",
     "ValidationConfig",
     "WorkersConfig",
-    "absolute",
+    "as_format",
     "dump_config",
     "load_config",
     "parse_config",

@@ -34,11 +34,11 @@ from lerobot.utils.import_utils import get_safe_default_video_backend
 from numpy.typing import NDArray
 from packaging.version import Version
 
-from craft_ray.config import DataConfig
+from craft_ray.config import LeRobotData
+from craft_ray.data.formats import LEROBOT_MARK
 from craft_ray.data.frame import Frame
 from craft_ray.data.images import decode_image, encoded_image
 from craft_ray.data.sample import Sample
-from craft_ray.data.source import LEROBOT_MARK
 from craft_ray.errors import ConfigError, DataError, StorageError
 from craft_ray.storage.files import checksum
 
@@ -54,7 +54,7 @@ TOLERANCE = 1e-4
 CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
 
 
-def open_lerobot(config: DataConfig, key: str) -> LeRobotSource:
+def open_lerobot(config: LeRobotData, key: str) -> LeRobotSource:
     """The frames of a LeRobotDataset, from a folder or the hub.
 
     Args:
@@ -138,11 +138,12 @@ class LeRobotSource:
     for."""
 
     def __init__(
-        self, config: DataConfig, root: Path, features: Sequence[Feature], layout: Layout, chosen: Sequence[int]
+        self, config: LeRobotData, root: Path, features: Sequence[Feature], layout: Layout, chosen: Sequence[int]
     ) -> None:
         self.name = config.path
         self.features: dict[str, tuple[int, ...]] = {f.name: f.shape for f in features}
         self.has_responses = ACTION in self.features
+        self.has_choices = False
         self._config, self._root, self._layout, self._chosen = config, root, layout, chosen
         data = layout.data(chosen)
         for file in (*data, *layout.videos(chosen)):
@@ -263,7 +264,7 @@ class LeRobotSource:
 # -- where it is and what it says of itself
 
 
-def _root(config: DataConfig, key: str) -> tuple[Path, str | None]:
+def _root(config: LeRobotData, key: str) -> tuple[Path, str | None]:
     """The folder of a data set; of one on the hub, its commit too, and for now no more than its meta folder."""
     path = Path(config.path)
     if path.is_dir() or config.path.startswith(("/", ".", "~")):
@@ -280,7 +281,7 @@ def _root(config: DataConfig, key: str) -> tuple[Path, str | None]:
     return snapshot, snapshot.name
 
 
-def _fetch(config: DataConfig, key: str, files: list[str], revision: str) -> Path:
+def _fetch(config: LeRobotData, key: str, files: list[str], revision: str) -> Path:
     """A hub data set's folder in the cache that LeRobot has, with these files. Offline it is what is there already."""
     try:
         return Path(
@@ -301,7 +302,7 @@ def _fetch(config: DataConfig, key: str, files: list[str], revision: str) -> Pat
 
 
 @contextmanager
-def _damage(config: DataConfig, key: str) -> Iterator[None]:
+def _damage(config: LeRobotData, key: str) -> Iterator[None]:
     """Whatever a damaged file makes fail, in one line."""
     try:
         yield
@@ -314,7 +315,7 @@ def _damage(config: DataConfig, key: str) -> Iterator[None]:
         ) from None
 
 
-def _check_version(found: str, config: DataConfig, key: str) -> None:
+def _check_version(found: str, config: LeRobotData, key: str) -> None:
     theirs, ours = Version(found).major, Version(CODEBASE_VERSION).major
     if theirs != ours:
         convert = f"convert it with {CONVERTER} (which pushes it to the hub by default)"
@@ -325,7 +326,7 @@ def _check_version(found: str, config: DataConfig, key: str) -> None:
         )
 
 
-def _features(stored: Mapping[str, Mapping[str, Any]], config: DataConfig, key: str) -> list[Feature]:
+def _features(stored: Mapping[str, Mapping[str, Any]], config: LeRobotData, key: str) -> list[Feature]:
     """What of a data set goes into a sample: pictures, observations and the action."""
     present = [name for name in stored if name not in DEFAULT_FEATURES]
     for name in config.rename:
@@ -355,7 +356,7 @@ def _features(stored: Mapping[str, Mapping[str, Any]], config: DataConfig, key: 
     return list(features.values())
 
 
-def _picture_shape(name: str, stored: Mapping[str, Any], config: DataConfig, key: str) -> tuple[int, int, int]:
+def _picture_shape(name: str, stored: Mapping[str, Any], config: LeRobotData, key: str) -> tuple[int, int, int]:
     """Channels, height, width."""
     *two, last = stored["shape"]
     shape = (last, *two) if stored["names"][2] in ("channel", "channels") else (*two, last)
@@ -383,7 +384,7 @@ def _layout(root: Path, info: Mapping[str, Any], features: Sequence[Feature]) ->
     return Layout(rows, info["data_path"], info["video_path"] if cameras else None, cameras)
 
 
-def _chosen(count: int, config: DataConfig, key: str) -> list[int]:
+def _chosen(count: int, config: LeRobotData, key: str) -> list[int]:
     """The episodes to read, in their order in the data set."""
     if config.episodes is None:
         return list(range(count))

@@ -11,7 +11,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from craft_ray.config import EvalSet
+from craft_ray.config import RolloutEvalSet, SampleEvalSet
 from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
@@ -69,7 +69,7 @@ def examples(runs: Sequence[FinishedRun]) -> Examples | None:
     plain, craft = pair
     eval_set = craft.config.evaluation.old
     assert eval_set is not None, "predictions were written, so the skill was evaluated"
-    if eval_set.metric == "success":
+    if isinstance(eval_set, RolloutEvalSet):
         return None
     predictions = _Predictions(plain, craft)
     select = _texts if eval_set.metric == "perplexity" else _answers
@@ -147,9 +147,11 @@ def _outcome(record: Record) -> str:
     return f"{number(_per_token(record))} nats per token" if "nll" in record else _short(record["prediction"])
 
 
-def _samples(eval_set: EvalSet, ids: Sequence[str], predictions: _Predictions) -> tuple[dict[str, Sample], str | None]:
+def _samples(
+    eval_set: SampleEvalSet, ids: Sequence[str], predictions: _Predictions
+) -> tuple[dict[str, Sample], str | None]:
     """The samples from where the run read them, and what is to be told if they are not there any more."""
-    if not ids or eval_set.data is None:
+    if not ids:
         return {}, None
     try:
         source = open_source(eval_set.data, "evaluation.old.data")

@@ -105,10 +105,9 @@ class HeldOut:
 
     def _teacher_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
         data = self.data(section, skill, eval_set)
-        settings = eval_set.model_dump(mode="json", include={"metric", "max_new_tokens"})
         teacher = self._teacher_weights or self._teacher_of_resumed_run()
         how = [self._model.preprocessor_fingerprint(), self._config.train.precision]
-        key = json_fingerprint([teacher, data.of.fingerprint, settings, how])
+        key = json_fingerprint([teacher, data.of.fingerprint, eval_set.decisive, how])
         own = self._own_teacher_score(section, skill)
         shared = self._folder.shared / f".teacher-score-{key[:16]}.json"
         known = self._workers.gather({str(p): json.loads(p.read_text()) for p in (own, shared) if p.exists()})[0]

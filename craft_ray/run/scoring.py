@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from craft_ray.config import DataConfig, EvalSet
+from craft_ray.config import DataConfig, EvalSet, RolloutEvalSet, SampleEvalSet
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source, require_lerobot
 from craft_ray.errors import ConfigError, DataError
@@ -74,19 +74,18 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes:
     Raises:
         ConfigError: the metric needs a column that the config does not name.
     """
-    if eval_set.rollout is not None:
+    if isinstance(eval_set, RolloutEvalSet):
         require_lerobot(f"{key} rolls out a policy")
         from craft_ray.lerobot.rollout import Rollouts
 
         return Rollouts(eval_set.rollout, f"{key}.rollout")
-    assert eval_set.data is not None
     source = open_source(eval_set.data, f"{key}.data")
     if source.features is not None and eval_set.metric != "perplexity":
         raise ConfigError(
             f"{key}.metric is {eval_set.metric}, but {source.name} is a LeRobotDataset: its actions are scored by "
             f"perplexity, and a policy by success in a rollout"
         )
-    if not source.has_responses or (eval_set.metric == "choice" and eval_set.data.columns.choices is None):
+    if not source.has_responses or (eval_set.metric == "choice" and not source.has_choices):
         needed = "choices" if source.has_responses else "response"
         raise ConfigError(f"{key}.metric is {eval_set.metric}, but {key}.data.columns.{needed} names no column")
     return source
@@ -113,23 +112,23 @@ class EvalData:
         self.model = model
         self.of = source
         self.eval_set = eval_set
-        if eval_set.rollout is None:
-            model.check_source(self.source)
-        else:
+        if isinstance(eval_set, RolloutEvalSet):
             self.episodes.check(model)
-        identity = () if eval_set.data is None else source_identity(eval_set.data, model)
+        else:
+            model.check_source(self.source)
+        identity = () if isinstance(eval_set, RolloutEvalSet) else source_identity(eval_set.data, model)
         self._features = (features or FeatureCache()).source(self._make, *identity)
 
     @property
     def source(self) -> Source:
         """The samples of every metric but success."""
-        assert self.eval_set.rollout is None
+        assert not isinstance(self.eval_set, RolloutEvalSet)
         return cast("Source", self.of)
 
     @property
     def episodes(self) -> Episodes:
         """The episodes of metric success."""
-        assert self.eval_set.rollout is not None
+        assert isinstance(self.eval_set, RolloutEvalSet)
         return cast("Episodes", self.of)
 
     def question(self, row: int) -> Features:
@@ -176,6 +175,7 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
 
 
 def _exact_match(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
+    assert isinstance(data.eval_set, SampleEvalSet)
     model = token_model(data.model)
     answers = model.generate([data.question(row) for row in rows], data.eval_set.max_new_tokens)
     records = []

@@ -105,11 +105,12 @@ def resume_run(path: StoragePath, config: Experiment) -> PlannedRun:
 
 def differences(began: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """What two configs do not share, a key at a time, with both sides."""
-    for key, value in began.items():
-        if isinstance(value, dict) and isinstance(given[key], dict):
-            yield from differences(value, given[key], f"{prefix}{key}.")
-        elif value != given[key]:
-            yield f"{prefix}{key} was {value}, is {given[key]}"
+    for key in dict.fromkeys([*began, *given]):  # the kinds of a section have keys of their own
+        value, now = began.get(key), given.get(key)
+        if isinstance(value, dict) and isinstance(now, dict):
+            yield from differences(value, now, f"{prefix}{key}.")
+        elif value != now:
+            yield f"{prefix}{key} was {value}, is {now}"
 
 
 def check_inputs(config: Experiment) -> None:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import os
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from craft_ray.config import DataConfig, Experiment, Section, dump_config, load_config, parse_config
+from craft_ray.config import (
+    AutoData,
+    Experiment,
+    HuggingFaceData,
+    JsonLinesData,
+    LeRobotData,
+    ParquetData,
+    Section,
+    TextData,
+    dump_config,
+    load_config,
+    parse_config,
+)
 from craft_ray.errors import ConfigError
+from tests.support.configs import eval_set
 
 REPOSITORY = Path(__file__).parents[2]
 MINIMAL = "model: {path: org/model}\ntask: {path: org/data}\ntrain: {steps: 4}\n"
@@ -41,14 +56,33 @@ def get(config: Any, key: str) -> Any:
 
 # --- every key ----------------------------------------------------------------------------------------------------
 
-DATA = {
-    "path": "org/other", "format": "jsonl", "split": "test", "revision": "v2", "limit": 7, "chunk_chars": 99,
-    "columns.id": "key", "columns.image": "picture", "columns.prompt": "question", "columns.response": "answer",
-    "columns.choices": "options", "episodes": [1, 2], "stride": 2, "rename": {"observation.a": "observation.b"},
+DATA = {"path": "org/other", "limit": 7}
+TABLE = {
+    **DATA, "columns.id": "key", "columns.image": "picture", "columns.prompt": "question",
+    "columns.response": "answer", "columns.choices": "options",
 }  # fmt: skip
-INSTEAD = ("columns.answer_index", "rollout")
+JSONL, PARQUET = {**TABLE, "format": "jsonl"}, {**TABLE, "format": "parquet"}
+DATASET = {**TABLE, "format": "dataset", "split": "test", "revision": "v2"}
+TEXT = {**TABLE, "format": "text", "chunk_chars": 99}
+LEROBOT = {
+    **DATA, "format": "lerobot", "revision": "v2", "episodes": [1, 2], "stride": 2,
+    "rename": {"observation.a": "observation.b"},
+}  # fmt: skip
+INSTEAD = ("columns.answer_index",)
 """Keys in whose place another stands in this list."""
-EVAL = {**{f"data.{k}": v for k, v in DATA.items()}, "metric": "choice", "batch_size": 3, "max_new_tokens": 5}
+TOLD = ("path", "format", "metric", "rollout.env", "rollout.task")
+"""Keys without which a section is none, or is of another kind."""
+
+
+def scored(data: dict[str, Any]) -> dict[str, Any]:
+    return {**{f"data.{k}": v for k, v in data.items()}, "metric": "choice", "batch_size": 3, "max_new_tokens": 5}
+
+
+ROLLOUT = {
+    "rollout.env": "aloha", "rollout.task": "AlohaInsertion-v0", "rollout.prompt": "Insert it.", "rollout.episodes": 3,
+    "rollout.seed": 5, "rollout.max_steps": 9, "rollout.execute": 4, "rollout.action_repeat": 2,
+    "rollout.rename": {"a": "b"}, "rollout.films": 1, "metric": "success", "batch_size": 3,
+}  # fmt: skip
 SECTIONS: dict[str, dict[str, Any]] = {
     "": {"name": "other", "variant": "other", "seed": 5, "output_dir": "/tmp/elsewhere"},
     "model": {
@@ -56,9 +90,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16", "max_length": 77, "chat_template": True, "append_eos": False, "disable_dropout": False,
         "gradient_checkpointing": True, "merge_statistics": ["org/data"],
     },
-    "task": DATA,
+    "task": DATASET,
     "anchors": {
-        **{f"source.{k}": v for k, v in DATA.items()}, "modes": ["token_ce"], "positions": ["every_3", "suffix"],
+        **{f"source.{k}": v for k, v in LEROBOT.items()}, "modes": ["token_ce"], "positions": ["every_3", "suffix"],
         "layers": [0, -1], "dtype": "float32", "max_new_tokens": 3, "suffix_from": "response", "batch_size": 5,
         "pack_tokens": 999, "rows_per_shard": 11, "actors": 2, "cpus_per_actor": 0.5, "gpus_per_actor": 0.25,
         "threads_per_actor": 2,
@@ -76,14 +110,15 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0, "betas": [0.5, 0.75], "max_grad_norm": None, "precision": "bf16", "log_every": 3,
         "checkpoint_every": 4, "keep_checkpoints": 1, "prefetch": 5,
     },
-    "evaluation.old": EVAL,
-    "evaluation.new": EVAL,
+    "evaluation.old": scored(TEXT),
+    "evaluation.new": ROLLOUT,
     "workers": {
         "num_workers": 2, "use_gpu": True, "cpus_per_worker": 0.5, "resources_per_worker": {"GPU": 0.5},
         "threads": 2, "max_failures": 0,
     },
     "validation": {"every": 9},
-    **{f"validation.{skill}": EVAL for skill in ("old", "new")},
+    "validation.old": scored(JSONL),
+    "validation.new": scored(PARQUET),
     "objective": {
         "maximize": None, "minimize": "train/loss", "subject_to": {"old/ratio": ">= 0.9"}, "confidence": 0.9,
     },
@@ -110,8 +145,8 @@ def test_every_key_can_be_overridden(minimal: Path) -> None:
 
 def test_the_list_of_keys_is_complete_and_changes_each(minimal: Path) -> None:
     """Guards the test above: a key that is new must be added to it, with a value that is not the default."""
-    paths = [f"{k}={v}" for k, v in EVERY.items() if k.endswith("path") and v is not None]
-    config = load_config(minimal, [*paths, "objective.maximize=new/score"])
+    told = [f"{k}={v}" for k, v in EVERY.items() if k.endswith(TOLD)]
+    config = load_config(minimal, [*told, "objective.maximize=new/score"])
 
     def leaves(section: Section, prefix: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -123,7 +158,7 @@ def test_the_list_of_keys_is_complete_and_changes_each(minimal: Path) -> None:
     defaults = leaves(config)
     defaults = {key: value for key, value in defaults.items() if not key.endswith(INSTEAD)}
     assert defaults.keys() == EVERY.keys()
-    same = [key for key, value in defaults.items() if value == EVERY[key] and not key.endswith("path")]
+    same = [key for key, value in defaults.items() if value == EVERY[key] and not key.endswith(TOLD)]
     assert same == []
 
 
@@ -207,7 +242,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("model=5", "model"),
         ("task.limit=0", "task.limit"),
         ("task.format=csv", "task.format"),
-        ("evaluation.old.metric=choice", "evaluation.old"),
+        ("evaluation.old.metric=choice", "evaluation.old.data"),
         ("evaluation.old={data: {path: a}, metric: f1}", "evaluation.old.metric"),
         ("workers.num_workers=-1", "workers.num_workers"),
         ("workers.num_workers=two", "workers.num_workers"),
@@ -311,12 +346,152 @@ def test_a_baseline_does_not_mind_the_anchors(minimal: Path) -> None:
             "evaluation.old={data: {path: a}, metrik: choice}",
             "unknown key evaluation.old.metrik; did you mean evaluation.old.metric?",
         ),
+        ("task.episods=[1]", "unknown key task.episods; did you mean task.episodes?"),
+        (
+            "evaluation.old={metric: success, rollout: {env: e, task: t, episods: 3}}",
+            "unknown key evaluation.old.rollout.episods; did you mean evaluation.old.rollout.episodes?",
+        ),
         ("craft.zzzzzzz=1", "unknown key craft.zzzzzzz"),
         ("a..b=1", "unknown key a"),
     ],
 )
 def test_an_unknown_key_comes_with_a_guess(override: str, said: str, minimal: Path) -> None:
     assert refusal(minimal, override) == f"{minimal}: {said}"
+
+
+# --- sections of several kinds ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        ("{path: org/data}", AutoData),
+        ("{path: data/parts, columns: {prompt: question}, limit: 3}", AutoData),
+        ("{path: 'data/*'}", AutoData),
+        ("{path: rows.jsonl}", JsonLinesData),
+        ("{path: 's3://bucket/rows.json'}", JsonLinesData),
+        ("{path: 'data/*.parquet'}", ParquetData),
+        ("{path: notes.md}", TextData),
+        ("{path: org/data, format: parquet}", ParquetData),
+        ("{path: rows.log, format: jsonl}", JsonLinesData),
+        ("{path: rows.jsonl, format: text}", TextData),
+        ("{path: org/data, split: test}", HuggingFaceData),
+        ("{path: org/data, revision: v2}", HuggingFaceData),
+        ("{path: texts, chunk_chars: 64}", TextData),
+        ("{path: org/robot, episodes: 0-3}", LeRobotData),
+        ("{path: org/robot, stride: 2, revision: v3.0}", LeRobotData),
+        ("{path: org/data, split: train, stride: 1, episodes: null}", AutoData),
+    ],
+)
+def test_the_kind_of_a_source_is_told_by_format_ending_or_keys(data: str, kind: type[Section], minimal: Path) -> None:
+    config = load_config(minimal, [f"task={data}"])
+    assert type(config.task) is kind
+    again = parse_config(yaml.safe_load(dump_config(config)), "again")
+    assert again == config
+    assert type(again.task) is kind
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "task={path: rows.jsonl, episodes: [1]}",
+            "task.episodes belongs to a LeRobotDataset (format: lerobot), but task is read as JSON lines (format: "
+            "jsonl): leave it out, or set task.format",
+        ),
+        ("task={path: a.parquet, split: test}", "task.split belongs to a Hugging Face dataset (format: dataset), but"),
+        (
+            "task={path: a.txt, rename: {a: b}}",
+            "task.rename belongs to a LeRobotDataset (format: lerobot), but task is",
+        ),
+        ("task={path: org/robot, format: dataset, stride: 2}", "task.stride belongs to a LeRobotDataset"),
+        (
+            "task={path: org/robot, format: lerobot, columns: {prompt: question}}",
+            "task.columns belongs to JSON lines (format: jsonl) or Parquet files (format: parquet) or",
+        ),
+        ("anchors.source={path: a.jsonl, chunk_chars: 3}", "anchors.source.chunk_chars belongs to plain text"),
+        (
+            "evaluation.old={data: {path: a.md, revision: v2}}",
+            "evaluation.old.data.revision belongs to a Hugging Face dataset (format: dataset) or a LeRobotDataset",
+        ),
+        (
+            "validation.new={metric: choice, data: {path: a}, rollout: {env: e, task: t}}",
+            "validation.new.rollout belongs to episodes in a simulator (metric: success), but validation.new is read "
+            "as held-out samples (metric: exact_match, choice, perplexity): leave it out, or set validation.new.metric",
+        ),
+        (
+            "evaluation.new={metric: success, rollout: {env: e, task: t}, data: {path: a}}",
+            "evaluation.new.data belongs to held-out samples (metric: exact_match, choice, perplexity), but",
+        ),
+        (
+            "evaluation.new={metric: success, rollout: {env: e, task: t}, max_new_tokens: 3}",
+            "evaluation.new.max_new_tokens belongs to held-out samples",
+        ),
+        ("evaluation.new={metric: success}", "evaluation.new.rollout is missing"),
+        ("task={path: a, format: lerobot, columns: {zzz: 1}}", "task.columns belongs to"),
+    ],
+)
+def test_a_key_of_another_kind_is_refused(override: str, said: str, minimal: Path) -> None:
+    assert refusal(minimal, override).startswith(f"{minimal}: {said}")
+
+
+def test_a_kind_has_no_other_kinds_attributes(minimal: Path) -> None:
+    rollout = "evaluation.new={metric: success, rollout: {env: e, task: t}}"
+    config = load_config(minimal, ["task.path=rows.jsonl", "evaluation.old={data: {path: a}}", rollout])
+    assert not hasattr(config.task, "episodes")
+    assert not hasattr(config.evaluation.old, "rollout")
+    assert not hasattr(config.evaluation.new, "data")
+
+
+def test_another_path_is_of_another_kind(minimal: Path) -> None:
+    config = load_config(minimal, ["task.path=rows.jsonl"])
+    assert type(config.changed({"task.path": "rows.parquet"}).task) is ParquetData
+    assert type(config.changed({"task.path": "org/robot", "task.episodes": "0-3"}).task) is LeRobotData
+
+
+def test_a_config_that_was_written_with_the_keys_of_all_kinds_still_loads(minimal: Path) -> None:
+    """As every run folder and plan holds one that was written while a source was one section with all keys."""
+    columns = {"id": None, "image": None, "prompt": "prompt", "response": None, "choices": None}
+    every = {
+        "format": "auto", "split": "train", "revision": None, "columns": columns, "limit": None, "episodes": None,
+        "stride": 1, "rename": {}, "chunk_chars": 512,
+    }  # fmt: skip
+    rollout = {"env": "e", "task": "t"}
+    samples = {"rollout": None, "metric": "choice", "batch_size": 64, "max_new_tokens": 16}
+    tree = yaml.safe_load(MINIMAL) | {
+        "task": {**every, "path": "rows.jsonl"},
+        "anchors": {"source": {**every, "path": "org/robot", "format": "lerobot", "episodes": [0, 1], "stride": 10}},
+        "validation": {
+            "old": {**samples, "data": {**every, "path": "a.txt", "chunk_chars": 9}},
+            "new": {**samples, "data": {**every, "path": "a.parquet", "columns": {**columns, "answer_index": None}}},
+        },
+        "evaluation": {
+            "old": {**samples, "data": {**every, "path": "org/data", "split": "test"}},
+            "new": {**samples, "data": None, "rollout": rollout, "metric": "success"},
+        },
+    }
+    new = yaml.safe_load(MINIMAL) | {
+        "task": {"path": "rows.jsonl"},
+        "anchors": {"source": {"path": "org/robot", "format": "lerobot", "episodes": "0-1", "stride": 10}},
+        "validation": {
+            "old": {"metric": "choice", "data": {"path": "a.txt", "chunk_chars": 9}},
+            "new": {"metric": "choice", "data": {"path": "a.parquet"}},
+        },
+        "evaluation": {
+            "old": {"metric": "choice", "data": {"path": "org/data", "split": "test"}},
+            "new": {"metric": "success", "rollout": rollout},
+        },
+    }
+    config = parse_config(tree, "old")
+    assert config == parse_config(new, "new")
+    assert "episodes" not in config.task.model_dump()
+
+
+def test_the_settings_that_a_teachers_score_is_kept_by_are_what_they_were() -> None:
+    """Scores that lie in run folders are found by them."""
+    data, rollout = {"path": "a.jsonl"}, {"env": "e", "task": "t"}
+    assert eval_set(data=data, max_new_tokens=3).decisive == {"metric": "exact_match", "max_new_tokens": 3}
+    assert eval_set(metric="success", rollout=rollout).decisive == {"metric": "success", "max_new_tokens": 16}
 
 
 def test_two_mistakes_are_told_at_once(minimal: Path) -> None:
@@ -372,7 +547,7 @@ def test_changes_make_another_config(minimal: Path) -> None:
     assert (config.train.steps, changed.train.steps) == (4, 9)
     assert config.anchors is None
     assert changed.anchors is not None
-    assert changed.anchors.source == DataConfig(path="a/b")
+    assert changed.anchors.source == AutoData(path="a/b")
     assert config.changed({}) == config
     with pytest.raises(ConfigError, match=r"did you mean train\.steps"):
         config.changed({"train.step": 9})
@@ -433,6 +608,44 @@ def test_relative_paths_become_absolute(minimal: Path, tmp_path: Path, monkeypat
     assert load_config(minimal, overrides, base=tmp_path) == config
     assert load_config(minimal, overrides) != config
     assert parse_config(config.model_dump(), "again") == config
+
+
+def path_fields(section: Any, key: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Every field of an experiment that is text: its key (with all kinds of a section), its name and its type."""
+    for name in section.model_fields:
+        hint = typing.get_type_hints(section, include_extras=True)[name]
+        for part in parts(hint):
+            if isinstance(part, type) and issubclass(part, Section):
+                yield from path_fields(part, f"{key}{name}.")
+            elif part is str:
+                yield f"{key}{name}", name, hint
+
+
+def parts(hint: Any) -> Iterator[Any]:
+    """What a type is made of. Of one that is annotated: of what it is, not of the annotations."""
+    inner = typing.get_args(hint)
+    if not inner:
+        yield hint
+    for part in inner[:1] if typing.get_origin(hint) is typing.Annotated else inner:
+        yield from parts(part)
+
+
+NO_PATHS = {
+    "name", "variant", "revision", "id", "image", "prompt", "response", "choices", "answer_index", "split", "rename",
+    "positions", "resources_per_worker", "env", "task", "arms", "token_ce", "variants", "maximize", "minimize",
+    "subject_to", "project",
+}  # fmt: skip
+"""Text that names no file. A new field is added here, or its type makes it absolute."""
+
+
+def test_every_path_becomes_absolute_by_its_type(tmp_path: Path) -> None:
+    found = {(key, name): hint for key, name, hint in path_fields(Experiment) if name not in NO_PATHS}
+    assert len(found) > 8
+    for (key, name), hint in found.items():
+        given = "sqlite:///x" if name == "mlflow" else "./x"
+        value: Any = (given,) if typing.get_origin(hint) is tuple else given
+        checked = TypeAdapter(hint).validate_python(value, context={"base": tmp_path})
+        assert str(tmp_path / "x") in str(checked), f"{key} stays relative: give it a type of craft_ray.config.paths"
 
 
 def test_every_shipped_config_is_valid() -> None:

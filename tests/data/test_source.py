@@ -20,11 +20,12 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from craft_ray.config import Columns, DataConfig
+from craft_ray.config import Columns
 from craft_ray.data.images import decode_image, encoded_image
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError, CraftError, DataError
+from tests.support.configs import data_config
 
 Rows = list[dict[str, Any]]
 ROWS: Rows = [
@@ -33,6 +34,7 @@ ROWS: Rows = [
     {"key": "c", "question": "naïve \u2028 ✓\n", "answer": " ", "options": [" ", "x"]},
 ]
 COLUMNS = {"id": "key", "prompt": "question", "response": "answer", "choices": "options"}
+ANSWERED: dict[str, str | None] = {"prompt": "question", "response": "answer"}
 INDEXED: dict[str, str | None] = {"prompt": "question", "choices": "options", "answer_index": "right"}
 SAMPLES = [
     Sample(row["key"], row["question"], None, row["answer"], tuple(row["options"])) for row in ROWS
@@ -40,8 +42,8 @@ SAMPLES = [
 
 
 def source(path: Path | str, columns: dict[str, str | None] | None = None, **settings: Any) -> Source:
-    config = DataConfig(path=str(path), columns=Columns(**COLUMNS if columns is None else columns), **settings)
-    return open_source(config, "task")
+    columns = COLUMNS if columns is None else columns
+    return open_source(data_config(path=str(path), columns=columns, **settings), "task")
 
 
 def refusal(error: type[CraftError], make: Callable[[], object]) -> str:
@@ -151,6 +153,46 @@ def test_numbers_are_read_as_they_are_written(tmp_path: Path) -> None:
     rows = [{"prompt": 1}, {"prompt": 2.5}, {"prompt": "3"}, {"prompt": "2024-01-01 10:00:00"}, {"prompt": True}]
     found = source(jsonl(tmp_path / "a.jsonl", rows), {})
     assert [s.prompt for s in found] == ["1", "2.5", "3", "2024-01-01 10:00:00", "True"]
+
+
+# --- a format that is decided when it is opened -------------------------------------------------------------------
+
+
+def folder(path: Path, *names: str) -> Path:
+    path.mkdir()
+    for name in names:
+        (path / name).parent.mkdir(exist_ok=True)
+        write = parquet if name.endswith(".parquet") else jsonl
+        write(path / name, ROWS)
+    return path
+
+
+def test_a_folder_is_read_as_what_is_in_it(tmp_path: Path) -> None:
+    for names in (("a.jsonl",), ("a.parquet",)):
+        found = source(folder(tmp_path / names[0], *names))
+        assert list(found) == SAMPLES
+        assert found.fingerprint == source(tmp_path / names[0] / names[0]).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "said"),
+    [
+        (
+            ("a.jsonl",),
+            {"episodes": [1]},
+            "episodes belongs to a LeRobotDataset (format: lerobot), but task is read as",
+        ),
+        (("a.parquet",), {"split": "test"}, "split belongs to a Hugging Face dataset (format: dataset), but task is"),
+        (("a.parquet",), {"chunk_chars": 3}, "chunk_chars belongs to plain text (format: text), but task is read as"),
+        (("meta/info.json",), {"columns": COLUMNS}, "columns belongs to JSON lines (format: jsonl) or"),
+    ],
+)
+def test_a_folder_of_another_kind_than_the_keys(
+    names: tuple[str, ...], settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path = folder(tmp_path / "data", *names)
+    message = refusal(ConfigError, lambda: open_source(data_config(path=str(path), **settings), "task"))
+    assert message.startswith(f"task.{said}")
 
 
 # --- plain text ---------------------------------------------------------------------------------------------------
@@ -455,6 +497,36 @@ def test_the_fingerprint_knows_how_the_content_is_read(tmp_path: Path) -> None:
     assert len(chunked) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "columns", "settings", "fingerprint"),
+    [
+        ("a.jsonl", ANSWERED, {}, "4266a1ea93d725ac6fc73c8b2f74e06b"),
+        (
+            "a.jsonl",
+            {"prompt": "question", "response": "answer"},
+            {"limit": 1, "format": "jsonl"},
+            "c0ce9340c963ace7354d4de5619e9c10",
+        ),
+        (
+            "a.jsonl",
+            {"prompt": "question", "choices": "options", "answer_index": "right"},
+            {},
+            "81731af93428a0ef27460267b49a354b",
+        ),
+        ("a.txt", {"prompt": "text"}, {}, "d6adfa749b4cc2826367d6ed25190d91"),
+        ("a.txt", {"prompt": "text"}, {"chunk_chars": 3}, "c9f929709011cda9f408ecb140a5e973"),
+    ],
+)
+def test_the_fingerprint_is_what_it_was(
+    name: str, columns: dict[str, str | None], settings: Any, fingerprint: str, tmp_path: Path
+) -> None:
+    """Known answers: caches and scores that lie on disks are found by them."""
+    row = {"question": "Wo?", "answer": "hier", "options": ["hier", "dort"], "right": 0}
+    jsonl(tmp_path / "a.jsonl", [row, {**row, "question": "naïve ✓"}])
+    (tmp_path / "a.txt").write_text("abcdefgh")
+    assert source(tmp_path / name, columns, **settings).fingerprint == fingerprint
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "parts"])
 def test_a_file_that_was_rewritten_is_read_anew(form: str, tmp_path: Path) -> None:
     """With the same size and time as before, which is how a cache by path would take it for the old one."""
@@ -487,10 +559,10 @@ def refuse(*_, **__):
     raise AssertionError("something asked for the network")
 socket.socket.connect = socket.getaddrinfo = refuse
 from pathlib import Path
-from craft_ray.config import Columns, DataConfig
+from craft_ray.config import AutoData, Columns
 from craft_ray.data.source import open_source
 for name in ("rows.jsonl", "rows.parquet", "saved", "parts"):
-    config = DataConfig(path={str(data)!r} + "/" + name, columns=Columns(**{COLUMNS!r}))
+    config = AutoData(path={str(data)!r} + "/" + name, columns=Columns(**{COLUMNS!r}))
     print([sample.id for sample in open_source(config, "task")])
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}

@@ -23,11 +23,11 @@ from lerobot.datasets import LeRobotDataset
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 import craft_ray.lerobot.dataset as module
-from craft_ray.config import DataConfig
 from craft_ray.data.frame import Frame
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError, CraftError, DataError, StorageError
 from craft_ray.lerobot.dataset import action_chunk
+from tests.support.configs import data_config
 from tests.support.robots import write_dataset
 
 TOP, SIDE, STATE, ACTION = "observation.images.top", "observation.images.side", "observation.state", "action"
@@ -35,7 +35,7 @@ LENGTHS = (6, 4, 1, 5)
 
 
 def source(path: Path | str, **settings: Any) -> Source:
-    return open_source(DataConfig(path=str(path), **settings), "task")
+    return open_source(data_config(path=str(path), **settings), "task")
 
 
 def refusal(error: type[CraftError], make: Callable[[], object]) -> str:
@@ -374,9 +374,9 @@ def test_a_changed_video_is_another_data_set(copied_videos: Path) -> None:
 def test_several_processes_open_the_same_data_set_at_once(images: Path, tmp_path: Path) -> None:
     """With an empty cache, which each of them would fill."""
     program = f"""
-from craft_ray.config import DataConfig
+from craft_ray.config import AutoData
 from craft_ray.data.source import open_source
-found = open_source(DataConfig(path={str(images)!r}), "task")
+found = open_source(AutoData(path={str(images)!r}), "task")
 print(found.fingerprint, sum(int(p.astype(int).sum()) for s in found for p in s.frame.images.values()))
 """
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "home")}

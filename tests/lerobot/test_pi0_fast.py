@@ -30,7 +30,7 @@ from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.reader import open_anchors
 from craft_ray.anchors.schema import STEP0_AGREEMENT
 from craft_ray.anchors.verify import check_files
-from craft_ray.config import DataConfig, EvalSet, Experiment, ModelConfig, parse_config
+from craft_ray.config import Experiment, ModelConfig, parse_config
 from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import open_source
@@ -49,6 +49,8 @@ from craft_ray.run.observers import NullObserver
 from craft_ray.run.scoring import EvalData, evaluate, open_eval_set
 from craft_ray.run.training import train
 from craft_ray.workers import OneWorker
+from tests.support.configs import data_config
+from tests.support.configs import eval_set as make_set
 from tests.support.robots import TASKS, small_policy, smooth_chunks, write_dataset
 
 CHUNK = 8
@@ -651,10 +653,10 @@ def test_action_tokens_that_do_not_end_are_told(
 
 def test_action_tokens_of_demonstrations_have_a_perplexity(folders: dict[str, Path], data: Path) -> None:
     model = loaded(folders["two"])
-    eval_set = EvalSet(data=DataConfig(path=str(data)), metric="perplexity", batch_size=4)
+    eval_set = make_set(data=data_config(path=str(data)), metric="perplexity", batch_size=4)
     source = open_eval_set(eval_set, "evaluation.old")
     score = evaluate(EvalData(model, source, eval_set), OneWorker())
-    frames = open_source(DataConfig(path=str(data)), "task")
+    frames = open_source(data_config(path=str(data)), "task")
     batch = model.collate(answered(model, [frames[i] for i in range(len(frames))]))
     with torch.no_grad():
         assert np.log(score.value) == pytest.approx(model.task_loss(batch).item(), abs=1e-4)
@@ -781,7 +783,7 @@ COLUMNS = {"image": "image_path", "prompt": "question", "choices": "choices", "a
 
 
 def test_choices_are_decided_from_a_file_of_questions(folders: dict[str, Path], questions: Path) -> None:
-    eval_set = EvalSet(data=DataConfig(path=str(questions), columns=COLUMNS), metric="choice", batch_size=2)
+    eval_set = make_set(data=data_config(path=str(questions), columns=COLUMNS), metric="choice", batch_size=2)
     model = loaded(folders["empty"])
     score = evaluate(EvalData(model, open_eval_set(eval_set, "evaluation.old"), eval_set), OneWorker())
     margins = []

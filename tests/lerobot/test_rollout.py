@@ -37,7 +37,7 @@ from lerobot.envs.metaworld import MetaworldEnv
 from lerobot.scripts import lerobot_eval
 from PIL import Image
 
-from craft_ray.config import DataConfig, ModelConfig, RolloutConfig, dump_config, parse_config
+from craft_ray.config import AutoData, ModelConfig, RolloutConfig, dump_config, parse_config
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import open_source
 from craft_ray.errors import ConfigError, DataError
@@ -770,7 +770,7 @@ def test_demonstrations_that_do_not_succeed_leave_nothing(tmp_path: Path) -> Non
 
 def test_demonstrations_are_a_source_of_ours(tmp_path: Path) -> None:
     write_demonstrations(tmp_path / "demos", TASK, 2, 32, action_repeat=REPEAT)
-    source = open_source(DataConfig(path=str(tmp_path / "demos")), "task")
+    source = open_source(AutoData(path=str(tmp_path / "demos")), "task")
     first, last = source[0], source[len(source) - 1]
     assert first.prompt == "Press a button from the top"
     assert first.frame is not None

@@ -12,6 +12,7 @@ import ray
 import yaml
 from craft_pipelines import cli
 from craft_pipelines.anchors import build
+from craft_pipelines.train import differences
 
 from craft_ray.config import dump_config
 from tests.support.experiments import Digits
@@ -223,3 +224,17 @@ def test_a_mistake_is_one_line(arguments: list[str], code: int, words: str, comm
     found, _, err = command(*(str(config) if a == "CONFIG" else a for a in arguments))
     assert found == code, err
     assert words in one_line(err)
+
+
+def test_what_a_resumed_run_is_asked_otherwise_is_told_across_kinds_of_a_section(
+    digits: Digits, tmp_path: Path
+) -> None:
+    """They have keys of their own: a key that one of them lacks is told like one that has changed."""
+    began = digits.experiment(tmp_path).model_dump()
+    given = digits.experiment(
+        tmp_path, {"task": {"path": "org/robot", "episodes": [0], "rename": {"a": "b"}}}
+    ).model_dump()
+    told = list(differences(began, given))
+    assert any(line.startswith("task.episodes was None, is (0,)") for line in told)
+    assert any(line.startswith("task.columns was {") and line.endswith("is None") for line in told)
+    assert not list(differences(began, began))

@@ -17,13 +17,15 @@ from tokenizers.processors import ByteLevel
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from craft_ray.config import Columns, DataConfig, EvalSet, ModelConfig
+from craft_ray.config import Columns, EvalSet, ModelConfig
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.models import load_model
 from craft_ray.models.base import IGNORE, Batch, Model
 from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, ratio
 from craft_ray.workers import OneWorker
+from tests.support.configs import data_config
+from tests.support.configs import eval_set as make_set
 from tests.support.experiments import Digits
 
 TEXTS = ["Call me Ishmael.", "To be", "All happy families", "It was the best of times", "Once"]
@@ -42,8 +44,8 @@ def reader(digits: Digits) -> Model:
 def questions(path: Path, rows: Sequence[dict[str, Any]], metric: str, **settings: Any) -> tuple[Source, EvalSet]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {name: name for name in Columns.model_fields if name in rows[0]}
-    data = DataConfig(path=str(path), columns=Columns(**columns))
-    eval_set = EvalSet(data=data, metric=metric, **settings)  # type: ignore[arg-type]
+    data = data_config(path=str(path), columns=Columns(**columns))
+    eval_set = make_set(data=data, metric=metric, **settings)
     return open_eval_set(eval_set, "evaluation.old"), eval_set
 
 
@@ -159,7 +161,7 @@ def test_choices_of_several_samples_fill_a_pass_and_no_more(
     reader: Model, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     columns = Columns(id="id", image="image", prompt="prompt", response="response", choices="choices")
-    data = DataConfig(path=str(digits.data / "old_val.parquet"), columns=columns, limit=7)
+    data = data_config(path=str(digits.data / "old_val.parquet"), columns=columns, limit=7)
     passes, log_probs = [], reader.token_log_probs
 
     def counted(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -169,7 +171,7 @@ def test_choices_of_several_samples_fill_a_pass_and_no_more(
     monkeypatch.setattr(reader, "token_log_probs", counted)
     results = []
     for size in (1, 4, 64):
-        eval_set = EvalSet(data=data, metric="choice", batch_size=size)
+        eval_set = make_set(data=data, metric="choice", batch_size=size)
         results.append(score(reader, (open_eval_set(eval_set, "evaluation.old"), eval_set)))
     assert passes == [1] * 70 + [4] * 10 + [4] * 7 + [2] + [64, 6]  # ten choices each, of 4 samples and of 3
     for result in results[1:]:
@@ -219,9 +221,9 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(text_model: Path, 
 def test_digits_read_from_images(reader: Model, digits: Digits) -> None:
     """An untrained reader; that the answers are scored against the images' own labels shows in its records."""
     columns = Columns(id="id", image="image", prompt="prompt", response="response", choices="choices")
-    data = DataConfig(path=str(digits.data / "old_val.parquet"), columns=columns, limit=40)
+    data = data_config(path=str(digits.data / "old_val.parquet"), columns=columns, limit=40)
     for metric in ("exact_match", "choice"):
-        eval_set = EvalSet(data=data, metric=metric, max_new_tokens=2, batch_size=16)  # type: ignore[arg-type]
+        eval_set = make_set(data=data, metric=metric, max_new_tokens=2, batch_size=16)
         result = score(reader, (open_eval_set(eval_set, "evaluation.old"), eval_set))
         assert result.samples == 40
         assert result.value == sum(r["prediction"] == r["response"] for r in result.records) / 40
@@ -324,9 +326,9 @@ def test_a_ratio_of_one_is_as_good_and_more_is_better() -> None:
 )
 def test_a_metric_needs_its_columns(metric: Any, columns: dict[str, str], said: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
-    data = DataConfig(path=str(tmp_path / "a.jsonl"), columns=Columns(**columns))
+    data = data_config(path=str(tmp_path / "a.jsonl"), columns=Columns(**columns))
     with pytest.raises(ConfigError, match=said):
-        open_eval_set(EvalSet(data=data, metric=metric), "evaluation.new")
+        open_eval_set(make_set(data=data, metric=metric), "evaluation.new")
 
 
 def test_a_response_that_is_no_choice(text: Model, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from craft_pipelines.sweep.trial import TRIAL, CraftTrial
 from craft_pipelines.train import check_inputs, differences, resources
 from craft_ray.anchors.manifest import is_complete, read_manifest
 from craft_ray.anchors.matching import select
-from craft_ray.config import Experiment
+from craft_ray.config import DataConfig, EvalSet, Experiment, RolloutConfig, RolloutEvalSet
 from craft_ray.errors import ConfigError, CraftError, Interrupted
 from craft_ray.run.folder import command_line
 from craft_ray.run.held_out import eval_sets
@@ -124,7 +124,7 @@ def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
     with only_sweep(folder), _advice(folder):
         tracking = SweepTracking(folder, plan, say)
         for skill, eval_set in eval_sets(config, "validation"):
-            if any(eval_set.data == other.data for _, other in eval_sets(config, "evaluation")):
+            if any(_inputs(eval_set) == _inputs(other) for _, other in eval_sets(config, "evaluation")):
                 say(f"validation.{skill} is the data of evaluation: what is chosen on it will score too well on it")
         if open_trials(folder, plan):
             join(dashboard=config.workers.most > 1)
@@ -154,6 +154,11 @@ def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
     for line in conclusion(result, folder):
         say(line)
     return bool(result.best.feasible)
+
+
+def _inputs(eval_set: EvalSet) -> DataConfig | RolloutConfig:
+    """What a model is scored on."""
+    return eval_set.rollout if isinstance(eval_set, RolloutEvalSet) else eval_set.data
 
 
 @contextmanager

@@ -1,0 +1,37 @@
+"""Which arms `craft-ray compare` runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from craft_ray.config.types import ARMS, MOST_VARIANTS, Section, VariantName, distinct
+
+
+class CompareConfig(Section):
+    """The three arms and variants of them on one cache, over seeds."""
+
+    arms: Annotated[tuple[str, ...] | None, AfterValidator(distinct)] = None
+    """Which of `baseline`, `token_ce`, `hidden` and the variants run. Default: all."""
+    seeds: Annotated[tuple[int, ...], AfterValidator(distinct)] = (0, 1, 2)
+    parallel: int | None = Field(None, ge=1)
+    """Runs at once, each with a model of its own in memory. Default: as many as the cluster holds."""
+    token_ce: dict[str, Any] = {}
+    """`craft` settings of the token_ce arm where they differ, e.g. `{epsilon_start: 0.1}`: nats, not squares."""
+    variants: Annotated[dict[VariantName, dict[str, Any]], Field(max_length=MOST_VARIANTS)] = {}
+    """Further constrained arms by name, each with the `craft` settings in which it differs from the config, e.g.
+    `{hidden_prefix: {retention_mode: hidden, positions: [vision_mean, text_last]}}`."""
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The arms and variants that run."""
+        return (*ARMS, *self.variants) if self.arms is None else self.arms
+
+    def craft_settings(self, arm: str) -> dict[str, Any]:
+        """What makes an arm or variant out of the config's section `craft`."""
+        if arm == "baseline":
+            return {"enabled": False}
+        if arm in self.variants:
+            return {"enabled": True, **self.variants[arm]}
+        return {"enabled": True, "retention_mode": arm, **(self.token_ce if arm == "token_ce" else {})}

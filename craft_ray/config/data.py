@@ -1,0 +1,204 @@
+"""Where samples are read from: one model for each kind of source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+
+from craft_ray.config.kinds import Kind, without_unused
+from craft_ray.config.mistakes import explain
+from craft_ray.config.paths import PathOrHubName
+from craft_ray.config.types import Episodes, Section
+from craft_ray.errors import ConfigError
+
+ENDINGS = {
+    ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text",
+    ".rst": "text",
+}  # fmt: skip
+"""Formats by the ending of a file."""
+
+
+class Columns(Section):
+    """Names of the columns of a data source. A column that is not named is not read."""
+
+    id: str | None = None
+    """Unique name of a sample; the row number where it is not named."""
+    image: str | None = None
+    """A path, encoded bytes (PNG, JPEG), a `{bytes, path}` pair or an array of uint8 (height, width[, channel])."""
+    prompt: str | None = "prompt"
+    """What the model is given."""
+    response: str | None = None
+    """What the model shall answer. Anchors need none."""
+    choices: str | None = None
+    """The answers among which `metric: choice` decides."""
+    answer_index: str | None = None
+    """Which of the choices is right, from 0; in place of a response."""
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> Self:
+        if self.answer_index is not None and self.response is not None:
+            raise ValueError(
+                f"response '{self.response}' and answer_index '{self.answer_index}' both say what is right: name one "
+                f"of them"
+            )
+        if self.answer_index is not None and self.choices is None:
+            raise ValueError(f"answer_index '{self.answer_index}' counts choices: name their column under choices, too")
+        return self
+
+
+class Data(Kind):
+    """A place that samples are read from."""
+
+    key: ClassVar[str] = "format"
+
+    path: PathOrHubName
+    """A file, a folder or a glob pattern (local, of a shared mount, or s3://), or a hub name."""
+    format: str = "auto"
+    """`auto` goes by what lies at the path when it is opened: files by their ending (.jsonl/.json, .parquet,
+    .txt/.md/.py/.rst), a folder by the files in it, one with meta/info.json as a LeRobotDataset; anything else is a
+    Hugging Face dataset. A key that only one format has says which one it is, too. For a LeRobotDataset on the hub say
+    `lerobot`."""
+    limit: int | None = Field(None, ge=1)
+    """Read only the first rows."""
+
+
+class TableData(Data):
+    """Rows with columns."""
+
+    columns: Columns = Columns()
+
+
+class AutoData(TableData):
+    """A source whose kind is decided when it is opened, because neither the path's ending nor a key tells it."""
+
+    tags: ClassVar[tuple[str, ...]] = ("auto",)
+    noun: ClassVar[str] = "what lies there"
+
+    format: Literal["auto"] = "auto"
+
+
+class JsonLinesData(TableData):
+    """Files of JSON objects, one a line, or of a list of them."""
+
+    tags: ClassVar[tuple[str, ...]] = ("jsonl",)
+    noun: ClassVar[str] = "JSON lines"
+
+    format: Literal["auto", "jsonl"] = "auto"
+
+
+class ParquetData(TableData):
+    """Parquet files."""
+
+    tags: ClassVar[tuple[str, ...]] = ("parquet",)
+    noun: ClassVar[str] = "Parquet files"
+
+    format: Literal["auto", "parquet"] = "auto"
+
+
+class HuggingFaceData(TableData):
+    """What Hugging Face datasets loads: a dataset of the hub, or one that was saved to a disk."""
+
+    tags: ClassVar[tuple[str, ...]] = ("dataset",)
+    noun: ClassVar[str] = "a Hugging Face dataset"
+
+    format: Literal["auto", "dataset"] = "auto"
+    split: str = "train"
+    """Which of its splits is read."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+
+
+class TextData(TableData):
+    """Plain text files, cut into chunks. They have the one column `text`."""
+
+    tags: ClassVar[tuple[str, ...]] = ("text",)
+    noun: ClassVar[str] = "plain text"
+
+    format: Literal["auto", "text"] = "auto"
+    chunk_chars: int = Field(512, ge=1)
+    """Length of a chunk, in characters."""
+
+
+class LeRobotData(Data):
+    """Episodes of a LeRobotDataset (docs/lerobot.md); needs the extra `lerobot`."""
+
+    tags: ClassVar[tuple[str, ...]] = ("lerobot",)
+    noun: ClassVar[str] = "a LeRobotDataset"
+
+    format: Literal["auto", "lerobot"] = "auto"
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    episodes: Episodes = None
+    """Which episodes are read: numbers, or ranges such as `0-39`. Default: all."""
+    stride: int = Field(1, ge=1)
+    """Take every N-th frame."""
+    rename: dict[str, str] = {}
+    """Names of the data set's features to the policy's, e.g. `{observation.images.top:
+    observation.images.base_0_rgb}`."""
+
+
+KINDS: dict[str, type[Data]] = {
+    "jsonl": JsonLinesData,
+    "parquet": ParquetData,
+    "dataset": HuggingFaceData,
+    "text": TextData,
+    "lerobot": LeRobotData,
+    "auto": AutoData,
+}
+
+
+def _format(value: Any) -> str:
+    """Of a section: the one that it names; else the one of the path's ending; else the one whose keys it has."""
+    if isinstance(value, Data):
+        return value.tags[0]
+    if not isinstance(value, Mapping):
+        return "auto"
+    named = value.get("format", "auto")
+    if named != "auto":
+        return str(named)
+    ending = PurePath(str(value.get("path"))).suffix
+    if ending in ENDINGS:
+        return ENDINGS[ending]
+    keys = without_unused(value, AutoData, list(KINDS.values())).keys() - AutoData.model_fields.keys()
+    known = {name: len(keys & kind.model_fields.keys()) for name, kind in KINDS.items()}
+    return max(known, key=known.__getitem__) if any(known.values()) else "auto"
+
+
+def _without_unused(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    own = KINDS.get(_format(value))
+    return value if own is None else without_unused(value, own, list(KINDS.values()))
+
+
+DataConfig = Annotated[
+    Annotated[JsonLinesData, Tag("jsonl")]
+    | Annotated[ParquetData, Tag("parquet")]
+    | Annotated[HuggingFaceData, Tag("dataset")]
+    | Annotated[TextData, Tag("text")]
+    | Annotated[LeRobotData, Tag("lerobot")]
+    | Annotated[AutoData, Tag("auto")],
+    Discriminator(_format),
+    BeforeValidator(_without_unused),
+]
+
+
+def as_format(config: DataConfig, found: str, key: str) -> DataConfig:
+    """A section whose format is `auto` as one of the format that was found at its path.
+
+    Args:
+        key: the section's place in the configuration, for errors (`task`, `anchors.source`).
+
+    Raises:
+        ConfigError: the section has a key that this format does not have.
+    """
+    if config.tags[0] == found:
+        return config
+    adapter: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
+    try:
+        return adapter.validate_python({**config.model_dump(), "format": found})
+    except ValidationError as error:
+        raise ConfigError("; ".join(explain(e, DataConfig, key) for e in error.errors())) from None

@@ -1,0 +1,115 @@
+"""A whole experiment, and how a tree of values becomes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from craft_ray.config.comparison import CompareConfig
+from craft_ray.config.data import DataConfig
+from craft_ray.config.evaluation import EvaluationConfig, ValidationConfig
+from craft_ray.config.mistakes import explain
+from craft_ray.config.model import ModelConfig
+from craft_ray.config.overrides import set_value
+from craft_ray.config.paths import FolderPath
+from craft_ray.config.retention import AnchorsConfig, CraftConfig
+from craft_ray.config.search import ObjectiveConfig, SweepConfig
+from craft_ray.config.tracking import TrackingConfig
+from craft_ray.config.training import TrainConfig, WorkersConfig
+from craft_ray.config.types import ARMS, Section, VariantName
+from craft_ray.errors import ConfigError
+
+
+class Experiment(Section):
+    """One experiment: everything that decides its numbers, and where it runs."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$")
+    """Part of the names of run directories: letters, digits, `_`, `-` and `.`."""
+    variant: VariantName | None = None
+    """What this run's arm is called where it is a variant of a comparison; `craft-ray compare` sets it."""
+    seed: int = Field(0, ge=0)
+    output_dir: FolderPath = Field("runs", validate_default=True)
+    """Folder that run directories are made in: local, of a shared mount, or s3://."""
+    model: ModelConfig
+    task: DataConfig
+    """Training data of the new skill."""
+    anchors: AnchorsConfig | None = None
+    craft: CraftConfig = CraftConfig()
+    train: TrainConfig
+    validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    workers: WorkersConfig = WorkersConfig()
+    compare: CompareConfig = CompareConfig()
+    objective: ObjectiveConfig | None = None
+    sweep: SweepConfig = SweepConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def arm(self) -> str:
+        """What runs are compared by: `baseline`, or the name of the variant, or the retention mode."""
+        return (self.variant or self.craft.retention_mode) if self.craft.enabled else "baseline"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self._check_batches()
+        self._check_arms()
+        if self.train.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}"
+            )
+        return self
+
+    def _check_batches(self) -> None:
+        """A global batch is the same for any number of workers that a run may have, so it divides over each."""
+        workers, accumulate = self.workers, self.train.accumulate
+        batches = {"train.batch_size": self.train.batch_size}
+        if self.craft.enabled:
+            batches["craft.anchor_batch_size"] = self.craft.anchor_batch_size
+        for key, size in batches.items():
+            for number in range(workers.least, workers.most + 1):
+                if size % (max(number, 1) * accumulate):
+                    within = f" (of {workers.count})" if workers.elastic else ""
+                    raise ValueError(
+                        f"{key} {size} does not divide over {number} workers{within} times {accumulate} micro-batches"
+                    )
+
+    def _check_arms(self) -> None:
+        """Arms that are chosen exist, and the settings of each make one."""
+        known = (*ARMS, *self.compare.variants)
+        for arm in self.compare.chosen:
+            if arm not in known:
+                raise ValueError(f"compare.arms: '{arm}' is no arm and no variant; there are {', '.join(known)}")
+        for arm, own in {"token_ce": self.compare.token_ce, **self.compare.variants}.items():
+            where = f"compare.{arm}" if arm in ARMS else f"compare.variants.{arm}"
+            if "anchor_cache_dir" in own:
+                raise ValueError(f"{where}.anchor_cache_dir cannot be changed: all arms read one cache")
+            for key in ("enabled", "retention_mode") if arm in ARMS else ("enabled",):
+                if key in own:
+                    raise ValueError(f"{where}.{key} is what makes the arm, it cannot be changed")
+            try:
+                CraftConfig.model_validate({**self.craft.model_dump(), **self.compare.craft_settings(arm)})
+            except ValidationError as error:
+                told = "; ".join(explain({**e, "loc": ("craft", *e["loc"])}, Experiment) for e in error.errors())
+                raise ValueError(f"{where}: {told}") from None
+
+    def changed(self, changes: Mapping[str, Any]) -> Experiment:
+        """A copy with values at dotted keys changed, validated again."""
+        tree = self.model_dump()
+        for key, value in changes.items():
+            set_value(tree, key, value)
+        return parse_config(tree, "command line")
+
+
+def parse_config(tree: dict[str, Any], where: str, base: Path | None = None) -> Experiment:
+    """A mapping as an experiment, every mistake in one line that names `where` and the key.
+
+    Args:
+        base: the folder that relative paths start from; the working directory where it is None.
+    """
+    try:
+        return Experiment.model_validate(tree, context={"base": base or Path.cwd()})
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(explain(e, Experiment) for e in error.errors())) from None

@@ -1,0 +1,88 @@
+"""The types that fields are annotated with, and what every section of a config is."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+RetentionMode = Literal["hidden", "token_ce"]
+ARMS = ("baseline", "token_ce", "hidden")
+MOST_VARIANTS = 4
+"""What a report can still tell apart by colours."""
+Precision = Literal["fp32", "bf16"]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+BOUND = re.compile(r"\s*(>=|<=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
+POSITIONS = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token", "all", "every_N", "suffix")
+
+
+def _position(name: str) -> str:
+    if (name in POSITIONS and name != "every_N") or re.fullmatch(r"every_[1-9]\d*", name):
+        return name
+    raise ValueError(f"'{name}' is no anchor position; the positions are {', '.join(POSITIONS)} (N a number)")
+
+
+def _bound(text: Any) -> Any:
+    if isinstance(text, str) and BOUND.fullmatch(text):
+        return text
+    raise ValueError(f"'{text}' is no bound: write '>= 0.95' or '<= 0.05'")
+
+
+def _episodes(value: Any) -> Any:
+    """Numbers, or ranges such as "0-39", as numbers. (YAML reads 0:40 as minutes and seconds.)"""
+    numbers: list[Any] = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        part = re.fullmatch(r"(\d+)-(\d+)", item) if isinstance(item, str) else None
+        if isinstance(item, str) and (part is None or int(part[1]) > int(part[2])):
+            raise ValueError(f"'{item}' is no range of episodes: write the first and the last, e.g. 0-39")
+        numbers += [item] if part is None else range(int(part[1]), int(part[2]) + 1)
+    return numbers
+
+
+def distinct(items: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    if items is not None and (not items or len(set(items)) != len(items)):
+        raise ValueError(f"{list(items)} must name each entry once, and at least one")
+    return items
+
+
+def workers(value: Any) -> Any:
+    """A number of workers, or the least and the most."""
+    pair = value if isinstance(value, list | tuple) else (value, value)
+    if not all(type(number) is int for number in pair) or len(pair) != 2:
+        raise ValueError(f"{value!r} is no number of workers: write e.g. 2, or [1, 2] for the least and the most")
+    least, most = pair
+    if pair is value and not 1 <= least <= most:
+        raise ValueError(
+            f"[{least}, {most}] is no range of workers: write the least, from 1, and the most, e.g. [1, 2]"
+        )
+    if least < 0:
+        raise ValueError(f"{value} is no number of workers: write 0 to train in this process, or 1 and more")
+    return value
+
+
+def _variant(name: str) -> str:
+    if name in ARMS:
+        raise ValueError(f"'{name}' is an arm: a variant needs another name")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"'{name}' is no name of a variant: write small letters, digits and _, a letter first")
+    return name
+
+
+Position = Annotated[str, AfterValidator(_position)]
+VariantName = Annotated[str, AfterValidator(_variant)]
+Positions = Annotated[tuple[Position, ...] | None, AfterValidator(distinct)]
+Bound = Annotated[str, BeforeValidator(_bound)]
+Episodes = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...] | None,
+    AfterValidator(distinct),
+    BeforeValidator(lambda value: None if value is None else _episodes(value)),
+]
+Layers = Annotated[tuple[int, ...] | None, AfterValidator(distinct)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

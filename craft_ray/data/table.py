@@ -1,0 +1,140 @@
+"""Rows with columns, as samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+from blake3 import blake3
+
+from craft_ray.config import Columns
+from craft_ray.data.ids import CHUNK, Ids
+from craft_ray.data.images import encoded_image
+from craft_ray.data.sample import Sample
+from craft_ray.errors import ConfigError, DataError
+from craft_ray.storage.paths import StoragePath
+
+
+class Table(Protocol):
+    """Rows by number, and columns by name: JSON lines, or a table of Hugging Face datasets."""
+
+    column_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any) -> Any: ...
+
+    def select(self, rows: Any) -> Table: ...
+
+
+class TableSource:
+    """The rows of a table."""
+
+    features = None
+
+    def __init__(self, name: str, table: Table, columns: Columns, folder: StoragePath, content: str) -> None:
+        """
+        Args:
+            folder: where relative paths of images start.
+            content: hash of the rows and of how they are read.
+        """
+        self._table = table
+        self._columns = columns
+        self._folder = folder
+        self._content = content
+        self.name = name
+        self.has_responses = columns.response is not None or columns.answer_index is not None
+        self.has_choices = columns.choices is not None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Where an image lies is no part of it, what is in it is."""
+        digest = blake3(self._content.encode())
+        if self._columns.image is not None:
+            for row, cell in enumerate(self._table[self._columns.image]):
+                if isinstance(cell, dict) and not cell.get("bytes"):
+                    cell = cell.get("path")
+                if isinstance(cell, str):
+                    digest.update(encoded_image(cell, self._folder, f"{self.name}, row {row}"))
+        return digest.hexdigest()[:32]
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, row: int) -> Sample:
+        return self._sample(row, self._table[row])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[row] for row in range(len(self)))
+
+    def ids(self) -> Ids:
+        ids = Ids(self._each_id())
+        if ids.double is not None:
+            raise DataError(f"{self.name}: id '{ids.double}' stands in more than one row; ids must be unique")
+        return ids
+
+    def _each_id(self) -> Iterator[str]:
+        column = self._columns.id
+        if column is None:
+            yield from (f"{row:08d}" for row in range(len(self)))
+            return
+        cells = self._table[column]
+        for start in range(0, len(self), CHUNK):  # one by one they take ten times as long
+            for row, value in enumerate(cells[start : start + CHUNK], start):
+                yield _text(value, f"{self.name}, row {row}", column)
+
+    def _sample(self, row: int, cells: dict[str, Any]) -> Sample:
+        columns = self._columns
+        where = f"{self.name}, row {row}"
+        image = choices = None
+        if columns.image is not None:
+            image = encoded_image(cells[columns.image], self._folder, where)
+        if columns.choices is not None:
+            options = cells[columns.choices]
+            if not isinstance(options, list):
+                raise DataError(f"{where}: column '{columns.choices}' holds {options!r}; a list of answers is expected")
+            choices = tuple(_text(option, where, columns.choices) for option in options)
+        return Sample(
+            id=f"{row:08d}" if columns.id is None else _text(cells[columns.id], where, columns.id),
+            prompt="" if columns.prompt is None else _text(cells[columns.prompt], where, columns.prompt),
+            image=image,
+            response=self._response(cells, choices, where),
+            choices=choices,
+        )
+
+    def _response(self, cells: dict[str, Any], choices: tuple[str, ...] | None, where: str) -> str | None:
+        columns = self._columns
+        if columns.answer_index is None:
+            return None if columns.response is None else _text(cells[columns.response], where, columns.response)
+        assert choices is not None, "Columns refuses an answer_index without choices"
+        return choices[_index(cells[columns.answer_index], len(choices), where, columns.answer_index)]
+
+
+def check_columns(columns: Columns, present: Sequence[str], path: str, key: str) -> None:
+    """
+    Raises:
+        ConfigError: a named column is missing.
+    """
+    for role, column in columns.model_dump().items():
+        if column is not None and column not in present:
+            raise ConfigError(
+                f"{key}.columns.{role} is '{column}', but {path} has the columns {', '.join(present)}: "
+                f"name one of them, or null"
+            )
+
+
+def _text(value: Any, where: str, column: str) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise DataError(f"{where}: column '{column}' holds {value}; mend or remove the row")
+    return str(value)
+
+
+def _index(value: Any, count: int, where: str, column: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+        raise DataError(
+            f"{where}: column '{column}' holds {value!r}; the place of the right one among its {count} choices is "
+            f"expected, a whole number from 0"
+        )
+    return value

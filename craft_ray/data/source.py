@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import glob
-import importlib.util
 import json
 import math
 import mmap
@@ -26,7 +25,8 @@ from craft_ray.config import Columns, DataConfig
 from craft_ray.data.ids import CHUNK, Ids
 from craft_ray.data.images import encoded_image
 from craft_ray.data.sample import Sample
-from craft_ray.errors import ConfigError, DataError
+from craft_ray.errors import ConfigError, DataError, first_line
+from craft_ray.extras import require_lerobot
 from craft_ray.storage.files import checksum
 from craft_ray.storage.node_cache import at_hand
 from craft_ray.storage.paths import ObjectPath, StoragePath, is_object
@@ -182,8 +182,9 @@ def open_source(config: DataConfig, key: str) -> Source:
     try:
         table = _read(config, files, kind, digest.hexdigest())
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{key}: {config.path} does not read as {kind} ({reason})") from None
+        raise ConfigError(
+            f"{key}: {config.path} does not read as {kind} ({first_line(error.__cause__ or error)})"
+        ) from None
     if not len(table):
         raise DataError(f"{key}: {config.path} holds no sample; name data with at least one row")
     _check_columns(config.columns, table.column_names, config, key)
@@ -199,17 +200,6 @@ def open_source(config: DataConfig, key: str) -> Source:
     source = TableSource(table, config, _folder(named, files), digest.hexdigest())
     source.name = named
     return source
-
-
-def require_lerobot(why: str) -> None:
-    """
-    Raises:
-        ConfigError: LeRobot is not installed.
-    """
-    if importlib.util.find_spec("lerobot") is None:
-        raise ConfigError(
-            f"{why}, but LeRobot is not installed: pip install 'craft-ray[lerobot]' (Python 3.12 or newer)"
-        )
 
 
 def _files(config: DataConfig, key: str) -> tuple[list[Path], str]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from craft_ray.errors import StorageError
+from craft_ray.errors import StorageError, first_line
 from craft_ray.method.dual import DualState
 from craft_ray.models.base import Model
 from craft_ray.storage.files import new_folder, write_atomically
@@ -65,7 +65,7 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
             SafetensorError,
         ) as error:  # torch and safetensors wrap the system's error
             raise StorageError(
-                f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): free space or choose "
+                f"checkpoint {target} could not be written ({first_line(error)}): free space or choose "
                 f"another output_dir, then go on with --resume; earlier checkpoints are untouched"
             ) from error
     point_last(folder, target.name)

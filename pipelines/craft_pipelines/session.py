@@ -14,7 +14,7 @@ from ray.exceptions import AuthenticationError
 
 from craft_pipelines.authentication import knock, refused
 from craft_pipelines.runtime_env import of_driver
-from craft_ray.errors import ConfigError
+from craft_ray.errors import ConfigError, first_line
 
 KNOBS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a lost worker is noticed in tenths of a second, not in two
@@ -56,20 +56,18 @@ def join(dashboard: bool = False) -> None:
         except AuthenticationError:
             raise refused(address) from None
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"RAY_ADDRESS is {address}, but no cluster answers there ({reason}): start it, or unset RAY_ADDRESS to "
-                f"use this machine"
+                f"RAY_ADDRESS is {address}, but no cluster answers there ({first_line(error)}): start it, or "
+                f"unset RAY_ADDRESS to use this machine"
             ) from None
     else:
         with _told_its_address():
             try:
                 ray.init(address="local", include_dashboard=dashboard, **options)
             except Exception as error:  # what Ray raises where its processes do not come up in time has no class
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise ConfigError(
-                    f"Ray does not start on this machine ({reason}): try again when it is less busy, name a cluster in "
-                    f"RAY_ADDRESS, or do without processes of Ray (workers.num_workers=0)"
+                    f"Ray does not start on this machine ({first_line(error)}): try again when it is less busy, name a "
+                    f"cluster in RAY_ADDRESS, or do without processes of Ray (workers.num_workers=0)"
                 ) from None
 
 

@@ -1,33 +1,33 @@
 """Checkpoints: `step_NNNNNN/model` loads with `from_pretrained`, `step_NNNNNN/training_state` goes on bit for bit.
 
-A checkpoint is written to a temporary folder and appears when it is complete; then the link `last` moves to it. What
-is random in a step is seeded by (seed, step, rank), and the sampler is a function of (seed, step), so neither has a
-state to save.
+A checkpoint is written to a temporary folder and appears when it is complete; then `last` (craft_ray/storage/last.py)
+points to it. What is random in a step is seeded by (seed, step, rank), and the sampler is a function of (seed, step),
+so neither has a state to save.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.optim import Optimizer
 
-from craft_ray.errors import StorageError, first_line
+from craft_ray.errors import CacheRefused, StorageError, first_line
 from craft_ray.method.dual import DualState
+from craft_ray.method.gradients import GradientPair
 from craft_ray.models.base import Model
-from craft_ray.storage.files import new_folder, write_atomically
+from craft_ray.storage.files import clear_leftovers, new_folder
+from craft_ray.storage.last import forget_last, last_checkpoint, point_last  # noqa: F401 - imported from here, too
 from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree, remove_tree
-
-LAST = "last"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything but the weights that the next step depends on."""
+    """Everything but the weights that the next step depends on. Its fields are the keys of the file."""
 
     step: int
     """Steps done."""
@@ -38,26 +38,51 @@ class TrainingState:
     cache: str | None
     """Fingerprint of the anchor cache."""
 
+    @classmethod
+    def capture(
+        cls, step: int, optimizer: Optimizer, gradients: GradientPair, dual: DualState | None, cache: str | None
+    ) -> TrainingState:
+        """Where a run stands after `step` steps."""
+        return cls(step, optimizer.state_dict(), dual, gradients.reached, cache)
+
+    def restore(self, optimizer: Optimizer, gradients: GradientPair, cache: str | None) -> None:
+        """Bring the optimiser and the gradients of a run back to where it stood; `step` and `dual` are the run's own.
+
+        Raises:
+            CacheRefused: the run has another anchor cache now.
+        """
+        if self.cache != cache:
+            raise CacheRefused(
+                f"the run was trained with the anchor cache {self.cache}, craft.anchor_cache_dir holds {cache}: resume "
+                f"with the cache it began with"
+            )
+        optimizer.load_state_dict(self.optimizer)
+        gradients.restore_reached(self.reached)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As tensors, numbers and text, which `torch.load` reads without running code."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        return state | {"dual": None if self.dual is None else self.dual.state_dict()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> TrainingState:
+        dual = state["dual"]
+        return cls(**state | {"dual": None if dual is None else DualState.from_state_dict(dual, device)})
+
 
 def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int) -> Path:
-    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`."""
+    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`.
+
+    Raises:
+        StorageError: the disk is full; earlier checkpoints are untouched.
+    """
     target = folder / f"step_{state.step:06d}"
-    for stale in folder.glob(".step_*"):
-        shutil.rmtree(stale)  # what a killed process left half-written
+    clear_leftovers(folder)
     with new_folder(target) as temporary:
         try:
             model.save(temporary / "model", final=target / "model")
-            (temporary / "training_state").mkdir()
-            torch.save(
-                {
-                    "step": state.step,
-                    "optimizer": state.optimizer,
-                    "dual": None if state.dual is None else state.dual.state_dict(),
-                    "reached": state.reached,
-                    "cache": state.cache,
-                },
-                temporary / "training_state" / "state.pt",
-            )
+            _state_file(temporary).parent.mkdir()
+            torch.save(state.state_dict(), _state_file(temporary))
         except (
             RuntimeError,
             ValueError,
@@ -74,23 +99,17 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
     return target
 
 
-def last_checkpoint(folder: StoragePath) -> StoragePath | None:
-    """The newest complete checkpoint, or None."""
-    link = folder / LAST
-    if isinstance(link, ObjectPath):
-        return folder / link.read_text() if link.exists() else None
-    if not link.is_symlink():
-        return None
-    if not link.exists():
-        raise StorageError(f"{link} points to {link.readlink()}, which is gone: restore it, or start the run anew")
-    return link.resolve()
+def load_training_state(checkpoint: Path, device: torch.device) -> TrainingState:
+    """The state that `save_checkpoint` wrote; of it the multiplier is on `device`, the rest on the CPU."""
+    state = torch.load(_state_file(checkpoint), map_location="cpu", weights_only=True)
+    return TrainingState.from_state_dict(state, device)
 
 
 def adopt_checkpoint(folder: StoragePath, source: Path) -> None:
     """Make a copy of another run's checkpoint the one that a run goes on from, and remove the run's own."""
     target = folder / source.name
     if isinstance(folder, ObjectPath):
-        (folder / LAST).unlink(missing_ok=True)  # nobody goes on from a half-replaced one
+        forget_last(folder)  # nobody goes on from a half-replaced one
         copy_tree(source, target)
     else:
         with new_folder(target) as temporary:
@@ -101,23 +120,10 @@ def adopt_checkpoint(folder: StoragePath, source: Path) -> None:
             remove_tree(other)
 
 
-def load_training_state(checkpoint: Path, device: torch.device) -> TrainingState:
-    state = torch.load(checkpoint / "training_state" / "state.pt", map_location="cpu", weights_only=True)
-    dual = None if state["dual"] is None else DualState.from_state_dict(state["dual"], device)
-    return TrainingState(state["step"], state["optimizer"], dual, state["reached"], state["cache"])
-
-
 def checkpoint_step(checkpoint: StoragePath) -> int:
     """The steps done at a checkpoint."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def point_last(folder: StoragePath, name: str) -> None:
-    """Make `name` the checkpoint that a run goes on from: by a link, or in an object store by an object of its name."""
-    if isinstance(folder, ObjectPath):
-        write_atomically(folder / LAST, name)
-        return
-    temporary = folder / f".{LAST}.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name)
-    os.replace(temporary, folder / LAST)
+def _state_file(checkpoint: Path) -> Path:
+    return checkpoint / "training_state" / "state.pt"

@@ -17,11 +17,11 @@ from craft_ray.anchors.manifest import read_manifest
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.report.html import write_report
-from craft_ray.run.checkpoint import last_checkpoint
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
 from craft_ray.run.mirror import mirrored_folder
 from craft_ray.run.training import NullObserver, Run, train
+from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree
 from craft_ray.sweep.space import parse_space
 from craft_ray.sweep.trials import SweepFolder
@@ -43,7 +43,7 @@ def stored(object_store: ObjectPath, digits: Digits) -> ObjectPath:
     folder = object_store / "stored"
     copy_tree(digits.model, folder / "model")
     copy_tree(digits.data, folder / "data")
-    build(in_store(folder, digits.model, digits.data), say=lambda _: None)
+    build(in_store(folder, digits), say=lambda _: None)
     return folder
 
 

@@ -110,14 +110,14 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
     packed = tokens_per_pack(model, anchors)
     passes = f"packs of up to {packed} tokens" if packed else f"batches of {anchors.batch_size} anchors, padded"
     say(f"forward passes on {passes}")
-    clear_leftovers(folder / SHARDS)  # of killed teachers, of earlier builds and of this one
+    clear_leftovers(folder / SHARDS)  # of an earlier build
     del model
     work = _in_process if config.workers.num_workers == 0 else _on_ray
     with BuildMetrics(folder, plan.identity.rows, sum(shard.rows for shard in done.values())) as metrics:
         for number, (name, rows) in enumerate(work(config, plan, missing), 1):
             metrics.wrote(rows)
             say(f"  {name}: {rows} anchors ({number} of {len(missing)})")
-    clear_leftovers(folder / SHARDS)  # of killed teachers, of earlier builds and of this one
+    clear_leftovers(folder / SHARDS)  # of teachers that died in this one
     manifest = finish(folder, plan, ids)
     say(
         f"anchor cache complete: {manifest.identity.rows} anchors, {manifest.vectors} vectors, "

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
+from ray.job_config import JobConfig
 
 from craft_pipelines.authentication import knock, refused
 from craft_pipelines.runtime_env import of_driver
@@ -23,6 +24,19 @@ KNOBS = {
 ON_CLUSTER = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the cluster's dashboard lists training runs by name
 }
+
+
+class InstalledCode(JobConfig):
+    """A job whose processes import what is installed, as the driver does, and nothing of its working directory.
+
+    Ray puts the driver's working directory before the installed packages of every process, so that a file of the user's
+    which is called like a library (`statistics.py`, `datasets/__init__.py`) would be imported in its stead. No setting
+    turns that off. Ray itself leaves it out where a job brings a working directory of its own, which is what is
+    answered here (Ray is pinned).
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
 
 
 _dashboard = False
@@ -46,7 +60,7 @@ def join(dashboard: bool = False) -> None:
     quiet_ray()
     address = os.environ.get("RAY_ADDRESS")
     _dashboard = dashboard or bool(address)
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "job_config": InstalledCode()}
     if address:
         for name, value in ON_CLUSTER.items():
             os.environ.setdefault(name, value)

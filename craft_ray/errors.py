@@ -54,5 +54,10 @@ class Interrupted(CraftError):
     exit_code = 130
 
 
+def first_line(error: object) -> str:
+    """What a library says went wrong, in one line; the error's type where it says nothing. For a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 NOT_MET = 3
 """Exit code of a command that finished, but whose retention budget was not met."""

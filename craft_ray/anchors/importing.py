@@ -20,8 +20,8 @@ from craft_ray.anchors.storage import stored
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.models.base import Model
-from craft_ray.storage.files import checksum, new_folder
-from craft_ray.storage.paths import StoragePath, remove_tree
+from craft_ray.storage.files import checksum, clear_leftovers, new_folder
+from craft_ray.storage.paths import StoragePath
 
 ONE_VECTOR = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token")
 """Positions with exactly one vector a sample: what a legacy tensor can hold."""
@@ -63,8 +63,7 @@ def import_shards(
         )
     if folder.exists():
         return _found(folder, identity)
-    for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
-        remove_tree(stale)  # what an import that was killed left behind
+    clear_leftovers(folder.parent, of=folder.name)
     with new_folder(folder, last=MANIFEST) as temporary:
         written, rows, shape = [], 0, None
         for number, file in enumerate(shards.files):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from craft_ray.anchors.manifest import Identity
 from craft_ray.config import POSITIONS
-from craft_ray.errors import CacheRefused, ConfigError
+from craft_ray.errors import CacheRefused, ConfigError, first_line
 from craft_ray.models.base import IGNORE, resolve_layers
 
 VECTORS = ("teacher_hidden", "target_features")
@@ -100,8 +100,7 @@ def _load(file: Path) -> dict[str, Any]:
             f"save it again as a dict of tensors"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise CacheRefused(f"{file} is damaged ({reason}): fetch or write it again") from None
+        raise CacheRefused(f"{file} is damaged ({first_line(error)[:120]}): fetch or write it again") from None
     if not isinstance(content, dict):
         raise CacheRefused(f"{file} holds a {type(content).__name__}, a legacy shard is a dict of tensors")
     return content

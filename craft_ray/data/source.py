@@ -3,7 +3,6 @@ view."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,8 @@ from craft_ray.data.json_lines import JsonLines
 from craft_ray.data.sample import Sample
 from craft_ray.data.table import Table, TableSource, check_columns
 from craft_ray.data.text import read_text
-from craft_ray.errors import ConfigError, DataError
+from craft_ray.errors import ConfigError, DataError, first_line
+from craft_ray.extras import require_lerobot
 from craft_ray.storage.files import checksum
 from craft_ray.storage.node_cache import at_hand
 from craft_ray.storage.paths import ObjectPath, StoragePath, is_object
@@ -93,17 +93,6 @@ def open_source(config: DataConfig, key: str) -> Source:
     return _open_table(config, named, key)
 
 
-def require_lerobot(why: str) -> None:
-    """
-    Raises:
-        ConfigError: LeRobot is not installed.
-    """
-    if importlib.util.find_spec("lerobot") is None:
-        raise ConfigError(
-            f"{why}, but LeRobot is not installed: pip install 'craft-ray[lerobot]' (Python 3.12 or newer)"
-        )
-
-
 def _open_table(config: TableData, named: str, key: str) -> TableSource:
     """
     Args:
@@ -119,7 +108,7 @@ def _open_table(config: TableData, named: str, key: str) -> TableSource:
     try:
         table = _read(config, files, digest.hexdigest())
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise ConfigError(f"{key}: {config.path} does not read as {kind} ({reason})") from None
     if not len(table):
         raise DataError(f"{key}: {config.path} holds no sample; name data with at least one row")

@@ -39,7 +39,7 @@ from craft_ray.data.formats import LEROBOT_MARK
 from craft_ray.data.frame import Frame
 from craft_ray.data.images import decode_image, encoded_image
 from craft_ray.data.sample import Sample
-from craft_ray.errors import ConfigError, DataError, StorageError
+from craft_ray.errors import ConfigError, DataError, StorageError, first_line
 from craft_ray.storage.files import checksum
 
 ACTION = "action"
@@ -297,7 +297,7 @@ def _fetch(config: LeRobotData, key: str, files: list[str], revision: str) -> Pa
     except Exception as error:  # the hub's client raises anything
         raise ConfigError(
             f"{key}: there is no folder {config.path}, and no LeRobotDataset of that name with revision {revision} on "
-            f"the hub or in its local cache ({_first(error)}): name a folder, or fetch it while online"
+            f"the hub or in its local cache ({first_line(error)}): name a folder, or fetch it while online"
         ) from None
 
 
@@ -308,7 +308,7 @@ def _damage(config: LeRobotData, key: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        reason = f"{cause} is missing" if isinstance(cause, KeyError) else _first(cause)
+        reason = f"{cause} is missing" if isinstance(cause, KeyError) else first_line(cause)
         raise ConfigError(
             f"{key}: the LeRobotDataset {config.path} is damaged or incomplete ({reason}): fetch it again, or record "
             f"it to the end (finalize)"
@@ -411,14 +411,14 @@ def _column_names(file: Path) -> list[str]:
     try:
         return list(pq.read_schema(file).names)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{file}: {_first(error)}") from None
+        raise ValueError(f"{file}: {first_line(error)}") from None
 
 
 def _table(file: Path, columns: list[str]) -> pa.Table:
     try:
         return pq.read_table(file, columns=columns)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{file}: {_first(error)}") from None
+        raise ValueError(f"{file}: {first_line(error)}") from None
 
 
 def _numbers(name: str, column: pa.ChunkedArray, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -445,7 +445,7 @@ def _video_picture(path: Path, second: float, where: str) -> NDArray[np.uint8]:
         frames = decode_video_frames(path, [second], TOLERANCE, _decoder(), return_uint8=True)
     except Exception as error:  # each decoder has errors of its own
         raise DataError(
-            f"{where}: {path} does not decode at {second:.3f} s ({_first(error)}): fetch or record it again"
+            f"{where}: {path} does not decode at {second:.3f} s ({first_line(error)}): fetch or record it again"
         ) from None
     return np.ascontiguousarray(frames[0].permute(1, 2, 0).numpy())
 
@@ -461,7 +461,3 @@ def _decoder() -> str:
     finally:
         logger.setLevel(level)
     return backend
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

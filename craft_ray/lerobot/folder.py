@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from craft_ray.config import ModelConfig
-from craft_ray.errors import ConfigError, DataError, ModelError
+from craft_ray.errors import ConfigError, DataError, ModelError, first_line
 from craft_ray.lerobot.size import SIZE_FILE, sized
 from craft_ray.lerobot.tokenizers import (
     ACTION_TOKENIZER,
@@ -93,7 +93,7 @@ def load_folder(config: ModelConfig, device: torch.device, weights: str | None) 
         try:
             policy = get_policy_class(settings.type)(settings)
         except (ValueError, RuntimeError, OSError, ImportError) as error:
-            raise ConfigError(f"model.path {path}: no {settings.type} is built from it ({_first(error)})") from None
+            raise ConfigError(f"model.path {path}: no {settings.type} is built from it ({first_line(error)})") from None
     if "dtype" not in vars(settings):
         policy.float()  # smolvla's takes the type that its vision-language model was published in
     load_weights(policy, Path(weights) if weights else path)
@@ -144,7 +144,7 @@ def _resolve(config: ModelConfig) -> Path:
     except Exception as error:  # the hub's client raises anything
         raise ConfigError(
             f"model.path {config.path}: there is no such folder, and no such policy on the hub or in its local cache "
-            f"({_first(error)})"
+            f"({first_line(error)})"
         ) from None
 
 
@@ -155,7 +155,7 @@ def _settings(path: Path) -> tuple[PreTrainedConfig, str | None]:
         kind, device = stored.get("type"), stored.get("device")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"model.path {path} is no folder of a LeRobot policy (config.json: {_first(error)}): name one that "
+            f"model.path {path} is no folder of a LeRobot policy (config.json: {first_line(error)}): name one that "
             f"LeRobot or craft-ray saved"
         ) from None
     if kind not in SUPPORTED:
@@ -168,7 +168,7 @@ def _settings(path: Path) -> tuple[PreTrainedConfig, str | None]:
         with _silent():
             return PreTrainedConfig.from_pretrained(path), device
     except Exception as error:  # draccus raises its own
-        raise ConfigError(f"model.path {path}: its config.json is not LeRobot's ({_first(error)})") from None
+        raise ConfigError(f"model.path {path}: its config.json is not LeRobot's ({first_line(error)})") from None
 
 
 def _adapt(settings: PreTrainedConfig, config: ModelConfig) -> None:
@@ -209,8 +209,8 @@ def _load_processors(settings: PreTrainedConfig, path: Path, tokenizer: Any) -> 
         loaded = make_pre_post_processors(settings, pretrained_path=str(path), preprocessor_overrides=before)
     except Exception as error:  # a pipeline raises anything of its steps
         raise ConfigError(
-            f"model.path {path}: its processors do not load ({_first(error)}): save the policy with LeRobot 0.6, which "
-            f"writes policy_preprocessor.json and policy_postprocessor.json beside the weights"
+            f"model.path {path}: its processors do not load ({first_line(error)}): save the policy with LeRobot 0.6, "
+            f"which writes policy_preprocessor.json and policy_postprocessor.json beside the weights"
         ) from None
     return Processors(*loaded)
 
@@ -227,7 +227,9 @@ def load_weights(policy: PreTrainedPolicy, path: Path) -> None:
     try:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"model {path}: its weights are damaged ({_first(error)}): fetch or save it again") from None
+        raise ModelError(
+            f"model {path}: its weights are damaged ({first_line(error)}): fetch or save it again"
+        ) from None
     if hasattr(policy, "_fix_pytorch_state_dict_keys"):  # names of older checkpoints of the pi family
         with _silent():
             state = policy._fix_pytorch_state_dict_keys(state, policy.config)
@@ -330,7 +332,7 @@ def _dataset_statistics(name: str) -> dict[str, dict[str, Any]]:
     try:
         metadata = LeRobotDatasetMetadata(path.name, root=path) if path.is_dir() else LeRobotDatasetMetadata(name)
     except Exception as error:  # of the hub or of damaged files
-        raise ConfigError(f"model.merge_statistics: {name} is no LeRobotDataset ({_first(error)})") from None
+        raise ConfigError(f"model.merge_statistics: {name} is no LeRobotDataset ({first_line(error)})") from None
     return metadata.stats or {}
 
 
@@ -389,7 +391,3 @@ def _silent() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,7 +21,7 @@ from lerobot.utils.constants import ACTION
 from lerobot.utils.import_utils import register_third_party_plugins
 
 from craft_ray.data.frame import Frame
-from craft_ray.errors import ConfigError
+from craft_ray.errors import ConfigError, first_line
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen; whatever imports mujoco first decides it for all
@@ -74,7 +74,7 @@ class GymSimulation:
         except Exception as error:  # a simulator raises anything
             raise ConfigError(
                 f"the environment {env} with task {task} cannot be made ({type(error).__name__}: "
-                f"{(str(error).strip() or '-').splitlines()[0]}): install its package, or choose another task"
+                f"{first_line(error)}): install its package, or choose another task"
             ) from None
         if len(found) != 1:
             raise ConfigError(f"{env} has {len(found)} tasks in {task}: name one of them, as in {task}/0")

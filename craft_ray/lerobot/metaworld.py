@@ -20,6 +20,7 @@ import numpy as np
 
 from craft_ray.data.frame import Frame
 from craft_ray.errors import ConfigError
+from craft_ray.extras import install
 
 os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "")  # read when mujoco is imported
 # The software renderer draws in the thread that asks: no slower at this size, and a forked process can draw, too.
@@ -36,7 +37,7 @@ try:
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
     from metaworld.policies import ENV_POLICY_MAP
 except ModuleNotFoundError as error:
-    raise ConfigError(f"Meta-World needs the package {error.name}: pip install 'craft-ray[lerobot]'") from None
+    raise ConfigError(f"Meta-World needs the package {error.name}: {install('lerobot')}") from None
 except (ImportError, AttributeError, RuntimeError) as error:
     # mujoco meets one of them where MUJOCO_GL asks for what is not there.
     raise ConfigError(

@@ -26,7 +26,7 @@ from scipy.fft import idct
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from craft_ray.errors import ConfigError
+from craft_ray.errors import ConfigError, first_line
 
 TEXT_TOKENIZER: Final = "text_tokenizer"
 ACTION_TOKENIZER: Final = "action_tokenizer"
@@ -63,7 +63,7 @@ def fast_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
             return AutoProcessor.from_pretrained(name, trust_remote_code=True)
         except Exception as error:  # foreign code raises anything
             raise ConfigError(
-                f"action tokenizer {name}: it does not load ({_first(error)}): name a folder or a hub model of one"
+                f"action tokenizer {name}: it does not load ({first_line(error)}): name a folder or a hub model of one"
             ) from None
     folder = _folder(name)
     numbers = _fast_numbers(folder, name)
@@ -73,7 +73,7 @@ def fast_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         inner = PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # the Rust part raises bare exceptions
         raise ConfigError(
-            f"action tokenizer {name}: its tokenizer.json does not load ({_first(error)}): save or fetch it again"
+            f"action tokenizer {name}: its tokenizer.json does not load ({first_line(error)}): save or fetch it again"
         ) from None
     return UniversalActionProcessor(inner, **numbers)
 
@@ -89,7 +89,7 @@ def _folder(name: str) -> Path:
     except Exception as error:  # the hub's client raises anything
         raise ConfigError(
             f"action tokenizer {name}: there is no such folder, and no such model on the hub or in its local cache "
-            f"({_first(error)})"
+            f"({first_line(error)})"
         ) from None
 
 
@@ -99,7 +99,7 @@ def _fast_numbers(folder: Path, name: str) -> dict[str, Any]:
         stored = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"action tokenizer {name}: its processor_config.json does not read ({_first(error)}), and without "
+            f"action tokenizer {name}: its processor_config.json does not read ({first_line(error)}), and without "
             f"model.trust_remote_code FAST is filled from that file"
         ) from None
     kinds: dict[str, type | tuple[type, ...]] = {"scale": (int, float), "vocab_size": int, "min_token": int}
@@ -129,7 +129,7 @@ def text_tokenizer(name: str, **options: Any) -> Any:
         return AutoTokenizer.from_pretrained(name, **{**options, "trust_remote_code": False})
     except Exception as error:  # a damaged tokenizer raises anything, a bare Exception too
         raise ConfigError(
-            f"text tokenizer {name}: it does not load ({_first(error)}): name a folder or a hub model that has one"
+            f"text tokenizer {name}: it does not load ({first_line(error)}): name a folder or a hub model that has one"
         ) from None
 
 
@@ -319,7 +319,3 @@ def write_action_tokenizer(
     code = {"AutoProcessor": f"processing_action_tokenizer.{_FAST_CLASS}"}
     _write(folder / "processor_config.json", {"processor_class": _FAST_CLASS, "auto_map": code, **numbers})
     return fast
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

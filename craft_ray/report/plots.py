@@ -15,12 +15,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from craft_ray.report.arms import ARMS
 from craft_ray.report.runs import FinishedRun
-from craft_ray.report.student_t import interval
 from craft_ray.report.summary import new_ratio, old_ratio
 from craft_ray.report.svg import INK, PAPER, inline_svg, new_figure
 from craft_ray.report.thin import Curve, curve
 from craft_ray.report.wording import METRICS, loss_unit
 from craft_ray.run.scoring import HIGHER_IS_BETTER, ratio
+from craft_ray.statistics import mean_interval
 
 DECADES_BELOW = 3
 """L_ret begins at the cache's rounding, which would leave the budget a thin strip at the top of a log axis."""
@@ -220,7 +220,7 @@ def _points(axes: Axes, points: Sequence[tuple[float, float]], color: str, marke
     x, y = ([point[i] for point in points] for i in (0, 1))
     middle = (statistics.fmean(x), statistics.fmean(y))
     for values, where in ((x, "x"), (y, "y")):
-        bounds = interval(values)
+        bounds = mean_interval(values)
         if bounds is not None:
             line: Any = (bounds, [middle[1]] * 2) if where == "x" else ([middle[0]] * 2, bounds)
             axes.plot(*line, color=color, linewidth=1.4, alpha=0.8, zorder=3)

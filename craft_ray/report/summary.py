@@ -15,8 +15,8 @@ from typing import Any
 
 from craft_ray.errors import ConfigError
 from craft_ray.report.arms import in_order
-from craft_ray.report.student_t import interval
 from craft_ray.run.scoring import ratio
+from craft_ray.statistics import mean_interval
 
 Result = dict[str, Any]
 """The result.json of a run, with the `path` of its folder."""
@@ -67,7 +67,7 @@ def _over_seeds(name: str, values: Sequence[float | None]) -> dict[str, Any]:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return {name: None, f"{name}_interval": None}
-    return {name: statistics.fmean(known), f"{name}_interval": interval(known)}
+    return {name: statistics.fmean(known), f"{name}_interval": mean_interval(known)}
 
 
 def _budget(runs: Sequence[Result]) -> float | None:

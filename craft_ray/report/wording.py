@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from craft_ray.report.runs import FinishedRun
-from craft_ray.report.wilson import wilson
 from craft_ray.run.scoring import HIGHER_IS_BETTER
+from craft_ray.statistics import rate_interval
 
 NONE = "–"
 
@@ -71,7 +71,7 @@ def spread(score: dict[str, Any], when: str) -> list[float] | None:
     """Wilson's interval of a success rate of one run (`before` or `after`). None for what is no part of episodes."""
     if score[when] is None or score["metric"] != "success":
         return None
-    return wilson(score[when], score["samples"])
+    return rate_interval(score[when], score["samples"])
 
 
 def loss_unit(run: FinishedRun) -> str:

@@ -1,13 +1,12 @@
 """Checkpoints: `step_NNNNNN/model` loads with `from_pretrained`, `step_NNNNNN/training_state` goes on bit for bit.
 
-A checkpoint is written to a temporary folder and appears when it is complete; then the link `last` moves to it. What
-is random in a step is seeded by (seed, step, rank), and the sampler is a function of (seed, step), so neither has a
-state to save.
+A checkpoint is written to a temporary folder and appears when it is complete; then `last` (craft_ray/storage/last.py)
+points to it. What is random in a step is seeded by (seed, step, rank), and the sampler is a function of (seed, step),
+so neither has a state to save.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from craft_ray.errors import StorageError
+from craft_ray.errors import StorageError, first_line
 from craft_ray.models.base import Model
-from craft_ray.storage.files import new_folder, write_atomically
+from craft_ray.storage.files import clear_leftovers, new_folder
+from craft_ray.storage.last import forget_last, point_last
 from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree, remove_tree
-
-LAST = "last"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything but the weights that the next step depends on."""
+    """Everything but the weights that the next step depends on. Its fields are the keys of the file."""
 
     step: int
     """Steps done."""
@@ -38,15 +36,18 @@ class TrainingState:
 
 
 def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int) -> Path:
-    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`."""
+    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`.
+
+    Raises:
+        StorageError: the disk is full; earlier checkpoints are untouched.
+    """
     target = folder / f"step_{state.step:06d}"
-    for stale in folder.glob(".step_*"):
-        shutil.rmtree(stale)  # what a killed process left half-written
+    clear_leftovers(folder)
     with new_folder(target) as temporary:
         try:
             model.save(temporary / "model", final=target / "model")
-            (temporary / "training_state").mkdir()
-            torch.save(vars(state), temporary / "training_state" / "state.pt")
+            _state_file(temporary).parent.mkdir()
+            torch.save(vars(state), _state_file(temporary))
         except (
             RuntimeError,
             ValueError,
@@ -54,7 +55,7 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
             SafetensorError,
         ) as error:  # torch and safetensors wrap the system's error
             raise StorageError(
-                f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): free space or choose "
+                f"checkpoint {target} could not be written ({first_line(error)}): free space or choose "
                 f"another output_dir, then go on with --resume; earlier checkpoints are untouched"
             ) from error
     point_last(folder, target.name)
@@ -63,23 +64,11 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
     return target
 
 
-def last_checkpoint(folder: StoragePath) -> StoragePath | None:
-    """The newest complete checkpoint, or None."""
-    link = folder / LAST
-    if isinstance(link, ObjectPath):
-        return folder / link.read_text() if link.exists() else None
-    if not link.is_symlink():
-        return None
-    if not link.exists():
-        raise StorageError(f"{link} points to {link.readlink()}, which is gone: restore it, or start the run anew")
-    return link.resolve()
-
-
 def adopt_checkpoint(folder: StoragePath, source: Path) -> None:
     """Make a copy of another run's checkpoint the one that a run goes on from, and remove the run's own."""
     target = folder / source.name
     if isinstance(folder, ObjectPath):
-        (folder / LAST).unlink(missing_ok=True)  # nobody goes on from a half-replaced one
+        forget_last(folder)  # nobody goes on from a half-replaced one
         copy_tree(source, target)
     else:
         with new_folder(target) as temporary:
@@ -92,7 +81,7 @@ def adopt_checkpoint(folder: StoragePath, source: Path) -> None:
 
 def load_training_state(checkpoint: Path) -> TrainingState:
     """What `save_checkpoint` wrote, on the host."""
-    state = torch.load(checkpoint / "training_state" / "state.pt", map_location="cpu", weights_only=True)
+    state = torch.load(_state_file(checkpoint), map_location="cpu", weights_only=True)
     if "dual" in state:  # of a version whose runs had one multiplier or none
         dual, cache = state.pop("dual"), state.pop("cache")
         state["constraints"] = [] if dual is None else [{"dual": dual, "cache": cache}]
@@ -104,12 +93,5 @@ def checkpoint_step(checkpoint: StoragePath) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def point_last(folder: StoragePath, name: str) -> None:
-    """Make `name` the checkpoint that a run goes on from: by a link, or in an object store by an object of its name."""
-    if isinstance(folder, ObjectPath):
-        write_atomically(folder / LAST, name)
-        return
-    temporary = folder / f".{LAST}.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name)
-    os.replace(temporary, folder / LAST)
+def _state_file(checkpoint: Path) -> Path:
+    return checkpoint / "training_state" / "state.pt"

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from craft_ray.errors import StorageError
-from craft_ray.run.checkpoint import checkpoint_step, last_checkpoint, point_last
+from craft_ray.run.checkpoint import checkpoint_step
 from craft_ray.run.folder import RunFolder
+from craft_ray.storage.files import is_temporary
+from craft_ray.storage.last import last_checkpoint, point_last
 from craft_ray.storage.paths import ObjectPath, copy_tree, remove_tree
 
 SEND_S = 2.0
@@ -121,16 +123,11 @@ class RunMirror(RunFolder):
     def _files(self) -> list[Path]:
         """What is sent as it stands."""
         apart = (self._local / "checkpoints", self._local / self.result.name)
-        found = (file for file in self._local.rglob("*") if file.is_file() and not _temporary(file))
+        found = (file for file in self._local.rglob("*") if file.is_file() and not is_temporary(file))
         return [file for file in found if not {file, *file.parents}.intersection(apart)]
 
     def _place(self, file: Path) -> ObjectPath:
         return self.home / file.relative_to(self._local).as_posix()
-
-
-def _temporary(file: Path) -> bool:
-    """Whether it is one that `files.new_file` is writing."""
-    return file.name.startswith(".") and file.name.endswith(".tmp")
 
 
 def _state(file: Path) -> tuple[int, int]:

@@ -13,8 +13,9 @@ import torch
 
 from craft_ray.config import DataConfig, EvalSet, RolloutEvalSet, SampleEvalSet
 from craft_ray.data.sample import Sample
-from craft_ray.data.source import Source, open_source, require_lerobot
+from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError, DataError
+from craft_ray.extras import require_lerobot
 from craft_ray.models.base import IGNORE, Features, Model, evaluating
 from craft_ray.models.capabilities import token_model
 from craft_ray.models.features import FeatureCache

@@ -28,13 +28,14 @@ from craft_ray.models.features import FeatureCache
 from craft_ray.retention.constraint import Constraint, open_mode, split
 from craft_ray.retention.mode import Terms
 from craft_ray.retention.update import held_by, update
-from craft_ray.run.checkpoint import TrainingState, last_checkpoint, load_training_state, save_checkpoint
+from craft_ray.run.checkpoint import TrainingState, load_training_state, save_checkpoint
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
 from craft_ray.run.observers import Observer
 from craft_ray.run.optimization import learning_rate, make_optimizer, seed_step
 from craft_ray.run.scoring import source_identity
+from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.workers import Workers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -14,6 +15,8 @@ from blake3 import blake3
 
 from craft_ray.errors import StorageError
 from craft_ray.storage.paths import CHUNK, ObjectPath, StoragePath, copy_tree
+
+TEMPORARY = re.compile(r"\.(?P<of>.+)\.[^.]+\.tmp")
 
 
 @contextmanager
@@ -84,9 +87,43 @@ def new_folder(path: StoragePath, last: str | None = None) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def replace_link(path: Path, target: str) -> None:
+    """Make `path` a symbolic link to `target`, which is relative to its folder; an older link is replaced."""
+    temporary = _beside(path)
+    try:
+        temporary.symlink_to(target)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# -- temporary names: made, recognised and cleared here
+
+
 def _beside(path: Path) -> Path:
     """A name that nobody else has, on whatever node: processes of two containers often have the same number."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def is_temporary(path: Path, of: str | None = None) -> bool:
+    """Whether this is a file or folder that somebody writes, or left half-written: of the name `of`, or of any."""
+    match = TEMPORARY.fullmatch(path.name)
+    return match is not None and of in (None, match["of"])
+
+
+def clear_leftovers(folder: StoragePath, of: str | None = None) -> None:
+    """Remove what killed processes left half-written in `folder`: of the name `of`, or all.
+
+    Only for who holds the folder: what another process is writing would go, too. A store has nothing to remove: an
+    object appears when it is complete.
+    """
+    if not isinstance(folder, Path):
+        return
+    for left in [entry for entry in folder.glob(".*") if is_temporary(entry, of)]:
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)  # its writer may clear it away at this very moment
 
 
 def write_atomically(path: StoragePath, text: str) -> None:

@@ -6,7 +6,6 @@ import fcntl
 import glob
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from typing import Any
 from blake3 import blake3
 
 from craft_ray.errors import ConfigError, StorageError
-from craft_ray.storage.files import new_folder
+from craft_ray.storage.files import clear_leftovers, new_folder
+from craft_ray.storage.last import through_last
 from craft_ray.storage.paths import ObjectPath, copy_tree, is_object
 
 
@@ -45,8 +45,7 @@ def filled_once(name: str) -> Iterator[tuple[Path, bool]]:
     with (target.parent / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            for stale in target.parent.glob(f".{name}.*.tmp"):
-                shutil.rmtree(stale)  # what a killed process left half-written
+            clear_leftovers(target.parent, of=name)
         yield target, not target.exists()
 
 
@@ -63,7 +62,7 @@ def at_hand(path: str, key: str) -> str:
     """
     if not is_object(path):
         return path
-    place = _through_last(ObjectPath(path))
+    place = through_last(ObjectPath(path))
     pattern = place.name if glob.has_magic(place.name) else None
     root = place.parent if pattern or place.is_file() else place
     found = [info for info in root.listing() if info.is_file and _asked(info, root, place, pattern)]
@@ -88,11 +87,3 @@ def _asked(info: Any, root: ObjectPath, place: ObjectPath, pattern: str | None) 
         return True
     source = ObjectPath(f"s3://{info.path}")
     return source.parent == root and (fnmatch(source.name, pattern) if pattern else source == place)
-
-
-def _through_last(place: ObjectPath) -> ObjectPath:
-    """`checkpoints/last/...` goes through a link on a disk, and through an object that holds a name in a store."""
-    for link in place.parents:
-        if link.name == "last" and link.is_file():
-            return ObjectPath(f"{link.parent / link.read_text()}/{place.key.relative_to(link.key)}")
-    return place

@@ -19,9 +19,9 @@ from typing import Any
 
 from craft_ray.config import BOUND, EvalSet, Experiment, ObjectiveConfig
 from craft_ray.errors import ConfigError, DataError
-from craft_ray.report.student_t import quantile
 from craft_ray.run.metrics import FIELDS, Record
 from craft_ray.run.scoring import HIGHER_IS_BETTER
+from craft_ray.statistics import mean_bound
 
 SCORES = ("old/score", "old/ratio", "new/score", "new/ratio")
 HELDOUT = ("heldout/retention_loss", "heldout/violation")
@@ -61,25 +61,13 @@ def judge(objective: ObjectiveConfig, runs: Sequence[Mapping[str, Any]]) -> Verd
     reached, violations = {}, {}
     for metric, bound in objective.subject_to.items():
         least, limit = parse_bound(bound)
-        reached[metric] = confidence_bound(_values(metric, runs), objective.confidence, lower=least)
+        reached[metric] = mean_bound(_values(metric, runs), objective.confidence, lower=least)
         missing = limit - reached[metric] if least else reached[metric] - limit
         violations[metric] = max(0.0, missing) / (abs(limit) or 1.0)
     total = math.fsum(violations.values())
     x = -value if objective.maximize is None else value
     score = -total if total else (1 + x / (1 + abs(x))) / 2
     return Verdict(value, reached, violations, score)
-
-
-def confidence_bound(values: Sequence[float], confidence: float, lower: bool) -> float:
-    """One-sided bound of the mean by Student's t; the value itself where there is but one.
-
-    mean -+ t s / sqrt(n),   P(T < t) = confidence for T with n - 1 degrees of freedom
-    """
-    mean = statistics.mean(values)  # exact: seeds that all stand at the bound keep it
-    if len(values) == 1:
-        return mean
-    half = quantile(len(values) - 1, 2 * confidence - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean - half if lower else mean + half
 
 
 def parse_bound(text: str) -> tuple[bool, float]:

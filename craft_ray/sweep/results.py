@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import ConfigError, CraftError
+from craft_ray.run.folder import RunFolder
 from craft_ray.storage.files import new_file, write_atomically
+from craft_ray.storage.last import LAST
 from craft_ray.storage.paths import StoragePath
 from craft_ray.sweep.space import Params
 from craft_ray.sweep.trials import Outcome, Plan, Report, SweepFolder, seeds
@@ -108,9 +110,9 @@ def _heading(result: SweepResult, best: TrialResult) -> str:
     if last["seeds"] > 1:
         lines.append(f"These are means over {last['seeds']} seeds, of which this config is the first.")
     if result.plan.config.sweep.scheduler == "pbt":
-        model = best.path / f"seed{seeds(result.plan.config, best.params)[0]}" / "checkpoints" / "last" / "model"
+        run = RunFolder(best.path / f"seed{seeds(result.plan.config, best.params)[0]}")
         lines.append("Population based training may have changed settings on the way; these are the last ones. What it")
-        lines.append(f"trained is in {model}.")
+        lines.append(f"trained is in {run.checkpoints / LAST / 'model'}.")
     return "".join(f"# {line}\n" for line in lines)
 
 

@@ -181,7 +181,7 @@ def load_space(source: str | Path) -> Space:
     """
     path = Path(source)
     own = shipped("search_spaces") / f"{source}.yaml"
-    if not path.exists() and len(path.parts) == 1 and not path.suffix and own.is_file():
+    if not path.is_file() and len(path.parts) == 1 and not path.suffix and own.is_file():
         text, name = own.read_text(), f"search_spaces/{source}.yaml"
     else:
         try:

@@ -1,3 +1,17 @@
-"""Where numbers go beside the run folder."""
+"""Where the numbers of a run go beside its folder: MLflow and Weights & Biases, each optional, behind one interface."""
 
-from craft_ray.tracking.tracker import *  # noqa: F403
+from craft_ray.tracking.content import flatten, without_credentials
+from craft_ray.tracking.observer import TrackingObserver
+from craft_ray.tracking.opening import open_trackers
+from craft_ray.tracking.tracker import STATUS, Status, TrackedRun, Tracker
+
+__all__ = [
+    "STATUS",
+    "Status",
+    "TrackedRun",
+    "Tracker",
+    "TrackingObserver",
+    "flatten",
+    "open_trackers",
+    "without_credentials",
+]

@@ -53,7 +53,7 @@ from craft_ray.errors import CacheRefused, ConfigError, CraftError
 from craft_ray.models import load_model
 from craft_ray.quiet import quiet_libraries
 from craft_ray.retention.reforward import Agreement, reforward
-from craft_ray.storage.files import readable_bytes
+from craft_ray.storage.files import clear_leftovers, readable_bytes
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, storage_path
 
@@ -111,14 +111,14 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
     packed = tokens_per_pack(model, anchors)
     passes = f"packs of up to {packed} tokens" if packed else f"batches of {anchors.batch_size} anchors, padded"
     say(f"forward passes on {passes}")
-    _clear(folder)
+    clear_leftovers(folder / SHARDS)  # of an earlier build
     del model
     work = _in_process if config.workers.num_workers == 0 else _on_ray
     with BuildMetrics(folder, plan.identity.rows, sum(shard.rows for shard in done.values())) as metrics:
         for number, (name, rows) in enumerate(work(config, plan, missing), 1):
             metrics.wrote(rows)
             say(f"  {name}: {rows} anchors ({number} of {len(missing)})")
-    _clear(folder)
+    clear_leftovers(folder / SHARDS)  # of teachers that died in this one
     manifest = finish(folder, plan, ids)
     say(
         f"anchor cache complete: {manifest.identity.rows} anchors, {manifest.vectors} vectors, "
@@ -132,12 +132,6 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
             f"learnt to act (random weights?)"
         )
     return Built(manifest, sum(len(rows) for _, rows in missing))
-
-
-def _clear(folder: StoragePath) -> None:
-    """Remove what killed teachers left half-written, of earlier builds and of this one."""
-    for stale in (folder / SHARDS).glob(".*.tmp"):
-        stale.unlink(missing_ok=True)  # a teacher whose driver was killed may still end this very moment
 
 
 def needed(config: Experiment) -> tuple[AnchorsConfig, StoragePath]:

@@ -8,7 +8,6 @@ folder it finds what is finished and computes nothing anew.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from craft_pipelines.outputs import check_kept
 from craft_pipelines.sweep.driver import plan_sweep, resume_sweep, sweep
 from craft_pipelines.train import PlannedRun, carry_out
 from craft_ray.config import Experiment, dump_config, load_config
-from craft_ray.data.source import require_lerobot
 from craft_ray.errors import ConfigError
+from craft_ray.extras import install, missing, require_lerobot
 from craft_ray.run.folder import RunFolder, command_line
 from craft_ray.shipped import shipped
 from craft_ray.storage.files import new_folder, write_atomically
@@ -101,8 +100,8 @@ def demo(out: Path, preset_name: str, quick: bool) -> bool:
     preset = PRESETS[preset_name]
     if preset_name == "robot":
         require_lerobot(f"the preset {preset_name} runs a policy of LeRobot")
-    if preset.needs is not None and importlib.util.find_spec(preset.needs) is None:
-        raise ConfigError(f"the preset {preset_name} needs scikit-learn's data: pip install 'craft-ray[demo]'")
+    if preset.needs is not None and missing(preset.needs):
+        raise ConfigError(f"the preset {preset_name} needs scikit-learn's data: {install('demo')}")
     out = out.absolute()
     check_kept(out, "--out")
     _make_inputs(preset, out)

@@ -26,7 +26,7 @@ from craft_pipelines.node_facts import PACKAGES, Facts, clock, facts
 from craft_pipelines.nodes import Answer, Node, alive_nodes, ask
 from craft_pipelines.session import join
 from craft_pipelines.storage_check import blind
-from craft_ray.errors import ConfigError, CraftError
+from craft_ray.errors import ConfigError, CraftError, first_line
 from craft_ray.storage.files import readable_bytes
 from craft_ray.storage.paths import storage_path
 
@@ -237,9 +237,8 @@ def state_api(listing: Callable[..., object] = list_placement_groups) -> Finding
     try:
         listing(limit=1)
     except Exception as error:  # of Ray's State API, requests or gRPC: it has no class of its own for all
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "install ray[default] on the head, and start it with its dashboard"
-        return Finding("dashboard", "FAIL", f"the State API does not answer ({why})", remedy)
+        return Finding("dashboard", "FAIL", f"the State API does not answer ({first_line(error)})", remedy)
     return Finding("dashboard", "ok", "the State API answers")
 
 

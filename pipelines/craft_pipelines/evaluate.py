@@ -18,12 +18,12 @@ from craft_ray.errors import ConfigError
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
-from craft_ray.run.checkpoint import last_checkpoint
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import eval_sets
 from craft_ray.run.scoring import Episodes, EvalData, Score, open_eval_set
 from craft_ray.run.scoring import evaluate as score
 from craft_ray.storage.files import write_atomically
+from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import StoragePath
 from craft_ray.workers import OneWorker
 

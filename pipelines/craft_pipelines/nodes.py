@@ -10,6 +10,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from craft_ray.errors import first_line
+
 PATIENCE_S = 120.0
 """For an answer: the first one of a node has to wait for a process to start there."""
 
@@ -60,7 +62,7 @@ def ask(function: Callable[..., Any], nodes: Sequence[Node], *arguments: Any) ->
         try:
             answers[node] = Answer(ray.get(reference), None)
         except RayTaskError as error:
-            answers[node] = Answer(None, f"{type(error.cause).__name__}: {error.cause}".splitlines()[0])
+            answers[node] = Answer(None, first_line(f"{type(error.cause).__name__}: {error.cause}"))
         except RayError as error:
-            answers[node] = Answer(None, str(error).strip().splitlines()[0])
+            answers[node] = Answer(None, first_line(error))
     return answers

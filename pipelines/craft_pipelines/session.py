@@ -11,10 +11,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
+from ray.job_config import JobConfig
 
 from craft_pipelines.authentication import knock, refused
 from craft_pipelines.runtime_env import of_driver
-from craft_ray.errors import ConfigError
+from craft_ray.errors import ConfigError, first_line
 
 KNOBS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a lost worker is noticed in tenths of a second, not in two
@@ -23,6 +24,19 @@ KNOBS = {
 ON_CLUSTER = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the cluster's dashboard lists training runs by name
 }
+
+
+class InstalledCode(JobConfig):
+    """A job whose processes import what is installed, as the driver does, and nothing of its working directory.
+
+    Ray puts the driver's working directory before the installed packages of every process, so that a file of the user's
+    which is called like a library (`statistics.py`, `datasets/__init__.py`) would be imported in its stead. No setting
+    turns that off. Ray itself leaves it out where a job brings a working directory of its own, which is what is
+    answered here (Ray is pinned).
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
 
 
 _dashboard = False
@@ -46,7 +60,7 @@ def join(dashboard: bool = False) -> None:
     quiet_ray()
     address = os.environ.get("RAY_ADDRESS")
     _dashboard = dashboard or bool(address)
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "job_config": InstalledCode()}
     if address:
         for name, value in ON_CLUSTER.items():
             os.environ.setdefault(name, value)
@@ -56,20 +70,18 @@ def join(dashboard: bool = False) -> None:
         except AuthenticationError:
             raise refused(address) from None
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"RAY_ADDRESS is {address}, but no cluster answers there ({reason}): start it, or unset RAY_ADDRESS to "
-                f"use this machine"
+                f"RAY_ADDRESS is {address}, but no cluster answers there ({first_line(error)}): start it, or "
+                f"unset RAY_ADDRESS to use this machine"
             ) from None
     else:
         with _told_its_address():
             try:
                 ray.init(address="local", include_dashboard=dashboard, **options)
             except Exception as error:  # what Ray raises where its processes do not come up in time has no class
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise ConfigError(
-                    f"Ray does not start on this machine ({reason}): try again when it is less busy, name a cluster in "
-                    f"RAY_ADDRESS, or do without processes of Ray (workers.num_workers=0)"
+                    f"Ray does not start on this machine ({first_line(error)}): try again when it is less busy, name a "
+                    f"cluster in RAY_ADDRESS, or do without processes of Ray (workers.num_workers=0)"
                 ) from None
 
 

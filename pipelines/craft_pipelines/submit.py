@@ -19,7 +19,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from craft_pipelines.authentication import refused
 from craft_pipelines.runtime_env import of_job
 from craft_pipelines.working_dir import check_size, excludes
-from craft_ray.errors import ConfigError, CraftError, Interrupted
+from craft_ray.errors import ConfigError, CraftError, Interrupted, first_line
 from craft_ray.storage.files import readable_bytes
 
 DASHBOARD = "http://127.0.0.1:8265"
@@ -186,8 +186,3 @@ def hints(address: str, job: str) -> list[str]:
         f"its state: ray job status {at} {job}",
         f"stop it: ray job stop {at} {job}",
     ]
-
-
-def first_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

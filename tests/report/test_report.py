@@ -21,10 +21,8 @@ from craft_ray.errors import ConfigError
 from craft_ray.report.examples import examples
 from craft_ray.report.html import write_report
 from craft_ray.report.runs import read_runs
-from craft_ray.report.student_t import interval, quantile
 from craft_ray.report.summary import summarize
 from craft_ray.report.thin import curve
-from craft_ray.report.wilson import wilson
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.scoring import ratio
 
@@ -213,27 +211,6 @@ class Page(HTMLParser):
 
 
 # -- numbers
-
-
-@pytest.mark.parametrize(
-    ("freedom", "t"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (30, 2.0423), (101, 1.9837)]
-)
-def test_quantile_is_that_of_printed_tables(freedom: int, t: float) -> None:
-    assert quantile(freedom) == pytest.approx(t, abs=5e-5)
-
-
-def test_interval_by_hand() -> None:
-    # mean 2, standard deviation 1, t = 4.302653 for 2 degrees of freedom: 2 -+ 4.302653 / sqrt(3)
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx([2 - 2.484138, 2 + 2.484138], abs=1e-6)
-    assert interval([0.99, 1.0, 1.0]) == pytest.approx([0.982324, 1.011010], abs=2e-6), "an interval is not clipped"
-    assert interval([0.5]) is None
-
-
-def test_wilson_by_hand() -> None:
-    # z = 1.959964, z^2 = 3.841459; 8 of 10: (0.8 + 0.192073 -+ 1.959964 sqrt(0.016 + 0.0096036)) / 1.384146
-    assert wilson(0.8, 10) == pytest.approx([0.490162, 0.943318], abs=1e-6)
-    assert wilson(0.0, 20) == pytest.approx([0.0, 3.841459 / 23.841459], abs=1e-6)
-    assert wilson(1.0, 20) == pytest.approx([20 / 23.841459, 1.0], abs=1e-6)
 
 
 def test_summary_by_hand(three_arms: list[RunFolder]) -> None:

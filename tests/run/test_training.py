@@ -29,12 +29,13 @@ from craft_ray.models import load_model
 from craft_ray.models.base import Features
 from craft_ray.models.features import FeatureCache
 from craft_ray.models.huggingface import VisionLanguageModel
-from craft_ray.run.checkpoint import TrainingState, last_checkpoint, save_checkpoint
+from craft_ray.run.checkpoint import TrainingState, save_checkpoint
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import console_line, validation_line
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.optimization import learning_rate
 from craft_ray.run.training import TASK_STREAM, Run, train, training
+from craft_ray.storage.last import last_checkpoint
 from craft_ray.tracking.tensorboard import TensorBoardObserver
 from craft_ray.workers import OneWorker
 from tests.support.experiments import ANSWERED, Digits

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from craft_ray.storage.files import new_file, new_folder
+import pytest
+
+from craft_ray.storage import files
+from craft_ray.storage.files import clear_leftovers, is_temporary, new_file, new_folder, replace_link
 
 
 def test_two_that_write_at_once_do_not_meet(tmp_path: Path) -> None:
@@ -19,3 +23,41 @@ def test_two_that_write_at_once_do_not_meet(tmp_path: Path) -> None:
         (second / "b").write_text("second")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.fixture
+def leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What processes leave that are killed at the last moment, of each way to write, beside what is complete."""
+    for name in ("a", "a.b", "step_000001"):
+        with new_folder(tmp_path / name) as folder:
+            (folder / "content").write_text("complete")
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "replace", lambda *_: None)
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        killed.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+        for name in ("a", "a.b"):
+            with new_file(tmp_path / name) as file:
+                file.write_text("half")
+            with new_folder(tmp_path / name) as folder:
+                (folder / "content").write_text("half")
+        replace_link(tmp_path / "last", "step_000001")
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".tmp").touch()
+    (tmp_path / "mine.tmp").touch()
+    return tmp_path
+
+
+def test_leftovers_of_one_name_are_cleared_and_of_no_other(leftovers: Path) -> None:
+    before = set(leftovers.iterdir())
+    clear_leftovers(leftovers, of="a")
+    gone = before - set(leftovers.iterdir())
+    assert len(gone) == 2
+    assert all(is_temporary(path, "a") and not path.name.startswith(".a.b.") for path in gone)
+
+
+def test_all_leftovers_are_cleared_and_what_is_complete_stays(leftovers: Path) -> None:
+    assert sum(is_temporary(path) for path in leftovers.iterdir()) == 5
+    clear_leftovers(leftovers)
+    assert {path.name for path in leftovers.iterdir()} == {"a", "a.b", "step_000001", ".lock", ".tmp", "mine.tmp"}
+    assert (leftovers / "step_000001" / "content").read_text() == "complete", "a half-made link is not followed"
+    clear_leftovers(leftovers / "nowhere")

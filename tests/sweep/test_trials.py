@@ -24,12 +24,14 @@ from craft_pipelines.sweep.trial import TRIAL, CraftTrial, reports
 
 from craft_ray.config import Experiment, load_config
 from craft_ray.errors import ConfigError, CraftError
-from craft_ray.run.checkpoint import checkpoint_step, last_checkpoint
+from craft_ray.run.checkpoint import checkpoint_step
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import Run, train, training
-from craft_ray.sweep.objective import confidence_bound, judge
+from craft_ray.statistics import mean_bound
+from craft_ray.storage.last import last_checkpoint
+from craft_ray.sweep.objective import judge
 from craft_ray.sweep.results import read_results, write_results
 from craft_ray.sweep.space import Params, parse_space
 from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder, seeds, trial_config
@@ -298,7 +300,7 @@ def test_seeds_are_kept_apart_and_a_setting_is_their_mean(
         assert found[-1]["metrics"][key] == pytest.approx(statistics.mean(look[key] for look in last))
 
     losses = [look["heldout/retention_loss"] for look in last]
-    bound = confidence_bound(losses, 0.95, lower=False)
+    bound = mean_bound(losses, 0.95, lower=False)
     assert bound > max(losses), "with two seeds the bound is far from the mean"
     for limit, kept in ((bound * 1.001, True), (bound * 0.999, False), (max(losses) * 1.001, False)):
         objective = {"maximize": "new/ratio", "subject_to": {"heldout/retention_loss": f"<= {limit}"}}

@@ -16,12 +16,13 @@ from craft_pipelines.stop_signal import StopSignal
 from craft_pipelines.train import PlannedRun, fit
 from craft_ray.config import Experiment
 from craft_ray.models.features import FeatureCache
-from craft_ray.run.checkpoint import checkpoint_step, last_checkpoint
+from craft_ray.run.checkpoint import checkpoint_step
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
 from craft_ray.run.mirror import mirrored_folder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import training
+from craft_ray.storage.last import last_checkpoint
 from craft_ray.tracking.tensorboard import TensorBoardObserver
 from craft_ray.workers import OneWorker
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ from ray.tune.search import Searcher
 
 from craft_pipelines.sweep.trial import TRIAL
 from craft_ray.errors import ConfigError
+from craft_ray.extras import install, missing
 from craft_ray.sweep.space import Distribution, Params
 from craft_ray.sweep.trials import Plan, Report, SweepFolder
 
@@ -105,8 +105,8 @@ def sampler_of(plan: Plan) -> Sampler:
     """
     if plan.config.sweep.sampler == "random":
         return RandomSampler(plan)
-    if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("sweep.sampler=tpe needs Optuna: pip install 'craft-ray[optuna]', or use sampler random")
+    if missing("optuna"):
+        raise ConfigError(f"sweep.sampler=tpe needs Optuna: {install('optuna')}, or use sampler random")
     if len(plan.space.grid()) > 1:
         raise ConfigError(f"{plan.space.name} has a grid, which sweep.sampler=tpe does not draw from: write choice")
     return TpeSampler(plan)

@@ -16,9 +16,10 @@ from craft_pipelines.sweep.runs import Looks
 from craft_ray.config import Experiment
 from craft_ray.errors import CraftError
 from craft_ray.quiet import quiet_libraries
-from craft_ray.run.checkpoint import adopt_checkpoint, checkpoint_step, last_checkpoint
+from craft_ray.run.checkpoint import adopt_checkpoint, checkpoint_step
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
+from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import copy_tree, remove_tree, storage_path
 from craft_ray.sweep.objective import Verdict, judge, means, objective_of
 from craft_ray.sweep.space import Params

@@ -1,0 +1,84 @@
+"""Intervals and bounds: of a mean over seeds by Student's t, of a rate by Wilson's score.
+
+Probabilities of Student's t are finite sums for whole degrees of freedom, so no table ends and no statistics package is
+needed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from statistics import NormalDist
+
+LEVEL = 0.95
+"""Of the two-sided intervals."""
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+"""P(|N| < Z) = LEVEL for a standard normal N."""
+
+
+def mean_interval(values: Sequence[float]) -> list[float] | None:
+    """[low, high] around the mean, not clipped to what is possible. None for one value: it tells no spread.
+
+    mean -+ t s / sqrt(n),   P(|T| < t) = 0.95 for T with n - 1 degrees of freedom
+
+    W. S. Gosset ("Student"), The probable error of a mean, Biometrika 6 (1908).
+    """
+    if len(values) < 2:
+        return None
+    half, mean = _half_width(values, LEVEL), statistics.fmean(values)
+    return [mean - half, mean + half]
+
+
+def mean_bound(values: Sequence[float], confidence: float, lower: bool) -> float:
+    """One-sided bound of the mean at a confidence above 1/2; the value itself where there is but one.
+
+    mean -+ t s / sqrt(n),   P(T < t) = confidence for T with n - 1 degrees of freedom
+    """
+    mean = statistics.mean(values)  # exact: seeds that all stand at a limit keep it
+    if len(values) == 1:
+        return mean
+    half = _half_width(values, 2 * confidence - 1)
+    return mean - half if lower else mean + half
+
+
+def rate_interval(rate: float, trials: int) -> list[float]:
+    """[low, high] around the rate of success in independent trials, such as episodes.
+
+    (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n),   P(|Z| < z) = 0.95 for Z ~ N(0, 1)
+
+    The score interval of E. B. Wilson, Probable inference, the law of succession, and statistical inference, J. Am.
+    Stat. Assoc. 22 (1927): it stays within 0 and 1 and has a width where none or all succeed, however few the trials
+    are.
+    """
+    assert 0 <= rate <= 1
+    assert trials > 0
+    middle = rate + Z**2 / (2 * trials)
+    half = Z * math.sqrt(rate * (1 - rate) / trials + Z**2 / (4 * trials**2))
+    scale = 1 + Z**2 / trials
+    return [max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)]
+
+
+def t_quantile(freedom: int, level: float) -> float:
+    """The t with P(|T| < t) = level for T with `freedom` degrees of freedom, by bisection of the angle."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _probability(middle, freedom) < level else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _half_width(values: Sequence[float], level: float) -> float:
+    return t_quantile(len(values) - 1, level) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _probability(theta: float, freedom: int) -> float:
+    """P(|T| < t), where t = sqrt(freedom) tan(theta): M. Abramowitz and I. A. Stegun, Handbook of Mathematical
+    Functions (1964), 26.7.3 and 26.7.4."""
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = freedom % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= cosine**2 * (k - 1) / k
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total

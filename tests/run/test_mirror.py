@@ -26,9 +26,9 @@ from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree
 from craft_ray.sweep.space import parse_space
 from craft_ray.sweep.trials import SweepFolder
 from craft_ray.workers import OneWorker
-from tests.pipelines.test_train_on_ray import command, finish, saved, wait_until
+from tests.support.commands import command, finish, saved, wait_until
 from tests.support.experiments import Digits
-from tests.sweep.test_trials import validated
+from tests.support.sweeps import validated
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def stored(object_store: ObjectPath, digits: Digits) -> ObjectPath:
     folder = object_store / "stored"
     copy_tree(digits.model, folder / "model")
     copy_tree(digits.data, folder / "data")
-    build(in_store(folder, digits.model, digits.data), say=lambda _: None)
+    build(in_store(folder, digits), say=lambda _: None)
     return folder
 
 

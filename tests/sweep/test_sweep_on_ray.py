@@ -37,7 +37,7 @@ from craft_ray.errors import ConfigError, CraftError
 from craft_ray.sweep.space import parse_space
 from craft_ray.sweep.trials import SweepFolder, TrialFolder
 from tests.support.experiments import Digits
-from tests.sweep.test_trials import snapshot, untimed, validated
+from tests.support.sweeps import snapshot, untimed, validated
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 PATIENCE_S = 300

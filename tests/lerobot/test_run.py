@@ -225,7 +225,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 150) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
     world: Path, built: Path, tmp_path: Path
 ) -> None:

@@ -48,7 +48,7 @@ def test_the_digits_demo_keeps_its_promise_over_three_seeds(tmp_path: Path) -> N
     assert "[1/4]" not in again, "no trial is run again"
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_benchmark_of_sweeps_reads_a_demo(tmp_path: Path) -> None:
     """The costs of a few trials are finite and not judged."""
     out, path = tmp_path / "demo", tmp_path / "report.json"
@@ -60,7 +60,7 @@ def test_the_benchmark_of_sweeps_reads_a_demo(tmp_path: Path) -> None:
     assert all(math.isfinite(row["value"]) and row["target"] is None for row in rows)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_text_demo_keeps_more_than_plain_fine_tuning(tmp_path: Path) -> None:
     run_demo("--out", str(tmp_path), "--preset", "text", "--quick")
     summary = json.loads((tmp_path / "result.json").read_text())["summary"]

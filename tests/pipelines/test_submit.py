@@ -262,7 +262,7 @@ def test_no_cluster_is_one_line(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- a whole chain
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_cache_and_training_as_jobs(token_cluster: Cluster, digits: Digits, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 
 from craft_ray.errors import StorageError
-from craft_ray.method.dual import DualState
 from craft_ray.models.base import Model
 from craft_ray.storage.files import new_folder, write_atomically
 from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree, remove_tree
@@ -32,11 +31,10 @@ class TrainingState:
     step: int
     """Steps done."""
     optimizer: dict[str, Any]
-    dual: DualState | None
     reached: list[bool]
     """Which parameters have had a gradient so far."""
-    cache: str | None
-    """Fingerprint of the anchor cache."""
+    constraints: list[dict[str, Any]]
+    """Of each constraint that is held its `state_dict`."""
 
 
 def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int) -> Path:
@@ -48,16 +46,7 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
         try:
             model.save(temporary / "model", final=target / "model")
             (temporary / "training_state").mkdir()
-            torch.save(
-                {
-                    "step": state.step,
-                    "optimizer": state.optimizer,
-                    "dual": None if state.dual is None else state.dual.state_dict(),
-                    "reached": state.reached,
-                    "cache": state.cache,
-                },
-                temporary / "training_state" / "state.pt",
-            )
+            torch.save(vars(state), temporary / "training_state" / "state.pt")
         except (
             RuntimeError,
             ValueError,
@@ -101,10 +90,13 @@ def adopt_checkpoint(folder: StoragePath, source: Path) -> None:
             remove_tree(other)
 
 
-def load_training_state(checkpoint: Path, device: torch.device) -> TrainingState:
+def load_training_state(checkpoint: Path) -> TrainingState:
+    """What `save_checkpoint` wrote, on the host."""
     state = torch.load(checkpoint / "training_state" / "state.pt", map_location="cpu", weights_only=True)
-    dual = None if state["dual"] is None else DualState.from_state_dict(state["dual"], device)
-    return TrainingState(state["step"], state["optimizer"], dual, state["reached"], state["cache"])
+    if "dual" in state:  # of a version whose runs had one multiplier or none
+        dual, cache = state.pop("dual"), state.pop("cache")
+        state["constraints"] = [] if dual is None else [{"dual": dual, "cache": cache}]
+    return TrainingState(**state)
 
 
 def checkpoint_step(checkpoint: StoragePath) -> int:

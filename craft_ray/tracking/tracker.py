@@ -25,7 +25,7 @@ from craft_ray.storage.paths import StoragePath
 
 if TYPE_CHECKING:
     from craft_ray.run.metrics import Record
-    from craft_ray.run.training import Observer
+    from craft_ray.run.observers import Observer
 
 Status = Literal["finished", "stopped", "failed"]
 STATUS = "craft.status"

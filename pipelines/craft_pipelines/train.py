@@ -20,6 +20,7 @@ import torch.distributed
 import yaml
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from craft_pipelines.console import ConsoleObserver, FileObserver, following
@@ -156,6 +157,13 @@ def tracked(tracker: Tracker, run: PlannedRun) -> TrackedRun:
     return found
 
 
+class _Trainer(TorchTrainer):
+    """Without the process that deals out datasets of Ray to the workers: ours read their data themselves."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
+
+
 def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
     """Carry out runs one after the other on the same workers; those that are finished are passed over.
 
@@ -177,7 +185,7 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
             check_shared(runs[0].folder.path, "output_dir")
     scratch = runs[0].folder.path / ".ray"
     remove_tree(scratch)  # a killed driver may have left an error there
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _work,  # type: ignore[arg-type]  # what it returns is the result's return_value
         train_loop_config={
             "runs": [(dump_config(run.config), str(run.folder.path)) for run in runs],

@@ -16,7 +16,7 @@ from craft_pipelines.demo import demo
 from craft_ray.examples import digits
 from tests.support.clusters import BIN
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
 
 def run_demo(*arguments: str | Path) -> str:

@@ -19,7 +19,7 @@ from tests.support.experiments import Digits
 from tests.support.local_cluster import exported, local, marked
 from tests.support.sweeps import validated
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def craft_ray(environment: dict[str, str], folder: Path, *arguments: str) -> tuple[int, str, str]:

@@ -16,7 +16,7 @@ from craft_ray.run.folder import RunFolder
 from tests.support.commands import command, finish, saved, wait_until
 from tests.support.experiments import Digits
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

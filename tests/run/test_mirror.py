@@ -211,6 +211,7 @@ def test_a_run_that_is_finished_is_not_begun_again(stored: ObjectPath, bucket: O
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
     stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path
 ) -> None:
@@ -227,7 +228,7 @@ def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
 
     folder = RunFolder(bucket / "lost-hidden-seed0")
     process = command("train", saved(config, tmp_path))
-    wait_until(lambda: last_checkpoint(folder.checkpoints) is not None, 180)
+    wait_until(lambda: last_checkpoint(folder.checkpoints) is not None)
     (worker,) = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
@@ -244,6 +245,7 @@ def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sweep_is_the_same_in_both(
     stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path
 ) -> None:

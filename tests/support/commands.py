@@ -21,7 +21,7 @@ def command(*arguments: str | Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=400)
     return process.returncode, out, err
 
 
@@ -31,7 +31,7 @@ def saved(config: Experiment, folder: Path) -> Path:
     return path
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -161,7 +161,8 @@ class _Trainer(TorchTrainer):
     """Without the process that deals out datasets of Ray to the workers: ours read their data themselves."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
+        every = super()._create_default_callbacks()  # type: ignore[misc]  # of Train V2's trainer
+        return [each for each in every if not isinstance(each, DatasetsCallback)]
 
 
 def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:

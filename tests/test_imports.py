@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +52,10 @@ def test_the_method_is_torch_only() -> None:
     method = [name for name in MODULES if name.startswith("craft_ray.method")]
     assert len(method) > 5
     assert not loaded_by(*method) & {"transformers", "datasets", "pyarrow", "ray"}
+
+
+def test_no_test_imports_another_test_file() -> None:
+    """What several share is in tests/support."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    assert len(files) > 50
+    assert not [path for path in files if re.search(r"^\s*(from|import) tests\.\S*\btest_", path.read_text(), re.M)]

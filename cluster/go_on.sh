@@ -19,9 +19,9 @@ shift 2
 begun=$(python - "$folder" <<'PYTHON'
 import sys
 from craft_ray.errors import CraftError
-from craft_ray.storage.paths import place_of
+from craft_ray.storage.paths import storage_path
 
-folder = place_of(sys.argv[1])
+folder = storage_path(sys.argv[1])
 try:
     print(any((folder / name).exists() for name in ("config.yaml", "sweep.yaml")))
 except CraftError as error:

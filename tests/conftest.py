@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
     from craft_ray.storage.paths import ObjectPath
     from tests.support.clusters import Cluster
     from tests.support.experiments import Digits
+
+
+def pytest_configure() -> None:
+    """Test files import everything there is: a third quicker without the garbage collector."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()  # what is imported stays, and no collection of a test need look at it
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import ast
 import graphlib
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,7 +106,7 @@ def imported(text: str) -> set[str]:
 IMPORTS = {module: imported(file.read_text()) for module, file in SOURCES.items()}
 
 FLOORS = (
-    ("errors", "quiet", "workers", "shipped", "storage"),
+    ("errors", "extras", "quiet", "shipped", "statistics", "storage", "workers"),
     ("config",),
     ("method",),
     ("data", "models", "lerobot"),
@@ -172,3 +173,10 @@ def test_ray_and_lerobot_are_imported_in_their_rooms_alone() -> None:
         packages = {name.partition(".")[0] for name in names}
         assert "ray" not in packages or module.startswith("craft_pipelines."), module
         assert "lerobot" not in packages or module.startswith(LEROBOT), module
+
+
+def test_no_test_imports_another_test_file() -> None:
+    """What several share is in tests/support."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    assert len(files) > 50
+    assert not [path for path in files if re.search(r"^\s*(from|import) tests\.\S*\btest_", path.read_text(), re.M)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from craft_ray.models.base import Model
+from craft_ray.quiet import uncollected
 
 if TYPE_CHECKING:  # craft_ray.models.packing needs torch and transformers alone: no pydantic
     from craft_ray.config import ModelConfig, Precision
@@ -26,7 +27,9 @@ def load_model(
         ModelError: its weights do not load completely.
     """
     from craft_ray.data.source import require_lerobot
-    from craft_ray.models.huggingface import CausalLM, VisionLanguageModel
+
+    with uncollected():
+        from craft_ray.models.huggingface import CausalLM, VisionLanguageModel
     from craft_ray.storage.node_cache import at_hand
 
     merged = tuple(at_hand(path, "model.merge_statistics") for path in config.merge_statistics)
@@ -34,7 +37,8 @@ def load_model(
     weights = None if weights is None else at_hand(weights, "a checkpoint")
     if config.kind == "lerobot":
         require_lerobot("model.kind is lerobot")
-        from craft_ray.lerobot.kinds import load_policy
+        with uncollected():
+            from craft_ray.lerobot.kinds import load_policy
 
         return load_policy(config, precision, torch.device(device), weights)
     kinds = {"causal_lm": CausalLM, "vision_language": VisionLanguageModel}

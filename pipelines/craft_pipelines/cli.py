@@ -12,6 +12,8 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +21,7 @@ import typer
 
 from craft_ray.config import Experiment, load_config, parse_overrides
 from craft_ray.errors import NOT_MET, ConfigError, CraftError, Interrupted
+from craft_ray.quiet import uncollected
 from craft_ray.storage.paths import storage_path
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -48,8 +51,8 @@ def _interrupted(*_: object) -> None:
 def anchors_build(config: Config, overrides: Overrides = None) -> None:
     """Run the teacher over the anchors; goes on where an interrupted build stopped."""
     experiment = load_config(config, overrides or [])
-    _quiet()
-    from craft_pipelines.anchors import build
+    with _importing():
+        from craft_pipelines.anchors import build
 
     build(experiment)
 
@@ -75,8 +78,8 @@ def anchors_verify(
     if config is None and (reforward or overrides):
         raise ConfigError("running the model again needs its config: add --config CONFIG")
     experiment = load_config(config, overrides or []) if config else None
-    _quiet()
-    from craft_pipelines.anchors import verify
+    with _importing():
+        from craft_pipelines.anchors import verify
 
     verify(storage_path(folder), experiment, reforward or 32)
 
@@ -90,8 +93,8 @@ def anchors_import(
 ) -> None:
     """Turn legacy torch shards into a cache in craft.anchor_cache_dir. Their code is never run."""
     experiment = load_config(config, overrides or [])
-    _quiet()
-    from craft_pipelines.anchors import import_legacy
+    with _importing():
+        from craft_pipelines.anchors import import_legacy
 
     import_legacy(legacy, experiment, check)
 
@@ -105,9 +108,9 @@ def train(
 ) -> None:
     """Fine-tune under the retention budget."""
     experiment = _experiment(config, overrides, resume)
-    _quiet()
-    from craft_pipelines import train as stage
-    from craft_pipelines.dry_run import dry_run as run_dry
+    with _importing():
+        from craft_pipelines import train as stage
+        from craft_pipelines.dry_run import dry_run as run_dry
 
     if dry_run:
         if resume is not None:
@@ -139,8 +142,8 @@ def compare(
         if not re.fullmatch(r"\d+(,\d+)*", seeds):
             raise ConfigError(f"--seeds is '{seeds}': name numbers with commas between, e.g. 0,1,2")
         experiment = experiment.changed({"compare.seeds": seeds.split(",")})
-    _quiet()
-    from craft_pipelines import compare as stage
+    with _importing():
+        from craft_pipelines import compare as stage
 
     folder = (storage_path(out) if out else stage.default_folder(experiment)).absolute()
     result = stage.compare(experiment, experiment.compare.chosen, experiment.compare.seeds, folder)
@@ -176,8 +179,8 @@ def sweep(
         experiment = load_config(config, overrides or [])
         experiment = experiment.changed({key: value for key, value in changes.items() if value is not None})
     searched = None if space is None else load_space(space)
-    _quiet()
-    from craft_pipelines.sweep import driver as stage
+    with _importing():
+        from craft_pipelines.sweep import driver as stage
 
     if resume is not None:
         changed = parse_overrides(overrides or []) if config is None else {}
@@ -202,8 +205,8 @@ def evaluate(
 ) -> None:
     """Score the model and checkpoints of it side by side on what the config's evaluation names."""
     experiment = load_config(config, overrides or [])
-    _quiet()
-    from craft_pipelines import evaluate as stage
+    with _importing():
+        from craft_pipelines import evaluate as stage
 
     stage.evaluate(experiment, [storage_path(each) for each in checkpoint or []], storage_path(out) if out else None)
 
@@ -214,9 +217,10 @@ def report(
     out: Annotated[str, typer.Option(help="folder for report.html and result.json")] = ".",
 ) -> None:
     """Write the report of finished runs."""
-    from craft_pipelines.outputs import check_kept
-    from craft_ray.report.html import write_report
-    from craft_ray.run.folder import RunFolder, command_line
+    with _importing():
+        from craft_pipelines.outputs import check_kept
+        from craft_ray.report.html import write_report
+        from craft_ray.run.folder import RunFolder, command_line
 
     target = storage_path(out)
     check_kept(target, "--out")
@@ -226,7 +230,6 @@ def report(
             raise ConfigError(f"there is no run at {folder.path}: name run directories")
         if folder.finished() is None:
             raise ConfigError(f"{folder.path} is no finished run: it has no result.json; go on with --resume")
-    _quiet()
     write_report(folders, target, title=folders[0].config().name, command=shlex.join(command_line()))
     print(f"report: {target / 'report.html'}")
 
@@ -273,8 +276,8 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, fewer steps, no sweep")] = False,
 ) -> None:
     """See on real data what plain fine-tuning forgets and what a budget keeps."""
-    _quiet()
-    from craft_pipelines import demo as stage
+    with _importing():
+        from craft_pipelines import demo as stage
 
     if preset not in stage.PRESETS:
         raise ConfigError(f"there is no preset '{preset}': choose {' or '.join(stage.PRESETS)}")
@@ -294,10 +297,14 @@ def _experiment(config: Path | None, overrides: list[str] | None, resume: str | 
     return RunFolder(storage_path(resume)).config()
 
 
-def _quiet() -> None:
-    from craft_ray.quiet import quiet_libraries
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Around the imports of a stage, which are the most of what a short one takes."""
+    with uncollected():
+        from craft_ray.quiet import quiet_libraries
 
-    quiet_libraries()
+        quiet_libraries()
+        yield
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch.distributed
 import yaml
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from craft_pipelines.console import ConsoleObserver, FileObserver, following
@@ -157,6 +158,14 @@ def tracked(tracker: Tracker, run: PlannedRun) -> TrackedRun:
     return found
 
 
+class _Trainer(TorchTrainer):
+    """Without the process that deals out datasets of Ray to the workers: ours read their data themselves."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        every = super()._create_default_callbacks()  # type: ignore[misc]  # of Train V2's trainer
+        return [each for each in every if not isinstance(each, DatasetsCallback)]
+
+
 def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
     """Carry out runs one after the other on the same workers; those that are finished are passed over.
 
@@ -178,7 +187,7 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
             check_shared(runs[0].folder.path, "output_dir")
     scratch = runs[0].folder.path / ".ray"
     remove_tree(scratch)  # a killed driver may have left an error there
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _work,  # type: ignore[arg-type]  # what it returns is the result's return_value
         train_loop_config={
             "runs": [(dump_config(run.config), str(run.folder.path)) for run in runs],

@@ -18,7 +18,7 @@ from craft_ray.config import Experiment, dump_config
 from tests.support.caches import built, cache_folder, table
 from tests.support.experiments import Digits
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def start_build(config: Experiment, folder: Path) -> subprocess.Popen[str]:
@@ -60,7 +60,7 @@ def test_a_teacher_killed_in_the_middle_costs_no_anchor(digits: Digits, tmp_path
     (killed,) = teachers(driver)
     killed.kill()
     there = len(list(folder.glob("*.parquet")))
-    out, err = driver.communicate(timeout=200)
+    out, err = driver.communicate(timeout=400)
 
     assert driver.returncode == 0, err
     assert there < 24, "it was killed too late to test anything"
@@ -82,7 +82,7 @@ def test_a_mistake_in_a_teacher_is_one_line(digits: Digits, tmp_path: Path) -> N
     pq.write_table(pa.table(anchors), tmp_path / "bad.parquet")
     config = on_ray(digits, tmp_path, anchors__source__path=str(tmp_path / "bad.parquet"))
     driver = start_build(config, tmp_path)
-    _, err = driver.communicate(timeout=200)
+    _, err = driver.communicate(timeout=400)
     assert driver.returncode == 1
     (line,) = err.splitlines()
     assert f"sample {anchors['id'][37]}" in line

@@ -56,12 +56,14 @@ def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_ray_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(run("ray_data", tmp_path / "report.json", monkeypatch), "ray_data")
 
 
 @pytest.mark.ray
-@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["scaling_measured", "metrics_cost"])
 def test_runs_on_ray(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(run(name, tmp_path / "report.json", monkeypatch), name)

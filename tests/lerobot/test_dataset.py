@@ -382,7 +382,7 @@ print(found.fingerprint, sum(int(p.astype(int).sum()) for s in found for p in s.
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", program]
     started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = {process.communicate(timeout=200)[0] for process in started}
+    said = {process.communicate(timeout=400)[0] for process in started}
     total = sum(int(p.astype(int).sum()) for s in source(images) for p in s.frame.images.values())  # type: ignore[union-attr]
     assert said == {f"{source(images).fingerprint} {total}\n"}
     assert [process.returncode for process in started] == [0, 0]

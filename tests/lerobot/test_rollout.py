@@ -290,7 +290,7 @@ def test_a_child_process_draws_and_nothing_is_printed_to_the_very_end(how: str, 
     script.write_text(SCRIPT)
     own = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "LP_NUM_THREADS")}
     command = [sys.executable, "-W", "ignore::DeprecationWarning", str(script), str(tmp_path / "demos"), how]
-    found = subprocess.run(command, env=own, capture_output=True, text=True, timeout=200, check=False)
+    found = subprocess.run(command, env=own, capture_output=True, text=True, timeout=400, check=False)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
 

@@ -14,24 +14,41 @@ import pytest
 from craft_pipelines.demo import demo
 
 from craft_ray.examples import digits
+from tests.support.clusters import BIN
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
 
-def run_demo(*arguments: str) -> str:
+def run_demo(*arguments: str | Path) -> str:
     """What `craft-ray demo` prints; it must end well."""
     result = subprocess.run(
-        [sys.executable, "-m", "craft_pipelines.cli", "demo", *arguments],
+        [BIN / "craft-ray", "demo", *arguments],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return result.stdout
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a quick demo. What others do there begins with its teacher and its cache."""
+    out = tmp_path_factory.mktemp("demo") / "digits"
+    run_demo("--quick", "--out", out)
+    return out
+
+
 @pytest.mark.slow
-def test_the_digits_demo_keeps_its_promise_over_three_seeds(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    printed = run_demo("--out", str(out))
+def test_a_quick_demo_computes_nothing_again(quick: Path) -> None:
+    printed = run_demo("--quick", "--out", quick)
+    assert "no row computed" in printed
+    assert "3 of 3 runs are finished already" in printed
+
+
+@pytest.mark.slow
+def test_the_digits_demo_keeps_its_promise_over_three_seeds(quick: Path) -> None:
+    """Its teacher and its cache are those of the quick one, which made them from nothing with the same config."""
+    out = quick
+    printed = run_demo("--out", out)
     summary = json.loads((out / "result.json").read_text())["summary"]
     assert summary["baseline"]["old_ratio"] < 0.60
     assert summary["hidden"]["old_ratio"] >= 0.95
@@ -42,27 +59,26 @@ def test_the_digits_demo_keeps_its_promise_over_three_seeds(tmp_path: Path) -> N
     assert [trial["trial"] for trial in trials] == [0, 1, 2, 3]
     assert next(trial for trial in trials if trial["rank"] == 1)["feasible"]
     assert (out / "sweep" / "report.html").exists()
-    again = run_demo("--out", str(out))
+    again = run_demo("--out", out)
     assert "no row computed" in again
     assert "9 of 9 runs are finished already" in again
     assert "[1/4]" not in again, "no trial is run again"
 
 
-@pytest.mark.cluster
-def test_the_benchmark_of_sweeps_reads_a_demo(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_benchmark_of_sweeps_reads_a_demo(quick: Path, tmp_path: Path) -> None:
     """The costs of a few trials are finite and not judged."""
-    out, path = tmp_path / "demo", tmp_path / "report.json"
-    run_demo("--quick", "--out", str(out))
-    command = [sys.executable, "-m", "benchmarks.sweep", "--tiny", "--demo", str(out), "--json", str(path)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=200)
+    path = tmp_path / "report.json"
+    command = [sys.executable, "-m", "benchmarks.sweep", "--tiny", "--demo", quick, "--json", path]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=400)
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 4
     assert all(math.isfinite(row["value"]) and row["target"] is None for row in rows)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_text_demo_keeps_more_than_plain_fine_tuning(tmp_path: Path) -> None:
-    run_demo("--out", str(tmp_path), "--preset", "text", "--quick")
+    run_demo("--out", tmp_path, "--preset", "text", "--quick")
     summary = json.loads((tmp_path / "result.json").read_text())["summary"]
     assert summary["hidden"]["old_ratio"] > summary["baseline"]["old_ratio"] + 0.1
 

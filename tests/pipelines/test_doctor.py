@@ -118,7 +118,7 @@ def test_a_cluster_in_good_health(token_cluster: Cluster, tmp_path: Path) -> Non
     job = token_cluster.command(
         "doctor", "--address", token_cluster.dashboard, "--storage", tmp_path, "--storage", "/nowhere"
     )
-    out, err = joined.communicate(timeout=250)
+    out, err = joined.communicate(timeout=400)
     assert joined.returncode == 0, out + err
     assert err == ""
     for check, found in (
@@ -131,7 +131,7 @@ def test_a_cluster_in_good_health(token_cluster: Cluster, tmp_path: Path) -> Non
         assert re.search(rf"│ {check}.*│ ok +│ .*{found}", out), out
     assert "FAIL" not in out
     assert not list(tmp_path.iterdir())
-    out, err = job.communicate(timeout=250)
+    out, err = job.communicate(timeout=400)
     assert job.returncode == 1, out + err
     assert re.search(r"│ storage /nowhere +│ FAIL +│ /nowhere cannot be written to", out)
 
@@ -147,13 +147,13 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, P
         yield found, folder / "hidden"
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_the_doctor_sees_a_mount_that_is_missing(apart: tuple[Cluster, Path], tmp_path: Path) -> None:
     found, hidden = apart
     process = found.command("doctor", "--storage", hidden, "--storage", tmp_path, RAY_ADDRESS=found.address)
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 1, out + err
     assert re.search(r"│ nodes +│ ok +│ 2 of 2 node", out)
     flat = re.sub(r"\s+", " ", out.replace("│", " "))
@@ -164,7 +164,7 @@ def test_the_doctor_sees_a_mount_that_is_missing(apart: tuple[Cluster, Path], tm
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_no_stage_starts_where_nodes_do_not_share_its_storage(
@@ -209,7 +209,7 @@ def test_no_stage_starts_where_nodes_do_not_share_its_storage(
     assert code == 0, out + err
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_the_check_is_quick_once_a_process_is_there(apart: tuple[Cluster, Path], tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_the_check_is_quick_once_a_process_is_there(apart: tuple[Cluster, Path],
     )
     begun = time.monotonic()
     done = found.python(program, tmp_path)
-    out, err = done.communicate(timeout=250)
+    out, err = done.communicate(timeout=400)
     assert done.returncode == 0, err
     seconds = [float(line) for line in out.split()]
     print(f"storage check: {seconds}, {time.monotonic() - begun:.1f} s in all")

@@ -15,11 +15,11 @@ from craft_ray.anchors.manifest import read_manifest
 from craft_ray.config import dump_config, load_config
 from craft_ray.run.folder import RunFolder
 from craft_ray.storage.paths import ObjectPath, copy_tree, readable
-from tests.cluster.test_local import exported, local, marked
 from tests.support.experiments import Digits
-from tests.sweep.test_trials import validated
+from tests.support.local_cluster import exported, local, marked
+from tests.support.sweeps import validated
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def craft_ray(environment: dict[str, str], folder: Path, *arguments: str) -> tuple[int, str, str]:

@@ -87,7 +87,7 @@ def test_training_goes_on_with_the_workers_that_are_left(
         torch.testing.assert_close(found[key], wanted[key], rtol=1e-2, atol=2e-3)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_workers_lost_too_often_end_a_run_in_one_line_that_says_how_it_goes_on(
     undisturbed_stages: dict[str, tuple[Stage, Undisturbed]], cluster: Cluster, tmp_path: Path
 ) -> None:

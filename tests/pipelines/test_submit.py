@@ -45,7 +45,7 @@ SECRETS = (
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=400)
     return process.returncode, out, err
 
 
@@ -262,9 +262,9 @@ def test_no_cluster_is_one_line(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- a whole chain
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_cache_and_training_as_jobs(token_cluster: Cluster, digits: Digits, tmp_path: Path) -> None:
     """The same config and commands as on a laptop; the artifacts are on shared storage, here a folder."""
     shared, local = tmp_path / "shared", tmp_path / "local"

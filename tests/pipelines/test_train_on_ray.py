@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,11 +11,12 @@ import torch
 from craft_pipelines.anchors import build
 from safetensors.torch import load_file
 
-from craft_ray.config import Experiment, dump_config
+from craft_ray.config import Experiment
 from craft_ray.run.folder import RunFolder
+from tests.support.commands import command, finish, saved, wait_until
 from tests.support.experiments import Digits
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -30,38 +26,12 @@ def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*arguments: str | Path) -> subprocess.Popen[str]:
-    """`craft-ray` as a user runs it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "craft_pipelines.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
-
-
-def saved(config: Experiment, folder: Path) -> Path:
-    path = folder / f"{config.name}.yaml"
-    path.write_text(dump_config(config))
-    return path
-
-
 def run_folder(config: Experiment) -> RunFolder:
     return RunFolder(Path(config.output_dir) / f"{config.name}-{config.arm}-seed{config.seed}")
 
 
 def weights(config: Experiment) -> dict[str, torch.Tensor]:
     return load_file(run_folder(config).checkpoints / "last" / "model" / "model.safetensors")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

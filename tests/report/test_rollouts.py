@@ -18,7 +18,7 @@ from craft_ray.report.examples import examples
 from craft_ray.report.rollouts import rollouts
 from craft_ray.report.runs import read_runs
 from craft_ray.run.folder import RunFolder
-from tests.report.test_report import EVIL, Page, report, write_run
+from tests.support.reports import EVIL, Page, report, write_run
 
 FILMED = 4
 

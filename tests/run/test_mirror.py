@@ -27,9 +27,9 @@ from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree
 from craft_ray.sweep.space import parse_space
 from craft_ray.sweep.trials import SweepFolder
 from craft_ray.workers import OneWorker
-from tests.pipelines.test_train_on_ray import command, finish, saved, wait_until
+from tests.support.commands import command, finish, saved, wait_until
 from tests.support.experiments import Digits
-from tests.sweep.test_trials import validated
+from tests.support.sweeps import validated
 
 
 @pytest.fixture
@@ -210,7 +210,8 @@ def test_a_run_that_is_finished_is_not_begun_again(stored: ObjectPath, bucket: O
 
 
 @pytest.mark.ray
-@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
     stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path
 ) -> None:
@@ -227,7 +228,7 @@ def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
 
     folder = RunFolder(bucket / "lost-hidden-seed0")
     process = command("train", saved(config, tmp_path))
-    wait_until(lambda: last_checkpoint(folder.checkpoints) is not None, 180)
+    wait_until(lambda: last_checkpoint(folder.checkpoints) is not None)
     (worker,) = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
@@ -243,7 +244,8 @@ def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
 
 
 @pytest.mark.ray
-@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sweep_is_the_same_in_both(
     stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path
 ) -> None:

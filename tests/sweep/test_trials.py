@@ -36,28 +36,14 @@ from craft_ray.sweep.results import read_results, write_results
 from craft_ray.sweep.space import Params, parse_space
 from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder, seeds, trial_config
 from craft_ray.workers import OneWorker
-from tests.support.experiments import ANSWERED, Digits
+from tests.support.experiments import Digits
+from tests.support.sweeps import BOUNDS, snapshot, untimed, validated
 
 KNOBS: dict[str, Any] = {
     "craft.lambda_lr": {"loguniform": [0.02, 0.5]},
     "craft.epsilon_start": {"loguniform": [0.001, 0.3]},
 }
 PARAMS: Params = {"craft.lambda_lr": 0.25, "craft.epsilon_start": 0.002}
-BOUNDS = {"heldout/violation": "<= 1000", "old/ratio": ">= 0.001"}
-
-
-def validated(data: Path, limit: int = 24) -> dict[str, Any]:
-    """Changes that look at both skills every other step, with an objective that is kept. By perplexity, which a few
-    steps change and the last bit of a weight too."""
-    sets = {
-        f"validation.{skill}": {
-            "data": {"path": str(data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": limit},
-            "metric": "perplexity",
-        }
-        for skill in ("old", "new")
-    }
-    objective = {"maximize": "new/ratio", "subject_to": BOUNDS}
-    return {**sets, "validation.every": 2, "train.checkpoint_every": 0, "objective": objective}
 
 
 @pytest.fixture(scope="module")
@@ -77,23 +63,6 @@ def begun(config: Experiment, path: Path, params: Params | None = None) -> tuple
     trial = folder.trial(0)
     trial.begin(params or PARAMS)
     return folder, plan, trial
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Every file below a folder, locks excepted: its inode, its size, and when it was written."""
-    stats = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*") if path.name != ".lock"}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-
-
-def untimed(found: Sequence[Report]) -> list[dict[str, Any]]:
-    """Reports without what a clock says."""
-    return [
-        {
-            **{key: value for key, value in report.items() if key not in ("seconds", "done", "metrics")},
-            "metrics": {key: value for key, value in report["metrics"].items() if not key.startswith("perf/")},
-        }
-        for report in found
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def measure(report: Report, folder: Path, rounds: int, anchors_of: int) -> None:
     build(config, say=lambda _: None)
     model = load_model(config.model, config.train.precision)
     source = open_source(config.task, "task")
-    features = [model.preprocess(source[row], model.response_tokens(source[row])) for row in range(BATCH)]
+    features = [model.preprocess_task(source[row]) for row in range(BATCH)]
     anchors = open_mode(config, model, None)
     order = torch.randperm(len(anchors.anchors), generator=torch.Generator().manual_seed(0)).tolist()
     batches = itertools.cycle([order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)])

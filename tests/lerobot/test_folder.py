@@ -79,7 +79,7 @@ def sample(number: int = 0) -> Sample:
 
 
 def loss(model: PI0Fast, count: int = 3) -> float:
-    features = [model.preprocess(s, model.response_tokens(s)) for s in map(sample, range(count))]
+    features = [model.preprocess_task(s) for s in map(sample, range(count))]
     return float(model.task_loss(model.collate(features)).detach())
 
 

@@ -207,6 +207,19 @@ def test_a_suffix_longer_than_the_policys_is_refused_with_both_lengths(folders: 
         model.preprocess(sample(0, 1), [5] * (most + 1))
 
 
+def test_a_prompt_that_is_extended_is_preprocessed_with_its_suffix(shape: str, folders: dict[str, Path]) -> None:
+    model = loaded(folders[shape])
+    for s in [*samples(shape), *QUESTIONS]:
+        prompt = model.preprocess(s)
+        for tokens in (model.response_tokens(s), [5], []):
+            whole, extended = model.preprocess(s, tokens), model.with_suffix(prompt, tokens, s.id)
+            assert extended.layout == whole.layout
+            assert extended.layout.length == whole.layout.prompt_length + len(whole.tokens["suffix"])
+            for ours, theirs in ((extended.tokens, whole.tokens), (extended.images, whole.images)):
+                assert ours.keys() == theirs.keys()
+                assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 @pytest.mark.parametrize(
     ("scale", "said"),
     [(2, r"have more tokens than the policy's max_action_tokens of \d+"), (90, "leave the range.*merge_statistics")],

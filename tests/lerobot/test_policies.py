@@ -323,7 +323,7 @@ def test_the_loss_is_lerobots_own(kind: str, folders: dict[str, Path]) -> None:
     policy.train()
     batch = before(batched(SAMPLES))
     model = loaded(folders[kind])
-    ours = model.collate([model.preprocess(s, model.response_tokens(s)) for s in SAMPLES])
+    ours = model.collate([model.preprocess_task(s) for s in SAMPLES])
     assert torch.equal(ours.inputs[IS_PAD], batch[IS_PAD])
     torch.manual_seed(7)
     theirs = policy.forward(batch)[0]

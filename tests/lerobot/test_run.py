@@ -289,7 +289,7 @@ def test_a_checkpoint_is_a_policy_of_lerobots_with_the_same_loss(world: Path, un
     model = load_model(ModelConfig(kind="lerobot", path=str(folder)), "fp32")
     source = open_source(undisturbed.config().task, "task")
     samples = [source[row] for row in rows]
-    batch = model.collate([model.preprocess(sample, model.response_tokens(sample)) for sample in samples])
+    batch = model.collate([model.preprocess_task(sample) for sample in samples])
     with torch.no_grad():
         assert model.task_loss(batch).item() == pytest.approx(expected.item(), rel=1e-5)
 

@@ -45,7 +45,7 @@ COMMON: dict[str, dict[str, Any]] = {
     "K = 5, budget 0.15": {"craft.retention_freq": 5, "craft.epsilon_start": 0.15},
     "K = 5, 400 steps": {"craft.retention_freq": 5, "train.steps": 400, "train.learning_rate": 2e-3},
     **{f"merge {mode}": {"craft.projection_mode": mode} for mode in ("equal", "task_priority")},
-    **{f"loss {loss}": {"craft.loss_type": loss} for loss in ("cosine",)},
+    **{f"loss {loss}": {"craft.loss_type": loss, "craft.epsilon_start": 0.1} for loss in ("cosine",)},
     **{f"fixed λ {lam:g}": {**FIXED, "craft.initial_lambda": lam} for lam in (0.1, 1.0, 10.0)},
     **{f"budget {eps:g}": {"craft.epsilon_start": eps} for eps in (0.02, 0.05, 0.1, 0.2)},
     **{

@@ -30,7 +30,7 @@ MODES = ("hidden", "token_ce")
 
 
 def retention_pass(config: Experiment, model: Model, mode: str, rows: int) -> Callable[[], None]:
-    retention = open_mode(config.changed({"craft.retention_mode": mode}), model, None)
+    retention = open_mode(config.changed({"craft.retention_mode": mode, "craft.epsilon_start": 0.05}), model, None)
     batch = retention.batch(range(rows)).to(model.device)
 
     def run() -> None:

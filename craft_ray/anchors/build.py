@@ -27,6 +27,7 @@ from craft_ray.anchors.manifest import (
 from craft_ray.anchors.schema import NUMPY, ROW_GROUP, CacheSchema, hidden_column
 from craft_ray.anchors.teacher import Teacher
 from craft_ray.config import AnchorsConfig, Experiment
+from craft_ray.config.modes import stores
 from craft_ray.data.source import Source
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.method.pooling import vector_count
@@ -64,7 +65,7 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
         raise ConfigError(f"anchors.layers: {error}") from None
     positions = anchors.positions or model.default_positions
     model.check_anchors(anchors.modes, positions)
-    with_suffix = "token_ce" in anchors.modes or "suffix" in positions
+    with_suffix = stores(anchors.modes, "suffix") or "suffix" in positions
     return Identity(
         teacher=model.weights_fingerprint(),
         kind=model.kind,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from craft_ray.anchors.manifest import LAYER_DEFINITION, Identity
 from craft_ray.config import Experiment
+from craft_ray.config.modes import stores
 from craft_ray.errors import CacheRefused
 from craft_ray.models.base import Model, resolve_layers
 from craft_ray.storage.paths import StoragePath
@@ -47,7 +48,7 @@ def select(folder: StoragePath, found: Identity, config: Experiment) -> tuple[tu
     """
     craft, layers, positions = config.craft, found.layers, found.positions
     _check_contains(folder, "mode", [craft.retention_mode], found.modes)
-    if craft.retention_mode == "hidden":
+    if stores([craft.retention_mode], "vectors"):
         layers = _wanted_layers(config, found)
         positions = craft.positions or (config.anchors and config.anchors.positions) or positions
         _check_contains(folder, "layers", layers, found.layers)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from craft_ray.config.modes import stores
+
 ROW_GROUP = 256
 """Rows that the teacher works on at once: sorted by length, run, written as one row group. Bounds memory."""
 
@@ -58,11 +60,11 @@ class CacheSchema:
 
     @property
     def has_hidden(self) -> bool:
-        return "hidden" in self.modes
+        return stores(self.modes, "vectors")
 
     @property
     def has_suffix(self) -> bool:
-        return "token_ce" in self.modes or (self.has_hidden and "suffix" in self.positions)
+        return stores(self.modes, "suffix") or (self.has_hidden and "suffix" in self.positions)
 
     @property
     def vector_size(self) -> int:

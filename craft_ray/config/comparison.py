@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from craft_ray.config.modes import unit_of
+from craft_ray.config.retention import CraftConfig
 from craft_ray.config.types import ARMS, MOST_VARIANTS, Section, VariantName, distinct
 
 
@@ -28,10 +30,18 @@ class CompareConfig(Section):
         """The arms and variants that run."""
         return (*ARMS, *self.variants) if self.arms is None else self.arms
 
-    def craft_settings(self, arm: str) -> dict[str, Any]:
-        """What makes an arm or variant out of the config's section `craft`."""
+    def craft_settings(self, arm: str, craft: CraftConfig) -> dict[str, Any]:
+        """What makes an arm or variant out of the config's section `craft`.
+
+        An arm whose loss is counted in another unit does not inherit the budget: it has its own, or its unit's default.
+        """
         if arm == "baseline":
             return {"enabled": False}
         if arm in self.variants:
-            return {"enabled": True, **self.variants[arm]}
-        return {"enabled": True, "retention_mode": arm, **(self.token_ce if arm == "token_ce" else {})}
+            own = {"enabled": True, **self.variants[arm]}
+        else:
+            own = {"enabled": True, "retention_mode": arm, **(self.token_ce if arm == "token_ce" else {})}
+        unit = unit_of({**craft.model_dump(), **own})
+        if unit is not None and unit.name != craft.epsilon_unit:
+            own = {"epsilon_start": unit.default_budget, "epsilon_end": None} | own | {"epsilon_unit": unit.name}
+        return own

@@ -13,7 +13,7 @@ from craft_ray.config.data import DataConfig
 from craft_ray.config.evaluation import EvaluationConfig, ValidationConfig
 from craft_ray.config.mistakes import explain
 from craft_ray.config.model import ModelConfig
-from craft_ray.config.overrides import set_value
+from craft_ray.config.overrides import apply_changes
 from craft_ray.config.paths import FolderPath
 from craft_ray.config.retention import AnchorsConfig, CraftConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
@@ -89,8 +89,11 @@ class Experiment(Section):
             for key in ("enabled", "retention_mode") if arm in ARMS else ("enabled",):
                 if key in own:
                     raise ValueError(f"{where}.{key} is what makes the arm, it cannot be changed")
+            settings = {**self.craft.model_dump(), **self.compare.craft_settings(arm, self.craft)}
+            if settings["epsilon_start"] is None:
+                settings["epsilon_start"] = 1.0  # an arm without a budget is a mistake only where it is compared
             try:
-                CraftConfig.model_validate({**self.craft.model_dump(), **self.compare.craft_settings(arm)})
+                CraftConfig.model_validate(settings)
             except ValidationError as error:
                 told = "; ".join(explain({**e, "loc": ("craft", *e["loc"])}, Experiment) for e in error.errors())
                 raise ValueError(f"{where}: {told}") from None
@@ -98,8 +101,7 @@ class Experiment(Section):
     def changed(self, changes: Mapping[str, Any]) -> Experiment:
         """A copy with values at dotted keys changed, validated again."""
         tree = self.model_dump()
-        for key, value in changes.items():
-            set_value(tree, key, value)
+        apply_changes(tree, changes)
         return parse_config(tree, "command line")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from craft_ray.config.experiment import Experiment, parse_config
-from craft_ray.config.overrides import parse_overrides, set_value
+from craft_ray.config.overrides import apply_changes, parse_overrides
 from craft_ray.errors import ConfigError
 
 
@@ -33,8 +33,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: Path | No
         raise ConfigError(f"{path} is no YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, a config is a mapping of sections")
-    for key, value in parse_overrides(overrides).items():
-        set_value(tree, key, value)
+    apply_changes(tree, parse_overrides(overrides))
     return parse_config(tree, str(path), base)
 
 

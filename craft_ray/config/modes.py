@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Stored = Literal["vectors", "suffix"]
 """`vectors`: hidden states at the anchored layers and positions. `suffix`: the tokens behind the prompt."""
@@ -36,12 +36,25 @@ RETENTION_MODES: dict[str, ModeFacts] = {
     "hidden": ModeFacts(
         stores=frozenset({"vectors"}),
         units={
-            "relative_mse": Unit("relative_mse", "of the teacher's mean square", 0.05),
-            "mse": Unit("mse", "mean square of the hidden states"),
+            "relative_mse": Unit("relative_mse", "parts of the teacher's mean square", 0.05),
+            "mse": Unit("mse", "squared units of the hidden states"),
             "cosine": Unit("cosine", "1 - cosine"),
-            "l1": Unit("l1", "mean absolute difference of the hidden states"),
+            "l1": Unit("l1", "units of the hidden states"),
         },
     ),
     # The teacher's own uncertainty is part of this loss, and differs from teacher to teacher.
     "token_ce": ModeFacts(stores=frozenset({"suffix"}), units={"": Unit("nats", "nats a token")}),
 }
+
+
+def stores(modes: Iterable[str], what: Stored) -> bool:
+    """Whether the teacher stores it for any of these modes."""
+    return any(what in RETENTION_MODES[mode].stores for mode in modes)
+
+
+def unit_of(craft: Mapping[str, Any]) -> Unit | None:
+    """The unit of the budget that a section `craft` has; None where its mode or its loss is not a known one."""
+    facts = RETENTION_MODES.get(str(craft.get("retention_mode", "hidden")))
+    if facts is None:
+        return None
+    return facts.units.get("") or facts.units.get(str(craft.get("loss_type", "relative_mse")))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
+from craft_ray.config.modes import unit_of
 from craft_ray.errors import ConfigError
 
 
@@ -28,7 +29,22 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
+def apply_changes(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Set values at dotted keys of a config's tree, in place.
+
+    A budget keeps the unit that it was specified in, so that it is refused where the unit changes and it does not.
+    """
+    craft = tree.get("craft")
+    if isinstance(craft, dict) and craft.get("epsilon_start") is not None and craft.get("epsilon_unit") is None:
+        unit = unit_of(craft)
+        craft["epsilon_unit"] = None if unit is None else unit.name
+    for key, value in changes.items():
+        _set_value(tree, key, value)
+    if "craft.epsilon_start" in changes and "craft.epsilon_unit" not in changes:
+        tree["craft"]["epsilon_unit"] = None
+
+
+def _set_value(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
         if tree.get(parent) is None:

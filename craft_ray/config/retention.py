@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from craft_ray.config.data import DataConfig
+from craft_ray.config.modes import unit_of
 from craft_ray.config.paths import FolderPath
 from craft_ray.config.types import Fraction, Layers, Positions, RetentionMode, Section, distinct
 
@@ -82,7 +84,11 @@ class CraftConfig(Section):
 
     epsilon_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     epsilon_start: float = Field(0.05, gt=0)
-    """The retention budget (at the start, where a schedule tightens it)."""
+    """The retention budget (at the start, where a schedule tightens it). Only `relative_mse` has a default: what
+    fits in another unit depends on the teacher."""
+    epsilon_unit: Literal["relative_mse", "mse", "cosine", "l1", "nats"] | None = None
+    """What the budget is counted in. Filled in from `retention_mode` and `loss_type`, so that a saved budget is refused
+    where they change and the number does not."""
     epsilon_end: float | None = Field(None, gt=0)
     """The budget at the end of the schedule, which is the one that is certified. Default: epsilon_start."""
     epsilon_decay_steps: int = Field(0, ge=0)
@@ -96,6 +102,29 @@ class CraftConfig(Section):
     """`violated` projects only while the mean of L_ret is over the budget (docs/method.md)."""
     projection_mode: Literal["weighted", "equal", "task_priority"] = "weighted"
     """How gradients merge: g_t + lambda g_r | (g_t + g_r)/2 | g_t + min(lambda, 1) g_r."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget_in_its_unit(cls, section: Any) -> Any:
+        unit = unit_of(section) if isinstance(section, Mapping) else None
+        if unit is None:
+            return section
+        budget, named = section.get("epsilon_start"), section.get("epsilon_unit")
+        if budget is None and unit.default_budget is None:
+            raise ValueError(
+                f"epsilon_start is missing: this retention loss is counted in {unit.name} ({unit.words}), which has no "
+                f"default budget; specify one"
+            )
+        if budget is not None and named not in (None, unit.name):
+            raise ValueError(
+                f"epsilon_start {budget} is counted in {named}, but this retention loss in {unit.name} ({unit.words}): "
+                f"specify epsilon_start, and epsilon_end where there is one, in {unit.name}"
+            )
+        return {
+            **section,
+            "epsilon_start": unit.default_budget if budget is None else budget,
+            "epsilon_unit": unit.name,
+        }
 
     @property
     def epsilon_final(self) -> float:

@@ -162,12 +162,13 @@ class Hidden(RetentionMode[HiddenBatch]):
 
     def noise_floor(self, rows: Sequence[int]) -> float:
         """Rounding of relative mean square r moves a vector t by r |t|^2. The other distances of so small a move are
-        bounded by it: mse r |t|^2 / D; l1 at most the root of that (mean |x| <= sqrt(mean x^2)); cosine r / 2."""
+        bounded by it: mse r |t|^2 / D; l1 at most the root of that (mean |x| <= sqrt(mean x^2)); cosine r / 2, which
+        float32 computes as the difference of two numbers near 1."""
         relative = NOISE_FLOOR[self.anchors.identity.dtype]
         if self.loss_type == "relative_mse":
             return relative
         if self.loss_type == "cosine":
-            return relative / 2
+            return relative / 2 + torch.finfo(torch.float32).eps
         teacher = self.teacher_vectors(rows)
         square_BLV = teacher.values_BLVD.double().square().mean(-1)
         mean_square = float(square_BLV.transpose(1, 2)[teacher.valid_BV].mean())

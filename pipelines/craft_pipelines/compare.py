@@ -19,7 +19,7 @@ from craft_pipelines.console import QuarterObserver, following
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.session import join
 from craft_pipelines.train import PlannedRun, check_inputs, fit, resources, run_name
-from craft_ray.config import Experiment
+from craft_ray.config import ARMS, Experiment
 from craft_ray.errors import ConfigError
 from craft_ray.report.html import write_report
 from craft_ray.run.folder import RunFolder, command_line
@@ -57,9 +57,9 @@ def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arm
     looks at validation data: nothing is chosen here. What else is compared is no part of a run, so that an arm can be
     added to a comparison that is finished.
     """
-    settings = config.compare.craft_settings(arm)
+    settings = _settings(config, arm)
     if arm == "baseline" and len(arms) > 1:
-        settings = config.compare.craft_settings(preferred(config, arms)) | settings
+        settings = _settings(config, preferred(config, arms)) | settings
     changes: dict[str, Any] = {
         "variant": arm if arm in config.compare.variants else None,
         "seed": seed,
@@ -68,6 +68,22 @@ def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arm
         "compare": {"parallel": config.compare.parallel},
     }
     return config.changed(changes | {f"craft.{key}": value for key, value in settings.items()})
+
+
+def _settings(config: Experiment, arm: str) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: the arm's loss is counted in another unit than the config's budget, and it has no own budget.
+    """
+    settings = config.compare.craft_settings(arm, config.craft)
+    if settings.get("epsilon_start", config.craft.epsilon_start) is None:
+        where = f"compare.{arm}" if arm in ARMS else f"compare.variants.{arm}"
+        raise ConfigError(
+            f"{where}.epsilon_start is missing: the loss of {arm} is counted in {settings['epsilon_unit']}, and "
+            f"craft.epsilon_start {config.craft.epsilon_start:g} in {config.craft.epsilon_unit}; specify a budget for "
+            f"it, or choose other arms (--arms)"
+        )
+    return settings
 
 
 def preferred(config: Experiment, arms: Sequence[str]) -> str:

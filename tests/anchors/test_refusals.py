@@ -62,7 +62,7 @@ def told(error: CraftError, exit_code: int, *parts: str) -> None:
 
 def test_the_undamaged_cache_is_accepted(config: Experiment) -> None:
     open_as_student(config)
-    open_as_student(config.changed({"craft.retention_mode": "token_ce"}))
+    open_as_student(config.changed({"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.1}))
 
 
 # -- files
@@ -174,7 +174,7 @@ def test_hidden_asked_of_a_cache_of_tokens(config: Experiment, tmp_path: Path) -
     tokens = config.changed({"anchors.modes": ["token_ce"], "craft.anchor_cache_dir": str(tmp_path / "tokens")})
     built(tokens)
     refused(tokens, CacheRefused, 4, "holds mode token_ce", "asks for hidden")
-    open_as_student(tokens.changed({"craft.retention_mode": "token_ce"}))
+    open_as_student(tokens.changed({"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.1}))
 
 
 def test_a_student_that_drops_out(config: Experiment) -> None:

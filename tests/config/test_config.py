@@ -102,7 +102,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "retention_freq": 2, "retention_mode": "token_ce", "loss_type": "cosine", "positions": ["all"],
         "layers": [-1], "initial_lambda": 0.5, "lambda_lr": 0.25, "lambda_max": 9.0, "lambda_kp": 0.125,
         "violation": "absolute", "violation_clip": None, "retention_ema": 0.5, "epsilon_schedule": "linear",
-        "epsilon_start": 0.5, "epsilon_end": 0.25, "epsilon_decay_steps": 3, "use_grad_projection": False,
+        "epsilon_start": 0.5, "epsilon_unit": "nats", "epsilon_end": 0.25, "epsilon_decay_steps": 3,
+        "use_grad_projection": False,
         "conflict_threshold": 0.5, "projection_gate": "always", "projection_mode": "task_priority",
     },
     "train": {
@@ -554,9 +555,8 @@ def test_changes_make_another_config(minimal: Path) -> None:
 
 
 def test_what_follows_from_the_settings(minimal: Path) -> None:
-    assert [load_config(minimal, [f"craft.retention_mode={mode}"]).arm for mode in ("hidden", "token_ce")] == [
-        "hidden", "token_ce",
-    ]  # fmt: skip
+    assert load_config(minimal).arm == "hidden"
+    assert load_config(minimal, ["craft.retention_mode=token_ce", "craft.epsilon_start=0.1"]).arm == "token_ce"
     assert load_config(minimal, ["variant=near"]).arm == "near"
     assert load_config(minimal, ["variant=near", "craft.enabled=false"]).arm == "baseline"
     assert load_config(minimal).compare.chosen == ("baseline", "token_ce", "hidden")
@@ -564,6 +564,50 @@ def test_what_follows_from_the_settings(minimal: Path) -> None:
     assert load_config(minimal, ["craft.epsilon_start=0.5"]).craft.epsilon_final == 0.5
     tightening = ["craft.epsilon_schedule=cosine", "craft.epsilon_start=0.5", "craft.epsilon_end=0.25"]
     assert load_config(minimal, tightening).craft.epsilon_final == 0.25
+
+
+# --- a budget and its unit --------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_in_the_unit_of_its_loss(minimal: Path) -> None:
+    craft = load_config(minimal).craft
+    assert (craft.epsilon_start, craft.epsilon_unit) == (0.05, "relative_mse")
+    for override, unit in (("craft.retention_mode=token_ce", "nats"), ("craft.loss_type=cosine", "cosine")):
+        message = refusal(minimal, override)
+        assert message == (
+            f"{minimal}: craft: epsilon_start is missing: this retention loss is counted in {unit} "
+            f"({'nats a token' if unit == 'nats' else '1 - cosine'}), which has no default budget; specify one"
+        )
+        craft = load_config(minimal, [override, "craft.epsilon_start=0.3"]).craft
+        assert (craft.epsilon_start, craft.epsilon_unit) == (0.3, unit)
+
+
+def test_a_budget_does_not_outlive_its_unit(minimal: Path, tmp_path: Path) -> None:
+    """Neither on the command line, nor from a saved config, nor in a trial."""
+    with minimal.open("a") as file:
+        file.write("craft: {epsilon_start: 0.02}\n")
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(dump_config(load_config(minimal)))
+    for path in (minimal, saved):
+        message = refusal(path, "craft.retention_mode=token_ce")
+        assert (
+            "epsilon_start 0.02 is counted in relative_mse, but this retention loss in nats (nats a token)" in message
+        )
+        assert (
+            load_config(path, ["craft.retention_mode=token_ce", "craft.epsilon_start=0.8"]).craft.epsilon_unit == "nats"
+        )
+    config = load_config(minimal)
+    with pytest.raises(ConfigError, match="counted in relative_mse"):
+        config.changed({"craft.loss_type": "mse"})
+    assert config.changed({"craft.loss_type": "mse", "craft.epsilon_start": 2.0}).craft.epsilon_unit == "mse"
+    assert config.changed({"craft.lambda_lr": 0.5}).craft.epsilon_start == 0.02
+
+
+def test_a_config_from_before_budgets_had_a_unit_loads(minimal: Path) -> None:
+    config = load_config(minimal, ["craft.retention_mode=token_ce", "craft.epsilon_start=0.8"])
+    tree = yaml.safe_load(dump_config(config))
+    del tree["craft"]["epsilon_unit"]
+    assert parse_config(tree, "old") == config
 
 
 # --- files ----------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def test_lambda_falls_while_there_is_room(world: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_are_retained_as_well(world: Path, tmp_path: Path) -> None:
-    _, update = crafted(world, tmp_path / "run", {"craft.retention_mode": "token_ce"})
+    _, update = crafted(world, tmp_path / "run", {"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.05})
     assert all(record["retention_loss"] > 0.1 for record in update.records)
 
 

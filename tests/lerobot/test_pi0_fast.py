@@ -617,7 +617,7 @@ def test_a_run_begins_at_its_teacher_and_learns(folders: dict[str, Path], data: 
     config = experiment(folders["two"], data, tmp_path, {"craft.anchor_holdout": 0.25})
     build(config, say=lambda _: None)
     for mode, at_first in (("hidden", 1e-6), ("token_ce", 8.0)):
-        changes = {"craft.retention_mode": mode, "train.accumulate": 2}
+        changes = {"craft.retention_mode": mode, "craft.epsilon_start": 0.001, "train.accumulate": 2}
         run = carried_out(config.changed(changes), tmp_path / mode)
         records = run.read_metrics()
         assert records[0]["craft/retention_loss"] < at_first
@@ -824,7 +824,8 @@ def test_questions_are_anchors_of_what_the_language_side_knows(
     assert agreement.distance < 1e-7
     assert agreement.tokens == agreement.equal_tokens > 0
     for mode in ("hidden", "token_ce"):
-        records = carried_out(config.changed({"craft.retention_mode": mode}), tmp_path / mode).read_metrics()
+        held = config.changed({"craft.retention_mode": mode, "craft.epsilon_start": config.craft.epsilon_start})
+        records = carried_out(held, tmp_path / mode).read_metrics()
         assert len(records) == 3
         assert all(np.isfinite(record["craft/retention_loss"]) for record in records)
 

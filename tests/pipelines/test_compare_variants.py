@@ -11,7 +11,7 @@ from craft_pipelines.compare import arm_config, compare, preferred
 from craft_pipelines.train import run_name
 
 from craft_ray.config import Experiment
-from craft_ray.errors import CacheRefused
+from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.report.html import write_report
 from craft_ray.run.folder import RunFolder
 from tests.support.experiments import Digits
@@ -36,15 +36,32 @@ def experiment(digits: Digits, folder: Path, changes: Mapping[str, Any] | None =
 
 
 def test_a_variant_is_the_config_with_its_own_settings(digits: Digits, tmp_path: Path) -> None:
-    config = experiment(digits, tmp_path, {"craft.retention_mode": "token_ce"})
+    nats = {"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.1, "craft.epsilon_end": None}
+    config = experiment(digits, tmp_path, nats)
     runs = {arm: arm_config(config, arm, 3, tmp_path, config.compare.chosen) for arm in config.compare.chosen}
     assert list(runs) == ["baseline", "token_ce", "hidden", "prefix", "last"]
     assert [run_name(run) for run in runs.values()] == [f"digits-{arm}-seed3" for arm in runs]
     assert [run.arm for run in runs.values()] == list(runs)
-    assert runs["prefix"].craft == config.craft.model_copy(update={**PREFIX, "positions": ("text_last",)})
+    default = {"epsilon_start": 0.05, "epsilon_unit": "relative_mse"}  # a budget in nats is none of hidden states
+    assert runs["prefix"].craft == config.craft.model_copy(update={**default, **PREFIX, "positions": ("text_last",)})
     assert runs["last"].craft.retention_mode == "token_ce", "a variant that names no mode has the config's"
-    assert runs["hidden"].craft == config.craft.model_copy(update={"retention_mode": "hidden"})
+    assert runs["hidden"].craft == config.craft.model_copy(update={**default, "retention_mode": "hidden"})
     assert not runs["baseline"].craft.enabled
+
+
+def test_an_arm_of_another_unit_needs_a_budget_of_its_own(digits: Digits, tmp_path: Path) -> None:
+    """The config itself is right: who compares only hidden states needs no budget in nats."""
+    config = experiment(digits, tmp_path)
+    assert arm_config(config, "hidden", 0, tmp_path, ["hidden"]).craft == config.craft
+    for arm in ("token_ce", "baseline"):
+        with pytest.raises(ConfigError) as caught:
+            arm_config(config, arm, 0, tmp_path, [arm, "token_ce"])
+        assert caught.value.exit_code == 2
+        assert (
+            "compare.token_ce.epsilon_start is missing: the loss of token_ce is counted in nats" in caught.value.message
+        )
+    given = experiment(digits, tmp_path, {"compare.token_ce": {"epsilon_start": 0.8}})
+    assert arm_config(given, "token_ce", 0, tmp_path, ["token_ce"]).craft.epsilon_start == 0.8
 
 
 def test_plain_fine_tuning_is_measured_by_the_preferred_arm(digits: Digits, tmp_path: Path) -> None:

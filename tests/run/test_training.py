@@ -90,7 +90,9 @@ def test_baseline_equals_a_plain_adamw_loop_bit_for_bit(digits: Digits, cached: 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("changes", [{}, {"craft.retention_freq": 2, "craft.retention_mode": "token_ce"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"craft.retention_freq": 2, "craft.retention_mode": "token_ce", "craft.epsilon_start": 0.001}]
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     changes: dict, digits: Digits, cached: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ PINNED: dict[str, Any] = {
     "lambda_max": 100.0,
     "violation_clip": 1.0,
     "retention_ema": 0.0,
+    "epsilon_start": 0.05,
     "conflict_threshold": -0.1,
     "projection_gate": "violated",
     "projection_mode": "weighted",

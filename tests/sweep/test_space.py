@@ -235,7 +235,10 @@ def test_a_condition_may_be_on_what_the_config_says() -> None:
         "craft.lambda_lr: {choice: [0.5], when: {craft.retention_mode: token_ce}}\n"
         "train.learning_rate: {choice: [0.25], when: {craft.positions: [[all], null], craft.lambda_max: 10}}\n"
     )
-    hidden, tokens = experiment(), experiment(craft__retention_mode="token_ce", craft__positions=["suffix"])
+    hidden, tokens = (
+        experiment(),
+        experiment(craft__retention_mode="token_ce", craft__epsilon_start=0.1, craft__positions=["suffix"]),
+    )
     for base in (hidden, tokens):
         check_space(space, base, anything)
     assert space.draw(hidden, 0, 0) == {"train.learning_rate": 0.25}

@@ -404,13 +404,14 @@ MIXED: dict[str, Any] = {
     "craft.retention_freq": {"choice": [1, 2, 5]},
     "craft.use_grad_projection": {"choice": [True, False]},
     "craft.loss_type": {"choice": ["relative_mse", "cosine"]},
+    "craft.epsilon_start": {"choice": [0.002, 0.001]},
     "craft.layers": {"choice": [[-1], [-2, -1]]},
     "train.max_grad_norm": {"choice": [None, 1, 0.5]},
     "craft.conflict_threshold": {"uniform": [-0.5, 0.5], "when": {"craft.use_grad_projection": True}},
 }
 SETTING: Params = {
     "craft.lambda_lr": 0.25, "craft.retention_freq": 2, "craft.use_grad_projection": False,
-    "craft.loss_type": "cosine", "craft.layers": [-1], "train.max_grad_norm": None,
+    "craft.loss_type": "cosine", "craft.epsilon_start": 0.001, "craft.layers": [-1], "train.max_grad_norm": None,
 }  # fmt: skip
 
 
@@ -482,6 +483,7 @@ TYPES = {
     "param:craft.retention_freq": pa.int64(),
     "param:craft.use_grad_projection": pa.bool_(),
     "param:craft.loss_type": pa.string(),
+    "param:craft.epsilon_start": pa.float64(),
     "param:craft.layers": pa.string(),
     "param:train.max_grad_norm": pa.float64(),
     "param:craft.conflict_threshold": pa.float64(),

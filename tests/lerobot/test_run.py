@@ -249,7 +249,7 @@ def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
     worker.send_signal(signal.SIGKILL)
     out, err = running.communicate()
     assert running.returncode == 0, err
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert same(run, whole)
 
     running, run = begun("killed-driver", 0)

@@ -54,7 +54,7 @@ def test_a_stage_spread_over_two_nodes_comes_to_the_same_though_one_is_lost(
     assert kill is not None, "it ended without having been on both nodes"
     assert kill.same, kill.said
     if name == "training":
-        assert any(f"going on after step {step}" in kill.said for step in range(10, 40, 5)), kill.said
+        assert any(f"resuming after step {step}" in kill.said for step in range(10, 40, 5)), kill.said
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_training_goes_on_with_the_workers_that_are_left(
     begun, _, gone_on = said.partition("2 worker(s)")
     assert "worker(s)" not in begun
     assert "1 worker(s)" in gone_on
-    assert int(gone_on.split("going on after step ")[1].split()[0]) >= 10
+    assert int(gone_on.split("resuming after step ")[1].split()[0]) >= 10
 
     log, expected = elastic.result(tmp_path)[1], reference.result[1]
     for ours, theirs in zip(log, expected, strict=True):

@@ -90,7 +90,7 @@ def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
     workers[0].send_signal(signal.SIGKILL)
     code, out, err = finish(process)
     assert code in (0, 3), err
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert equal(weights(lost), weights(undisturbed))
     assert without_times(lost) == without_times(undisturbed)
 
@@ -102,7 +102,7 @@ def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
     assert run_folder(killed).finished() is None
     code, out, err = finish(command("train", "--resume", run_folder(killed).path))
     assert code in (0, 3), err
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert equal(weights(killed), weights(undisturbed))
     assert without_times(killed) == without_times(undisturbed)
 

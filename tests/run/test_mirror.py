@@ -238,7 +238,7 @@ def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
     code, out, err = finish(process)
     assert code in (0, 3), err
     assert "Step 60/60" in out, "the command follows what its worker writes into the store"
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert measured(folder) == measured(here)
     assert weights(folder) == weights(here)
 

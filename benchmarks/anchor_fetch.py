@@ -27,7 +27,7 @@ from craft_ray.data.source import open_source
 from craft_ray.examples import digits
 from craft_ray.models import load_model
 from craft_ray.quiet import quiet_libraries
-from craft_ray.retention.student import open_for_student
+from craft_ray.retention.constraint import open_mode
 
 BATCH = 32
 REPEATS = 64
@@ -57,7 +57,7 @@ def measure(report: Report, folder: Path, rounds: int, anchors_of: int) -> None:
     model = load_model(config.model, config.train.precision)
     source = open_source(config.task, "task")
     features = [model.preprocess(source[row], model.response_tokens(source[row])) for row in range(BATCH)]
-    anchors = open_for_student(config, model, None)
+    anchors = open_mode(config, model, None)
     order = torch.randperm(len(anchors.anchors), generator=torch.Generator().manual_seed(0)).tolist()
     batches = itertools.cycle([order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)])
     for row in order:
@@ -65,7 +65,7 @@ def measure(report: Report, folder: Path, rounds: int, anchors_of: int) -> None:
     product = Ours(
         model.module.named_parameters(),
         model.task_loss,
-        lambda batch: anchors.loss(batch, config.craft.loss_type),
+        anchors.loss,
         model.collate(features),
         anchors.batch(order[:BATCH]),
     )

@@ -24,8 +24,9 @@ from craft_pipelines.anchors import build
 from craft_ray.config import Experiment, load_config
 from craft_ray.quiet import quiet_libraries
 from craft_ray.run.folder import RunFolder, environment
+from craft_ray.run.observers import NullObserver
 from craft_ray.run.scoring import ratio
-from craft_ray.run.training import NullObserver, train
+from craft_ray.run.training import train
 from craft_ray.workers import OneWorker
 
 POSITIONS = {

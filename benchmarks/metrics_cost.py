@@ -19,7 +19,7 @@ from benchmarks.harness import CPU_TIME, Report, Row, Variant, arguments, interl
 from benchmarks.variants import ours
 from benchmarks.workload import SHAPES, RetentionTask, language_model
 from craft_ray.run.metrics import FIELDS
-from craft_ray.run.training import NullObserver
+from craft_ray.run.observers import NullObserver
 from craft_ray.tracking.tensorboard import TensorBoardObserver
 
 LOGGED = 10

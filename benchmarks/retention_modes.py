@@ -1,6 +1,6 @@
 """The retention pass (forward and backward) on hidden states against the one on suffix tokens, and their caches.
 
-Both run as in training, through `AnchorBatches.loss`: `hidden` runs the base model over the prompts, `token_ce` the
+Both run as in training, through the mode's own `loss`: `hidden` runs the base model over the prompts, `token_ce` the
 full model over prompts and suffixes with logits at the suffix alone. The caches are built by the product's teacher.
 
 Targets: `hidden` 1.25 times as fast at a vocabulary of 8k and 2.5 times at 51k.
@@ -23,19 +23,19 @@ from craft_ray.anchors.build import build_shard
 from craft_ray.config import Experiment
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
-from craft_ray.retention.student import open_for_student
+from craft_ray.retention.constraint import open_mode
 
 TARGETS = {8192: ">= 1.25", 51200: ">= 2.5"}
 MODES = ("hidden", "token_ce")
 
 
 def retention_pass(config: Experiment, model: Model, mode: str, rows: int) -> Callable[[], None]:
-    anchors = open_for_student(config.changed({"craft.retention_mode": mode}), model, None)
-    batch = anchors.batch(range(rows)).to(model.device)
+    retention = open_mode(config.changed({"craft.retention_mode": mode}), model, None)
+    batch = retention.batch(range(rows)).to(model.device)
 
     def run() -> None:
         model.module.zero_grad(set_to_none=True)
-        anchors.loss(batch, "relative_mse").backward()
+        retention.loss(batch).backward()
 
     return run
 

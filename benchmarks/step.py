@@ -50,7 +50,7 @@ def measure_surgery(report: Report, size: str, rounds: int) -> None:
     variants = {
         "unit": Variant(lambda: read_and_axpy(gradients)),
         "surgery": Variant(lambda: operate(gradients, product.state)),
-        "comparison": Variant(gradients.compare),
+        "comparison": Variant(gradients.gram),
         "lists": Variant(lambda: naive_surgery(*gradients.views)),
     }
     times = interleaved(variants, rounds)

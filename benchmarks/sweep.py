@@ -51,19 +51,19 @@ def nothing(config: Experiment, folder: RunFolder) -> Generator[Record]:
 
 def one_step(config: Experiment, folder: RunFolder) -> Generator[Record]:
     """A run of one step in this process; what step and look took is put beside it."""
-    look, looked = Run.look, []
+    validate, looked = Run.validate, []
 
     def timed(run: Run) -> Record:
         started = time.perf_counter()
-        record = look(run)
+        record = validate(run)
         looked.append(time.perf_counter() - started)
         return record
 
-    Run.look = timed  # type: ignore[method-assign]
+    Run.validate = timed  # type: ignore[method-assign]
     try:
         yield from in_process(config, folder)
     finally:
-        Run.look = look  # type: ignore[method-assign]
+        Run.validate = validate  # type: ignore[method-assign]
         stepped = sum(record["perf/step_s"] for record in folder.read_metrics())
         (folder.path / "work.json").write_text(json.dumps(stepped + sum(looked)))
 

@@ -88,12 +88,12 @@ def ours(task: RetentionTask, optimizer: AdamW | None = None) -> Ours:
 
 def operate(gradients: GradientPair, state: DualState, settings: Any = SETTINGS) -> None:
     """What stands between the backward passes and the optimiser in `craft_step`."""
-    angle = gradients.compare()
-    conflict = angle.cos < settings.conflict_threshold
-    removed = surgery.projection(angle, conflict & gate(state, EPSILON, settings))
+    gram = gradients.gram()
+    conflict = gram.cos < settings.conflict_threshold
+    removed = surgery.projection(gram, conflict & gate(state, EPSILON, settings))
     a, b = surgery.merge(settings.projection_mode, state.multiplier)
     c = settings.retention_freq * b - a * removed
-    scale = surgery.clip_factor(surgery.merged_norm(angle, a, c), MAX_NORM)
+    scale = surgery.clip_factor(surgery.merged_norm(gram, a, c), MAX_NORM)
     gradients.combine(scale * a, scale * c)
 
 

@@ -16,7 +16,8 @@ from torch.nn.functional import mse_loss
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from craft_ray.method.pooling import Layout, Pooling, Vectors
-from craft_ray.retention.losses import hidden_loss, token_loss
+from craft_ray.models.losses import token_loss
+from craft_ray.retention.hidden import hidden_loss
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ again. So what an interruption leaves is nothing, and an import is repeated by s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,6 @@ from craft_ray.anchors.legacy import LegacyRows, LegacyShards
 from craft_ray.anchors.manifest import MANIFEST, SHARDS, Identity, Manifest, Shard, read_manifest, write_manifest
 from craft_ray.anchors.schema import ROW_GROUP, CacheSchema, hidden_column, vectors_array
 from craft_ray.anchors.storage import stored
-from craft_ray.anchors.verify import Agreement, reforward
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.models.base import Model
@@ -40,9 +39,16 @@ class _Unread:
 
 
 def import_shards(
-    shards: LegacyShards, folder: StoragePath, config: Experiment, model: Model, check_rows: int
-) -> tuple[Manifest, Agreement | None]:
-    """Write the cache, compare `check_rows` of it with the model, and put it in its place.
+    shards: LegacyShards,
+    folder: StoragePath,
+    config: Experiment,
+    model: Model,
+    check: Callable[[StoragePath, Manifest], None],
+) -> Manifest:
+    """Write the cache, check it, and put it in its place.
+
+    Args:
+        check: is given the new cache before it takes its place, and raises CacheRefused where it is not the model's.
 
     Raises:
         ConfigError: a position has more than one vector.
@@ -56,7 +62,7 @@ def import_shards(
             f"{', '.join(ONE_VECTOR)}"
         )
     if folder.exists():
-        return _found(folder, identity), None
+        return _found(folder, identity)
     clear_leftovers(folder.parent, of=folder.name)
     with new_folder(folder, last=MANIFEST) as temporary:
         written, rows, shape = [], 0, None
@@ -74,8 +80,8 @@ def import_shards(
         identity = identity.model_copy(update={"rows": rows, "pixel_shape": shape})
         manifest = manifest_of(temporary, identity, written)
         write_manifest(temporary, manifest)
-        agreement = reforward(temporary, manifest, config, model, check_rows) if check_rows else None
-    return manifest, agreement
+        check(temporary, manifest)
+    return manifest
 
 
 def _found(folder: StoragePath, identity: Identity) -> Manifest:

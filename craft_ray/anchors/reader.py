@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from blake3 import blake3
 
-from craft_ray.anchors.manifest import SHARDS, Identity, Manifest, read_manifest
+from craft_ray.anchors.manifest import SHARDS, Manifest, read_manifest
 from craft_ray.anchors.ragged import Ragged, write_ragged
 from craft_ray.anchors.schema import NUMPY, hidden_column
 from craft_ray.data.frame import Frame
@@ -60,41 +60,6 @@ def check_sizes(folder: StoragePath, manifest: Manifest) -> None:
             )
 
 
-def check_identity(folder: StoragePath, found: Identity, expected: Identity) -> None:
-    """Refuse a cache that is not the one an experiment would build, and name both sides of the first difference.
-
-    The source and the selection are compared by `craft-ray anchors build` only: training needs none of the
-    anchors' files, they are in the cache.
-    """
-    remedy = f"build the cache again for this model, or name the one that belongs to it (it is {folder})"
-    for what, key in (
-        ("teacher (hash of its weights)", "teacher"),
-        ("kind of model", "kind"),
-        ("preprocessor (hash)", "preprocessor"),
-        ("arithmetic of the forward pass", "precision"),
-        ("hidden states of the model", "num_hidden_states"),
-        ("width", "hidden_size"),
-        ("definition of layers", "layer_definition"),
-    ):
-        ours, theirs = getattr(expected, key), getattr(found, key)
-        if ours != theirs:
-            raise CacheRefused(f"the cache was built with another {what}: cache {theirs}, this run {ours}; {remedy}")
-
-
-def check_contains(folder: StoragePath, what: str, wanted: Sequence[object], held: Sequence[object]) -> None:
-    """Refuse a cache that lacks a mode, a layer or a position."""
-    lacking = [w for w in wanted if w not in held]
-    if lacking:
-        raise CacheRefused(
-            f"the cache in {folder} holds {what} {_listed(held)}, this run asks for {_listed(wanted)}: change the "
-            f"config, or build a cache with {_listed(lacking)}"
-        )
-
-
-def _listed(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items)) or "none"
-
-
 INPUTS = {"raw": ("image", "prompt"), "frames": ("frame", "prompt"), "tensors": ("input_ids", "pixel_values")}
 """The columns that hold an anchor's input."""
 
@@ -119,6 +84,14 @@ class AnchorSet:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    @property
+    def remedy(self) -> str:
+        """What to look at where a model does not give what the cache holds."""
+        return (
+            f"preprocessing, dropout, layers or the teacher is not what the cache was built with; run 'craft-ray "
+            f"anchors verify {self.folder} --config CONFIG'"
+        )
 
     def id(self, row: int) -> str:
         return self._ids[row].tobytes().decode()

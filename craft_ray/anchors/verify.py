@@ -1,38 +1,13 @@
-"""Is a cache what it says: its files against its manifest, and its content against the teacher, run once more."""
+"""Is a cache what its manifest says: sizes, checksums, the number of rows, and every id once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import pyarrow.parquet as pq
-import torch
 
 from craft_ray.anchors.manifest import SHARDS, Manifest
-from craft_ray.anchors.reader import AnchorSet, check_shards, open_anchors
-from craft_ray.anchors.schema import STEP0_AGREEMENT, STEP0_TOLERANCE
-from craft_ray.config import Experiment
+from craft_ray.anchors.reader import check_shards
 from craft_ray.errors import CacheRefused
-from craft_ray.method.pooling import Vectors
-from craft_ray.models.base import Model
-from craft_ray.retention.batches import AnchorBatch, AnchorBatches
-from craft_ray.retention.losses import hidden_loss
-from craft_ray.retention.student import check_model
 from craft_ray.storage.paths import StoragePath, readable
-
-BATCH = 16
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far some rows of a cache are from the teacher of today."""
-
-    rows: int
-    distance: float | None
-    """The largest relative mean square of a row; None where the cache has no hidden states."""
-    tokens: int | None
-    """Suffix tokens compared; None where they are not the teacher's own."""
-    equal_tokens: int
 
 
 def check_files(folder: StoragePath, manifest: Manifest) -> None:
@@ -62,74 +37,3 @@ def check_files(folder: StoragePath, manifest: Manifest) -> None:
             f"the shards of {folder} have {len(seen)} anchors, the manifest says {manifest.identity.rows}: build the "
             f"cache again"
         )
-
-
-@torch.no_grad()
-def reforward(folder: StoragePath, manifest: Manifest, config: Experiment, model: Model, count: int) -> Agreement:
-    """Run the model on `count` rows, spread over the cache, the way a student runs, and compare.
-
-    Suffix tokens are compared under the cached ones before them, so that one near tie counts once.
-
-    Raises:
-        CacheRefused: the model is another one, or gives something else; the worst row is named.
-    """
-    identity = manifest.identity
-    check_model(folder, identity, config, model, model.weights_fingerprint())
-    anchors = open_anchors(folder, manifest)
-    count = min(count, len(anchors))
-    rows = [i * len(anchors) // count for i in range(count)]
-    distance = None
-    if "hidden" in identity.modes:
-        distance = _compare_vectors(model, anchors, rows)
-    tokens, equal = None, 0
-    if identity.schema.has_suffix and identity.suffix_from == "teacher":
-        tokens, equal = _compare_tokens(model, anchors, rows)
-    return Agreement(count, distance, tokens, equal)
-
-
-def _compare_vectors(model: Model, anchors: AnchorSet, rows: Sequence[int]) -> float:
-    identity = anchors.identity
-    batches = AnchorBatches(model, anchors, "hidden", identity.layers, identity.positions)
-    distances: list[float] = []
-    for start in range(0, len(rows), BATCH):
-        batch = batches.batch(rows[start : start + BATCH]).to(model.device)
-        assert batch.teacher is not None
-        student = batches.student_vectors(batch)
-        for row in range(batch.inputs.samples):
-            ours, theirs = (
-                Vectors(v.values_BLVD[row : row + 1], v.valid_BV[row : row + 1]) for v in (student, batch.teacher)
-            )
-            distances.append(hidden_loss(ours, theirs, "relative_mse").item())
-    worst = max(range(len(rows)), key=lambda i: _nan_is_largest(distances[i]))
-    tolerance = STEP0_TOLERANCE[identity.dtype, identity.precision]
-    if not distances[worst] <= tolerance:
-        raise CacheRefused(
-            f"anchor {anchors.id(rows[worst])}: the cached vectors are {distances[worst]:.2e} away from what the "
-            f"model gives (relative mean square), {identity.dtype} storage explains {tolerance:.0e}; preprocessing, "
-            f"dropout, layers, positions or the teacher is not what the cache was built with: build it again"
-        )
-    return distances[worst]
-
-
-def _nan_is_largest(value: float) -> float:
-    return value if value == value else float("inf")
-
-
-def _compare_tokens(model: Model, anchors: AnchorSet, rows: Sequence[int]) -> tuple[int, int]:
-    batches = AnchorBatches(model, anchors, "token_ce", anchors.identity.layers, anchors.identity.positions)
-    tokens, wrong = 0, [0] * len(rows)
-    for start in range(0, len(rows), BATCH):
-        batch: AnchorBatch = batches.batch(rows[start : start + BATCH]).to(model.device)
-        _, likeliest_BP = model.token_log_probs(batch.inputs)
-        tokens += batch.inputs.tokens
-        wrong[start : start + BATCH] = (~likeliest_BP).sum(1).tolist()
-    equal = tokens - sum(wrong)
-    least = STEP0_AGREEMENT[anchors.identity.precision]
-    if equal < least * tokens:
-        worst = max(range(len(rows)), key=wrong.__getitem__)
-        raise CacheRefused(
-            f"the model finds {equal} of {tokens} cached suffix tokens the likeliest, {least:.0%} are expected (worst "
-            f"is anchor {anchors.id(rows[worst])} with {wrong[worst]} others): preprocessing, dropout or the teacher "
-            f"is not what the cache was built with, or the tokens are not the teacher's own (anchors.suffix_from)"
-        )
-    return tokens, equal

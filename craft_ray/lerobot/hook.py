@@ -21,17 +21,13 @@ import lerobot.scripts.lerobot_train as loop
 import torch
 from torch import Tensor
 
-from craft_ray.anchors.schema import NOISE_FLOOR
 from craft_ray.config import Experiment
-from craft_ray.data.sampler import StepSampler
 from craft_ray.errors import ConfigError
 from craft_ray.lerobot.folder import folder_around
 from craft_ray.lerobot.policy import policy_of
-from craft_ray.method.dual import DualState, epsilon_at
 from craft_ray.method.gradients import GradientPair
-from craft_ray.method.step import craft_step
-from craft_ray.retention.student import check_untouched, open_for_student
-from craft_ray.run.training import ANCHOR_STREAM, STEP0_ANCHORS
+from craft_ray.retention.constraint import Constraint, open_mode
+from craft_ray.retention.update import update
 from craft_ray.workers import OneWorker
 
 
@@ -106,13 +102,9 @@ class CraftUpdate:
         device = next(policy.parameters()).device
         self.workers = OneWorker(device)
         model = policy_of(config.model, config.train.precision, device, folder_around(config.model, policy))
-        self.anchors = open_for_student(config, model, model.weights_fingerprint())
-        self.rows, _ = self.anchors.anchors.split(config.craft.anchor_holdout)
-        check_untouched(self.anchors, self.rows[:STEP0_ANCHORS], config.craft.anchor_batch_size, self.workers)
-        self.sampler = StepSampler(len(self.rows), config.craft.anchor_batch_size, config.seed, ANCHOR_STREAM)
+        self.constraint = Constraint(config, open_mode(config, model, model.weights_fingerprint()), self.workers)
+        self.constraint.check_untouched()
         self.gradients = GradientPair(policy.named_parameters())
-        self.dual = DualState.start(config.craft, device)
-        self.floor = NOISE_FLOOR[self.anchors.anchors.identity.dtype] if self.anchors.mode == "hidden" else 0.0
         self._begun = True
 
     def __call__(
@@ -149,30 +141,24 @@ class CraftUpdate:
                 f"LeRobot's loop takes more steps than train.steps={config.train.steps}, over which epsilon's schedule "
                 f"runs: set train.steps to LeRobot's --steps"
             )
-        epsilon = epsilon_at(step, config.train.steps, config.craft)
 
         def task_loss(part: _TaskBatch) -> Tensor:
             with accelerator.autocast():
                 loss: Tensor = inner.forward(part.content)[0]
             return loss
 
-        anchors = None
-        if step % config.craft.retention_freq == 0:
-            chosen = self.sampler.global_batch(step // config.craft.retention_freq)
-            anchors = [self.anchors.batch([self.rows[i] for i in chosen]).to(self.workers.device)]
-        self.dual, metrics = craft_step(
+        anchors = self.constraint.batches(step)
+        epsilon = self.constraint.epsilon(step)
+        metrics = update(
             task_loss,
             [_TaskBatch(batch)],
-            lambda part: self.anchors.loss(part, config.craft.loss_type),
-            anchors,
-            self.dual,
-            epsilon,
-            craft=config.craft,
+            [self.constraint],
+            None if anchors is None else [part.to(self.workers.device) for part in anchors],
+            step,
             optimizer=optimizer,
             gradients=self.gradients,
             workers=self.workers,
             max_norm=grad_clip_norm if grad_clip_norm > 0 else None,
-            noise_floor=self.floor,
         )
         if lr_scheduler is not None:
             lr_scheduler.step()

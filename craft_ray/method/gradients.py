@@ -48,7 +48,7 @@ class AllReduce(Protocol):
 
 @dataclass(frozen=True)
 class Gram:
-    """Scalars (float64, on the device) that compare g_t and g_r before surgery."""
+    """The Gram matrix of g_t and g_r before surgery: three scalars (float64, on the device)."""
 
     dot: Tensor
     task_sq: Tensor
@@ -153,7 +153,7 @@ class GradientPair:
             workers.all_reduce(buffer[row])
         return (sums[0] / sums[1]).float()
 
-    def compare(self) -> Gram:
+    def gram(self) -> Gram:
         """Dot product and squared norms of the two gradients, in one pass."""
         device = self.buffers[0].device
         gram = torch.zeros(2, 2, dtype=torch.float64, device=device)

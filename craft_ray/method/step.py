@@ -110,20 +110,20 @@ def craft_step(
     l_ret = gradients.backward(RETENTION, retention_loss, anchors, workers)
     state = state.observe(l_ret, craft)
 
-    angle = gradients.compare()
-    cos = torch.where(l_ret > noise_floor, angle.cos, torch.nan)
+    gram = gradients.gram()
+    cos = torch.where(l_ret > noise_floor, gram.cos, torch.nan)
     conflict = cos < craft.conflict_threshold
 
-    removed = surgery.projection(angle, conflict & gate(state, epsilon, craft))
+    removed = surgery.projection(gram, conflict & gate(state, epsilon, craft))
     a, b = surgery.merge(craft.projection_mode, state.multiplier)
     c = craft.retention_freq * b - a * removed
-    norm = surgery.merged_norm(angle, a, c)
+    norm = surgery.merged_norm(gram, a, c)
     scale = surgery.clip_factor(norm, max_norm)
     gradients.combine(scale * a, scale * c)
 
     gradients.assign_grads(workers)
     optimizer.step()
-    metrics = StepMetrics(loss, norm, l_ret, state.multiplier, angle.dot, cos, conflict)
+    metrics = StepMetrics(loss, norm, l_ret, state.multiplier, gram.dot, cos, conflict)
     return state.ascend(epsilon, craft), metrics
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, where
 from craft_ray.method.gradients import Gram
 
 
-def projection(angle: Gram, conflict: Tensor) -> Tensor:
+def projection(gram: Gram, conflict: Tensor) -> Tensor:
     """How much of g_r to take from g_t: <g_t, g_r>/|g_r|^2 where the gradients conflict, else 0."""
-    return where(conflict, angle.dot / angle.retention_sq, 0.0)
+    return where(conflict, gram.dot / gram.retention_sq, 0.0)
 
 
 def merge(mode: str, multiplier: Tensor) -> tuple[float, Tensor]:
@@ -32,9 +32,9 @@ def merge(mode: str, multiplier: Tensor) -> tuple[float, Tensor]:
     raise ValueError(f"unknown projection_mode '{mode}': weighted, equal or task_priority")
 
 
-def merged_norm(angle: Gram, task: Tensor | float, retention: Tensor) -> Tensor:
+def merged_norm(gram: Gram, task: Tensor | float, retention: Tensor) -> Tensor:
     """|task * g_t + retention * g_r|, from the three numbers of the comparison."""
-    square = task**2 * angle.task_sq + 2 * task * retention * angle.dot + retention**2 * angle.retention_sq
+    square = task**2 * gram.task_sq + 2 * task * retention * gram.dot + retention**2 * gram.retention_sq
     return square.clamp(min=0.0).sqrt()
 
 

@@ -1,64 +1,40 @@
-"""Preprocessed samples kept in memory: they come back every few steps, and decoding an image is dear."""
+"""The feature cache: preprocessed samples in memory. They return every few steps, and decoding is expensive."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
 from craft_ray.models.base import Features
 
-FEATURE_CACHE_BYTES = 1 << 30
-SOURCES = 4
-"""Sources of a run: task, anchors, and held-out data of both skills."""
+LIMIT_BYTES = 4 << 30
+"""Shared by all sources of a run: task, anchors, and the held-out data of both skills."""
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-class FeatureCache(Generic[Key]):
-    """Features by key (a row, mostly), kept while they fit."""
+class FeatureCache:
+    """Features of samples, kept while they fit. Runs that follow one another in a process may share one."""
 
-    def __init__(self, make: Callable[[Key], Features], shelf: Shelf | None = None) -> None:
-        """
+    def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
+        self._left = limit_bytes
+        self._sources: dict[tuple[str, ...], dict[Hashable, Features]] = {}
+
+    def source(self, make: Callable[[Key], Features], *identity: str) -> Callable[[Key], Features]:
+        """`make` with a memory: from the key of a sample (mostly its row) to its features.
+
         Args:
-            shelf: where features stand already, and those that are made are put; an own one where it is None.
+            identity: everything that the features depend on beside the key. Sources of equal identity share theirs.
         """
-        self._make = make
-        self._shelf = shelf or Shelf()
+        kept = self._sources.setdefault(identity, {})
 
-    def __getitem__(self, key: Key) -> Features:
-        found = self._shelf.kept.get(key)
-        if found is None:
-            found = self._make(key)
-            if found.nbytes <= self._shelf.room.left:
-                self._shelf.room.left -= found.nbytes
-                self._shelf.kept[key] = found
-        return found
+        def features(key: Key) -> Features:
+            found = kept.get(key)
+            if found is None:
+                found = make(key)
+                if found.nbytes <= self._left:
+                    self._left -= found.nbytes
+                    kept[key] = found
+            return found
 
-
-@dataclass
-class Room:
-    """Bytes that are left for features."""
-
-    left: int = FEATURE_CACHE_BYTES
-
-
-@dataclass
-class Shelf:
-    """Features that are kept, and the room for more, which several may share."""
-
-    kept: dict[Any, Features] = field(default_factory=dict)
-    room: Room = field(default_factory=Room)
-
-
-class Shelves:
-    """What runs one after the other in a process leave to each other: a shelf for each way to read a source, and room
-    for all of them together."""
-
-    def __init__(self) -> None:
-        self._shelves: dict[str, Shelf] = {}
-        self._room = Room(SOURCES * FEATURE_CACHE_BYTES)
-
-    def of(self, *how: str) -> Shelf:
-        """The shelf of a source, named by all that its features depend on."""
-        return self._shelves.setdefault("\n".join(how), Shelf(room=self._room))
+        return features

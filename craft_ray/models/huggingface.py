@@ -34,8 +34,8 @@ from craft_ray.models.fingerprint import (
     weights_fingerprint,
     without_locations,
 )
+from craft_ray.models.losses import token_loss
 from craft_ray.models.packing import check_packing, packed_forward
-from craft_ray.retention.losses import token_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

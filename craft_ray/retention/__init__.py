@@ -1,1 +1,11 @@
 """What is held: old skills, each by a retention mode that measures its loss and a constraint that keeps its budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from craft_ray.retention.hidden import Hidden
+from craft_ray.retention.mode import RetentionMode
+from craft_ray.retention.token_ce import TokenCE
+
+MODES: dict[str, type[RetentionMode[Any]]] = {mode.name: mode for mode in (Hidden, TokenCE)}

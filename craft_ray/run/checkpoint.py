@@ -8,17 +8,14 @@ so neither has a state to save.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch.optim import Optimizer
 
-from craft_ray.errors import CacheRefused, StorageError, first_line
-from craft_ray.method.dual import DualState
-from craft_ray.method.gradients import GradientPair
+from craft_ray.errors import StorageError, first_line
 from craft_ray.models.base import Model
 from craft_ray.storage.files import clear_leftovers, new_folder
 from craft_ray.storage.last import forget_last, last_checkpoint, point_last  # noqa: F401 - imported from here, too
@@ -32,57 +29,21 @@ class TrainingState:
     step: int
     """Steps done."""
     optimizer: dict[str, Any]
-    dual: DualState | None
     reached: list[bool]
     """Which parameters have had a gradient so far."""
-    cache: str | None
-    """Fingerprint of the anchor cache."""
-
-    @classmethod
-    def capture(
-        cls, step: int, optimizer: Optimizer, gradients: GradientPair, dual: DualState | None, cache: str | None
-    ) -> TrainingState:
-        """Where a run stands after `step` steps."""
-        return cls(step, optimizer.state_dict(), dual, gradients.reached, cache)
-
-    def restore(self, optimizer: Optimizer, gradients: GradientPair, cache: str | None) -> None:
-        """Bring the optimiser and the gradients of a run back to where it stood; `step` and `dual` are the run's own.
-
-        Raises:
-            CacheRefused: the run has another anchor cache now.
-        """
-        if self.cache != cache:
-            raise CacheRefused(
-                f"the run was trained with the anchor cache {self.cache}, craft.anchor_cache_dir holds {cache}: resume "
-                f"with the cache it began with"
-            )
-        optimizer.load_state_dict(self.optimizer)
-        gradients.restore_reached(self.reached)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As tensors, numbers and text, which `torch.load` reads without running code."""
-        state = {field.name: getattr(self, field.name) for field in fields(self)}
-        return state | {"dual": None if self.dual is None else self.dual.state_dict()}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> TrainingState:
-        dual = state["dual"]
-        return cls(**state | {"dual": None if dual is None else DualState.from_state_dict(dual, device)})
+    constraints: list[dict[str, Any]]
+    """Of each constraint that is held its `state_dict`."""
 
 
 def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int) -> Path:
-    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`.
-
-    Raises:
-        StorageError: the disk is full; earlier checkpoints are untouched.
-    """
+    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`."""
     target = folder / f"step_{state.step:06d}"
     clear_leftovers(folder)
     with new_folder(target) as temporary:
         try:
             model.save(temporary / "model", final=target / "model")
-            _state_file(temporary).parent.mkdir()
-            torch.save(state.state_dict(), _state_file(temporary))
+            (temporary / "training_state").mkdir()
+            torch.save(vars(state), temporary / "training_state" / "state.pt")
         except (
             RuntimeError,
             ValueError,
@@ -99,10 +60,13 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
     return target
 
 
-def load_training_state(checkpoint: Path, device: torch.device) -> TrainingState:
-    """The state that `save_checkpoint` wrote; of it the multiplier is on `device`, the rest on the CPU."""
-    state = torch.load(_state_file(checkpoint), map_location="cpu", weights_only=True)
-    return TrainingState.from_state_dict(state, device)
+def load_training_state(checkpoint: Path) -> TrainingState:
+    """What `save_checkpoint` wrote, on the host."""
+    state = torch.load(checkpoint / "training_state" / "state.pt", map_location="cpu", weights_only=True)
+    if "dual" in state:  # of a version whose runs had one multiplier or none
+        dual, cache = state.pop("dual"), state.pop("cache")
+        state["constraints"] = [] if dual is None else [{"dual": dual, "cache": cache}]
+    return TrainingState(**state)
 
 
 def adopt_checkpoint(folder: StoragePath, source: Path) -> None:
@@ -123,7 +87,3 @@ def adopt_checkpoint(folder: StoragePath, source: Path) -> None:
 def checkpoint_step(checkpoint: StoragePath) -> int:
     """The steps done at a checkpoint."""
     return int(checkpoint.name.removeprefix("step_"))
-
-
-def _state_file(checkpoint: Path) -> Path:
-    return checkpoint / "training_state" / "state.pt"

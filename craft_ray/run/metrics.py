@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from craft_ray.config import CraftConfig
 from craft_ray.errors import DataError
 from craft_ray.method.step import StepMetrics
 
@@ -34,7 +32,8 @@ class HostSide:
 
     step: int
     lr: float
-    epsilon: float
+    epsilon: float | None
+    """None in plain fine-tuning."""
     step_s: float
     data_s: float
     with_retention: bool
@@ -43,8 +42,7 @@ class HostSide:
 class MetricsBuffer:
     """Numbers of the last steps; `flush` is the one place where the host waits for the device."""
 
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
+    def __init__(self) -> None:
         self._device: list[Tensor] = []
         self._host: list[HostSide] = []
 
@@ -70,7 +68,7 @@ class MetricsBuffer:
 
     def _record(self, row: list[float], host: HostSide) -> Record:
         numbers = dict(zip(FIELDS, row, strict=True))
-        retained, measured = self.mode != "baseline", host.with_retention
+        retained, measured = host.epsilon is not None, host.with_retention
         watched = [("train/loss", "task loss", "samples"), ("train/grad_norm", "gradient's norm", "samples")]
         if measured:
             watched.insert(1, ("craft/retention_loss", "retention loss", "anchors"))
@@ -87,7 +85,7 @@ class MetricsBuffer:
             "train/lr": host.lr,
             "craft/retention_loss": numbers["craft/retention_loss"] if measured else None,
             "craft/lambda": numbers["craft/lambda"] if retained else None,
-            "craft/epsilon": host.epsilon if retained else None,
+            "craft/epsilon": host.epsilon,
             "craft/grad_dot": numbers["craft/grad_dot"] if measured else None,
             "craft/grad_cos": _or_none(numbers["craft/grad_cos"]),
             "craft/conflict": bool(numbers["craft/conflict"]) if measured else None,
@@ -144,24 +142,6 @@ def validation_line(record: Record, steps: int) -> str:
     if "heldout/retention_loss" in record:
         parts.append(f"held-out L_ret={record['heldout/retention_loss']:.4g}")
     return " | ".join(parts)
-
-
-def described(craft: CraftConfig, layers: Sequence[int], positions: Sequence[str]) -> str:
-    """The settings of a constrained run in one line."""
-    what = "nats a token"
-    if craft.retention_mode == "hidden":
-        what = f"layers {list(layers)} at {', '.join(positions)}, {craft.loss_type}"
-    budget = f"ε {craft.epsilon_schedule} {craft.epsilon_start:g}"
-    if craft.epsilon_final != craft.epsilon_start:
-        budget += f" to {craft.epsilon_final:g}"
-    surgery = "projection off"
-    if craft.use_grad_projection:
-        surgery = f"projection {craft.projection_gate} below cosine {craft.conflict_threshold:g}"
-    return (
-        f"CRaFT is enabled: {craft.retention_mode} ({what}), every {craft.retention_freq} step(s), {budget}, λ from "
-        f"{craft.initial_lambda:g} by {craft.lambda_lr:g} up to {craft.lambda_max:g}, {craft.projection_mode} merge, "
-        f"{surgery}"
-    )
 
 
 def result_lines(result: dict[str, Any]) -> list[str]:

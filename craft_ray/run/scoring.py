@@ -11,13 +11,13 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from craft_ray.config import EvalSet
+from craft_ray.config import DataConfig, EvalSet
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.extras import require_lerobot
 from craft_ray.models.base import IGNORE, Features, Model
-from craft_ray.models.features import FeatureCache, Shelf
+from craft_ray.models.features import FeatureCache
 from craft_ray.workers import Workers
 
 HIGHER_IS_BETTER = {"exact_match": True, "choice": True, "perplexity": False, "success": True}
@@ -92,11 +92,21 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes:
     return source
 
 
+def source_identity(data: DataConfig, model: Model) -> tuple[str, str]:
+    """By what the features of a source are known in a feature cache. Rows are the same however many are read."""
+    return data.model_dump_json(exclude={"limit"}), model.preprocessor_fingerprint()
+
+
 class EvalData:
     """An evaluation set as a model reads it. What was preprocessed is kept: a run may look at it often."""
 
-    def __init__(self, model: Model, source: Source | Episodes, eval_set: EvalSet, shelf: Shelf | None = None) -> None:
+    def __init__(
+        self, model: Model, source: Source | Episodes, eval_set: EvalSet, features: FeatureCache | None = None
+    ) -> None:
         """
+        Args:
+            features: what earlier runs in this process have preprocessed.
+
         Raises:
             ConfigError: the model cannot read the data, or act in the simulator.
         """
@@ -107,7 +117,8 @@ class EvalData:
             model.check_source(self.source)
         else:
             self.episodes.check(model)
-        self._kept = FeatureCache[tuple[int, str | None]](self._make, shelf)
+        identity = () if eval_set.data is None else source_identity(eval_set.data, model)
+        self._features = (features or FeatureCache()).source(self._make, *identity)
 
     @property
     def source(self) -> Source:
@@ -123,11 +134,11 @@ class EvalData:
 
     def question(self, row: int) -> Features:
         """The prompt of a row."""
-        return self._kept[row, None]
+        return self._features((row, None))
 
     def answered(self, row: int, response: str | None = None) -> Features:
         """The prompt with its own response, or with another."""
-        return self._kept[row, str(self.source[row].response) if response is None else response]
+        return self._features((row, str(self.source[row].response) if response is None else response))
 
     def _make(self, key: tuple[int, str | None]) -> Features:
         row, response = key

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 
 from craft_ray.run.metrics import Record
-from craft_ray.run.training import Observer
+from craft_ray.run.observers import Observer
 
 
 class TensorBoardObserver:

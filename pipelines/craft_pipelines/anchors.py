@@ -46,12 +46,13 @@ from craft_ray.anchors.manifest import (
     write_plan,
 )
 from craft_ray.anchors.teacher import Teacher
-from craft_ray.anchors.verify import Agreement, check_files, reforward
+from craft_ray.anchors.verify import check_files
 from craft_ray.config import AnchorsConfig, Experiment, dump_config, parse_config
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError
 from craft_ray.models import load_model
 from craft_ray.quiet import quiet_libraries
+from craft_ray.retention.reproduction import Agreement, reforward
 from craft_ray.storage.files import clear_leftovers, readable_bytes
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, storage_path
@@ -324,9 +325,12 @@ def import_legacy(legacy: Path, config: Experiment, check: bool, say: Any = prin
     check_kept(folder, "craft.anchor_cache_dir")
     model = load_model(config.model, config.train.precision)
     shards = LegacyShards(legacy)
-    manifest, agreement = import_shards(shards, folder, config, model, CHECKED_ROWS if check else 0)
-    if agreement is not None:
-        say_agreement(say, agreement)
+
+    def reproduced(written: StoragePath, manifest: Manifest) -> None:
+        if check:
+            say_agreement(say, reforward(written, manifest, config, model, CHECKED_ROWS))
+
+    manifest = import_shards(shards, folder, config, model, reproduced)
     say(
         f"anchor cache complete: {manifest.identity.rows} anchors from {len(shards.files)} legacy shards, "
         f"{manifest.vectors} vectors, {readable_bytes(manifest.bytes)}; it is in {folder}"

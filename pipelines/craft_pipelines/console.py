@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from craft_ray.run.metrics import Record, console_line, result_lines, validation_line
-from craft_ray.run.training import Observer
+from craft_ray.run.observers import Observer
 from craft_ray.storage.files import append_text
 from craft_ray.storage.paths import ObjectPath, StoragePath
 

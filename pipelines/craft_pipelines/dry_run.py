@@ -13,7 +13,8 @@ from craft_pipelines.train import check_inputs, check_new, resources, run_name
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import ConfigError
 from craft_ray.run.folder import RunFolder
-from craft_ray.run.training import HELD_OUT, Run, eval_sets
+from craft_ray.run.held_out import SECTIONS, eval_sets
+from craft_ray.run.training import Run
 from craft_ray.storage.paths import storage_path
 from craft_ray.workers import OneWorker
 
@@ -47,9 +48,9 @@ def dry_run(config: Experiment) -> None:
             run = Run(
                 config.changed({"train.log_every": 1}), RunFolder(Path(scratch) / "run"), OneWorker(device), observer
             )
-            for section in HELD_OUT:
+            for section in SECTIONS:
                 for skill, eval_set in eval_sets(config, section):
-                    run.eval_data(section, skill, eval_set)
+                    run.held_out.data(section, skill, eval_set)
             run.loop(until=STEPS)
             run.close()
         finally:

@@ -17,11 +17,11 @@ from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
-from craft_ray.models.features import Shelves
+from craft_ray.models.features import FeatureCache
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.held_out import eval_sets
 from craft_ray.run.scoring import Episodes, EvalData, Score, open_eval_set
 from craft_ray.run.scoring import evaluate as score
-from craft_ray.run.training import eval_sets
 from craft_ray.storage.files import write_atomically
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import StoragePath
@@ -63,7 +63,7 @@ def evaluate(
         raise ConfigError("the config names nothing to score on: add evaluation.old or evaluation.new")
     device = _device(config)
     torch.set_num_threads(config.workers.threads)
-    shelves = Shelves()
+    features = FeatureCache()  # what one model has preprocessed the next one reads: they share the processor
     vocabulary: int | None = None
     done = []
     for label, folder in {TEACHER: None, **folders}.items():
@@ -73,7 +73,7 @@ def evaluate(
         if config.model.kind != "lerobot":  # a policy is built from its own config, so other sizes do not load
             vocabulary = vocabulary or vocabulary_size(model)
             _check_vocabulary(vocabulary_size(model), vocabulary, path, config)
-        done.append(Scored(label, path, model.weights_fingerprint(), _scores(config, model, sources, shelves)))
+        done.append(Scored(label, path, model.weights_fingerprint(), _scores(config, model, sources, features)))
         del model
         gc.collect()  # the samples that a model has read hold on to it in a circle, and the next one needs the memory
     for line in lines(done):
@@ -159,15 +159,12 @@ def _check_vocabulary(found: int, expected: int, path: str, config: Experiment) 
 
 
 def _scores(
-    config: Experiment, model: Model, sources: Mapping[str, Source | Episodes], shelves: Shelves
+    config: Experiment, model: Model, sources: Mapping[str, Source | Episodes], features: FeatureCache
 ) -> dict[str, Score]:
     found = {}
     for skill, eval_set in eval_sets(config, "evaluation"):
-        # What one model has preprocessed the next one reads: they share the processor.
-        how = (skill, model.preprocessor_fingerprint())
-        shelf = None if eval_set.data is None else shelves.of(*how)
         torch.manual_seed(config.seed)  # the same for every model, where a policy draws its actions
-        found[skill] = score(EvalData(model, sources[skill], eval_set, shelf), OneWorker(model.device))
+        found[skill] = score(EvalData(model, sources[skill], eval_set, features), OneWorker(model.device))
     return found
 
 

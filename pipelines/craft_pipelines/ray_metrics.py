@@ -18,7 +18,7 @@ import ray
 from ray.util.metrics import Counter, Gauge
 
 from craft_ray.run.metrics import Record
-from craft_ray.run.training import Observer
+from craft_ray.run.observers import Observer
 from craft_ray.storage.paths import StoragePath
 
 REFRESH_S = 4.0

@@ -30,11 +30,11 @@ from craft_pipelines.session import check_resources, join, quiet_ray
 from craft_pipelines.stop_signal import StopSignal
 from craft_pipelines.storage_check import check_shared
 from craft_ray.anchors.manifest import read_manifest
+from craft_ray.anchors.matching import select
 from craft_ray.anchors.reader import check_shards, check_sizes
 from craft_ray.config import Experiment, WorkersConfig, dump_config, parse_config
 from craft_ray.errors import ConfigError, CraftError, Interrupted, StorageError
 from craft_ray.quiet import quiet_libraries
-from craft_ray.retention.student import asked_of
 from craft_ray.run.folder import RunFolder, command_line
 from craft_ray.run.mirror import mirrored_folder
 from craft_ray.run.training import training
@@ -117,7 +117,7 @@ def check_inputs(config: Experiment) -> None:
     if config.craft.enabled and config.craft.anchor_cache_dir is not None:
         folder = storage_path(config.craft.anchor_cache_dir)
         manifest = read_manifest(folder)
-        asked_of(folder, manifest.identity, config)
+        select(folder, manifest.identity, config)
         # What lies in an object store is checked where it is fetched: by the nodes that train.
         check = check_sizes if isinstance(folder, ObjectPath) else check_shards
         check(folder, manifest)

@@ -25,7 +25,7 @@ from craft_ray.config import Experiment
 from craft_ray.data.source import open_source
 from craft_ray.errors import DataError, StorageError
 from craft_ray.models import load_model
-from craft_ray.retention.batches import AnchorBatches
+from craft_ray.retention.hidden import Hidden
 from tests.support.caches import built, cache_folder, prompts, shards, table, text_experiment
 from tests.support.experiments import Digits
 
@@ -133,14 +133,14 @@ def test_float16_halves_the_hidden_states_and_costs_less_than_a_millionth(text: 
     for config, bound in ((text, 1e-6), (full, 1e-10)):
         batches = student(config)
         with torch.no_grad():
-            assert batches.loss(batches.batch(range(20)), "relative_mse") < bound
+            assert batches.loss(batches.batch(range(20))) < bound
 
 
-def student(config: Experiment) -> AnchorBatches:
+def student(config: Experiment) -> Hidden:
     anchors = open_anchors(cache_folder(config))
     identity = anchors.identity
     model = load_model(config.model, config.train.precision)
-    return AnchorBatches(model, anchors, "hidden", identity.layers, identity.positions)
+    return Hidden(model, anchors, identity.layers, identity.positions)
 
 
 def test_every_parquet_reader_finds_the_same_values(text: Experiment) -> None:

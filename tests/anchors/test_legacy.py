@@ -20,9 +20,10 @@ from craft_ray.config import Experiment
 from craft_ray.data.source import open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError, StorageError
 from craft_ray.models.base import IGNORE, Model
-from craft_ray.retention.student import check_untouched, open_for_student
+from craft_ray.retention.constraint import open_mode
 from craft_ray.run.folder import RunFolder
-from craft_ray.run.training import NullObserver, train
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import train
 from craft_ray.workers import OneWorker
 from tests.support.caches import cache_folder, prompts, shards, table, teacher, text_experiment
 from tests.support.experiments import Digits
@@ -144,8 +145,8 @@ def test_an_imported_cache_holds_every_row_and_trains(
 
     for mode in ("hidden", "token_ce"):
         run = config.changed({"craft.retention_mode": mode, "craft.epsilon_start": 0.01})
-        student = open_for_student(run, model, model.weights_fingerprint())
-        check_untouched(student, range(ROWS), 4, OneWorker())
+        student = open_mode(run, model, model.weights_fingerprint())
+        student.check_untouched(range(ROWS), 4)
         records = trained(run, tmp_path / mode)
         assert len(records) == config.train.steps
     # Starting it again finds it.
@@ -221,9 +222,9 @@ def test_vectors_that_the_teacher_does_not_give_are_refused(pictures: Experiment
     refused(pictures, tmp_path, CacheRefused, 4, "anchor shard_001:", "float16 storage explains 1e-06")
     imported(pictures, tmp_path, check=False)
     model = teacher(pictures)
-    student = open_for_student(pictures, model, model.weights_fingerprint())
+    student = open_mode(pictures, model, model.weights_fingerprint())
     with pytest.raises(CacheRefused, match="away from the cached teacher"):
-        check_untouched(student, range(ROWS), 4, OneWorker())  # training would have found it, too
+        student.check_untouched(range(ROWS), 4)  # training would have found it, too
 
 
 def test_labels_that_are_not_the_teachers_are_refused_unless_they_are_called_so(

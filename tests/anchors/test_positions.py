@@ -17,9 +17,8 @@ from craft_ray.config import Experiment, Precision
 from craft_ray.errors import ConfigError
 from craft_ray.method.pooling import is_mean, token_positions
 from craft_ray.models.base import Features, Model
-from craft_ray.retention.batches import AnchorBatches
-from craft_ray.retention.student import check_untouched, open_for_student
-from craft_ray.workers import OneWorker
+from craft_ray.retention.constraint import open_mode
+from craft_ray.retention.hidden import Hidden
 from tests.support.caches import built, cache_folder, prompts, table, teacher, text_experiment
 
 LENGTHS = [3, 9, 1, 14, 6, 2, 30, 5, 8, 12, 4, 7, 1, 22, 3, 10]
@@ -85,16 +84,16 @@ def test_padded_and_packed_teachers_and_the_student_agree(
         config = experiment(text_model, tmp_path, pack_tokens, precision)
         built(config)
         model = teacher(config)
-        student = open_for_student(config, model, model.weights_fingerprint())
+        student = open_mode(config, model, model.weights_fingerprint())
+        assert isinstance(student, Hidden)
         batch = student.batch(range(len(LENGTHS)))
-        assert batch.teacher is not None
         with torch.no_grad():
             ours = student.student_vectors(batch)
         assert torch.equal(ours.valid_BV, batch.teacher.valid_BV)
         apart = (ours.values_BLVD.float() - batch.teacher.values_BLVD).square().sum(-1)
         relative = apart / batch.teacher.values_BLVD.square().sum(-1)
         assert relative.transpose(1, 2)[ours.valid_BV].max() < bound
-        check_untouched(student, range(len(LENGTHS)), 4, OneWorker())
+        student.check_untouched(range(len(LENGTHS)), 4)
 
 
 def test_suffix_tokens_are_those_that_each_prompt_alone_generates(text_model: Path, tmp_path: Path) -> None:
@@ -137,10 +136,8 @@ def test_a_choice_of_layers_and_positions_reads_their_vectors(text_model: Path, 
     config = experiment(text_model, tmp_path, None)
     built(config)
     model = teacher(config)
-    everything = AnchorBatches(model, open_anchors(cache_folder(config)), "hidden", LAYERS, POSITIONS)
-    some = open_for_student(
-        config.changed({"craft.layers": [-1, 0], "craft.positions": ["last_token", "all"]}), model, None
-    )
+    everything = Hidden(model, open_anchors(cache_folder(config)), LAYERS, POSITIONS)
+    some = open_mode(config.changed({"craft.layers": [-1, 0], "craft.positions": ["last_token", "all"]}), model, None)
     rows = [4, 2, 9]
     full, chosen = everything.teacher_vectors(rows), some.teacher_vectors(rows)
     most = int(full.valid_BV.shape[1])
@@ -151,7 +148,7 @@ def test_a_choice_of_layers_and_positions_reads_their_vectors(text_model: Path, 
     assert torch.equal(chosen.values_BLVD[:, 1, 1:], full.values_BLVD[:, 0, :longest])
     assert longest < most
     with torch.no_grad():
-        assert some.loss(some.batch(rows), "relative_mse") < 1e-9
+        assert some.loss(some.batch(rows)) < 1e-9
 
 
 # -- reading

@@ -16,11 +16,11 @@ import torch
 from craft_pipelines import cli
 
 from craft_ray.anchors.manifest import read_manifest
-from craft_ray.anchors.verify import check_files, reforward
+from craft_ray.anchors.verify import check_files
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import CacheRefused, ConfigError, CraftError, DataError
-from craft_ray.retention.student import check_untouched, open_for_student
-from craft_ray.workers import OneWorker
+from craft_ray.retention.constraint import open_mode
+from craft_ray.retention.reproduction import reforward
 from tests.support.caches import built, cache_folder, json_lines, prompts, shards, teacher, text_experiment
 from tests.support.experiments import Digits
 
@@ -44,8 +44,8 @@ def config(whole: Experiment, tmp_path: Path) -> Experiment:
 def open_as_student(config: Experiment) -> None:
     """What a run does before its first step."""
     model = teacher(config)
-    anchors = open_for_student(config, model, model.weights_fingerprint())
-    check_untouched(anchors, range(8), 4, OneWorker())
+    anchors = open_mode(config, model, model.weights_fingerprint())
+    anchors.check_untouched(range(8), 4)
 
 
 def refused(config: Experiment, error: type[CraftError], exit_code: int, *both_sides: str) -> None:
@@ -181,9 +181,9 @@ def test_a_student_that_drops_out(config: Experiment) -> None:
     model = teacher(config)
     for layer in model.module.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    anchors = open_for_student(config, model, model.weights_fingerprint())
+    anchors = open_mode(config, model, model.weights_fingerprint())
     with pytest.raises(CacheRefused) as caught:
-        check_untouched(anchors, range(8), 4, OneWorker())
+        anchors.check_untouched(range(8), 4)
     told(caught.value, 4, "away from the cached teacher", "float16 storage explains 1e-06", "dropout")
 
 
@@ -191,7 +191,7 @@ def test_a_cache_too_small_to_hold_some_out(text_model: Path, tmp_path: Path) ->
     config = text_experiment(text_model, prompts(tmp_path / "one.jsonl", [3]), tmp_path)
     built(config)
     model = teacher(config)
-    anchors = open_for_student(config, model, None).anchors
+    anchors = open_mode(config, model, None).anchors
     with pytest.raises(CacheRefused) as caught:
         anchors.split(0.2)
     told(caught.value, 4, "has 1 anchors", "craft.anchor_holdout")

@@ -30,7 +30,8 @@ from craft_ray.lerobot.size import SIZE_FILE, sized
 from craft_ray.lerobot.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, write_text_tokenizer
 from craft_ray.models import load_model
 from craft_ray.run.folder import RunFolder
-from craft_ray.run.training import NullObserver, train
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import train
 from craft_ray.workers import OneWorker
 from tests.support.robots import TASKS, small_policy, small_size, smooth_chunks, write_dataset
 

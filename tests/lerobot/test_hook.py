@@ -161,12 +161,11 @@ def test_a_strong_constraint_holds_the_policy_back(world: Path, tmp_path: Path) 
 
 
 def _retention(config: Experiment, folder: Path) -> float:
-    from craft_ray.retention.student import heldout_loss, open_for_student
+    from craft_ray.retention.constraint import mean_loss, open_mode
     from craft_ray.workers import OneWorker
 
     model = load_model(config.model, "fp32", weights=str(folder))
-    anchors = open_for_student(config, model, None)
-    return heldout_loss(anchors, range(12), 4, "relative_mse", OneWorker())
+    return mean_loss(open_mode(config, model, None), range(12), 4, OneWorker())
 
 
 def test_the_teachers_statistics_stay_and_the_checkpoint_is_a_teacher(world: Path, tmp_path: Path) -> None:

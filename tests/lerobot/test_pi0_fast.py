@@ -29,7 +29,7 @@ from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.reader import open_anchors
 from craft_ray.anchors.schema import STEP0_AGREEMENT
-from craft_ray.anchors.verify import check_files, reforward
+from craft_ray.anchors.verify import check_files
 from craft_ray.config import DataConfig, EvalSet, Experiment, ModelConfig, parse_config
 from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
@@ -41,11 +41,13 @@ from craft_ray.lerobot.size import sized
 from craft_ray.method.pooling import Vectors
 from craft_ray.models import load_model
 from craft_ray.models.base import IGNORE
-from craft_ray.retention.batches import AnchorBatches
-from craft_ray.retention.student import check_untouched
+from craft_ray.retention.hidden import Hidden
+from craft_ray.retention.reproduction import reforward
+from craft_ray.retention.token_ce import TokenCE
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.observers import NullObserver
 from craft_ray.run.scoring import EvalData, evaluate, open_eval_set
-from craft_ray.run.training import NullObserver, train
+from craft_ray.run.training import train
 from craft_ray.workers import OneWorker
 from tests.support.robots import TASKS, small_policy, smooth_chunks, write_dataset
 
@@ -584,9 +586,8 @@ def test_an_untouched_student_gives_what_is_in_the_cache(
         assert agreement.distance < 1e-7
         assert agreement.equal_tokens == (agreement.tokens or 0)
     anchors = open_anchors(folder, manifest)
-    for mode in ("hidden", "token_ce"):
-        batches = AnchorBatches(student, anchors, mode, manifest.identity.layers, POSITIONS)
-        check_untouched(batches, range(15), 4, OneWorker())
+    Hidden(student, anchors, manifest.identity.layers, POSITIONS).check_untouched(range(15), 4)
+    TokenCE(student, anchors).check_untouched(range(15), 4)
     assert student.module.training
 
 

@@ -34,7 +34,8 @@ from craft_ray.method.pooling import Vectors
 from craft_ray.models import load_model
 from craft_ray.models.base import disable_dropout
 from craft_ray.run.folder import RunFolder
-from craft_ray.run.training import NullObserver, train
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import train
 from craft_ray.workers import OneWorker
 from tests.support.robots import TASKS, write_dataset
 from tests.support.robots_others import (

@@ -35,7 +35,8 @@ from craft_ray.lerobot.size import sized
 from craft_ray.lerobot.tokenizers import TEXT_TOKENIZER, write_text_tokenizer
 from craft_ray.models import load_model
 from craft_ray.run.folder import RunFolder
-from craft_ray.run.training import NullObserver, Run
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import Run
 from craft_ray.workers import OneWorker
 from tests.support.robots import small_policy, write_dataset
 from tests.support.robots_others import small_act

@@ -16,7 +16,7 @@ def compare(task: Tensor, retention: Tensor, parts: tuple[int, ...]) -> Gram:
     pair = GradientPair(named(parameters))
     for row, gradient in ((TASK, task), (RETENTION, retention)):
         pair.backward(row, linear_loss(parameters, gradient.split(parts)), [Terms()], ONE)
-    return pair.compare()
+    return pair.gram()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -24,12 +24,12 @@ def compare(task: Tensor, retention: Tensor, parts: tuple[int, ...]) -> Gram:
 def test_equals_float64_whatever_the_lengths(parts: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     task, retention = torch.randn(2, sum(parts)).to(dtype)
-    angle, t, r = compare(task, retention, parts), task.double(), retention.double()
+    gram, t, r = compare(task, retention, parts), task.double(), retention.double()
     scale = (t.norm() * r.norm()).item()
-    assert angle.dot.item() == pytest.approx((t @ r).item(), abs=1e-6 * scale)
-    assert angle.task_sq.item() == pytest.approx((t @ t).item(), rel=1e-6)
-    assert angle.retention_sq.item() == pytest.approx((r @ r).item(), rel=1e-6)
-    assert angle.cos.item() == pytest.approx((t @ r).item() / scale, abs=1e-6)
+    assert gram.dot.item() == pytest.approx((t @ r).item(), abs=1e-6 * scale)
+    assert gram.task_sq.item() == pytest.approx((t @ t).item(), rel=1e-6)
+    assert gram.retention_sq.item() == pytest.approx((r @ r).item(), rel=1e-6)
+    assert gram.cos.item() == pytest.approx((t @ r).item() / scale, abs=1e-6)
 
 
 def test_a_long_sum_keeps_its_small_terms() -> None:
@@ -41,10 +41,10 @@ def test_a_long_sum_keeps_its_small_terms() -> None:
     exact_dot, exact_sq = (1 << 22) - 1 - 2**24, (1 << 22) - 1 + 2**24
     naive = np.add.accumulate((task * task).numpy(), dtype=np.float32)[-1]
     assert abs(naive / exact_sq - 1) > 0.1
-    angle = compare(task, retention, (1 << 20, 3 << 20))
-    assert angle.dot.item() == pytest.approx(exact_dot, rel=1e-4)
-    assert angle.task_sq.item() == pytest.approx(exact_sq, rel=1e-4)
-    assert angle.cos.item() == pytest.approx(exact_dot / exact_sq, abs=1e-4)
+    gram = compare(task, retention, (1 << 20, 3 << 20))
+    assert gram.dot.item() == pytest.approx(exact_dot, rel=1e-4)
+    assert gram.task_sq.item() == pytest.approx(exact_sq, rel=1e-4)
+    assert gram.cos.item() == pytest.approx(exact_dot / exact_sq, abs=1e-4)
 
 
 def test_the_cosine_of_a_gradient_with_itself_is_one() -> None:

@@ -147,10 +147,10 @@ def test_types_may_be_mixed() -> None:
     pair = GradientPair(named(parameters))
     pair.backward(TASK, linear_loss(parameters, task), [Terms()], ONE)
     pair.backward(RETENTION, linear_loss(parameters, retention), [Terms()], ONE)
-    angle = pair.compare()
+    gram = pair.gram()
     flat_t, flat_r = (torch.cat([g.double() for g in side]) for side in (task, retention))
-    assert angle.dot.item() == pytest.approx(torch.dot(flat_t, flat_r).item(), rel=1e-6)
-    assert angle.task_sq.item() == pytest.approx(flat_t.square().sum().item(), rel=1e-6)
+    assert gram.dot.item() == pytest.approx(torch.dot(flat_t, flat_r).item(), rel=1e-6)
+    assert gram.task_sq.item() == pytest.approx(flat_t.square().sum().item(), rel=1e-6)
     pair.combine(1.0, torch.tensor(0.5, dtype=torch.float64))
     pair.assign_grads(ONE)
     for p, t, r in zip(parameters, task, retention, strict=True):

@@ -14,7 +14,7 @@ from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import GradientPair
 from craft_ray.method.pooling import Layout, Pooling
 from craft_ray.method.step import craft_step
-from craft_ray.retention.losses import hidden_loss
+from craft_ray.retention.hidden import hidden_loss
 from tests.support.worlds import ONE, Batch, batch, craft_config, mlp
 
 LOOKING = ("_local_scalar_dense", "is_nonzero", "nonzero", "aten.equal", "masked_select", "unique")

@@ -18,7 +18,7 @@ from craft_pipelines.anchors import build
 from craft_pipelines.ray_metrics import COUNTERS, GAUGES, RayMetrics, run_tag, standing
 from craft_pipelines.train import carry_out, plan_run
 
-from craft_ray.run.training import NullObserver
+from craft_ray.run.observers import NullObserver
 from tests.support.experiments import ANSWERED, Digits
 
 GRAFANA = Path(__file__).parents[2] / "cluster" / "grafana"

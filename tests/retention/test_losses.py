@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from craft_ray.method.pooling import Vectors
-from craft_ray.retention.losses import hidden_loss, token_loss
+from craft_ray.models.losses import token_loss
+from craft_ray.retention.hidden import hidden_loss
 
 LOSSES = ("relative_mse", "mse", "cosine", "l1")
 

@@ -20,7 +20,8 @@ from craft_ray.report.html import write_report
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
 from craft_ray.run.mirror import mirrored_folder
-from craft_ray.run.training import NullObserver, Run, train
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import Run, train
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree
 from craft_ray.sweep.space import parse_space

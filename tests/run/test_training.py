@@ -27,12 +27,14 @@ from craft_ray.data.source import open_source
 from craft_ray.errors import CacheRefused, ConfigError, DataError, StorageError
 from craft_ray.models import load_model
 from craft_ray.models.base import Features
-from craft_ray.models.features import Shelves
+from craft_ray.models.features import FeatureCache
 from craft_ray.models.huggingface import VisionLanguageModel
 from craft_ray.run.checkpoint import TrainingState, save_checkpoint
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import console_line, validation_line
-from craft_ray.run.training import TASK_STREAM, NullObserver, Run, learning_rate, train, training
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.optimization import learning_rate
+from craft_ray.run.training import TASK_STREAM, Run, train, training
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.tracking.tensorboard import TensorBoardObserver
 from craft_ray.workers import OneWorker
@@ -143,7 +145,7 @@ def test_the_teachers_score_belongs_to_its_preprocessing_and_moves_with_the_run(
     begun = RunFolder(tmp_path / "runs" / "begun")
     begun.begin(config, ["test"])
     run = Run(config, begun, OneWorker(), NullObserver())
-    run.evaluate_before()
+    run.held_out.score_teacher()
     run.loop(until=3)
     moved = RunFolder(tmp_path / "elsewhere" / "moved")
     moved.path.parent.mkdir()
@@ -157,7 +159,7 @@ def test_pruning_keeps_the_newest_checkpoint_beyond_a_million_steps(
 ) -> None:
     model = load_model(digits.experiment(cached).model, "fp32")
     for step in (999_998, 999_999, 1_000_000):
-        save_checkpoint(tmp_path / "checkpoints", model, TrainingState(step, {}, None, [], None), keep=2)
+        save_checkpoint(tmp_path / "checkpoints", model, TrainingState(step, {}, [], []), keep=2)
     assert last_checkpoint(tmp_path / "checkpoints").name == "step_1000000"
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == ["step_1000000", "step_999999"]
     shutil.rmtree(tmp_path / "checkpoints" / "step_1000000")
@@ -264,7 +266,8 @@ from pathlib import Path
 from craft_ray.config import load_config
 from craft_ray.errors import StorageError
 from craft_ray.run.folder import RunFolder
-from craft_ray.run.training import Run, NullObserver, train
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import Run, train
 from craft_ray.workers import OneWorker
 sys.path.insert(0, {root!r})
 config = load_config({config!r})
@@ -451,8 +454,8 @@ def test_runs_of_one_process_share_what_is_preprocessed(
         return preprocess(self, sample, *rest)
 
     monkeypatch.setattr(VisionLanguageModel, "preprocess", counted)
-    shelves, losses = Shelves(), []
-    for name, shared in (("first", shelves), ("second", shelves), ("alone", None)):
+    features, losses = FeatureCache(), []
+    for name, shared in (("first", features), ("second", features), ("alone", None)):
         before = len(made)
         folder = RunFolder(tmp_path / name / "run")
         list(training(config, folder, OneWorker(), NullObserver(), shared))
@@ -462,5 +465,5 @@ def test_runs_of_one_process_share_what_is_preprocessed(
 
     other = config.changed({"model.append_eos": False, "craft": {"enabled": False}, "evaluation": {}})
     before = len(made)
-    list(training(other, RunFolder(tmp_path / "other" / "run"), OneWorker(), NullObserver(), shelves))
+    list(training(other, RunFolder(tmp_path / "other" / "run"), OneWorker(), NullObserver(), features))
     assert len(made) > before, "another way to read the same data has features of its own"

@@ -27,7 +27,8 @@ from craft_ray.errors import ConfigError, CraftError
 from craft_ray.run.checkpoint import checkpoint_step
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
-from craft_ray.run.training import NullObserver, Run, train, training
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import Run, train, training
 from craft_ray.statistics import mean_bound
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.sweep.objective import judge
@@ -240,7 +241,7 @@ class Lost(Exception):
 @pytest.mark.parametrize(
     ("moment", "step"),
     [
-        *(((Run, "look"), step) for step in (4, 6)),
+        *(((Run, "validate"), step) for step in (4, 6)),
         *(((TrialFolder, "add_report"), step) for step in (4, 6)),
         ((TrialFolder, "end"), 6),
     ],

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from craft_ray.config import SQLITE, TrackingConfig
 from craft_ray.errors import ConfigError, Interrupted, StorageError
 from craft_ray.run.metrics import Record
-from craft_ray.run.training import NullObserver
+from craft_ray.run.observers import NullObserver
 from craft_ray.tracking import STATUS, Status, Tracker, TrackingObserver, flatten, open_trackers, without_credentials
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*")

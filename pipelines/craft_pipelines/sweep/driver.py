@@ -26,12 +26,12 @@ from craft_pipelines.sweep.tracking import SweepTracking
 from craft_pipelines.sweep.trial import TRIAL, CraftTrial
 from craft_pipelines.train import check_inputs, differences, resources
 from craft_ray.anchors.manifest import is_complete, read_manifest
+from craft_ray.anchors.matching import select
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError, CraftError, Interrupted
-from craft_ray.retention.student import asked_of
 from craft_ray.run.folder import command_line
+from craft_ray.run.held_out import eval_sets
 from craft_ray.run.scoring import open_eval_set
-from craft_ray.run.training import eval_sets
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, remove_tree, storage_path
 from craft_ray.sweep.html import write_sweep_report
@@ -220,7 +220,7 @@ def check_cache(plan: Plan) -> None:
 
     def held(config: Experiment) -> None:
         if config.craft.enabled:
-            asked_of(cache, identity, config)
+            select(cache, identity, config)
 
     check_space(plan.space, plan.config, held)
 

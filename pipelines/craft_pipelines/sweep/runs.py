@@ -15,17 +15,18 @@ from craft_pipelines.ray_metrics import RayMetrics
 from craft_pipelines.stop_signal import StopSignal
 from craft_pipelines.train import PlannedRun, fit
 from craft_ray.config import Experiment
-from craft_ray.models.features import Shelves
+from craft_ray.models.features import FeatureCache
 from craft_ray.run.checkpoint import checkpoint_step
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
 from craft_ray.run.mirror import mirrored_folder
-from craft_ray.run.training import NullObserver, training
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import training
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.tracking.tensorboard import TensorBoardObserver
 from craft_ray.workers import OneWorker
 
-SHELVES = Shelves()
+FEATURES = FeatureCache()
 """Preprocessed samples outlive a trial: the next one of this process reads the same."""
 Looks = Callable[[Experiment, RunFolder], Generator[Record]]
 
@@ -39,7 +40,7 @@ def in_process(config: Experiment, folder: RunFolder) -> Generator[Record]:
         RayMetrics(folder.path, config.arm, config.train.steps, NullObserver(), enabled=True) as measured,
         TensorBoardObserver(copy.disk / "tensorboard", measured, enabled=True) as observer,
     ):
-        yield from training(config, copy, workers, observer, SHELVES)
+        yield from training(config, copy, workers, observer, FEATURES)
 
 
 def on_trainer(config: Experiment, folder: RunFolder) -> Generator[Record]:

@@ -1,0 +1,79 @@
+"""Does a cache belong to this run: its teacher, its preprocessing, and the layers and positions that the run wants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from craft_ray.anchors.manifest import LAYER_DEFINITION, Identity
+from craft_ray.config import Experiment
+from craft_ray.errors import CacheRefused
+from craft_ray.models.base import Model, resolve_layers
+from craft_ray.storage.paths import StoragePath
+
+
+def check_model(
+    folder: StoragePath, found: Identity, config: Experiment, model: Model, teacher_weights: str | None
+) -> None:
+    """Refuse a cache of another teacher, preprocessor or arithmetic than this model's.
+
+    The source and the selection are compared by `craft-ray anchors build` only: training needs none of the
+    anchors' files, they are in the cache.
+
+    Args:
+        teacher_weights: hash of the untouched student's weights; None where the student is no longer the teacher.
+
+    Raises:
+        CacheRefused: naming both sides of the first difference.
+    """
+    remedy = f"build the cache again for this model, or name the one that belongs to it (it is {folder})"
+    for what, ours, theirs in (
+        ("teacher (hash of its weights)", teacher_weights or found.teacher, found.teacher),
+        ("kind of model", model.kind, found.kind),
+        ("preprocessor (hash)", model.preprocessor_fingerprint(), found.preprocessor),
+        ("arithmetic of the forward pass", config.train.precision, found.precision),
+        ("hidden states of the model", model.num_hidden_states, found.num_hidden_states),
+        ("width", model.hidden_size, found.hidden_size),
+        ("definition of layers", LAYER_DEFINITION, found.layer_definition),
+    ):
+        if ours != theirs:
+            raise CacheRefused(f"the cache was built with another {what}: cache {theirs}, this run {ours}; {remedy}")
+
+
+def select(folder: StoragePath, found: Identity, config: Experiment) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The layers and positions of a cache that a config anchors.
+
+    Raises:
+        CacheRefused: the cache does not hold them, or not this retention mode.
+    """
+    craft, layers, positions = config.craft, found.layers, found.positions
+    _check_contains(folder, "mode", [craft.retention_mode], found.modes)
+    if craft.retention_mode == "hidden":
+        layers = _wanted_layers(config, found)
+        positions = craft.positions or (config.anchors and config.anchors.positions) or positions
+        _check_contains(folder, "layers", layers, found.layers)
+        _check_contains(folder, "positions", positions, found.positions)
+    return layers, positions
+
+
+def _wanted_layers(config: Experiment, found: Identity) -> tuple[int, ...]:
+    asked = config.craft.layers or (config.anchors and config.anchors.layers)
+    if not asked:
+        return found.layers
+    try:
+        return resolve_layers(asked, found.num_hidden_states)
+    except ValueError as error:
+        raise CacheRefused(str(error)) from None
+
+
+def _check_contains(folder: StoragePath, what: str, wanted: Sequence[object], held: Sequence[object]) -> None:
+    """Refuse a cache that lacks a mode, a layer or a position."""
+    lacking = [w for w in wanted if w not in held]
+    if lacking:
+        raise CacheRefused(
+            f"the cache in {folder} holds {what} {_listed(held)}, this run asks for {_listed(wanted)}: change the "
+            f"config, or build a cache with {_listed(lacking)}"
+        )
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items)) or "none"

@@ -1,0 +1,197 @@
+"""A constraint holds one old skill: L_ret(theta) <= epsilon on its anchors.
+
+It owns everything that belongs to the skill: the cached anchors, which of them training never sees, the order in which
+the others are drawn, the budget and its multiplier, and the certificate at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from craft_ray.anchors.manifest import read_manifest
+from craft_ray.anchors.matching import check_model, select
+from craft_ray.anchors.reader import open_anchors
+from craft_ray.config import Experiment
+from craft_ray.data.sampler import StepSampler
+from craft_ray.errors import CacheRefused, DataError
+from craft_ray.method.dual import DualState, epsilon_at
+from craft_ray.models.base import Model
+from craft_ray.models.features import FeatureCache
+from craft_ray.retention import MODES
+from craft_ray.retention.mode import RetentionMode, Terms, batches_of
+from craft_ray.storage.paths import storage_path
+from craft_ray.workers import Workers
+
+ANCHOR_STREAM = 1
+"""Keeps the order of the anchors apart from that of the task's samples (stream 0) under one seed."""
+STEP0_ANCHORS = 64
+
+
+def open_mode(
+    config: Experiment, model: Model, teacher_weights: str | None, features: FeatureCache | None = None
+) -> RetentionMode[Any]:
+    """The retention mode of a run on its cache, after every check that the cache's identity allows.
+
+    Args:
+        teacher_weights: hash of the untouched student's weights; None on resume, where it is no longer the teacher
+            and the checkpoint names the cache instead.
+        features: preprocessed anchors of earlier runs in this process.
+
+    Raises:
+        CacheRefused: the cache is of another teacher or preprocessor, or lacks what the config asks for.
+        ConfigError: the model cannot be held to such anchors.
+    """
+    craft = config.craft
+    assert craft.anchor_cache_dir is not None
+    folder = storage_path(craft.anchor_cache_dir)
+    manifest = read_manifest(folder)
+    check_model(folder, manifest.identity, config, model, teacher_weights)
+    layers, positions = select(folder, manifest.identity, config)
+    if craft.enabled:
+        model.check_anchors([craft.retention_mode], positions)
+    anchors = open_anchors(folder, manifest)
+    return MODES[craft.retention_mode].open(craft, model, anchors, layers, positions, features or FeatureCache())
+
+
+class Constraint:
+    """One old skill. Where `craft.enabled` is off it is only measured: it has no multiplier and gives no batches.
+
+    Args:
+        mode: how the skill's loss is measured, on its cache.
+    """
+
+    def __init__(self, config: Experiment, mode: RetentionMode[Any], workers: Workers) -> None:
+        self.craft = config.craft
+        self.mode = mode
+        self.fingerprint = mode.anchors.fingerprint
+        self.train_rows, self.heldout_rows = mode.anchors.split(self.craft.anchor_holdout)
+        self.dual = DualState.start(self.craft, workers.device) if self.craft.enabled else None
+        self._workers = workers
+        self._steps = config.train.steps
+        self._micro_batches = config.train.accumulate
+        self._sampler = StepSampler(len(self.train_rows), self.craft.anchor_batch_size, config.seed, ANCHOR_STREAM)
+        self._heldout: tuple[int, float] | None = None
+        self.noise_floor = mode.noise_floor(self.train_rows[:STEP0_ANCHORS])
+
+    @property
+    def held(self) -> bool:
+        """Whether training is held to the budget, rather than measured by it."""
+        return self.dual is not None
+
+    def check_untouched(self) -> None:
+        """
+        Raises:
+            CacheRefused: the untouched student does not reproduce the cache.
+        """
+        if self.held:
+            self.mode.check_untouched(self.train_rows[:STEP0_ANCHORS], self.craft.anchor_batch_size)
+
+    def described(self) -> list[str]:
+        """The anchors, and the settings of the method, each in one line."""
+        craft = self.craft
+        budget = f"ε {craft.epsilon_schedule} {craft.epsilon_start:g}"
+        if craft.epsilon_final != craft.epsilon_start:
+            budget += f" to {craft.epsilon_final:g}"
+        surgery = "projection off"
+        if craft.use_grad_projection:
+            surgery = f"projection {craft.projection_gate} below cosine {craft.conflict_threshold:g}"
+        return [
+            f"{len(self.train_rows)} anchors loaded, {len(self.heldout_rows)} more held out",
+            f"CRaFT is enabled: {self.mode.name} ({self.mode.description}), every {craft.retention_freq} step(s), "
+            f"{budget}, λ from {craft.initial_lambda:g} by {craft.lambda_lr:g} up to {craft.lambda_max:g}, "
+            f"{craft.projection_mode} merge, {surgery}",
+        ]
+
+    # -- a step
+
+    def batches(self, step: int) -> list[Terms] | None:
+        """This worker's micro-batches of a step (from 0), on the host; None between two retention steps."""
+        if step % self.craft.retention_freq:
+            return None
+        rank, size = self._workers.rank, self._workers.world_size
+        chosen = self._sampler.local_batch(step // self.craft.retention_freq, rank, size)
+        return [self.mode.batch([self.train_rows[i] for i in part]) for part in split(chosen, self._micro_batches)]
+
+    def epsilon(self, step: int) -> float:
+        """The budget at a step (from 0)."""
+        return epsilon_at(step, self._steps, self.craft)
+
+    # -- what came out
+
+    def heldout_loss(self, step: int) -> float:
+        """L_ret on the held-out anchors, or on all where none is held out, after `step` steps.
+
+        Raises:
+            DataError: it is not finite.
+        """
+        if self._heldout is None or self._heldout[0] != step:
+            loss = mean_loss(
+                self.mode, self.heldout_rows or self.train_rows, self.craft.anchor_batch_size, self._workers
+            )
+            if not math.isfinite(loss):
+                raise DataError(f"the retention loss on held-out anchors is {loss}: the last checkpoint is not usable")
+            self._heldout = (step, loss)
+        return self._heldout[1]
+
+    def validation(self, step: int) -> dict[str, float]:
+        """`heldout/retention_loss` and `heldout/violation`, max(0, L_ret / epsilon - 1) at the final epsilon."""
+        loss = self.heldout_loss(step)
+        return {"heldout/retention_loss": loss, "heldout/violation": max(0.0, loss / self.craft.epsilon_final - 1)}
+
+    def certificate(self, step: int) -> dict[str, Any]:
+        """L_ret on anchors that training has not seen, against the final budget."""
+        loss, epsilon = self.heldout_loss(step), self.craft.epsilon_final
+        return {
+            "retention_mode": self.mode.name,
+            "retention_loss": loss,
+            "epsilon": epsilon,
+            "violation": max(0.0, loss / epsilon - 1),
+            "feasible": loss <= epsilon,
+            "heldout_anchors": len(self.heldout_rows),
+            "lambda": None if self.dual is None else float(self.dual.multiplier),
+            "lambda_max": self.craft.lambda_max,
+            "cache": self.fingerprint,
+        }
+
+    # -- its state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on: the multiplier's state, and which cache it belongs to."""
+        assert self.dual is not None, "what is only measured has no state"
+        return {"dual": self.dual.state_dict(), "cache": self.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            CacheRefused: the state is of a run with another cache.
+        """
+        if state["cache"] != self.fingerprint:
+            raise CacheRefused(
+                f"the run was trained with the anchor cache {state['cache']}, craft.anchor_cache_dir holds "
+                f"{self.fingerprint}: resume with the cache it began with"
+            )
+        self.dual = DualState.from_state_dict(state["dual"], self._workers.device)
+
+
+def split(rows: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """Micro-batches of equal size."""
+    return batches_of(rows, len(rows) // parts)
+
+
+@torch.inference_mode()
+def mean_loss(mode: RetentionMode[Any], rows: Sequence[int], batch_size: int, workers: Workers) -> float:
+    """L_ret over `rows`, of which each worker takes its share."""
+    module = mode.model.module
+    was_training = module.training
+    module.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=workers.device)
+    for part in batches_of(rows[workers.rank :: workers.world_size], batch_size):
+        batch = mode.batch(part).to(workers.device)
+        sums += torch.stack([mode.loss(batch).double() * batch.count, sums.new_tensor(batch.count)])
+    module.train(was_training)
+    workers.all_reduce(sums)
+    return float(sums[0] / sums[1])

@@ -1,0 +1,37 @@
+"""The student's inputs for anchors, by row of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from craft_ray.anchors.reader import AnchorSet
+from craft_ray.models.base import Batch, Features, Model
+from craft_ray.models.features import FeatureCache
+
+
+class AnchorInputs:
+    """Preprocesses anchors as the student's batches.
+
+    Args:
+        with_suffix: whether the cached suffix tokens stand behind the prompt.
+        cache: features of earlier runs in this process.
+    """
+
+    def __init__(self, model: Model, anchors: AnchorSet, with_suffix: bool, cache: FeatureCache | None = None) -> None:
+        self._model = model
+        self._anchors = anchors
+        self._with_suffix = with_suffix
+        self._features = (cache or FeatureCache()).source(
+            self._preprocess, anchors.fingerprint, f"suffix {with_suffix}", model.preprocessor_fingerprint()
+        )
+
+    def batch(self, rows: Sequence[int], positions: Sequence[str] | None = None) -> Batch:
+        """The anchors of these rows on the host; with `positions`, the plan that pools their hidden states."""
+        return self._model.collate([self._features(row) for row in rows], positions)
+
+    def _preprocess(self, row: int) -> Features:
+        suffix = self._anchors.suffix(row) if self._with_suffix else None
+        if self._anchors.identity.inputs == "tensors":
+            input_ids, pixels = self._anchors.tensors(row)
+            return self._model.from_tensors(input_ids, pixels, suffix)
+        return self._model.preprocess(self._anchors.sample(row), suffix)

@@ -1,0 +1,148 @@
+"""Scores on held-out data: the teacher's, measured once for all runs that share it, and the student's beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from craft_ray.config import EvalSet, EvaluationConfig, Experiment, ValidationConfig
+from craft_ray.errors import ConfigError
+from craft_ray.models.base import Model
+from craft_ray.models.features import FeatureCache
+from craft_ray.models.fingerprint import json_fingerprint
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.metrics import Record
+from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, ratio
+from craft_ray.storage.files import write_atomically
+from craft_ray.workers import Workers
+
+SKILLS = ("old", "new")
+SECTIONS = ("validation", "evaluation")
+
+
+def eval_sets(config: Experiment, section: str) -> list[tuple[str, EvalSet]]:
+    """The skills that `validation` or `evaluation` names data for."""
+    sets: ValidationConfig | EvaluationConfig = config.validation if section == "validation" else config.evaluation
+    return [(skill, eval_set) for skill, eval_set in (("old", sets.old), ("new", sets.new)) if eval_set is not None]
+
+
+class HeldOut:
+    """The held-out data of a run, and how the teacher scored on them.
+
+    Args:
+        teacher_weights: hash of the untouched student's weights; None in a resumed run, where the
+            teacher is gone.
+    """
+
+    def __init__(
+        self,
+        config: Experiment,
+        model: Model,
+        teacher_weights: str | None,
+        folder: RunFolder,
+        workers: Workers,
+        features: FeatureCache,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._teacher_weights = teacher_weights
+        self._folder = folder
+        self._workers = workers
+        self._features = features
+        self._data: dict[tuple[str, str], EvalData] = {}
+        self._before: dict[tuple[str, str], Score] = {}
+        self._main = workers.rank == 0
+        if self._main and teacher_weights is not None:
+            write_atomically(self._weights_file, json.dumps({"weights": teacher_weights}))
+            for score in folder.disk.glob("teacher_*.json"):
+                score.unlink()
+
+    def score_teacher(self) -> None:
+        """Score the teacher on every held-out set, or read what another run of the same teacher has measured."""
+        for section in SECTIONS:
+            for skill, eval_set in eval_sets(self._config, section):
+                self._before[section, skill] = self._teacher_score(section, skill, eval_set)
+
+    def validation(self) -> Record:
+        """`old/score`, `old/ratio` (to the teacher's), the same of `new`. Ratios of a teacher's zero are None."""
+        record: Record = {}
+        for skill, eval_set in eval_sets(self._config, "validation"):
+            before, after = self._before["validation", skill], self._student_score("validation", skill, eval_set)
+            record[f"{skill}/score"] = after.value
+            record[f"{skill}/ratio"] = ratio(before.metric, after.value, before.value)
+        return record
+
+    def evaluation(self) -> dict[str, Any]:
+        """Both skills before and after, for `result.json`; the predictions go into the run's folder."""
+        result: dict[str, Any] = {skill: {"before": None, "after": None} for skill in SKILLS}
+        for skill, eval_set in eval_sets(self._config, "evaluation"):
+            before, after = self._before["evaluation", skill], self._student_score("evaluation", skill, eval_set)
+            result[skill] = {
+                "metric": before.metric,
+                "before": before.value,
+                "after": after.value,
+                "ratio": ratio(before.metric, after.value, before.value),
+                "samples": before.samples,
+            }
+            for when, seen in (("before", before), ("after", after)):
+                result[skill] |= {f"{name}_{when}": value for name, value in seen.details.items()}
+            if self._main:
+                self._folder.write_predictions(f"{skill}_after", after.records)
+        return result
+
+    def data(self, section: str, skill: str, eval_set: EvalSet) -> EvalData:
+        """A held-out set, opened once.
+
+        Raises:
+            ConfigError: nothing is there, or the model cannot read it or act in it.
+        """
+        if (section, skill) not in self._data:
+            source = open_eval_set(eval_set, f"{section}.{skill}")
+            self._data[section, skill] = EvalData(self._model, source, eval_set, self._features)
+        return self._data[section, skill]
+
+    def _teacher_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
+        data = self.data(section, skill, eval_set)
+        settings = eval_set.model_dump(mode="json", include={"metric", "max_new_tokens"})
+        teacher = self._teacher_weights or self._teacher_of_resumed_run()
+        how = [self._model.preprocessor_fingerprint(), self._config.train.precision]
+        key = json_fingerprint([teacher, data.of.fingerprint, settings, how])
+        own = self._own_teacher_score(section, skill)
+        shared = self._folder.shared / f".teacher-score-{key[:16]}.json"
+        known = self._workers.gather({str(p): json.loads(p.read_text()) for p in (own, shared) if p.exists()})[0]
+        if known:
+            found = next(iter(known.values()))
+            if found["key"] != key:
+                raise ConfigError(
+                    f"{section}.{skill} is not what it was when the run began: its data or settings changed, and the "
+                    f"teacher can no longer be scored on them; restore them, or start the run anew"
+                )
+            score = Score(**found["score"])
+        elif self._teacher_weights is None:
+            raise ConfigError(f"{own} is gone, and a resumed run no longer has the teacher to score: start it anew")
+        else:
+            score = evaluate(data, self._workers)
+        if self._main:
+            for path in (own, shared):
+                if str(path) not in known:
+                    write_atomically(path, json.dumps({"key": key, "score": asdict(score)}))
+            if section == "evaluation":
+                self._folder.write_predictions(f"{skill}_before", score.records)
+        return score
+
+    def _student_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
+        return evaluate(self.data(section, skill, eval_set), self._workers)
+
+    def _own_teacher_score(self, section: str, skill: str) -> Path:
+        """The score that this run began with; a run can be moved and still be resumed."""
+        return self._folder.disk / f"teacher_{'' if section == 'evaluation' else section + '_'}{skill}.json"
+
+    @property
+    def _weights_file(self) -> Path:
+        return self._folder.disk / "teacher.json"
+
+    def _teacher_of_resumed_run(self) -> str:
+        """The teacher's hash, for a run whose model is no longer the teacher."""
+        return str(json.loads(self._weights_file.read_text())["weights"])

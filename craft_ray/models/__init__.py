@@ -26,7 +26,7 @@ def load_model(
         ConfigError: nothing loads from the path.
         ModelError: its weights do not load completely.
     """
-    from craft_ray.data.source import require_lerobot
+    from craft_ray.extras import require_lerobot
 
     with uncollected():
         from craft_ray.models.huggingface import CausalLM, VisionLanguageModel

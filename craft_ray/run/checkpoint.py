@@ -36,11 +36,7 @@ class TrainingState:
 
 
 def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int) -> Path:
-    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`.
-
-    Raises:
-        StorageError: the disk is full; earlier checkpoints are untouched.
-    """
+    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`."""
     target = folder / f"step_{state.step:06d}"
     clear_leftovers(folder)
     with new_folder(target) as temporary:

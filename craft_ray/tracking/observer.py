@@ -13,7 +13,7 @@ from craft_ray.tracking.tracker import Status, TrackedRun
 
 if TYPE_CHECKING:
     from craft_ray.run.metrics import Record
-    from craft_ray.run.training import Observer
+    from craft_ray.run.observers import Observer
 
 
 class TrackingObserver:

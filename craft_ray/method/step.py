@@ -9,7 +9,7 @@
     theta   <- AdamW(theta, clip(merge(g_t, K g_r, lambda)))
     lambda  <- clip(lambda + eta (L/epsilon_t - 1), 0, lambda_max)
 
-The retention gradient is computed at every K-th step and counts K times, for the K steps: so the Lagrangian that is
+The retention gradient is computed every K-th step and counts K times, once for each of them: so the Lagrangian that is
 descended on average, and with it the meaning of lambda, does not depend on K. With the violation bounded (dual.py),
 lambda neither diverges nor runs to its cap; docs/method.md has measurements of the alternatives.
 
@@ -39,7 +39,7 @@ Loss = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Scalars on the device; NaN is what a step without retention does not have."""
+    """Scalars on the device; NaN where a step without retention has no value."""
 
     task_loss: Tensor
     grad_norm: Tensor

@@ -1,4 +1,4 @@
-"""The feature cache: preprocessed samples in memory. Samples are used again every few steps, and decoding is expensive."""
+"""The feature cache: preprocessed samples in memory. They return every few steps, and decoding is expensive."""
 
 from __future__ import annotations
 

@@ -161,8 +161,8 @@ class Hidden(RetentionMode[HiddenBatch]):
         return hidden_loss(self.student_vectors(batch), batch.teacher, self.loss_type)
 
     def noise_floor(self, rows: Sequence[int]) -> float:
-        """Rounding with a relative mean square of r moves a vector t by r |t|^2, squared. This bounds the other
-        distances: mse by r |t|^2 / D, l1 by the root of that (mean |x| <= sqrt(mean x^2)), cosine by r / 2."""
+        """Rounding with a relative mean square of r moves a vector t by a squared distance of r |t|^2. This bounds the
+        others: mse by r |t|^2 / D, l1 by the root of that (mean |x| <= sqrt(mean x^2)), cosine by r / 2."""
         relative = NOISE_FLOOR[self.anchors.identity.dtype]
         if self.loss_type == "relative_mse":
             return relative

@@ -374,7 +374,7 @@ def test_a_suffix_does_not_change_the_prompt(name: str, model: HuggingFaceModel)
         with torch.inference_mode():
             found = model.hidden_states(model.collate([features]), layers)
         states.append(torch.stack([layer[0, : features.layout.prompt_length] for layer in found]))
-    for longer in states[1:]:  # another length rounds differently, by about 1e-6; seeing the suffix would change all digits
+    for longer in states[1:]:  # another length rounds by some 1e-6; seeing the suffix would change all digits
         torch.testing.assert_close(longer, states[0], rtol=1e-4, atol=1e-5)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class JsonLines:
-    """Rows of files with one JSON object per line, or a list of objects. Only the bounds of each line are kept in memory;
+    """Rows of files with one JSON object per line, or a list of objects. Only the bounds of each line stay in memory;
     a row is read and parsed on access."""
 
     def __init__(self, files: Sequence[Path]) -> None:

@@ -100,6 +100,7 @@ def _compare_tokens(model: Model, anchors: AnchorSet, rows: Sequence[int]) -> tu
         raise CacheRefused(
             f"{equal} of {tokens} cached suffix tokens are the model's most likely ones, {least:.0%} are expected "
             f"(worst is anchor {anchors.id(rows[worst])} with {wrong[worst]} others): preprocessing, dropout or the "
-            f"teacher is not what the cache was built with, or the tokens are not the teacher's own (anchors.suffix_from)"
+            f"teacher is not what the cache was built with, or the tokens are not the teacher's own "
+            f"(anchors.suffix_from)"
         )
     return tokens, equal

@@ -1,6 +1,6 @@
 """Building a cache, without Ray: its identity, its estimated size, one shard, and the manifest at the end.
 
-`craft_pipelines.anchors` runs `build_shard` in parallel; everything that decides content stands here.
+`craft_pipelines.anchors` runs `build_shard` in parallel; everything that decides content is here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ESTIMATE_ROWS = 32
 
 
 class Content(Protocol):
-    """Anchor inputs, as far as their identity goes: a source, or a folder of legacy shards."""
+    """What the identity needs of anchor inputs: a source, or a folder of legacy shards."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -55,7 +55,7 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
     """The identity of the cache that this experiment builds.
 
     Raises:
-        ConfigError: the model has no such layers, or does not give such anchors.
+        ConfigError: the model has no such layers, or does not provide such anchors.
     """
     anchors = experiment.anchors
     assert anchors is not None
@@ -78,7 +78,7 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
         hidden_size=model.hidden_size,
         dtype=anchors.dtype,
         inputs="raw" if source.features is None else "frames",
-        # Without suffix tokens these two decide nothing.
+        # Without suffix tokens these two have no effect.
         suffix_from=anchors.suffix_from if with_suffix else "none",
         max_new_tokens=anchors.max_new_tokens if with_suffix else 0,
         source=source.fingerprint,
@@ -88,16 +88,16 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expected size of a cache, from its first rows."""
+    """Expected size of a cache, from some of its rows."""
 
     bytes: int
     vectors_per_row: float
 
 
 def estimate(model: Model, source: Source, schema: CacheSchema, anchors: AnchorsConfig) -> Estimate:
-    """Bytes of the finished cache, before anything is written. Suffixes are taken at their longest."""
+    """Bytes of the finished cache, before anything is written. Suffixes are taken at their maximum length."""
     rows = min(ESTIMATE_ROWS, len(source))
-    # Spread over the source: data are often sorted, and the first rows alike.
+    # Spread over the source: data are often sorted, so that the first rows are alike.
     samples = [source[i * len(source) // rows] for i in range(rows)]
     suffix = [0] * anchors.max_new_tokens if schema.has_suffix else []
     counts, size = 0, 0
@@ -132,7 +132,7 @@ def write_shard(path: StoragePath, schema: CacheSchema, row_groups: Iterable[pa.
         pq.ParquetWriter(
             temporary,
             arrow,
-            # Encoded images and hidden states do not shrink.
+            # Encoded images and hidden states do not compress.
             compression={
                 **dict.fromkeys(packed, "zstd"),
                 **dict.fromkeys(["image", "frame", "pixel_values", *hidden], "none"),
@@ -146,7 +146,7 @@ def write_shard(path: StoragePath, schema: CacheSchema, row_groups: Iterable[pa.
 
 
 def finished_shards(folder: StoragePath, plan: Plan, ids: Sequence[str]) -> dict[str, Shard]:
-    """The shards of a plan that are complete in the folder; what is not of the plan is refused."""
+    """The shards of a plan that are complete in the folder; shards that do not match the plan are refused."""
     done = {}
     for name, rows in plan.shards():
         path = folder / SHARDS / name
@@ -163,7 +163,7 @@ def finished_shards(folder: StoragePath, plan: Plan, ids: Sequence[str]) -> dict
 
 
 def finish(folder: StoragePath, plan: Plan, ids: Sequence[str]) -> Manifest:
-    """Check that every row is there once, and write the manifest."""
+    """Check that every row is present once, and write the manifest."""
     shards = finished_shards(folder, plan, ids)
     missing = [name for name, _ in plan.shards() if name not in shards]
     if missing:
@@ -174,7 +174,7 @@ def finish(folder: StoragePath, plan: Plan, ids: Sequence[str]) -> Manifest:
 
 
 def manifest_of(folder: StoragePath, identity: Identity, shards: Sequence[Shard]) -> Manifest:
-    """What vouches for shards that are all there."""
+    """The manifest of a complete set of shards."""
     return Manifest(
         format=FORMAT,
         fingerprint=identity.fingerprint,
@@ -186,7 +186,7 @@ def manifest_of(folder: StoragePath, identity: Identity, shards: Sequence[Shard]
 
 
 def full_suffixes(folder: StoragePath, manifest: Manifest) -> int:
-    """Anchors whose suffix the teacher went on with until `max_new_tokens`."""
+    """Number of anchors whose suffix the teacher continued up to `max_new_tokens`."""
     limit = manifest.identity.max_new_tokens
     if manifest.identity.suffix_from != "teacher":
         return 0

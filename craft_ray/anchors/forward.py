@@ -1,7 +1,7 @@
 """The teacher's forward passes: anchors of similar length padded to one another, or packed without any padding.
 
-Both yield vectors flat, for each position: those of one anchor after those of the other. F = L * D, all cached
-layers of a vector one after the other. Nothing is done token by token on the host.
+Both yield flat vectors for each position, anchor after anchor. F = L * D: all cached layers of a vector, one after
+the other. The host does nothing token by token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Pooled:
 
     position: str
     rows: list[int]
-    """Which anchors, as indices into what the pass was given."""
+    """Indices of the anchors in the input of the pass."""
     counts: list[int]
     """Vectors of each of them."""
     values_NF: Tensor
@@ -35,7 +35,7 @@ class Pooled:
 
 
 def tokens_per_pack(model: Model, config: AnchorsConfig) -> int:
-    """Tokens of one pack, 0 where anchors are padded: what the config says, or packs where the model can.
+    """Tokens per pack, 0 if anchors are padded: what the config says, or else packs if the model can be packed.
 
     Raises:
         ConfigError: anchors.pack_tokens asks for packs and the model cannot be packed.
@@ -54,7 +54,7 @@ def tokens_per_pack(model: Model, config: AnchorsConfig) -> int:
 
 
 def by_length(features: Sequence[Features], batch_size: int) -> list[list[int]]:
-    """Batches of similar length, so that little is padded; the longest first, which fails at once or never."""
+    """Batches of similar length, so that there is little padding; the longest first, which fails at once or never."""
     order = sorted(range(len(features)), key=lambda i: -features[i].layout.length)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -73,9 +73,9 @@ def padded_vectors(
         for position in positions:
             counts = [vector_count(f.layout, position) for f in chosen]
             most = max(counts)
-            places = torch.cat([torch.arange(count) + row * most for row, count in enumerate(counts)])
+            slots = torch.cat([torch.arange(count) + row * most for row, count in enumerate(counts)])
             values_NF = values_BVLD[:, start : start + most].flatten(2).flatten(0, 1)
-            yield Pooled(position, rows, counts, values_NF[places.to(values_NF.device)])
+            yield Pooled(position, rows, counts, values_NF[slots.to(values_NF.device)])
             start += most
 
 

@@ -1,7 +1,7 @@
-"""Legacy shards as a cache of ours: the same columns, the same manifest, inputs as tensors.
+"""Importing legacy shards as a cache: the same columns, the same manifest, inputs as tensors.
 
-The cache is written beside its place and takes it at the very end, after the teacher has been run on some rows
-again. So what an interruption leaves is nothing, and an import is repeated by starting it again.
+The cache is written to a temporary folder and moved to its path at the very end, after the teacher has been run again
+on some rows. So an interruption leaves no cache behind, and an import is repeated by starting it again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from craft_ray.storage.files import checksum, clear_leftovers, new_folder
 from craft_ray.storage.paths import StoragePath
 
 ONE_VECTOR = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token")
-"""Positions with exactly one vector a sample: what a legacy tensor can hold."""
+"""Positions with exactly one vector per sample: what a legacy tensor can hold."""
 
 
 @dataclass(frozen=True)
 class _Unread:
-    """Stands for the rows until they are counted."""
+    """A placeholder for the rows until they are counted."""
 
     fingerprint: str
     features: None = None
@@ -45,10 +45,10 @@ def import_shards(
     model: Model,
     check: Callable[[StoragePath, Manifest], None],
 ) -> Manifest:
-    """Write the cache, check it, and put it in its place.
+    """Write the cache, check it, and move it to `folder`.
 
     Args:
-        check: is given the new cache before it takes its place, and raises CacheRefused where it is not the model's.
+        check: is called with the new cache before it is moved; raises CacheRefused if it is not the model's.
 
     Raises:
         ConfigError: a position has more than one vector.
@@ -58,11 +58,11 @@ def import_shards(
     ragged = [p for p in identity.positions if p not in ONE_VECTOR]
     if identity.schema.has_hidden and ragged:
         raise ConfigError(
-            f"anchors.positions has {', '.join(ragged)}, legacy shards hold one vector a position: name some of "
+            f"anchors.positions has {', '.join(ragged)}, legacy shards hold one vector per position: choose from "
             f"{', '.join(ONE_VECTOR)}"
         )
     if folder.exists():
-        return _found(folder, identity)
+        return _existing(folder, identity)
     clear_leftovers(folder.parent, of=folder.name)
     with new_folder(folder, last=MANIFEST) as temporary:
         written, rows, shape = [], 0, None
@@ -70,7 +70,7 @@ def import_shards(
             legacy = shards.load(file, identity)
             found = None if legacy.pixels is None else tuple(legacy.pixels.shape[1:])
             if shape not in (None, found):
-                raise CacheRefused(f"{file}: its images are {found}, those before it {shape}: import them separately")
+                raise CacheRefused(f"{file}: its images are {found}, earlier ones are {shape}: import them separately")
             shape = found
             path = temporary / SHARDS / f"shard-{number:05d}.parquet"
             write_shard(path, identity.schema, _tables(legacy, identity.schema))
@@ -84,11 +84,11 @@ def import_shards(
     return manifest
 
 
-def _found(folder: StoragePath, identity: Identity) -> Manifest:
-    """The cache that is there already, if it is the one that would be written."""
+def _existing(folder: StoragePath, identity: Identity) -> Manifest:
+    """The existing cache, if it is the one that would be written."""
     if not (folder / MANIFEST).exists():
         raise CacheRefused(
-            f"{folder} is there and is no complete cache: choose another craft.anchor_cache_dir, or delete it"
+            f"{folder} exists and is not a complete cache: choose another craft.anchor_cache_dir, or delete it"
         )
     manifest = read_manifest(folder)
     found = manifest.identity
@@ -112,8 +112,8 @@ def _tables(legacy: LegacyRows, schema: CacheSchema) -> Iterator[pa.Table]:
         if legacy.suffixes is not None:
             columns["suffix"] = legacy.suffixes[part]
         if legacy.vectors_BVF is not None:
-            for place, position in enumerate(schema.positions):
-                values = stored(legacy.vectors_BVF[part, place], ids, [1] * len(ids), schema.dtype)
+            for column, position in enumerate(schema.positions):
+                values = stored(legacy.vectors_BVF[part, column], ids, [1] * len(ids), schema.dtype)
                 one_each = np.split(values, len(ids))
                 columns[hidden_column(position)] = vectors_array(one_each, schema.vector_size, schema.dtype)
         yield pa.table(columns, schema=schema.arrow())

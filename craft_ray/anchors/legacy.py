@@ -1,4 +1,4 @@
-"""Anchor caches of earlier tools: torch shards `shard_*.pt`, read without running what a pickle could carry.
+"""Anchor caches of earlier tools: torch shards `shard_*.pt`, read without running code that a pickle could contain.
 
 A shard is a dict of tensors over B rows:
 
@@ -6,8 +6,8 @@ A shard is a dict of tensors over B rows:
     pixel_values                        [B, C, H, W] float; none for language models
     teacher_hidden or target_features   [B, L, V, D]; [B, V, D] where L is 1, [B, L, D] where V is 1, [B, D] where both
                                         are. V is the number of anchor positions, in the config's order
-    labels                              [B, S']; -100 is no token. In the shape of input_ids the prompt is what has no
-                                        label; in another shape they are the suffix alone, and input_ids the prompt
+    labels                              [B, S']; -100 is no token. In the shape of input_ids, the prompt is what has no
+                                        label; in another shape, labels are the suffix alone, and input_ids the prompt
     meta                                a dict of facts; layers and pooling are compared with the config
 """
 
@@ -38,7 +38,7 @@ EARLIER_NAMES = {"mean_image_tokens": "vision_mean", "mean_masked": "masked_mean
 
 @dataclass(frozen=True)
 class LegacyRows:
-    """The rows of one shard, in our terms. B rows, V vectors of F = L * D numbers."""
+    """The rows of one shard, in the cache's terms. B rows, V vectors of F = L * D numbers."""
 
     ids: list[str]
     prompts: list[np.ndarray]
@@ -56,7 +56,7 @@ class LegacyShards:
         self.folder = folder
         self.files = sorted(folder.glob("shard_*.pt"))
         if not self.files:
-            raise ConfigError(f"there are no legacy shards in {folder}: name a folder that holds shard_*.pt")
+            raise ConfigError(f"there are no legacy shards in {folder}: specify a folder that holds shard_*.pt")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -68,10 +68,10 @@ class LegacyShards:
         return digest.hexdigest()[:32]
 
     def load(self, file: Path, identity: Identity) -> LegacyRows:
-        """The rows of one shard, fitted to what the config says of layers and positions.
+        """The rows of one shard, checked against the config's layers and positions.
 
         Raises:
-            CacheRefused: the file is damaged, carries code, or holds something else.
+            CacheRefused: the file is damaged, contains code, or does not match the config.
         """
         shard = _Reader(file, _load(file))
         shard.compare_facts(identity)
@@ -80,7 +80,7 @@ class LegacyShards:
         if ids_BS.ndim != 2 or ids_BS.shape != mask_BS.shape:
             shard.refuse(f"input_ids {_shape(ids_BS)} and attention_mask {_shape(mask_BS)} are not both [B, S]")
         wanted, suffixes = identity.schema.has_suffix, None
-        if wanted or "labels" in shard.content:  # they also tell where the prompt ends
+        if wanted or "labels" in shard.content:  # they also show where the prompt ends
             mask_BS, suffixes = shard.suffixes(ids_BS, mask_BS, wanted)
         return LegacyRows(
             ids=[f"{file.stem}:{row}" for row in range(len(ids_BS))],
@@ -96,7 +96,7 @@ def _load(file: Path) -> dict[str, Any]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CacheRefused(
-            f"{file} is damaged or carries more than tensors, numbers and text: a pickle that runs code is not loaded; "
+            f"{file} is damaged or holds more than tensors, numbers and text: a pickle that runs code is not loaded; "
             f"save it again as a dict of tensors"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -124,22 +124,22 @@ class _Reader:
         return value
 
     def compare_facts(self, identity: Identity) -> None:
-        """What the shard says of itself against the config. Names of pooling that we do not know are passed over;
-        the comparison with the teacher decides there."""
+        """Compare the shard's own metadata with the config. Unknown names of pooling are skipped: there the comparison
+        with the teacher decides."""
         meta = self.content.get("meta")
         if not isinstance(meta, dict):
             return
         for key in LAYER_FACTS:
             if key in meta:
-                told = [int(k) for k in _listed(meta[key])]
+                layers = [int(k) for k in _listed(meta[key])]
                 try:
-                    found = resolve_layers(told, identity.num_hidden_states)
+                    found = resolve_layers(layers, identity.num_hidden_states)
                 except ValueError as error:
-                    raise CacheRefused(f"{self.file}: its meta has {key} {told}, but {error}") from None
+                    raise CacheRefused(f"{self.file}: its meta has {key} {layers}, but {error}") from None
                 if found != identity.layers:
                     self.refuse(
-                        f"its meta says {key} {told}, the config says anchors.layers {list(identity.layers)}: "
-                        f"set anchors.layers={told}"
+                        f"its meta says {key} {layers}, the config says anchors.layers {list(identity.layers)}: "
+                        f"set anchors.layers={layers}"
                     )
         for key in POSITION_FACTS:
             names = [EARLIER_NAMES.get(str(name), str(name)) for name in _listed(meta.get(key, []))]
@@ -170,7 +170,7 @@ class _Reader:
             )
         given = self.tensor(names[0])
         if len(names) == 2 and not torch.equal(given, self.tensor(names[1])):
-            self.refuse(f"{names[0]} and {names[1]} are both there and differ: keep one of them")
+            self.refuse(f"{names[0]} and {names[1]} are both present and differ: keep one of them")
         layers, count, width = len(identity.layers), len(identity.positions), identity.hidden_size
         shapes: set[tuple[int, ...]] = {(layers, count, width)}
         if layers == 1:
@@ -197,19 +197,19 @@ class _Reader:
         labelled = labels != IGNORE
         suffixes = [row[chosen].tolist() for row, chosen in zip(labels, labelled, strict=True)]
         if wanted and not all(suffixes):
-            self.refuse(f"row {suffixes.index([])} has no label: take it out, or set anchors.modes=[hidden]")
+            self.refuse(f"row {suffixes.index([])} has no label: remove it, or set anchors.modes=[hidden]")
         if labels.shape != ids_BS.shape:
             return mask_BS, suffixes
         labelled &= mask_BS
         prompt_BS = mask_BS & ~labelled
         if not torch.equal(labels[labelled], ids_BS[labelled].long()):
-            self.refuse("labels differ from the input_ids under them: labels that are shifted are not understood")
-        places = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
-        last_prompt = places.masked_fill(~prompt_BS, -1).amax(1)
-        first_label = places.masked_fill(~labelled, ids_BS.shape[1]).amin(1)
+            self.refuse("labels differ from the input_ids at their positions: shifted labels are not supported")
+        positions_BS = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
+        last_prompt = positions_BS.masked_fill(~prompt_BS, -1).amax(1)
+        first_label = positions_BS.masked_fill(~labelled, ids_BS.shape[1]).amin(1)
         if bool((last_prompt > first_label).any()):
             row = int((last_prompt > first_label).nonzero()[0])
-            self.refuse(f"row {row} has prompt tokens behind its labels: a suffix stands behind the whole prompt")
+            self.refuse(f"row {row} has prompt tokens after its labels: a suffix follows the whole prompt")
         return prompt_BS, suffixes
 
 

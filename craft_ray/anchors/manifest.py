@@ -1,7 +1,7 @@
 """The manifest: the identity of a cache, and a checksum of every shard. Written last, so it means complete.
 
 Identity is what decides the numbers: teacher, preprocessor, arithmetic, layers, positions, storage type, source and
-selection. Paths, hosts and numbers of workers decide nothing and are not part of it.
+selection. Paths, hosts and numbers of workers do not, and are not part of it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Identity(_Frozen):
     dtype: str
     inputs: Literal["raw", "frames", "tensors"]
     pixel_shape: tuple[int, ...] | None = None
-    """Shape of one sample's pixel_values, where inputs are tensors."""
+    """Shape of one sample's pixel_values, if inputs are tensors."""
     suffix_from: str
     max_new_tokens: int
     source: str
@@ -75,7 +75,7 @@ class Manifest(_Frozen):
     identity: Identity
     shards: tuple[Shard, ...]
     vectors: int
-    """Vectors in all, over rows and positions."""
+    """Total number of vectors, over rows and positions."""
     written_by: dict[str, str]
     """Versions of the libraries that built it."""
 
@@ -85,12 +85,12 @@ class Manifest(_Frozen):
 
     @property
     def content(self) -> str:
-        """Hash of identity and content: what a copy of the cache is keyed by."""
+        """Hash of identity and content: the key for copies of the cache."""
         return json_fingerprint([self.fingerprint, [shard.blake3 for shard in self.shards]])
 
 
 class Plan(_Frozen):
-    """What a build that has begun is building; lies in the folder from the start, so that it can be resumed."""
+    """What a build is to write; in the folder from the start, so that the build can be resumed."""
 
     identity: Identity
     rows_per_shard: int
@@ -122,7 +122,7 @@ def read_plan(folder: StoragePath) -> Plan | None:
 
 
 def is_complete(folder: StoragePath) -> bool:
-    """Whether a cache was built to its end there. Its files are checked when it is read."""
+    """Whether the folder holds a finished cache. Its files are checked when it is read."""
     return (folder / MANIFEST).exists()
 
 
@@ -136,8 +136,8 @@ def read_manifest(folder: StoragePath) -> Manifest:
     if not path.exists():
         if (folder / PLAN).exists():
             raise CacheRefused(
-                f"the anchor cache in {folder} is half-written, a build began and did not end: run "
-                f"'craft-ray anchors build' again, it goes on where it stopped"
+                f"the anchor cache in {folder} is half-written, a build started and did not finish: run "
+                f"'craft-ray anchors build' again, it resumes where it stopped"
             )
         raise CacheRefused(f"there is no anchor cache in {folder}: build one with 'craft-ray anchors build'")
     try:

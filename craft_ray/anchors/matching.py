@@ -1,4 +1,4 @@
-"""Does a cache belong to this run: its teacher, its preprocessing, and the layers and positions that the run wants."""
+"""Whether a cache belongs to this run: its teacher, its preprocessing, and the layers and positions that it needs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def check_model(
 ) -> None:
     """Refuse a cache of another teacher, preprocessor or arithmetic than this model's.
 
-    The source and the selection are compared by `craft-ray anchors build` only: training needs none of the
-    anchors' files, they are in the cache.
+    The source and the selection are compared by `craft-ray anchors build` only: training does not need
+    the anchors' files, they are in the cache.
 
     Args:
-        teacher_weights: hash of the untouched student's weights; None where the student is no longer the teacher.
+        teacher_weights: hash of the untouched student's weights; None if the student is no longer the teacher.
 
     Raises:
         CacheRefused: naming both sides of the first difference.
     """
-    remedy = f"build the cache again for this model, or name the one that belongs to it (it is {folder})"
+    remedy = f"build the cache again for this model, or specify the one that belongs to it (this is {folder})"
     for what, ours, theirs in (
         ("teacher (hash of its weights)", teacher_weights or found.teacher, found.teacher),
         ("kind of model", model.kind, found.kind),
@@ -44,7 +44,7 @@ def select(folder: StoragePath, found: Identity, config: Experiment) -> tuple[tu
     """The layers and positions of a cache that a config anchors.
 
     Raises:
-        CacheRefused: the cache does not hold them, or not this retention mode.
+        CacheRefused: the cache lacks one of them, or this retention mode.
     """
     craft, layers, positions = config.craft, found.layers, found.positions
     _check_contains(folder, "mode", [craft.retention_mode], found.modes)

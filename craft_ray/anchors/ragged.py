@@ -1,7 +1,7 @@
-"""Rows of different length in two memory-mapped files: the flat data, and where each row starts.
+"""Rows of different lengths in two memory-mapped files: the flat data, and where each row starts.
 
-Parquet is the archive; a random batch from it costs a hundred times a gather from memory. So a cache is expanded
-once on each node into these.
+Parquet is the archive; reading a random batch from it costs a hundred times as much as a gather from memory. So a
+cache is expanded into these files, once on each node.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class Ragged:
         return self.data[self.offsets[row] : self.offsets[row + 1]]
 
     def gather(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows padded to the longest: values [B, V, width] and which are real [B, V]. One gather."""
+        """Rows padded to the longest: values [B, V, width], and which are real, [B, V]. It takes one gather."""
         chosen = np.asarray(rows)
         starts, counts = self.offsets[chosen], self.offsets[chosen + 1] - self.offsets[chosen]
-        places = np.arange(counts.max(initial=0))
-        valid = places < counts[:, None]
-        return self.data[np.where(valid, starts[:, None] + places, starts[:, None])], valid
+        slots = np.arange(counts.max(initial=0))
+        valid = slots < counts[:, None]
+        return self.data[np.where(valid, starts[:, None] + slots, starts[:, None])], valid
 
 
 def write_ragged(path: Path, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Write chunks of (flat data, lengths of rows) one after the other."""
+    """Write chunks of (flat data, lengths of rows) one after another."""
     lengths = [np.zeros(1, np.int64)]
     with path.with_suffix(".bin").open("wb") as file:
         for data, counts in chunks:

@@ -1,4 +1,4 @@
-"""Reading a cache: refuse what is damaged or does not match, expand it once a node, and hand out anchors by row."""
+"""Reading a cache: refuse what is damaged or does not match, expand it once per node, and return anchors by row."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ INT32 = np.dtype("<i4")
 
 
 def check_shards(folder: StoragePath, manifest: Manifest) -> None:
-    """Size and checksum of every shard.
+    """Check the size and checksum of every shard.
 
     Raises:
-        CacheRefused: a shard is missing, cut off, or differs in a single bit.
+        CacheRefused: a shard is missing, truncated, or differs in a single bit.
     """
     check_sizes(folder, manifest)
     for shard in manifest.shards:
@@ -44,10 +44,10 @@ def check_shards(folder: StoragePath, manifest: Manifest) -> None:
 
 
 def check_sizes(folder: StoragePath, manifest: Manifest) -> None:
-    """Whether every shard is there in full, without reading it.
+    """Check that every shard is complete, without reading it.
 
     Raises:
-        CacheRefused: one is missing or cut off.
+        CacheRefused: one is missing or truncated.
     """
     for shard in manifest.shards:
         path = folder / SHARDS / shard.name
@@ -87,7 +87,7 @@ class AnchorSet:
 
     @property
     def remedy(self) -> str:
-        """What to look at where a model does not give what the cache holds."""
+        """What to check if a model does not give what the cache holds."""
         return (
             f"preprocessing, dropout, layers or the teacher is not what the cache was built with; run 'craft-ray "
             f"anchors verify {self.folder} --config CONFIG'"
@@ -111,7 +111,7 @@ class AnchorSet:
         return self._inputs["input_ids"][row], pixels.view("<f4").reshape(shape) if shape else None
 
     def suffix(self, row: int) -> list[int]:
-        assert self._suffix is not None, "a cache without suffix tokens"
+        assert self._suffix is not None, "the cache has no suffix tokens"
         return [int(token) for token in self._suffix[row]]
 
     def vectors(self, rows: Sequence[int], position: str) -> tuple[np.ndarray, np.ndarray]:
@@ -120,8 +120,8 @@ class AnchorSet:
         return values.reshape(*values.shape[:2], len(self.identity.layers), -1), valid
 
     def split(self, holdout: float, seed: int = 0) -> tuple[list[int], list[int]]:
-        """Rows to train on and rows held out, decided for each row by a hash of its id alone: it stays what it is
-        when anchors are added, wherever it stands. So the part held out is `holdout` on average.
+        """Rows to train on and rows held out, decided for each row by a hash of its id alone: it stays the same when
+        anchors are added or reordered. So the held-out share is `holdout` on average.
 
         Raises:
             CacheRefused: one of the two parts would be empty.
@@ -138,27 +138,27 @@ class AnchorSet:
         if not train or (holdout > 0 and not held):
             raise CacheRefused(
                 f"the cache in {self.folder} has {len(self)} anchors; holding out {holdout:.0%} leaves {len(train)} to "
-                f"train on and {len(held)} to judge by: add anchors, or change craft.anchor_holdout"
+                f"train on and {len(held)} to validate on: add anchors, or change craft.anchor_holdout"
             )
         return train, held
 
 
 def open_anchors(folder: StoragePath, manifest: Manifest | None = None) -> AnchorSet:
-    """Expand the cache on this node if it is not yet, checking every byte while reading, and map it."""
+    """Expand the cache on this node unless it is expanded already, check every byte while reading, and map it."""
     manifest = manifest or read_manifest(folder)
     if not manifest.identity.rows:
         raise CacheRefused(f"the anchor cache in {folder} has no anchor: build it from a source that has some")
     with filled_once(manifest.content) as (target, ours):
         if ours:
-            with _shards_at_hand(folder, manifest) as local:
+            with _local_shards(folder, manifest) as local:
                 check_shards(local, manifest)
                 _expand(local, manifest, target)
     return AnchorSet(folder, manifest, target)
 
 
 @contextmanager
-def _shards_at_hand(folder: StoragePath, manifest: Manifest) -> Iterator[Path]:
-    """The folder, or for the time of the expansion a copy of the shards that lie in an object store."""
+def _local_shards(folder: StoragePath, manifest: Manifest) -> Iterator[Path]:
+    """The folder; for shards in an object store, a local copy that exists during the expansion."""
     if not isinstance(folder, ObjectPath):
         yield folder
         return

@@ -20,7 +20,7 @@ import pyarrow as pa
 from craft_ray.config.modes import stores
 
 ROW_GROUP = 256
-"""Rows that the teacher works on at once: sorted by length, run, written as one row group. Bounds memory."""
+"""Rows that the teacher processes at once: sorted by length, run, and written as one row group. It bounds memory."""
 
 ARROW = {"float16": pa.float16(), "float32": pa.float32()}
 NUMPY: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
@@ -31,15 +31,15 @@ STEP0_TOLERANCE = {
     ("float16", "bf16"): 1e-2,
     ("float32", "bf16"): 1e-2,
 }
-"""Largest relative mean square between teacher and untouched student, by (storage, arithmetic). float16 rounds by
-4e-8. In bf16 a batch of another shape adds up in another order; the same model gave up to 1e-3."""
+"""Largest relative mean square between teacher and untouched student, by (storage, arithmetic). Rounding to float16
+causes 4e-8. In bf16, a batch of another shape is summed in another order; the same model gave up to 1e-3."""
 
 STEP0_AGREEMENT = {"fp32": 0.99, "bf16": 0.9}
-"""Least part of the teacher's greedy tokens that the untouched student finds likeliest too, by arithmetic. What is
-lacking to 1 are near ties: in bf16 the two likeliest tokens are often closer than the rounding."""
+"""Smallest share of the teacher's greedy tokens that are also the untouched student's most likely ones, by arithmetic.
+The rest are near ties: in bf16 the two most likely tokens are often closer than the rounding."""
 
 NOISE_FLOOR = {"float16": 1e-7, "float32": 1e-12}
-"""L_ret below which its gradient is that of the storage's rounding."""
+"""L_ret below which its gradient comes only from rounding in storage."""
 
 
 def hidden_column(position: str) -> str:

@@ -1,4 +1,4 @@
-"""A cache in a few lines for a person."""
+"""A readable description of a cache in a few lines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _complete(folder: StoragePath, manifest: Manifest) -> list[str]:
         "modes": ", ".join(identity.modes),
     }
     if schema.has_hidden:
-        facts["vectors"] = f"{manifest.vectors} ({manifest.vectors / identity.rows:.1f} an anchor)"
+        facts["vectors"] = f"{manifest.vectors} ({manifest.vectors / identity.rows:.1f} per anchor)"
         facts["layers"] = (
             f"{list(identity.layers)} of 0 to {identity.num_hidden_states - 1}, width {identity.hidden_size}"
         )
@@ -50,11 +50,11 @@ def _complete(folder: StoragePath, manifest: Manifest) -> list[str]:
 
 
 def _half_written(folder: StoragePath, plan: Plan) -> list[str]:
-    """A cache whose build has begun and not ended."""
-    there = [name for name, _ in plan.shards() if (folder / SHARDS / name).exists()]
+    """A cache whose build has not finished."""
+    present = [name for name, _ in plan.shards() if (folder / SHARDS / name).exists()]
     return [
-        f"anchor cache {folder}: half-written, {len(there)} of {len(plan.shards())} shards are there",
+        f"anchor cache {folder}: half-written, {len(present)} of {len(plan.shards())} shards are there",
         f"  {'anchors':<13}{plan.identity.rows} planned",
         f"  {'fingerprint':<13}{plan.identity.fingerprint}",
-        "run 'craft-ray anchors build' again, it goes on where it stopped",
+        "run 'craft-ray anchors build' again, it resumes where it stopped",
     ]

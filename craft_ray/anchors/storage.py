@@ -1,4 +1,4 @@
-"""Hidden states in the type that the cache stores, refused where that type cannot hold them."""
+"""Hidden states in the type that the cache stores, refused if that type cannot hold them."""
 
 from __future__ import annotations
 

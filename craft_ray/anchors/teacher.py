@@ -1,4 +1,4 @@
-"""The teacher over anchors: hidden states at the chosen layers and positions, and its own greedy suffix tokens."""
+"""The teacher run on anchors: hidden states at the chosen layers and positions, and its greedy suffix tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from craft_ray.models.capabilities import packing_model, token_model
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model with what of it is cached."""
+    """A model, and what the cache stores of it."""
 
     model: Model
     schema: CacheSchema
@@ -29,7 +29,7 @@ class Teacher:
 
     @cached_property
     def pack_tokens(self) -> int:
-        """Tokens of a pack; 0 pads."""
+        """Tokens per pack; 0 means padding."""
         return tokens_per_pack(self.model, self.config)
 
     def table(self, samples: Sequence[Sample]) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Is a cache what it says: its files against its manifest. `craft_ray/retention/reforward.py` compares its content."""
+"""Checks the files of a cache against its manifest. `craft_ray/retention/reforward.py` checks its content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from craft_ray.storage.paths import StoragePath, readable
 
 
 def check_files(folder: StoragePath, manifest: Manifest) -> None:
-    """Sizes, checksums, the number of rows, and every id once.
+    """Check sizes, checksums, the number of rows, and that every id occurs once.
 
     Raises:
         CacheRefused: naming the shard or the id.
@@ -28,8 +28,7 @@ def check_files(folder: StoragePath, manifest: Manifest) -> None:
         for anchor in ids:
             if anchor in seen:
                 raise CacheRefused(
-                    f"anchor {anchor} stands in {seen[anchor]} and again in {shard.name} of {folder}: build "
-                    f"the cache again"
+                    f"anchor {anchor} is in {seen[anchor]} and again in {shard.name} of {folder}: build the cache again"
                 )
             seen[anchor] = shard.name
     if len(seen) != manifest.identity.rows:

@@ -1,1 +1,1 @@
-"""Where samples come from and in which order."""
+"""Where samples come from, and their order."""

@@ -1,4 +1,4 @@
-"""What lies at a path: its format, and its files."""
+"""What is at a path: its format, and its files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from craft_ray.config import ENDINGS
 
 SAVED_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
-"""Files by which a folder that datasets' `save_to_disk` wrote is known."""
+"""Files that identify a folder written by datasets' `save_to_disk`."""
 LEROBOT_MARK = "meta/info.json"
-"""By which the folder of a LeRobotDataset is known."""
+"""The file that identifies the folder of a LeRobotDataset."""
 
 
 def format_at(path: str) -> str | None:
-    """The format of what lies at a path; None where nothing does, which may be a name on the hub."""
+    """The format of what is at a path; None if nothing is, and the path may be a name on the hub."""
     folder = Path(path)
     if (folder / LEROBOT_MARK).exists():
         return "lerobot"
@@ -38,7 +38,7 @@ def files_at(path: str, kind: str) -> list[Path]:
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path where nothing lies is no name on the hub."""
+    """Whether a path with nothing at it cannot be a name on the hub."""
     return path.startswith(("/", ".", "~")) or Path(path).suffix in ENDINGS
 
 

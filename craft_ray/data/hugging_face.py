@@ -1,4 +1,4 @@
-"""Tables that Hugging Face datasets reads and maps into memory: Parquet files, datasets of the hub or of a disk."""
+"""Tables that Hugging Face datasets reads and maps into memory: Parquet files, and datasets on the hub or on disk."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def read_dataset(config: HuggingFaceData, content: str | None) -> datasets.Datas
 
 
 def _cache(content: str) -> str:
-    """The library knows a file by its path and time, and would serve an old copy of one that was soon rewritten."""
+    """The library identifies a file by path and time, and would return an old copy of one that was soon rewritten."""
     return os.path.join(datasets.config.HF_DATASETS_CACHE, "craft-ray", content[:32])
 
 
 def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
-    """The same table, its images as the encoded bytes that they are stored as."""
+    """The same table, with its images as the encoded bytes that are stored."""
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
@@ -53,7 +53,7 @@ def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
 
 
 def _load_folder(path: str) -> datasets.Dataset | datasets.DatasetDict | None:
-    """A folder that `save_to_disk` wrote; None for one of data files, which `load_dataset` understands."""
+    """A folder that `save_to_disk` wrote; None for a folder of data files, which `load_dataset` reads."""
     if not any((Path(path) / mark).exists() for mark in SAVED_MARKS):
         return None
     return datasets.load_from_disk(path)

@@ -1,4 +1,4 @@
-"""The ids of many rows in little memory: a build knows all of them from its beginning to its end."""
+"""The ids of many rows in little memory: a build keeps all of them from start to end."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 CHUNK = 1 << 16
-"""Ids that are Python strings at once."""
+"""Ids that are Python strings at a time."""
 
 
 class Ids(Sequence[str]):
-    """A sequence of ids, in their own bytes and four more each; a list takes fifty-seven more. A part is a list."""
+    """A sequence of ids, in their own bytes and four more each; a list takes fifty-seven more. A slice is a list."""
 
     def __init__(self, ids: Iterable[str]) -> None:
         rest = iter(ids)
@@ -23,15 +23,15 @@ class Ids(Sequence[str]):
             chunks.append(pa.array(part, pa.string()))
             hashes.append(np.fromiter(map(hash, part), np.int64, len(part)))
         self._ids = pa.chunked_array(chunks, pa.string())
-        self._double = self._first_double(hashes)
+        self._duplicate = self._first_duplicate(hashes)
 
     @property
-    def double(self) -> str | None:
-        """An id that stands in more than one row."""
-        return self._double
+    def duplicate(self) -> str | None:
+        """An id that more than one row has; None if ids are unique."""
+        return self._duplicate
 
-    def _first_double(self, hashes: list[np.ndarray]) -> str | None:
-        """Two equal ids have equal hashes; what else has equal ones is compared itself."""
+    def _first_duplicate(self, hashes: list[np.ndarray]) -> str | None:
+        """Equal ids have equal hashes; ids with equal hashes are compared themselves."""
         if not hashes:
             return None
         ordered = np.concatenate(hashes)

@@ -1,4 +1,4 @@
-"""Images in every form that data sets have them in, as encoded bytes; and back to pixels."""
+"""Images in every form that data sets use, as encoded bytes; and back to pixels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _encode_array(value: list[Any] | np.ndarray, where: str) -> bytes:
     try:
         array = np.asarray(value)
     except ValueError:
-        raise DataError(f"{where}: the image array has rows of different lengths; mend or remove the row") from None
+        raise DataError(f"{where}: the image array has rows of different lengths; fix or remove the row") from None
     if array.dtype.kind not in "uif":
         raise DataError(f"{where}: the image array holds {array.dtype}; numbers from 0 to 255 are expected")
     if array.ndim == 3 and array.shape[2] == 1:
@@ -52,7 +52,7 @@ def _encode_array(value: list[Any] | np.ndarray, where: str) -> bytes:
             f"4 channels"
         )
     if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-        raise DataError(f"{where}: the image array holds NaN or infinity; mend or remove the row")
+        raise DataError(f"{where}: the image array holds NaN or infinity; fix or remove the row")
     if array.min() < 0 or array.max() > 255 or (array != array.astype(np.uint8)).any():
         raise DataError(
             f"{where}: the image array runs from {array.min()} to {array.max()}; whole numbers from 0 to 255 "
@@ -67,13 +67,13 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     """Encoded bytes as an RGB image.
 
     Raises:
-        DataError: the bytes are no image.
+        DataError: the bytes are not an image.
     """
     try:
         image = Image.open(io.BytesIO(data))
         return image.convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DataError(
-            f"{where}: its image of {len(data)} bytes does not decode ({reason}); mend or remove the row"
+            f"{where}: its image of {len(data)} bytes does not decode ({reason}); fix or remove the row"
         ) from None

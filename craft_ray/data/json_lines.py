@@ -1,5 +1,5 @@
-"""JSON lines, parsed row by row as they are asked for: a table would turn what looks like a date, or a number among
-fractions, into something else."""
+"""JSON lines, parsed row by row on access: a table would convert what looks like a date, or an integer among fractions,
+into something else."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 
 class JsonLines:
-    """Rows of files with one JSON object a line, or a list of objects. Only where each line starts is kept in memory;
-    a row is read and parsed when it is asked for."""
+    """Rows of files with one JSON object per line, or a list of objects. Only the bounds of each line stay in memory;
+    a row is read and parsed on access."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = [_Lines(file) for file in files]
-        self._places = [(file, span) for file in self._files for span in file.spans]
+        self._rows = [(file, span) for file in self._files for span in file.spans]
         names: dict[str, None] = {}
         for file in self._files:
             for number, span in zip(file.numbers, file.spans, strict=True):
@@ -28,23 +28,23 @@ class JsonLines:
         self.column_names = list(names)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
     def __getitem__(self, key: int | str) -> Any:
         """The row of that number, every column in it, or the column of that name."""
         if isinstance(key, str):
             return [self[row][key] for row in range(len(self))]
-        file, span = self._places[key]
+        file, span = self._rows[key]
         return dict.fromkeys(self.column_names) | json.loads(file.text(span))
 
     def select(self, rows: Sequence[int]) -> JsonLines:
         chosen = JsonLines(())
-        chosen._places, chosen.column_names = [self._places[row] for row in rows], self.column_names
+        chosen._rows, chosen.column_names = [self._rows[row] for row in rows], self.column_names
         return chosen
 
 
 class _Lines:
-    """A mapped file and where its JSON objects stand."""
+    """A mapped file and the positions of its JSON objects."""
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
@@ -53,7 +53,7 @@ class _Lines:
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
             )
         start = len(codecs.BOM_UTF8) if self._data[:3] == codecs.BOM_UTF8 else 0
-        if self._data[start : start + 4096].lstrip().startswith(b"["):  # a list: written out a line each
+        if self._data[start : start + 4096].lstrip().startswith(b"["):  # a list: rewritten as one object per line
             rows = _parse(self._data[start:].decode("utf-8"), self.name)
             self._data, start = "\n".join(map(json.dumps, rows)).encode(), 0
         self.spans: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Batches made ready by a thread ahead of the step."""
+"""Batches prepared by a thread ahead of the step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int) -> Iterator[T]:
-    """`make(step)` for each step in order, up to `depth` of them ahead, in a thread of its own.
+    """`make(step)` for each step in order, up to `depth` of them ahead, in a separate thread.
 
     An error in `make` is raised here, at the step it belongs to. Closing the iterator ends the thread.
     """
@@ -27,16 +27,16 @@ def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int) -> Ite
                 continue
         return False
 
-    def work() -> None:
+    def produce() -> None:
         for step in range(start, stop):
             try:
                 item: tuple[T | None, BaseException | None] = (make(step), None)
-            except BaseException as error:  # handed over, raised by the consumer
+            except BaseException as error:  # passed on, raised by the consumer
                 item = (None, error)
             if not put(item) or item[1] is not None:
                 return
 
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     thread.start()
     try:
         for _ in range(start, stop):

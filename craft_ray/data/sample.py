@@ -1,4 +1,4 @@
-"""One sample: what every stage passes on, whether it trains, anchors or evaluates."""
+"""One sample: what every stage uses, whether it trains, anchors or evaluates."""
 
 from __future__ import annotations
 

@@ -40,13 +40,13 @@ class Source(Protocol):
 
     name: str
     has_responses: bool
-    """Whether a sample comes with what the model shall answer."""
+    """Whether a sample has a response for the model to give."""
     has_choices: bool
-    """Whether it comes with answers to decide among."""
+    """Whether it has answers to choose from."""
 
     @property
     def features(self) -> Mapping[str, tuple[int, ...]] | None:
-        """What a robot's frames hold, with its shape (of pictures: channels, height, width); None for other samples."""
+        """Names and shapes of a robot's features (images: channels, height, width); None for other samples."""
         ...
 
     @property
@@ -61,7 +61,7 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Sample]: ...
 
     def ids(self) -> Sequence[str]:
-        """The ids of all rows, in order; a part of them is a list.
+        """The ids of all rows, in order; a slice is a list.
 
         Raises:
             DataError: two rows have the same id.
@@ -70,13 +70,13 @@ class Source(Protocol):
 
 
 def open_source(config: DataConfig, key: str) -> Source:
-    """The samples that a section of the configuration names.
+    """The samples of a data section of the configuration.
 
     Args:
-        key: the section's place in the configuration, for errors (`task`, `anchors.source`).
+        key: the section's key in the configuration, for errors (`task`, `anchors.source`).
 
     Raises:
-        ConfigError: nothing is there, it is of another format, or a named column is missing.
+        ConfigError: there is nothing, it has another format, or a named column is missing.
         DataError: it holds no row.
     """
     named, config = config.path, config.model_copy(update={"path": at_hand(config.path, f"{key}.path")})
@@ -94,14 +94,15 @@ def open_source(config: DataConfig, key: str) -> Source:
 
 
 def _open_table(config: TableData, named: str, key: str) -> TableSource:
-    """
+    """The samples of a table.
+
     Args:
-        named: where the config says that the data lie; a copy of them may be read.
+        named: path of the data in the config; a copy of them may be read.
     """
     kind = config.tags[0]
     files = files_at(config.path, kind)
     if not files and (kind != "dataset" or looks_local(config.path)):
-        raise ConfigError(f"{key}: there is no data at {config.path}: name a file, a folder or a hub data set")
+        raise ConfigError(f"{key}: there is no data at {config.path}: specify a file, a folder or a hub data set")
     digest = blake3()
     for file in files:
         digest.update(bytes.fromhex(checksum(file)))
@@ -111,14 +112,14 @@ def _open_table(config: TableData, named: str, key: str) -> TableSource:
         reason = first_line(error.__cause__ or error)
         raise ConfigError(f"{key}: {config.path} does not read as {kind} ({reason})") from None
     if not len(table):
-        raise DataError(f"{key}: {config.path} holds no sample; name data with at least one row")
+        raise DataError(f"{key}: {config.path} holds no sample; specify data with at least one row")
     check_columns(config.columns, table.column_names, config.path, key)
     if config.limit is not None:
         table = table.select(range(min(config.limit, len(table))))
-    if not files:  # a hub data set: the library's own hash knows its revision
+    if not files:  # a hub data set: the library's own hash includes its revision
         assert isinstance(table, datasets.Dataset)
         digest.update(table._fingerprint.encode())
-    digest.update(f"{kind}{_how(config)}".encode())
+    digest.update(f"{kind}{_reading_settings(config)}".encode())
     return TableSource(named, table, config.columns, _folder(named, files), digest.hexdigest())
 
 
@@ -133,9 +134,9 @@ def _read(config: TableData, files: Sequence[Path], content: str) -> Table:
     return read_parquet(files, content)
 
 
-def _how(config: TableData) -> str:
-    """The settings by which rows are read, as text. Caches and runs go by its hash, so it stays what it was when every
-    source had all of them, and a key that is not used leaves it as it was before there was such a key."""
+def _reading_settings(config: TableData) -> str:
+    """The settings by which rows are read, as text. Caches and runs are identified by its hash: so it stays as when
+    every source had all of them, and an unused key leaves it as it was before that key existed."""
     unused = None if config.columns.answer_index else {"answer_index"}
     how = {
         "split": config.split if isinstance(config, HuggingFaceData) else "train",
@@ -148,7 +149,7 @@ def _how(config: TableData) -> str:
 
 
 def _folder(named: str, files: Sequence[Path]) -> StoragePath:
-    """Where relative paths of images start: the folder that was named, or the one the files are in."""
+    """The base of relative image paths: the folder in the config, or the one that holds the files."""
     if is_object(named):
         return ObjectPath(named) if ObjectPath(named).is_dir() else ObjectPath(named).parent
     if Path(named).is_dir():

@@ -37,7 +37,7 @@ class TableSource:
     def __init__(self, name: str, table: Table, columns: Columns, folder: StoragePath, content: str) -> None:
         """
         Args:
-            folder: where relative paths of images start.
+            folder: base of relative image paths.
             content: hash of the rows and of how they are read.
         """
         self._table = table
@@ -50,7 +50,7 @@ class TableSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Where an image lies is no part of it, what is in it is."""
+        """It includes the content of images, not their paths."""
         digest = blake3(self._content.encode())
         if self._columns.image is not None:
             for row, cell in enumerate(self._table[self._columns.image]):
@@ -71,8 +71,8 @@ class TableSource:
 
     def ids(self) -> Ids:
         ids = Ids(self._each_id())
-        if ids.double is not None:
-            raise DataError(f"{self.name}: id '{ids.double}' stands in more than one row; ids must be unique")
+        if ids.duplicate is not None:
+            raise DataError(f"{self.name}: id '{ids.duplicate}' is in more than one row; ids must be unique")
         return ids
 
     def _each_id(self) -> Iterator[str]:
@@ -81,7 +81,7 @@ class TableSource:
             yield from (f"{row:08d}" for row in range(len(self)))
             return
         cells = self._table[column]
-        for start in range(0, len(self), CHUNK):  # one by one they take ten times as long
+        for start in range(0, len(self), CHUNK):  # reading them one by one takes ten times as long
             for row, value in enumerate(cells[start : start + CHUNK], start):
                 yield _text(value, f"{self.name}, row {row}", column)
 
@@ -113,28 +113,29 @@ class TableSource:
 
 
 def check_columns(columns: Columns, present: Sequence[str], path: str, key: str) -> None:
-    """
+    """Check that the data has the columns.
+
     Raises:
-        ConfigError: a named column is missing.
+        ConfigError: one is missing.
     """
     for role, column in columns.model_dump().items():
         if column is not None and column not in present:
             raise ConfigError(
                 f"{key}.columns.{role} is '{column}', but {path} has the columns {', '.join(present)}: "
-                f"name one of them, or null"
+                f"specify one of them, or null"
             )
 
 
 def _text(value: Any, where: str, column: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise DataError(f"{where}: column '{column}' holds {value}; mend or remove the row")
+        raise DataError(f"{where}: column '{column}' holds {value}; fix or remove the row")
     return str(value)
 
 
 def _index(value: Any, count: int, where: str, column: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
         raise DataError(
-            f"{where}: column '{column}' holds {value!r}; the place of the right one among its {count} choices is "
-            f"expected, a whole number from 0"
+            f"{where}: column '{column}' holds {value!r}; the position of the right one among its {count} choices "
+            f"is expected, a whole number from 0"
         )
     return value

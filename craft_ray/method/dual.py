@@ -1,13 +1,13 @@
 """The budget epsilon as a function of the step, and the multiplier lambda that enforces it.
 
-    m      <- beta m + (1 - beta) L_ret,   L = m / (1 - beta^n)      running mean, unbiased from the first value on
+    m      <- beta m + (1 - beta) L_ret,   L = m / (1 - beta^n)      running mean, unbiased from the first value
     e      =  L/epsilon - 1   (relative)   or   L - epsilon  (absolute),   bounded to [-clip, clip]
-    I      <- I + eta e       unless lambda stands at an end of [0, lambda_max] and e pushes outwards (anti-windup)
+    I      <- I + eta e       unless lambda is at an end of [0, lambda_max] and e pushes outwards (anti-windup)
     lambda =  min(max(I + kappa e, 0), lambda_max)                   kappa = 0: projected dual ascent
 
-The relative violation makes one eta fit every model; its bound keeps lambda's rate at eta per retention step: after
-the first violated steps L/epsilon is in the hundreds, and an unbounded step drives lambda to its cap and leaves it
-there (measured in docs/method.md).
+The relative violation makes one eta fit every model; its bound limits lambda's rate to eta per retention step:
+after the first violated steps L/epsilon is in the hundreds, and an unbounded step drives lambda to its cap and leaves
+it there (measured in docs/method.md).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # the method itself needs torch alone
+if TYPE_CHECKING:  # the method itself needs only torch
     from craft_ray.config import CraftConfig
 
 
 def epsilon_at(step: int, steps: int, craft: CraftConfig) -> float:
-    """The budget at `step` (from 0) of a run of `steps`.
+    """The budget at `step` (from 0) of a run of `steps` steps.
 
-    With p = min(step / decay_steps, 1), decay_steps 0 meaning the whole run:
+    With p = min(step / decay_steps, 1), where decay_steps = 0 means the whole run:
     linear start + (end - start) p; cosine end + (start - end)(1 + cos(pi p))/2;
-    exponential end + (start - end) exp(-5 p), which ends 0.7 % of the way above `end` and is `end` from p = 1 on.
+    exponential end + (start - end) exp(-5 p), which falls to 0.7 % of the way above `end`, and is `end` from p = 1.
     """
     start, end = craft.epsilon_start, craft.epsilon_final
     progress = min(step / (craft.epsilon_decay_steps or max(steps - 1, 1)), 1.0)
@@ -47,14 +47,14 @@ def epsilon_at(step: int, steps: int, craft: CraftConfig) -> float:
 
 @dataclass(frozen=True)
 class DualState:
-    """What the multiplier carries from one retention step to the next: float64 scalars on the device."""
+    """The multiplier's state between two retention steps: float64 scalars on the device."""
 
     multiplier: Tensor
     integral: Tensor
     moment: Tensor
     """m, the biased running sum of L_ret."""
     weight: Tensor
-    """1 - beta^n, which unbiases it."""
+    """1 - beta^n, the divisor that unbiases m."""
 
     @classmethod
     def start(cls, craft: CraftConfig, device: torch.device | str = "cpu") -> DualState:
@@ -76,7 +76,7 @@ class DualState:
         return DualState(self.multiplier, self.integral, moment, weight)
 
     def ascend(self, epsilon: float, craft: CraftConfig) -> DualState:
-        """One step of the multiplier on the violation of the observed mean."""
+        """The state after one step of dual ascent on the violation of the observed mean."""
         mean = self.mean_loss
         violation = mean / epsilon - 1 if craft.violation == "relative" else mean - epsilon
         if craft.violation_clip is not None:

@@ -1,7 +1,7 @@
-"""The two gradients in flat memory, and what the method asks of them: dot, cosine, norms.
+"""The two gradients in flat memory, with their dot product, cosine and norms.
 
 Row 0 of a buffer is the task gradient g_t, row 1 the retention gradient g_r; every parameter's `.grad` is a view
-into one of the rows. So both are paired by position by construction, a parameter that only one loss reaches has
+into one of the rows. So the two are paired by position by construction, a parameter that only one loss reaches has
 zeros in the other row, and a comparison is one pass over contiguous memory.
 """
 
@@ -20,18 +20,18 @@ from craft_ray.errors import ModelError
 TASK, RETENTION = 0, 1
 
 BLOCK = 1024
-"""Elements of a partial sum. Partial sums are added in float64: a plain float32 dot product of 5e7 elements was
-off by 2e-3 in the cosine."""
+"""Elements per partial sum. Partial sums are added in float64: with a plain float32 dot product of 5e7 elements the
+cosine was off by 2e-3."""
 
 SLAB = 1 << 26
-"""Elements that are widened to float32 at once where gradients are stored in a shorter type."""
+"""Elements that are widened to float32 at a time if gradients are stored in a shorter type."""
 
 IN_CACHE = 1 << 19
-"""Elements that a processor combines at once: scaling them a second time finds them in its cache."""
+"""Elements that a CPU combines at a time: they are still in its cache when they are scaled."""
 
 
 class Counted(Protocol):
-    """A micro-batch that knows over how many terms (tokens, samples) its mean loss runs."""
+    """A micro-batch that knows how many terms (tokens, samples) its mean loss averages."""
 
     @property
     def count(self) -> int: ...
@@ -61,13 +61,13 @@ class Gram:
 
 
 class GradientPair:
-    """The task and the retention gradient of `parameters`, in one flat [2, P] buffer for each type of number.
+    """The task and the retention gradient of `parameters`, in one flat [2, P] buffer per dtype.
 
     The memory beyond ordinary training is one copy of the gradients, the second row. `with_retention=False`
     leaves it out (the baseline arm).
 
     Args:
-        parameters: named parameters; those that do not require a gradient are passed over.
+        parameters: named parameters; those that do not require a gradient are skipped.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], *, with_retention: bool = True) -> None:
@@ -111,7 +111,7 @@ class GradientPair:
         self._agreed = list(reached)
 
     def close(self) -> None:
-        """Give the parameters back without hooks and gradients."""
+        """Remove hooks and gradients from the parameters."""
         for handle in self._handles:
             handle.remove()
         for p in self.parameters:
@@ -165,9 +165,9 @@ class GradientPair:
         return Gram(dot=gram[0, 1], task_sq=gram[0, 0], retention_sq=gram[1, 1])
 
     def combine(self, task: Tensor | float, retention: Tensor) -> None:
-        """Row 0 <- task * g_t + retention * g_r, in place; `task` is not zero.
+        """Row 0 <- task * g_t + retention * g_r, in place; `task` must not be zero.
 
-        Computed as task * (g_t + retention/task * g_r), from the end, which is what the comparison left in the cache.
+        Computed as task * (g_t + retention/task * g_r), starting at the end, which `gram` left in the CPU's cache.
         """
         plain = isinstance(task, float) and task == 1.0
         ratio = retention if plain else retention / task
@@ -181,13 +181,13 @@ class GradientPair:
 
     def assign_grads(self, workers: AllReduce) -> None:
         """Hand row 0 to the optimiser. A parameter that no loss has ever reached has no gradient, as in a plain loop;
-        one that is reached at some steps only (an expert without tokens) has a zero one at the others."""
+        one that is reached only at some steps (an expert without tokens) has a zero gradient at the others."""
         self._agree(workers)
         for p, view, reached in zip(self.parameters, self.views[TASK], self._reached, strict=True):
             p.grad = view if reached else None
 
     def _agree(self, workers: AllReduce) -> None:
-        """Which parameters are trained is settled at the first step, by all workers together."""
+        """At the first step, the workers agree on which parameters are trained."""
         if workers.world_size == 1:
             return
         if self._agreed is None:

@@ -1,6 +1,6 @@
 """Anchor positions: which token positions of a sequence become the vectors that are compared.
 
-Shapes: B samples, S tokens, L layers, D width, V vectors a sample (padded to the batch's most).
+Shapes: B samples, S tokens, L layers, D width, V vectors per sample (padded to the batch's maximum).
 
     vision_mean   one vector, the mean over image tokens
     text_last     the last text token of the prompt
@@ -8,12 +8,12 @@ Shapes: B samples, S tokens, L layers, D width, V vectors a sample (padded to th
     first_token   the first token of the prompt;  last_token  its last, image or text
     all           every token of the prompt;      every_N     every N-th: tokens N-1, 2N-1, ...
     suffix        the positions at which the suffix tokens are predicted: the last prompt token, and every suffix
-                  token but the last. They feed the vocabulary projection. Of a policy that speaks actions, these are
-                  the action tokens
+                  token but the last. They feed the vocabulary projection. For a policy that outputs tokens, these
+                  are the action tokens
 
-All but `suffix` are positions of the prompt, so a suffix behind it does not change them (its tokens are not seen by
-the prompt). Positions are found on the host while batches are made; on the device pooling is gathering and a
-weighted sum, which wait for nothing.
+All but `suffix` are positions of the prompt, so a suffix after it does not change them (the prompt does not attend
+to it). Positions are found on the host while batches are made; on the device, pooling is a gather and a weighted sum,
+which do not synchronise with the host.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ class Layout:
     image_tokens: tuple[int, ...] = ()
     """Indices of the image tokens within the prompt."""
     absent: tuple[int, ...] = ()
-    """Indices of prompt tokens that stand for nothing, such as those of a camera that is not there. No position names
-    them."""
+    """Indices of prompt tokens that stand for nothing, such as those of a missing camera. No position selects them."""
     given: int = 0
-    """Suffix tokens at its start that are given and not predicted."""
+    """Number of suffix tokens at its start that are given, not predicted."""
 
     @property
     def prompt(self) -> list[int]:
@@ -59,11 +58,11 @@ class Vectors:
 
     values_BLVD: Tensor
     valid_BV: Tensor
-    """False where a sample has fewer vectors than the batch's most."""
+    """False where a sample has fewer vectors than the batch's maximum."""
 
 
 def token_positions(layout: Layout, position: str) -> list[int]:
-    """The tokens that a position names: one vector each, or one vector in all where it is a mean.
+    """The tokens that a position selects: one vector each, or a single vector if it is a mean.
 
     Raises:
         DataError: the sequence has no such token.
@@ -89,9 +88,9 @@ def token_positions(layout: Layout, position: str) -> list[int]:
         raise ValueError(f"unknown anchor position '{position}'")
     if not tokens:
         raise DataError(
-            f"anchor position '{position}' names no token of a sequence with {layout.prompt_length} prompt tokens, "
+            f"anchor position '{position}' selects no token of a sequence with {layout.prompt_length} prompt tokens, "
             f"{len(layout.image_tokens)} image tokens and {layout.length - layout.prompt_length} suffix tokens: "
-            f"choose another position, or anchors that have it"
+            f"choose another position, or anchors that have such tokens"
         )
     return tokens
 
@@ -101,15 +100,15 @@ def is_mean(position: str) -> bool:
 
 
 def vector_count(layout: Layout, position: str) -> int:
-    """Vectors that a position yields for one sequence."""
+    """Number of vectors that a position yields for one sequence."""
     return 1 if is_mean(position) else len(token_positions(layout, position))
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """A plan, made on the host, that takes hidden states to vectors by gathering tokens and by weighted sums.
+    """A plan, made on the host, that turns hidden states into vectors by gathering tokens and by weighted sums.
 
-    The order of vectors is the order of positions, each padded to the batch's most.
+    The vectors are in the order of positions, each padded to the batch's maximum.
     """
 
     index_BV: Tensor
@@ -140,7 +139,7 @@ class Pooling:
             if is_mean(position):
                 means.append(torch.stack([_mean_weights(chosen, width) for chosen in tokens]))
                 mean_columns.append(column)
-                tokens = [[0] for _ in tokens]  # a place to put the mean
+                tokens = [[0] for _ in tokens]  # a column for the mean
             index.append(_padded(tokens))
             valid.append(_padded([[1] * len(chosen) for chosen in tokens]).bool())
             column += index[-1].shape[1]
@@ -157,7 +156,7 @@ class Pooling:
         for hidden in hidden_BSD:
             values = hidden.gather(1, self.index_BV[:, :, None].expand(-1, -1, hidden.shape[-1]))
             if self.mean_BMS.shape[1]:
-                # A weight of zero does not remove a NaN: what stands in the padding is taken out first.
+                # A weight of zero does not remove a NaN, so the padding is masked first.
                 unused_BS1 = ~self.mean_BMS.any(1)[..., None]
                 means = torch.bmm(self.mean_BMS, hidden.float().masked_fill(unused_BS1, 0.0))
                 values = values.index_copy(1, self.mean_columns_M, means.to(values.dtype))
@@ -176,6 +175,6 @@ def _mean_weights(tokens: Sequence[int], width: int) -> Tensor:
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of different length as one matrix, zeros behind."""
+    """Rows of different lengths as one matrix, padded with zeros on the right."""
     most = max(map(len, rows))
     return torch.tensor([[*row, *([0] * (most - len(row)))] for row in rows], dtype=torch.long)

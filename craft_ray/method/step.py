@@ -2,18 +2,18 @@
 
     minimise L_task(theta)   subject to   L_ret(theta) <= epsilon_t
 
-    g_t, g_r = grad L_task, grad L_ret                       each the mean over all workers, once
+    g_t, g_r = grad L_task, grad L_ret                       each averaged over all workers, once
     L        = running mean of L_ret
     if cos(g_t, g_r) < tau and the gate is open:
         g_t <- g_t - (<g_t, g_r>/|g_r|^2) g_r                one-sided projection
     theta   <- AdamW(theta, clip(merge(g_t, K g_r, lambda)))
     lambda  <- clip(lambda + eta (L/epsilon_t - 1), 0, lambda_max)
 
-Retention is taken every K-th step, and its gradient enters K-fold: it stands for K steps, so the Lagrangian that is
-descended on average, and with it the meaning of lambda, does not depend on K. With the violation bounded (dual.py)
-lambda neither diverges nor runs to its cap; what other treatments did is measured in docs/method.md.
+The retention gradient is computed every K-th step and counts K times, once for each of them: so the Lagrangian that is
+descended on average, and with it the meaning of lambda, does not depend on K. With the violation bounded (dual.py),
+lambda neither diverges nor runs to its cap; docs/method.md has measurements of the alternatives.
 
-Every number of the step stays on the device; the caller looks at them when it writes its log.
+All numbers of the step stay on the device; the caller reads them when it writes its log.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from craft_ray.method import surgery
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import RETENTION, TASK, AllReduce, Counted, GradientPair
 
-if TYPE_CHECKING:  # the method itself needs torch alone
+if TYPE_CHECKING:  # the method itself needs only torch
     from craft_ray.config import CraftConfig
 
 Loss = Callable[[Any], Tensor]
@@ -39,7 +39,7 @@ Loss = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Scalars on the device. What a step without retention does not have is NaN."""
+    """Scalars on the device; NaN where a step without retention has no value."""
 
     task_loss: Tensor
     grad_norm: Tensor
@@ -94,10 +94,10 @@ def craft_step(
         task, anchors: the micro-batches of this worker; `anchors` is None between two retention steps.
         epsilon: the budget at this step.
         max_norm: the merged gradient is clipped to it, once.
-        noise_floor: L_ret up to this is the cache's rounding, and a gradient of it has no direction to compare.
+        noise_floor: L_ret up to this is the cache's rounding error, and its gradient has no meaningful direction.
 
     Returns:
-        The multiplier's next state, and what happened.
+        The multiplier's next state, and the metrics of the step.
     """
     if anchors is None:
         loss, norm = task_step(

@@ -6,7 +6,7 @@
 
 Both steps and the clipping are linear, so they collapse to g = a g_t + c g_r with c = b - a <g_t, g_r>/|g_r|^2, and
 |g|^2 = a^2 |g_t|^2 + 2 a c <g_t, g_r> + c^2 |g_r|^2 needs no further pass over the gradients.
-Everything is a scalar on the device; nothing waits for it.
+Everything is a scalar on the device; the host does not wait for it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def merge(mode: str, multiplier: Tensor) -> tuple[float, Tensor]:
 
 
 def merged_norm(gram: Gram, task: Tensor | float, retention: Tensor) -> Tensor:
-    """|task * g_t + retention * g_r|, from the three numbers of the comparison."""
+    """|task * g_t + retention * g_r|, from the three numbers of the Gram matrix."""
     square = task**2 * gram.task_sq + 2 * task * retention * gram.dot + retention**2 * gram.retention_sq
     return square.clamp(min=0.0).sqrt()
 
 
 def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor | float:
-    """The factor that brings a gradient of this norm down to `max_norm`; the formula of torch's own clipping."""
+    """The factor that brings a gradient of this norm down to `max_norm`, with torch's own clipping formula."""
     if max_norm is None:
         return 1.0
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""Models: what one must offer (`base.Model`), and who offers it."""
+"""Models: the interface (`base.Model`) and what implements it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from craft_ray.models.base import Model
 from craft_ray.quiet import uncollected
 
-if TYPE_CHECKING:  # craft_ray.models.packing needs torch and transformers alone: no pydantic
+if TYPE_CHECKING:  # craft_ray.models.packing needs only torch and transformers, not pydantic
     from craft_ray.config import ModelConfig, Precision
 
 
@@ -19,8 +19,8 @@ def load_model(
     """The model of a configuration, in training mode.
 
     Args:
-        precision: arithmetic of its forward passes; teacher and student must run in the same.
-        weights: another folder to take the weights from (a checkpoint); processor and limits stay the config's.
+        precision: arithmetic of its forward passes; teacher and student must use the same.
+        weights: another folder to take the weights from (a checkpoint); processor and limits are still the config's.
 
     Raises:
         ConfigError: nothing loads from the path.

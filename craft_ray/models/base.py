@@ -1,7 +1,7 @@
 """What a model must offer to be trained under a retention budget.
 
 A sample goes through `preprocess` (host, one sample, deterministic) and `collate` (host, a batch); the batch goes to
-the device and into a loss or into hidden states. Teacher, student, task and anchors all take this one way.
+the device and yields a loss or hidden states. Teacher, student, task and anchors all use this one path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from craft_ray.data.sample import Sample
 from craft_ray.method.pooling import Layout, Pooling
 
-if TYPE_CHECKING:  # what loads models needs no pydantic
+if TYPE_CHECKING:  # loading a model needs no pydantic
     from craft_ray.data.source import Source
 
 IGNORE = -100
@@ -31,7 +31,7 @@ class Features:
     """One preprocessed sample, on the host."""
 
     tokens: dict[str, Tensor]
-    """Per token, each [S]: input_ids, attention_mask, and what else the model wants."""
+    """Per token, each [S]: input_ids, attention_mask, and whatever else the model takes."""
     images: dict[str, Tensor]
     """Per image, concatenated along dimension 0 in a batch."""
     layout: Layout
@@ -49,15 +49,15 @@ class Batch:
     keep_P: Tensor
     """Positions (of any row) whose next token is a target."""
     targets_BP: Tensor
-    """The token after each such position; IGNORE where that row has none there."""
+    """The token after each such position; IGNORE where a row has no target there."""
     tokens: int
-    """Target tokens in all, known on the host."""
+    """Total number of target tokens, known on the host."""
     samples: int
     pooling: Pooling | None = None
 
     @property
     def count(self) -> int:
-        """Terms of the mean of the task loss: tokens, or samples where the model predicts no tokens."""
+        """Number of terms that the mean task loss averages: tokens, or samples if the model predicts no tokens."""
         return self.tokens or self.samples
 
     def to(self, device: torch.device) -> Batch:
@@ -78,7 +78,7 @@ class Batch:
 class Model(ABC):
     """What every model offers: a policy, a vision-language model or a language model.
 
-    What only some models can do is in `craft_ray/models/capabilities.py`, a type each.
+    What only some models can do is in `craft_ray/models/capabilities.py`, one type per capability.
     """
 
     module: nn.Module
@@ -86,21 +86,21 @@ class Model(ABC):
     kind: ClassVar[str]
     hidden_size: int
     num_hidden_states: int
-    """Entries of the hidden states: the embeddings and the output of every block."""
+    """Number of hidden states: the embeddings and the output of every block."""
     default_positions: ClassVar[tuple[str, ...]]
-    """The anchor positions that measured best for this kind of model (docs/anchors.md)."""
+    """The anchor positions with the best measurements for this kind of model (docs/anchors.md)."""
 
     @property
     @abstractmethod
     def description(self) -> str:
-        """What it is, for messages: 'a model of kind causal_lm', 'a policy of type act'."""
+        """The model in messages: 'a model of kind causal_lm', 'a policy of type act'."""
 
     @abstractmethod
     def check_source(self, source: Source) -> None:
         """Refuse data that this model cannot read at all.
 
         Raises:
-            ConfigError: a feature is missing or has another shape, or the data are of another kind of model.
+            ConfigError: a feature is missing or has another shape, or the data are for another kind of model.
         """
 
     @abstractmethod
@@ -113,15 +113,15 @@ class Model(ABC):
 
     @abstractmethod
     def preprocess_task(self, sample: Sample) -> Features:
-        """One sample as `task_loss` learns from it: its prompt with its response or its actions.
+        """One sample as `task_loss` needs it: its prompt with its response or its actions.
 
         Raises:
-            DataError: as `preprocess`, or the sample has no response.
+            DataError: as in `preprocess`, or the sample has no response.
         """
 
     @abstractmethod
     def collate(self, features: Sequence[Features], positions: Sequence[str] | None = None) -> Batch:
-        """A right-padded batch on the host; with `positions`, the plan that pools its hidden states."""
+        """A right-padded batch on the host; with `positions`, it has the plan that pools its hidden states."""
 
     @abstractmethod
     def task_loss(self, batch: Batch) -> Tensor:
@@ -133,14 +133,13 @@ class Model(ABC):
 
     @abstractmethod
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
-        """Refuse anchors that this model does not give, or that cannot bind it.
+        """Refuse anchors that this model does not provide, or that cannot constrain it.
 
         Args:
-            modes: of retention: `hidden`, `token_ce`.
+            modes: retention modes, `hidden` or `token_ce`.
 
         Raises:
-            ConfigError: they need tokens and the model answers in none, or nothing that is trained reaches its hidden
-                states.
+            ConfigError: they need tokens and the model outputs none, or no trained parameter affects its hidden states.
         """
 
     @abstractmethod
@@ -156,15 +155,15 @@ class Model(ABC):
         """Write a folder that `from_pretrained` loads.
 
         Args:
-            final: where the folder will stand, if it is now written elsewhere.
+            final: the folder's final path, if it is first written elsewhere.
         """
 
 
 def resolve_layers(layers: Sequence[int], num_hidden_states: int) -> tuple[int, ...]:
-    """Layer indices without negative ones; -1 is the last hidden state.
+    """Layer indices with negative ones resolved; -1 is the last hidden state.
 
     Raises:
-        ValueError: an index is out of range, or two name the same layer.
+        ValueError: an index is out of range, or two refer to the same layer.
     """
     resolved = tuple(k + num_hidden_states if k < 0 else k for k in layers)
     for asked, index in zip(layers, resolved, strict=True):
@@ -190,7 +189,7 @@ def disable_dropout(module: nn.Module) -> None:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode; afterwards every part of it is in the mode that it was in, also after an exception."""
+    """Put the module in eval mode; afterwards every part is back in its previous mode, also after an exception."""
     training = {part: part.training for part in module.modules()}
     module.eval()
     try:

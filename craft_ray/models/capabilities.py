@@ -1,4 +1,4 @@
-"""What some models can do beyond what every model does. A caller that needs it asks for the type that has it."""
+"""Capabilities that only some models have. A caller that needs one asks for its type."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from craft_ray.models.base import Batch, Features, Model
 
 
 class TokenModel(Model):
-    """A model that answers in tokens, the suffix of its prompt."""
+    """A model that outputs tokens, the suffix of its prompt."""
 
     @abstractmethod
     def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
-        """One sample as tensors: its prompt, and `suffix` tokens behind it, if any."""
+        """One sample as tensors: its prompt, followed by `suffix` tokens, if any."""
 
     @abstractmethod
     def with_suffix(self, prompt: Features, suffix: Sequence[int], sample_id: str) -> Features:
-        """A preprocessed prompt with `suffix` tokens behind it, exactly what `preprocess` gives for both; the image is
+        """A preprocessed prompt followed by `suffix` tokens, exactly what `preprocess` returns for both; the image is
         not decoded again.
 
         Args:
-            prompt: what `preprocess` gave for the sample alone.
+            prompt: what `preprocess` returned without a suffix.
 
         Raises:
             DataError: prompt and suffix are too long together.
@@ -34,7 +34,7 @@ class TokenModel(Model):
 
     @abstractmethod
     def response_tokens(self, sample: Sample) -> list[int]:
-        """The response as suffix tokens, closed by the end-of-sequence token where the config says so.
+        """The response as suffix tokens, with the end-of-sequence token if the config says so.
 
         Raises:
             DataError: the sample has no response, or one that the model has no tokens for.
@@ -49,7 +49,7 @@ class TokenModel(Model):
 
     @abstractmethod
     def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Log-probability of each target token and whether it is the likeliest, each [B, P]; 0 and True where
+        """Log-probability of each target token and whether it is the most likely one, each [B, P]; 0 and True where
         there is no target."""
 
     def task_loss(self, batch: Batch) -> Tensor:
@@ -57,7 +57,7 @@ class TokenModel(Model):
 
     @abstractmethod
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
-        """Greedy suffix tokens of each prompt, the end-of-sequence token included where it came."""
+        """Greedy suffix tokens of each prompt, including the end-of-sequence token if it was generated."""
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
@@ -65,13 +65,13 @@ class TokenModel(Model):
 
 
 class TensorModel(Model):
-    """A model that reads inputs that came as tensors (an imported cache)."""
+    """A model that accepts tensors as inputs (of an imported cache)."""
 
     @abstractmethod
     def from_tensors(
         self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None, suffix: Sequence[int] | None = None
     ) -> Features:
-        """Features of a prompt that came as tensors, and `suffix` tokens behind it, if any."""
+        """Features of a prompt given as tensors, followed by `suffix` tokens, if any."""
 
 
 class PackingModel(Model):
@@ -79,7 +79,7 @@ class PackingModel(Model):
 
     @abstractmethod
     def check_packing(self) -> None:
-        """Whether `packed_hidden_states` gives what `hidden_states` gives.
+        """Check that `packed_hidden_states` equals `hidden_states`.
 
         Raises:
             ValueError: it does not.
@@ -92,9 +92,10 @@ class PackingModel(Model):
 
 
 def token_model(model: Model) -> TokenModel:
-    """
+    """The model, if it outputs tokens.
+
     Raises:
-        ConfigError: the model does not answer in tokens.
+        ConfigError: it does not.
     """
     if isinstance(model, TokenModel):
         return model
@@ -106,23 +107,25 @@ def token_model(model: Model) -> TokenModel:
 
 
 def tensor_model(model: Model) -> TensorModel:
-    """
+    """The model, if it accepts tensors as inputs.
+
     Raises:
-        ConfigError: the model reads no tensors.
+        ConfigError: it does not.
     """
     if isinstance(model, TensorModel):
         return model
     raise ConfigError(
-        f"a legacy cache holds no frames of a robot, which {model.description} looks at: build the cache of a policy "
-        f"with anchors build"
+        f"a legacy cache holds no robot frames, which {model.description} needs: build the cache of a policy with "
+        f"'craft-ray anchors build'"
     )
 
 
 def packing_model(model: Model) -> PackingModel:
-    """
+    """The model, if it can be packed.
+
     Raises:
-        ValueError: the model packs nothing; who asked for packs adds the remedy, as for one that fails `check_packing`.
+        ValueError: it cannot; the caller adds the remedy, as for a model that fails `check_packing`.
     """
     if isinstance(model, PackingModel):
         return model
-    raise ValueError(f"{model.description} cannot be packed, its images are not part of a row of tokens")
+    raise ValueError(f"{model.description} cannot be packed, because its images are not part of a row of tokens")

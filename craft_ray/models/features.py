@@ -14,17 +14,17 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class FeatureCache:
-    """Features of samples, kept while they fit. Runs that follow one another in a process may share one."""
+    """Features of samples, kept while they fit. Consecutive runs in a process may share one cache."""
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self._left = limit_bytes
         self._sources: dict[tuple[str, ...], dict[Hashable, Features]] = {}
 
     def source(self, make: Callable[[Key], Features], *identity: str) -> Callable[[Key], Features]:
-        """`make` with a memory: from the key of a sample (mostly its row) to its features.
+        """`make` with its results cached: from the key of a sample (mostly its row) to its features.
 
         Args:
-            identity: everything that the features depend on beside the key. Sources of equal identity share theirs.
+            identity: everything that the features depend on besides the key; sources of equal identity share them.
         """
         kept = self._sources.setdefault(identity, {})
 

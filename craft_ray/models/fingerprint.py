@@ -1,4 +1,4 @@
-"""Identity of weights and of preprocessing, as hashes that do not depend on where files lie."""
+"""Identity of weights and of preprocessing, as hashes that do not depend on where files are."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def json_fingerprint(value: Any) -> str:
 def tokenizer_identity(tokenizer: Any) -> Any:
     """What a tokenizer does: its complete state where it is a fast one, otherwise vocabulary and special tokens.
 
-    Padding and truncation are left out: they are set anew by each call.
+    Padding and truncation are left out: each call sets them.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -2,7 +2,7 @@
 
 Hidden states are indexed as in transformers' `output_hidden_states`: 0 is the embeddings, k the output of block k,
 and the last one is taken after the final norm (it is not the raw output of the last block). The student's retention
-pass and the teacher run the base model only; the vocabulary projection is left out.
+pass and the teacher run the base model only; the vocabulary projection is skipped.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ class HuggingFaceModel(TokenModel, TensorModel):
     def _load_processor(self) -> Any:
         path = Path(self.config.path)
         if path.is_absolute() and not path.is_dir():
-            raise ConfigError(f"model.path {path}: there is no such folder: name one, or a hub model")
+            raise ConfigError(f"model.path {path}: there is no such folder: specify an existing one, or a hub model")
         try:
             return self.processor_class.from_pretrained(self.config.path, **self._options())
-        except Exception as error:  # a damaged tokenizer raises anything, a bare Exception too
+        except Exception as error:  # a damaged tokenizer can raise anything, even a bare Exception
             raise ConfigError(
-                f"model.path {path}: no processor or tokenizer loads from it ({_first(error)}): name a folder or a hub "
-                f"model that has one"
+                f"model.path {path}: no processor or tokenizer loads from it ({_reason(error)}): specify a folder or a "
+                f"hub model that has one"
             ) from error
 
     def _load_module(self, path: str) -> Any:
@@ -105,13 +105,13 @@ class HuggingFaceModel(TokenModel, TensorModel):
             )
         except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
             raise ModelError(
-                f"model {path}: its weights are damaged ({_first(error)}): fetch or save it again"
+                f"model {path}: its weights are damaged ({_reason(error)}): fetch or save it again"
             ) from None
         except (OSError, ValueError) as error:
             if "afetensor" in str(error) or "header" in str(error):
-                raise ModelError(f"model {path}: its weights do not load ({_first(error)})") from None
+                raise ModelError(f"model {path}: its weights do not load ({_reason(error)})") from None
             raise ConfigError(
-                f"model.path {path}: no {self.auto_class.__name__} loads from it ({_first(error)})"
+                f"model.path {path}: no {self.auto_class.__name__} loads from it ({_reason(error)})"
             ) from None
         missing = sorted(info["missing_keys"])
         mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
@@ -169,7 +169,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
         return Features(tokens, images, Layout(length, length, self.image_tokens(prompt[0])))
 
     def with_suffix(self, prompt: Features, suffix: Sequence[int], sample_id: str) -> Features:
-        assert prompt.layout.length == prompt.layout.prompt_length, "it has a suffix already"
+        assert prompt.layout.length == prompt.layout.prompt_length, "the prompt already has a suffix"
         tokens = {}
         added = {"input_ids": torch.tensor(list(suffix), dtype=torch.long)}
         for name, tensor in prompt.tokens.items():
@@ -234,7 +234,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
     def token_loss(self, batch: Batch) -> Tensor:
         if not batch.tokens:
             raise DataError(
-                "a batch holds no token to predict: its responses are empty, or a single token behind an empty prompt"
+                "a batch holds no token to predict: its responses are empty, or a single token after an empty prompt"
             )
         return token_loss(self.logits(batch).flatten(0, 1), batch.targets_BP.flatten(), batch.tokens)
 
@@ -248,7 +248,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
         return [states[k] for k in layers]
 
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
-        """It gives all of them."""
+        """These models provide all anchors."""
 
     @torch.inference_mode()
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
@@ -256,8 +256,8 @@ class HuggingFaceModel(TokenModel, TensorModel):
         settings = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._stops or None, pad_token_id=self._pad
         )
-        # transformers fills what is left open in `settings` from the model's own, and a repetition penalty there
-        # would make the suffix another one than the likeliest.
+        # transformers fills unset fields of `settings` from the model's own config, where a repetition penalty would
+        # change the greedy suffix.
         own_settings = self.module.generation_config
         self.module.generation_config = settings
         try:
@@ -313,8 +313,8 @@ class CausalLM(HuggingFaceModel, PackingModel):
         try:
             with evaluating(self.module), self.autocast():
                 check_packing(self.module.base_model, 1e-1 if self.precision == "bf16" else 1e-3)
-        except TypeError as error:  # its forward does not take what a pack has to tell its attention
-            raise ValueError(f"{type(self.module).__name__} cannot be packed ({_first(error)})") from None
+        except TypeError as error:  # its forward does not accept the layout that attention needs
+            raise ValueError(f"{type(self.module).__name__} cannot be packed ({_reason(error)})") from None
 
     def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
         with self.autocast():
@@ -331,7 +331,7 @@ class VisionLanguageModel(HuggingFaceModel):
 
     @property
     def suffix_type(self) -> int:  # type: ignore[override]
-        """PaliGemma marks its suffix 1 (causal attention); Gemma 3 marks images 1, and others have no types."""
+        """PaliGemma marks its suffix with 1 (causal attention); Gemma 3 marks images with 1, others have no types."""
         return 1 if self.module.config.model_type == "paligemma" else 0
 
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
@@ -367,8 +367,8 @@ class VisionLanguageModel(HuggingFaceModel):
         return {"token_type_ids": types}
 
     def _image_identity(self) -> Any:
-        # The processor's own settings decide how many image tokens stand in a prompt, the image processor's what they
-        # show; its class is part of it, because two backends of one processor resize differently.
+        # The processor's own settings decide how many image tokens a prompt has, the image processor's what they show;
+        # its class is included, because two backends of one processor resize differently.
         images = self.processor.image_processor
         settings = without_locations(self.processor.to_dict())
         settings["image_processor"] = without_locations(images.to_dict())
@@ -380,8 +380,8 @@ def _listed(value: int | list[int] | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _first(error: BaseException) -> str:
-    """The first line of what a library says, with a remedy where the library's own is a Python argument."""
+def _reason(error: BaseException) -> str:
+    """The first line of a library's error, with our remedy where the library's is a Python argument."""
     text = str(error).strip()
     if "contains custom code" in text:
         return "it comes with Python code of its own; set model.trust_remote_code=true if you trust it"

@@ -4,8 +4,7 @@ Several sequences are laid end to end in one row [1, T]; their positions restart
 within each sequence only. Everything but attention works token by token, so a pack costs what its real tokens
 cost.
 
-Shapes: N sequences in a pack, T tokens in all of them, L layers asked for, H heads, Hkv key/value heads,
-D features.
+Shapes: N sequences in a pack, T tokens in total, L requested layers, H heads, Hkv key/value heads, D features.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ PACKED = "craft_packed"
 """Name of the attention implementation, as `set_attn_implementation` knows it."""
 
 DEFAULT_BUDGET = 2048
-"""Tokens a pack. Measured on CPU, against 4096: fp32 0.78, bf16 1.06 of the time. Not measured on a GPU."""
+"""Tokens per pack. Measured on CPU, relative to 4096: fp32 0.78, bf16 1.06 of the time. Not measured on a GPU."""
 
 _CHANGES_THE_MATHEMATICS = ("softcap", "s_aux", "position_bias")
 """Arguments of attention functions (Gemma 2, GPT-OSS, T5) that a plain softmax would silently ignore."""
@@ -47,10 +46,10 @@ _VARLEN = varlen_attn is not None and {"scale", "window_size", "enable_gqa"} <= 
 
 @dataclass(frozen=True)
 class PackLayout:
-    """Where the sequences of a pack begin and end."""
+    """Where the sequences of a pack start and end."""
 
     bounds: tuple[int, ...]
-    """0, n_1, n_1 + n_2, ..., T on the host, so that no layer has to ask the device for it."""
+    """0, n_1, n_1 + n_2, ..., T on the host, so that no layer has to wait for the device."""
     cu_seqlens: Tensor
     """The same as int32 [N + 1] on the device."""
     max_length: int
@@ -63,7 +62,7 @@ class PackLayout:
 
 
 def plan_packs(lengths: Sequence[int], budget: int = DEFAULT_BUDGET) -> list[list[int]]:
-    """Indices of the sequences of each pack; every index exactly once, at most `budget` tokens a pack.
+    """Indices of the sequences of each pack; every index exactly once, at most `budget` tokens per pack.
 
     The longest come first: a pack that does not fit in memory fails at once, not after an hour. A sequence
     longer than the budget is a pack of its own.
@@ -106,7 +105,7 @@ def packed_forward(
     if not layers or not all(-states <= layer < states for layer in layers):
         raise ValueError(
             f"{type(base_model).__name__} has hidden states {-states} to {states - 1}, "
-            f"but {list(layers)} were asked for"
+            f"but {list(layers)} were requested"
         )
 
     with torch.inference_mode(), packed_attention(base_model):
@@ -127,10 +126,10 @@ def packed_forward(
 def check_packing(base_model: PreTrainedModel, tolerance: float = 1e-2) -> None:
     """Raise ValueError if a pack does not give what its sequences give alone; call it once for every teacher.
 
-    Attention is ours to confine, other ways to mix tokens (convolutions, recurrent layers) are not. So the first of
-    two sequences is exchanged: the second must not notice. And the second must be what it is alone.
+    We can confine attention, but not other ways to mix tokens (convolutions, recurrent layers). So the first of two
+    sequences is replaced, which must not change the second; and the second must equal the same sequence alone.
 
-    `tolerance` bounds the norm of a difference by the norm of the states: give more to bfloat16 arithmetic.
+    `tolerance` bounds the norm of a difference relative to the norm of the states; bfloat16 arithmetic needs more.
     """
     name = type(base_model).__name__
     vocabulary = base_model.config.vocab_size
@@ -139,27 +138,27 @@ def check_packing(base_model: PreTrainedModel, tolerance: float = 1e-2) -> None:
         packed_forward(base_model, [first % vocabulary, second], [-1])[0][0, 5:].float()
         for first in (torch.arange(5), torch.arange(5) + vocabulary // 2)
     )
-    # Same shapes, same inputs: exact, but for experts, whose batches depend on the routing of all tokens.
+    # Same shapes, same inputs: exact, except for experts, whose batches depend on the routing of all tokens.
     if not (before - after).norm() <= 1e-2 * before.norm():
         raise ValueError(f"{name} cannot be packed: a sequence changes with its neighbour")
     with torch.inference_mode():
         output = base_model(second[None].to(base_model.device), use_cache=False, output_hidden_states=True)
     alone = output.hidden_states[-1][0].float()
     if not (before - alone).norm() <= tolerance * alone.norm():
-        raise ValueError(f"{name} cannot be packed: a sequence is not what it is alone")
+        raise ValueError(f"{name} cannot be packed: a sequence differs from the same sequence alone")
 
 
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block `model` attends with `craft_packed`; afterwards with exactly what it had before.
+    """Within the block `model` uses the attention `craft_packed`; afterwards exactly what it used before.
 
-    The switch lies in the model's config: no other thread may use the model meanwhile.
+    The switch is in the model's config, so no other thread may use the model meanwhile.
     """
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         model.set_attn_implementation(PACKED)
-        # transformers only logs a warning if a model has its own, unexchangeable attention.
+        # transformers only logs a warning if a model's attention is hard-wired.
         if model.config._attn_implementation != PACKED:
             raise ValueError(
                 f"{type(model).__name__} does not use transformers' AttentionInterface, "
@@ -207,7 +206,7 @@ def attend(
     if attention_mask is not None:
         raise ValueError(f"{name} got an attention mask of its own; a pack has none")
     if dropout:
-        raise ValueError(f"{name} drops out attention (p = {dropout}); a teacher runs in eval mode")
+        raise ValueError(f"{name} applies attention dropout (p = {dropout}); a teacher runs in eval mode")
     if refused := [what for what in _CHANGES_THE_MATHEMATICS if others.get(what) is not None]:
         raise ValueError(f"{name} needs {', '.join(refused)}, which packed attention does not compute")
 
@@ -255,16 +254,16 @@ def _attend_varlen(
         pack.max_length,
         pack.max_length,
         scale=scaling,
-        # (keys to the left, keys to the right) besides the token itself; -1 is without limit.
+        # (keys to the left, keys to the right) besides the token itself; -1 means no limit.
         window_size=(-1, 0) if window is None else (window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    assert isinstance(out_THD, Tensor)  # a tuple only if the log-sum-exp is asked for, too
+    assert isinstance(out_THD, Tensor)  # it is a tuple only if the log-sum-exp is requested, too
     return out_THD.unsqueeze(0)
 
 
 def _varlen_applies(query: Tensor, value: Tensor) -> bool:
-    """What the flash kernel behind `varlen_attn` takes; everything else goes one by one."""
+    """Whether the flash kernel behind `varlen_attn` supports the inputs; everything else runs one by one."""
     return (
         _VARLEN
         and query.is_cuda
@@ -285,12 +284,12 @@ def _refuse_unpackable(base_model: PreTrainedModel) -> None:
     if base_model.training:
         raise ValueError(f"{name} is in train mode; a teacher runs in eval mode")
     if base_model.get_output_embeddings() is not None:
-        raise ValueError(f"{name} projects onto the vocabulary, which nobody would read; pass its base_model")
+        raise ValueError(f"{name} projects onto the vocabulary, which is not needed; pass its base_model")
     # Both change the masks that transformers would have built, and these are never built here.
     if not getattr(config, "is_causal", True):
         raise ValueError(f"{name} attends in both directions; only causal attention can be packed")
     if getattr(config, "attention_chunk_size", None) is not None:
         raise ValueError(
             f"{name} attends within chunks of {config.attention_chunk_size} tokens; "
-            "packed attention knows sequences and sliding windows only"
+            "packed attention supports sequences and sliding windows only"
         )

@@ -22,11 +22,11 @@ def targets(layouts: Sequence[Layout], input_ids_BS: Tensor) -> tuple[Tensor, Te
     """(keep_P, targets_BP, count) for next-token prediction of every sample's suffix."""
     spans = [layout.predicted for layout in layouts]
     keep = sorted({t - 1 for span in spans for t in span})
-    place = {position: column for column, position in enumerate(keep)}
+    column_of = {position: column for column, position in enumerate(keep)}
     result = torch.full((len(layouts), len(keep)), IGNORE)
     for row, span in enumerate(spans):
         if span:
-            columns = torch.tensor([place[t - 1] for t in span])
+            columns = torch.tensor([column_of[t - 1] for t in span])
             result[row, columns] = input_ids_BS[row, span.start : span.stop]
     return torch.tensor(keep, dtype=torch.long), result, sum(map(len, spans))
 
@@ -37,8 +37,8 @@ def token_loss(logits_NV: Tensor, targets_N: Tensor, count: int) -> Tensor:
 
 
 def token_log_probs(logits_BPV: Tensor, targets_BP: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token in float32 and whether it is the likeliest, each [B, P]; 0 and True where
-    there is no target."""
+    """Log-probability of each target token in float32 and whether it is the most likely one, each [B, P]; 0 and True
+    where there is no target."""
     logits_BPV = logits_BPV.float()
     log_probs_BP = -cross_entropy(
         logits_BPV.flatten(0, 1), targets_BP.flatten(), ignore_index=IGNORE, reduction="none"

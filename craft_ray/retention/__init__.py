@@ -1,4 +1,4 @@
-"""What is held: old skills, each by a retention mode that measures its loss and a constraint that keeps its budget."""
+"""Retention of old skills: a mode measures the loss of a skill, and a constraint holds it within its budget."""
 
 from __future__ import annotations
 

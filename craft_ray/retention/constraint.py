@@ -1,7 +1,7 @@
 """A constraint holds one old skill: L_ret(theta) <= epsilon on its anchors.
 
-It owns everything that belongs to the skill: the cached anchors, which of them training never sees, the order in which
-the others are drawn, the budget and its multiplier, and the certificate at the end.
+It owns everything that belongs to the skill: the cached anchors, which of them are held out, the order in which the
+others are drawn, the budget and its multiplier, and the certificate at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from craft_ray.storage.paths import storage_path
 from craft_ray.workers import Workers
 
 ANCHOR_STREAM = 1
-"""Keeps the order of the anchors apart from that of the task's samples (stream 0) under one seed."""
+"""Random stream of the anchors' order; the task's samples use stream 0 of the same seed."""
 STEP0_ANCHORS = 64
 
 
@@ -37,12 +37,12 @@ def open_mode(
     """The retention mode of a run on its cache, after every check that the cache's identity allows.
 
     Args:
-        teacher_weights: hash of the untouched student's weights; None on resume, where it is no longer the teacher
-            and the checkpoint names the cache instead.
+        teacher_weights: hash of the untouched student's weights; None on resume, where the student is no longer the
+            teacher and the checkpoint names the cache instead.
         features: preprocessed anchors of earlier runs in this process.
 
     Raises:
-        CacheRefused: the cache is of another teacher or preprocessor, or lacks what the config asks for.
+        CacheRefused: the cache belongs to another teacher or preprocessor, or lacks what the config asks for.
         ConfigError: the model cannot be held to such anchors.
     """
     craft = config.craft
@@ -58,7 +58,7 @@ def open_mode(
 
 
 class Constraint:
-    """One old skill. Where `craft.enabled` is off it is only measured: it has no multiplier and gives no batches.
+    """One old skill. With `craft.enabled` off it is only measured: it has no multiplier, and training takes no batches.
 
     Args:
         mode: how the skill's loss is measured, on its cache.
@@ -79,19 +79,20 @@ class Constraint:
 
     @property
     def held(self) -> bool:
-        """Whether training is held to the budget, rather than measured by it."""
+        """Whether training is held to the budget, rather than only measured against it."""
         return self.dual is not None
 
     def check_untouched(self) -> None:
-        """
+        """Check that the untouched student reproduces the cache, if training is held to it.
+
         Raises:
-            CacheRefused: the untouched student does not reproduce the cache.
+            CacheRefused: it does not.
         """
         if self.held:
             self.mode.check_untouched(self.train_rows[:STEP0_ANCHORS], self.craft.anchor_batch_size)
 
     def described(self) -> list[str]:
-        """The anchors, and the settings of the method, each in one line."""
+        """One line about the anchors, and one about the method's settings."""
         craft = self.craft
         budget = f"ε {craft.epsilon_schedule} {craft.epsilon_start:g}"
         if craft.epsilon_final != craft.epsilon_start:
@@ -120,10 +121,10 @@ class Constraint:
         """The budget at a step (from 0)."""
         return epsilon_at(step, self._steps, self.craft)
 
-    # -- what came out
+    # -- results
 
     def heldout_loss(self, step: int) -> float:
-        """L_ret on the held-out anchors, or on all where none is held out, after `step` steps.
+        """L_ret after `step` steps on the held-out anchors, or on all anchors if none are held out.
 
         Raises:
             DataError: it is not finite.
@@ -157,22 +158,23 @@ class Constraint:
             "cache": self.fingerprint,
         }
 
-    # -- its state
+    # -- state
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on: the multiplier's state, and which cache it belongs to."""
-        assert self.dual is not None, "what is only measured has no state"
+        assert self.dual is not None, "a constraint that is only measured has no state"
         return {"dual": self.dual.state_dict(), "cache": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
+        """Restore what `state_dict` returned.
+
         Raises:
-            CacheRefused: the state is of a run with another cache.
+            CacheRefused: the state belongs to a run with another cache.
         """
         if state["cache"] != self.fingerprint:
             raise CacheRefused(
                 f"the run was trained with the anchor cache {state['cache']}, craft.anchor_cache_dir holds "
-                f"{self.fingerprint}: resume with the cache it began with"
+                f"{self.fingerprint}: resume with the cache that it started with"
             )
         self.dual = DualState.from_state_dict(state["dual"], self._workers.device)
 
@@ -184,7 +186,7 @@ def split(rows: Sequence[int], parts: int) -> list[Sequence[int]]:
 
 @torch.inference_mode()
 def mean_loss(mode: RetentionMode[Any], rows: Sequence[int], batch_size: int, workers: Workers) -> float:
-    """L_ret over `rows`, of which each worker takes its share."""
+    """L_ret over `rows`, which the workers share."""
     sums = torch.zeros(2, dtype=torch.float64, device=workers.device)
     with evaluating(mode.model.module):
         for part in batches_of(rows[workers.rank :: workers.world_size], batch_size):

@@ -2,12 +2,12 @@
 
 Mean over samples, of the mean over layers and vectors, of a distance d(student, teacher), computed in float32:
 
-    relative_mse   |s - t|^2 / |t|^2          the teacher's own size is the unit, so is epsilon's
+    relative_mse   |s - t|^2 / |t|^2          in units of the teacher's own size, as is epsilon
     mse            |s - t|^2 / D
     cosine         1 - <s, t> / (|s| |t|)
     l1             |s - t|_1 / D
 
-Every sample weighs the same however many vectors it has, so the mean over workers is the mean over the batch.
+Every sample has the same weight however many vectors it has, so the mean over workers is the mean over the batch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def hidden_loss(student: Vectors, teacher: Vectors, loss_type: str = "relative_m
     if s.shape != t.shape:
         raise ValueError(
             f"the student's vectors are {tuple(s.shape)} (sample, layer, vector, dim), "
-            f"the cached ones {tuple(t.shape)}: the cache is of another model, other layers or other positions"
+            f"the cached ones {tuple(t.shape)}: the cache belongs to another model, other layers or other positions"
         )
     s, t = s.float(), t.float()
     if loss_type == "relative_mse":
@@ -67,14 +67,14 @@ def hidden_loss(student: Vectors, teacher: Vectors, loss_type: str = "relative_m
 
 @dataclass(frozen=True)
 class HiddenBatch:
-    """Prompts, and the teacher's vectors on them."""
+    """Prompts, and the teacher's vectors for them."""
 
     inputs: Batch
     teacher: Vectors
 
     @property
     def count(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return self.inputs.samples
 
     def to(self, device: torch.device) -> HiddenBatch:
@@ -84,7 +84,7 @@ class HiddenBatch:
 
 
 class Hidden(RetentionMode[HiddenBatch]):
-    """The student's hidden states are held to the teacher's.
+    """Keeps the student's hidden states close to the teacher's.
 
     Args:
         layers: resolved indices, a subset of the cache's.
@@ -129,7 +129,7 @@ class Hidden(RetentionMode[HiddenBatch]):
         """The anchors of these rows, on the host.
 
         Raises:
-            CacheRefused: this run's preprocessing finds other vectors than the cache holds.
+            CacheRefused: this run's preprocessing yields other vectors than the cache holds.
         """
         inputs = self._inputs.batch(rows, self.positions)
         teacher = self.teacher_vectors(rows)
@@ -139,7 +139,7 @@ class Hidden(RetentionMode[HiddenBatch]):
             row = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), 0)
             raise CacheRefused(
                 f"anchor {self.anchors.id(rows[row])} has {theirs[row]} vectors in the cache, this run's preprocessing "
-                f"finds {ours[row]}: the cache was built with another preprocessor, build it again"
+                f"yields {ours[row]}: the cache was built with another preprocessor, build it again"
             )
         return HiddenBatch(inputs, teacher)
 
@@ -153,7 +153,7 @@ class Hidden(RetentionMode[HiddenBatch]):
         return Vectors(values_BLVD, torch.from_numpy(np.concatenate(valid, 1)))
 
     def student_vectors(self, batch: HiddenBatch) -> Vectors:
-        """The model's own vectors on a batch."""
+        """The student's vectors for a batch."""
         assert batch.inputs.pooling is not None
         return batch.inputs.pooling(self.model.hidden_states(batch.inputs, self.layers))
 
@@ -161,9 +161,9 @@ class Hidden(RetentionMode[HiddenBatch]):
         return hidden_loss(self.student_vectors(batch), batch.teacher, self.loss_type)
 
     def noise_floor(self, rows: Sequence[int]) -> float:
-        """Rounding of relative mean square r moves a vector t by r |t|^2. The other distances of so small a move are
-        bounded by it: mse r |t|^2 / D; l1 at most the root of that (mean |x| <= sqrt(mean x^2)); cosine r / 2, which
-        float32 computes as the difference of two numbers near 1."""
+        """Rounding with a relative mean square of r moves a vector t by a squared distance of r |t|^2. This bounds the
+        others: mse by r |t|^2 / D, l1 by the root of that (mean |x| <= sqrt(mean x^2)), cosine by r / 2, beside float32's
+        rounding of the difference of two numbers near 1."""
         relative = NOISE_FLOOR[self.anchors.identity.dtype]
         if self.loss_type == "relative_mse":
             return relative

@@ -11,10 +11,10 @@ from craft_ray.models.features import FeatureCache
 
 
 class AnchorInputs:
-    """Preprocesses anchors as the student's batches.
+    """Preprocesses anchors into batches for the student.
 
     Args:
-        with_suffix: whether the cached suffix tokens stand behind the prompt.
+        with_suffix: whether the cached suffix tokens follow the prompt.
         cache: features of earlier runs in this process.
     """
 
@@ -27,7 +27,7 @@ class AnchorInputs:
         )
 
     def batch(self, rows: Sequence[int], positions: Sequence[str] | None = None) -> Batch:
-        """The anchors of these rows on the host; with `positions`, the plan that pools their hidden states."""
+        """The anchors of these rows on the host; with `positions`, also the plan that pools their hidden states."""
         return self._model.collate([self._features(row) for row in rows], positions)
 
     def _preprocess(self, row: int) -> Features:

@@ -1,4 +1,4 @@
-"""A retention mode says how the loss of an old skill is measured. This is what a constraint asks of every mode."""
+"""A retention mode defines how the loss of an old skill is measured. This is the interface of every mode."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from craft_ray.models.features import FeatureCache
 
 
 class Terms(Protocol):
-    """A batch of anchors: the student's inputs beside what the teacher gave on them."""
+    """A batch of anchors: the student's inputs, and the teacher's outputs for them."""
 
     @property
     def count(self) -> int:
-        """Terms of the mean that the loss of the batch is."""
+        """Number of terms that the batch's mean loss averages."""
         ...
 
     def to(self, device: torch.device) -> Self: ...
@@ -35,13 +35,13 @@ class RetentionMode(ABC, Generic[AnchorBatch]):
 
     name: ClassVar[str]
     needs: ClassVar[Literal["anchors", "responses", "weights"]]
-    """What a user has to give: inputs of the old skill, inputs with their right responses, or the teacher alone."""
+    """What a user has to provide: inputs of the old skill, inputs with correct responses, or only the teacher."""
     unit: Unit
-    """Of the loss, and so of the budget."""
+    """The unit of the loss, and so of the budget."""
     model: Model
     anchors: AnchorSet
     description: str
-    """What of the anchors is compared, for people."""
+    """What is compared on the anchors, for messages."""
 
     @classmethod
     @abstractmethod
@@ -57,7 +57,7 @@ class RetentionMode(ABC, Generic[AnchorBatch]):
         """The mode as a run uses it.
 
         Args:
-            layers, positions: of the cache, as far as this run anchors them.
+            layers, positions: those of the cache that this run anchors.
             features: preprocessed anchors of earlier runs in this process.
         """
 
@@ -71,14 +71,14 @@ class RetentionMode(ABC, Generic[AnchorBatch]):
 
     @abstractmethod
     def noise_floor(self, rows: Sequence[int]) -> float:
-        """The loss, in its unit, that the storage's rounding of these rows explains: a gradient of so small a loss
-        has no direction."""
+        """The loss, in its unit, that rounding these rows for storage can cause. The gradient of so small a loss has
+        no meaningful direction."""
 
     @abstractmethod
     def check_untouched(self, rows: Sequence[int], batch_size: int) -> None:
-        """Step 0 is a test: an untouched student gives what the teacher gave, within the storage's precision.
+        """Check at step 0 that the untouched student reproduces the teacher, within the storage's precision.
 
-        It runs in the mode in which training runs, so dropout that is left on is found here.
+        The student stays in training mode, so dropout that was left on is found here.
 
         Raises:
             CacheRefused: it does not; preprocessing, dropout, layers or the teacher differ.

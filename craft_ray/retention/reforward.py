@@ -1,4 +1,4 @@
-"""Does a model still give what a cache holds: the teacher run once more on some rows, the way a student runs."""
+"""Check that a model still reproduces a cache: run the teacher again on some rows, the way a student runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far some rows of a cache are from the teacher of today."""
+    """How far some cached rows are from what the model gives now."""
 
     rows: int
     distance: float | None
@@ -39,10 +39,10 @@ class Agreement:
 def reforward(folder: StoragePath, manifest: Manifest, config: Experiment, model: Model, count: int) -> Agreement:
     """Run the model on `count` rows, spread over the cache, the way a student runs, and compare.
 
-    Suffix tokens are compared under the cached ones before them, so that one near tie counts once.
+    Each suffix token is predicted from the cached ones before it, so that one near tie counts once.
 
     Raises:
-        CacheRefused: the model is another one, or gives something else; the worst row is named.
+        CacheRefused: it is another model, or it does not reproduce the cache; the worst row is named.
     """
     identity = manifest.identity
     check_model(folder, identity, config, model, model.weights_fingerprint())
@@ -98,8 +98,9 @@ def _compare_tokens(model: Model, anchors: AnchorSet, rows: Sequence[int]) -> tu
     if equal < least * tokens:
         worst = max(range(len(rows)), key=wrong.__getitem__)
         raise CacheRefused(
-            f"the model finds {equal} of {tokens} cached suffix tokens the likeliest, {least:.0%} are expected (worst "
-            f"is anchor {anchors.id(rows[worst])} with {wrong[worst]} others): preprocessing, dropout or the teacher "
-            f"is not what the cache was built with, or the tokens are not the teacher's own (anchors.suffix_from)"
+            f"{equal} of {tokens} cached suffix tokens are the model's most likely ones, {least:.0%} are expected "
+            f"(worst is anchor {anchors.id(rows[worst])} with {wrong[worst]} others): preprocessing, dropout or the "
+            f"teacher is not what the cache was built with, or the tokens are not the teacher's own "
+            f"(anchors.suffix_from)"
         )
     return tokens, equal

@@ -1,4 +1,4 @@
-"""Retention mode `token_ce`: cross-entropy of the teacher's own greedy suffix tokens, in nats a token."""
+"""Retention mode `token_ce`: cross-entropy of the teacher's own greedy suffix tokens, in nats per token."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from craft_ray.retention.mode import RetentionMode, batches_of
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Prompts with the teacher's suffix tokens behind them."""
+    """Prompts followed by the teacher's suffix tokens."""
 
     inputs: Batch
 
     @property
     def count(self) -> int:
-        """Suffix tokens."""
+        """Number of suffix tokens."""
         return self.inputs.tokens
 
     def to(self, device: torch.device) -> TokenBatch:
@@ -37,7 +37,7 @@ class TokenBatch:
 
 
 class TokenCE(RetentionMode[TokenBatch]):
-    """The student is held to the tokens that the teacher generated."""
+    """Keeps the tokens that the teacher generated likely for the student."""
 
     name: ClassVar[str] = "token_ce"
     needs: ClassVar[Literal["anchors", "responses", "weights"]] = "anchors"

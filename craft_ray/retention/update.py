@@ -18,7 +18,7 @@ from craft_ray.workers import Workers
 def held_by(constraints: Sequence[Constraint]) -> Constraint | None:
     """The constraint that training is held to; None in plain fine-tuning."""
     held = [constraint for constraint in constraints if constraint.held]
-    assert len(held) <= 1, "one multiplier a run"
+    assert len(held) <= 1, "one multiplier per run"
     return held[0] if held else None
 
 
@@ -34,7 +34,7 @@ def update(
     workers: Workers,
     max_norm: float | None,
 ) -> StepMetrics:
-    """Take step `step` (from 0): CRaFT's where a constraint is held, plain fine-tuning where none is.
+    """Take step `step` (from 0): a CRaFT step if a constraint is held, otherwise plain fine-tuning.
 
     Args:
         task, anchors: this worker's micro-batches on its device; `anchors` is None between two retention steps.

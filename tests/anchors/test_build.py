@@ -1,4 +1,4 @@
-"""Building a cache: every anchor once whatever happens, its size, its types, and what every reader finds in it."""
+"""Building a cache: every anchor once whatever happens, its size, its types, and what every reader reads from it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_each_image_is_decoded_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And the shard is the one of a teacher that preprocesses each sample anew for its suffix."""
+    """And the shard is that of a teacher that preprocesses each sample again for its suffix."""
     changes = {
         "anchors.source": {"path": str(digits.data / "old_val.parquet"), "columns": ANSWERED, "limit": 13},
         "anchors.positions": positions,
@@ -76,12 +76,12 @@ def test_each_image_is_decoded_once(
 
     samples, fresh = {source[row].id: source[row] for row in range(len(source))}, teacher(config)
     monkeypatch.setattr(model, "with_suffix", lambda _, suffix, sample: fresh.preprocess(samples[sample], suffix))
-    build_shard(runs, source, range(len(source)), tmp_path / "anew.parquet")
-    assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "anew.parquet").read_bytes()
+    build_shard(runs, source, range(len(source)), tmp_path / "again.parquet")
+    assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
 
 
 @pytest.mark.parametrize("finished", [0, 1, 2])
-def test_a_build_interrupted_at_a_shard_goes_on_to_every_anchor_once(
+def test_a_build_interrupted_at_a_shard_resumes_to_every_anchor_once(
     finished: int, text: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, written = stage.build_shard, []
@@ -125,7 +125,7 @@ def test_a_second_build_computes_no_row(text: Experiment, monkeypatch: pytest.Mo
     assert again.manifest == first
 
 
-def test_a_damaged_shard_that_is_deleted_is_written_anew(text: Experiment) -> None:
+def test_a_damaged_shard_that_is_deleted_is_written_again(text: Experiment) -> None:
     manifest = built(text)
     shards(cache_folder(text))[1].unlink()
     again = build(text, say=lambda _: None)
@@ -133,7 +133,7 @@ def test_a_damaged_shard_that_is_deleted_is_written_anew(text: Experiment) -> No
     assert again.manifest == manifest
 
 
-def test_paths_and_number_of_workers_are_no_part_of_the_identity(
+def test_paths_and_number_of_workers_are_not_part_of_the_identity(
     text: Experiment, text_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
@@ -185,7 +185,7 @@ def student(config: Experiment) -> Hidden:
     return Hidden(model, anchors, identity.layers, identity.positions)
 
 
-def test_every_parquet_reader_finds_the_same_values(text: Experiment) -> None:
+def test_every_parquet_reader_reads_the_same_values(text: Experiment) -> None:
     built(text)
     files = [str(shard) for shard in shards(cache_folder(text))]
     ours = pa.concat_tables(pq.read_table(file) for file in files).to_pydict()
@@ -203,7 +203,7 @@ def test_every_parquet_reader_finds_the_same_values(text: Experiment) -> None:
             np.testing.assert_array_equal(np.array(left, np.float32), np.array(right, np.float32))
 
 
-def test_images_stay_the_bytes_that_they_were(digits: Digits, tmp_path: Path) -> None:
+def test_images_keep_their_bytes(digits: Digits, tmp_path: Path) -> None:
     config = digits.experiment(tmp_path)
     built(config)
     given = pq.read_table(digits.data / "anchors.parquet")["image"].to_pylist()[:48]
@@ -224,7 +224,7 @@ def test_float16_that_overflows_is_refused_and_float32_holds_it(text: Experiment
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """A disk that is full once a file has so many bytes."""
+    """A disk that is full once a file has `size` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -233,7 +233,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_damages_nothing_and_the_build_goes_on(text_model: Path, tmp_path: Path) -> None:
+def test_a_full_disk_damages_nothing_and_the_build_resumes(text_model: Path, tmp_path: Path) -> None:
     source = prompts(tmp_path / "anchors.jsonl", [1] * 8 + [40] * 8)
     config = text_experiment(text_model, source, tmp_path)
     with largest_file(200_000), pytest.raises(StorageError) as caught:  # short texts fit, long ones do not
@@ -249,7 +249,7 @@ def test_a_full_disk_damages_nothing_and_the_build_goes_on(text_model: Path, tmp
     assert len(set(table(cache_folder(config))["id"].to_pylist())) == 16
 
 
-def test_the_manifest_is_json_that_a_person_can_read(text: Experiment) -> None:
+def test_the_manifest_is_readable_json(text: Experiment) -> None:
     manifest = built(text)
     tree = json.loads((cache_folder(text) / "manifest.json").read_text())
     assert tree["identity"]["layers"] == [2, 3]

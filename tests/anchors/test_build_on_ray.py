@@ -1,4 +1,4 @@
-"""Caches built by processes of Ray: a killed teacher costs time only, and a user's mistake stays one line."""
+"""Caches built by Ray processes: a killed teacher costs only time, and a user's mistake stays one line."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ def test_a_teacher_killed_in_the_middle_costs_no_anchor(digits: Digits, tmp_path
         time.sleep(0.02)
     (killed,) = teachers(driver)
     killed.kill()
-    there = len(list(folder.glob("*.parquet")))
+    present = len(list(folder.glob("*.parquet")))
     out, err = driver.communicate(timeout=400)
 
     assert driver.returncode == 0, err
-    assert there < 24, "it was killed too late to test anything"
+    assert present < 24, "it was killed too late to test anything"
     given = pq.read_table(digits.data / "anchors.parquet", columns=["id"])["id"].to_pylist()[:48]
     assert table(cache_folder(config))["id"].to_pylist() == given
     assert "(24 of 24)" in out
     assert "anchor cache complete: 48 anchors" in out
-    assert all("(raylet)" in line for line in err.splitlines()), err  # it tells of the death, and nothing else is said
+    assert all("(raylet)" in line for line in err.splitlines()), err  # it reports the death; nothing else is printed
     assert not list(folder.glob(".*"))
     assert build(config, say=lambda _: None).rows_computed == 0
 

@@ -104,9 +104,9 @@ def prose(text_model: Path, tmp_path: Path) -> Experiment:
 
 
 def imported(config: Experiment, tmp_path: Path, check: bool = True) -> list[str]:
-    said: list[str] = []
-    import_legacy(tmp_path / "legacy", config, check, say=said.append)
-    return said
+    lines: list[str] = []
+    import_legacy(tmp_path / "legacy", config, check, say=lines.append)
+    return lines
 
 
 def trained(config: Experiment, path: Path) -> list[dict]:
@@ -149,7 +149,7 @@ def test_an_imported_cache_holds_every_row_and_trains(
         student.check_untouched(range(ROWS), 4)
         records = trained(run, tmp_path / mode)
         assert len(records) == config.train.steps
-    # Starting it again finds it.
+    # A second import finds the cache.
     before = [path.read_bytes() for path in shards(folder)]
     imported(config, tmp_path)
     assert [path.read_bytes() for path in shards(folder)] == before
@@ -193,7 +193,7 @@ def test_a_pickle_with_code_is_not_run(pictures: Experiment, tmp_path: Path) -> 
         (lambda c: c.pop("pixel_values") is None, ["has no pixel_values", "vision_language"]),
         (lambda c: c.pop("labels") is None, ["holds no labels", "anchors.modes=[hidden]"]),
         (lambda c: c.pop("teacher_hidden") is None, ["no hidden states", "anchors.modes=[token_ce]"]),
-        (lambda c: {**c, "target_features": c["teacher_hidden"] + 1}, ["are both there and differ"]),
+        (lambda c: {**c, "target_features": c["teacher_hidden"] + 1}, ["are both present and differ"]),
         (lambda c: {**c, "teacher_hidden": c["teacher_hidden"][:, :1]}, ["[7, 1, 2, 64]", "2 layers [3, 4]"]),
         (lambda c: {**c, "teacher_hidden": c["teacher_hidden"][..., :32]}, ["[7, 2, 2, 32]", "width 64"]),
         (lambda c: {**c, "meta": {"layers": [-3, -2]}}, ["layers [-3, -2]", "anchors.layers [3, 4]"]),
@@ -224,10 +224,10 @@ def test_vectors_that_the_teacher_does_not_give_are_refused(pictures: Experiment
     model = teacher(pictures)
     student = open_mode(pictures, model, model.weights_fingerprint())
     with pytest.raises(CacheRefused, match="away from the cached teacher"):
-        student.check_untouched(range(ROWS), 4)  # training would have found it, too
+        student.check_untouched(range(ROWS), 4)  # training would have found it too
 
 
-def test_labels_that_are_not_the_teachers_are_refused_unless_they_are_called_so(
+def test_labels_that_are_not_the_teachers_are_refused_unless_declared_as_responses(
     pictures: Experiment, tmp_path: Path
 ) -> None:
     change(tmp_path, lambda c: {**c, "labels": torch.full((7, 1), 9)})
@@ -256,10 +256,10 @@ def test_shorter_shapes_of_vectors(shape: str, pictures: Experiment, tmp_path: P
 
 def test_positions_of_many_vectors_are_refused(pictures: Experiment, tmp_path: Path) -> None:
     config = pictures.changed({"anchors.positions": ["all"]})
-    refused(config, tmp_path, ConfigError, 2, "anchors.positions has all", "one vector a position")
+    refused(config, tmp_path, ConfigError, 2, "anchors.positions has all", "one vector per position")
 
 
-def test_no_shards_there(pictures: Experiment, tmp_path: Path) -> None:
+def test_a_folder_without_shards(pictures: Experiment, tmp_path: Path) -> None:
     for path in (tmp_path / "legacy").iterdir():
         path.unlink()
     refused(pictures, tmp_path, ConfigError, 2, "no legacy shards in", "shard_*.pt")
@@ -280,7 +280,7 @@ def test_an_import_that_was_killed_is_started_again(pictures: Experiment, tmp_pa
     assert not half.parent.exists()
 
 
-def test_another_cache_in_the_place_is_left_alone(pictures: Experiment, tmp_path: Path) -> None:
+def test_another_cache_in_the_folder_is_left_alone(pictures: Experiment, tmp_path: Path) -> None:
     imported(pictures, tmp_path)
     manifest = read_manifest(cache_folder(pictures))
     with pytest.raises(

@@ -45,7 +45,7 @@ def experiment(model: Path, folder: Path, pack_tokens: int | None, precision: Pr
 
 @torch.no_grad()
 def alone(model: Model, features: Features, position: str) -> Tensor:
-    """The vectors [n, L * D] of one unpadded sequence, read off transformers' hidden states one by one."""
+    """The vectors [n, L * D] of one unpadded sequence, taken from transformers' hidden states one by one."""
     with model.autocast():
         states = model.module.model(features.tokens["input_ids"][None], output_hidden_states=True).hidden_states
     hidden_SLD = torch.stack([states[k][0] for k in LAYERS], 1).float()
@@ -105,16 +105,16 @@ def test_suffix_tokens_are_those_that_each_prompt_alone_generates(text_model: Pa
 
 
 def test_the_build_says_whether_it_packs(text_model: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    build(experiment(text_model, tmp_path, None), say=said.append)
-    build(experiment(text_model, tmp_path, 0), say=said.append)
-    assert [line for line in said if line.startswith("forward passes")] == [
+    lines: list[str] = []
+    build(experiment(text_model, tmp_path, None), say=lines.append)
+    build(experiment(text_model, tmp_path, 0), say=lines.append)
+    assert [line for line in lines if line.startswith("forward passes")] == [
         "forward passes on packs of up to 2048 tokens",
         "forward passes on batches of 5 anchors, padded",
     ]
 
 
-def test_a_model_that_cannot_be_packed_is_padded_unless_packs_are_asked_for(
+def test_a_model_that_cannot_be_packed_is_padded_unless_packs_are_requested(
     text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from craft_ray.anchors.forward import tokens_per_pack
@@ -168,9 +168,9 @@ def test_a_ragged_gather_equals_slicing(tmp_path: Path) -> None:
     for chosen in ([4, 0, 0], [3], [1, 2], [2, 1, 4, 3]):
         values, valid = ragged.gather(chosen)
         assert values.shape == (len(chosen), max(len(rows[i]) for i in chosen), 6)
-        for place, row in enumerate(chosen):
-            assert valid[place].sum() == len(rows[row])
-            np.testing.assert_array_equal(values[place][valid[place]], rows[row])
+        for i, row in enumerate(chosen):
+            assert valid[i].sum() == len(rows[row])
+            np.testing.assert_array_equal(values[i][valid[i]], rows[row])
 
 
 def test_an_anchor_stays_on_its_side_of_the_split_when_anchors_are_added(text_model: Path, tmp_path: Path) -> None:

@@ -51,10 +51,10 @@ def open_as_student(config: Experiment) -> None:
 def refused(config: Experiment, error: type[CraftError], exit_code: int, *both_sides: str) -> None:
     with pytest.raises(error) as caught:
         open_as_student(config)
-    told(caught.value, exit_code, *both_sides)
+    check_error(caught.value, exit_code, *both_sides)
 
 
-def told(error: CraftError, exit_code: int, *parts: str) -> None:
+def check_error(error: CraftError, exit_code: int, *parts: str) -> None:
     assert error.exit_code == exit_code
     assert "\n" not in error.message
     assert not [part for part in parts if part not in error.message], error.message
@@ -73,9 +73,9 @@ def test_no_cache(config: Experiment) -> None:
     refused(config, CacheRefused, 4, "there is no anchor cache in", "craft-ray anchors build")
 
 
-def test_half_written_cache(config: Experiment) -> None:
+def test_a_half_written_cache(config: Experiment) -> None:
     (cache_folder(config) / "manifest.json").unlink()
-    refused(config, CacheRefused, 4, "half-written", "did not end", "craft-ray anchors build")
+    refused(config, CacheRefused, 4, "half-written", "did not finish", "craft-ray anchors build")
 
 
 def without_a_key(text: str) -> str:
@@ -107,10 +107,10 @@ def test_one_flipped_bit(config: Experiment) -> None:
     path.write_bytes(data)
     refused(config, CacheRefused, 4, "shard-00001.parquet is damaged", "its checksum is", "the manifest says")
     with pytest.raises(CacheRefused, match="damaged"):
-        built(config)  # a build does not take it for complete, either
+        built(config)  # a build does not take it for complete either
 
 
-def test_shard_cut_off(config: Experiment) -> None:
+def test_truncated_shard(config: Experiment) -> None:
     path = shards(cache_folder(config))[2]
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-100])
@@ -145,7 +145,7 @@ def test_another_teacher(config: Experiment, tmp_path: Path) -> None:
     refused(other, CacheRefused, 4, "another teacher", ours, theirs)
     with pytest.raises(CacheRefused) as caught:
         built(other)
-    told(caught.value, 4, ours, theirs, "choose another craft.anchor_cache_dir")
+    check_error(caught.value, 4, ours, theirs, "choose another craft.anchor_cache_dir")
 
 
 def test_another_processor(config: Experiment) -> None:
@@ -170,21 +170,21 @@ def test_positions_that_the_cache_lacks(config: Experiment) -> None:
     refused(other, CacheRefused, 4, "holds positions all", "asks for text_last")
 
 
-def test_hidden_asked_of_a_cache_of_tokens(config: Experiment, tmp_path: Path) -> None:
+def test_hidden_requested_from_a_cache_of_tokens(config: Experiment, tmp_path: Path) -> None:
     tokens = config.changed({"anchors.modes": ["token_ce"], "craft.anchor_cache_dir": str(tmp_path / "tokens")})
     built(tokens)
     refused(tokens, CacheRefused, 4, "holds mode token_ce", "asks for hidden")
     open_as_student(tokens.changed({"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.1}))
 
 
-def test_a_student_that_drops_out(config: Experiment) -> None:
+def test_a_student_with_dropout(config: Experiment) -> None:
     model = teacher(config)
     for layer in model.module.model.layers:
         layer.self_attn.attention_dropout = 0.5
     anchors = open_mode(config, model, model.weights_fingerprint())
     with pytest.raises(CacheRefused) as caught:
         anchors.check_untouched(range(8), 4)
-    told(caught.value, 4, "away from the cached teacher", "float16 storage explains 1e-06", "dropout")
+    check_error(caught.value, 4, "away from the cached teacher", "float16 storage explains 1e-06", "dropout")
 
 
 def test_a_cache_too_small_to_hold_some_out(text_model: Path, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_cache_too_small_to_hold_some_out(text_model: Path, tmp_path: Path) ->
     anchors = open_mode(config, model, None).anchors
     with pytest.raises(CacheRefused) as caught:
         anchors.split(0.2)
-    told(caught.value, 4, "has 1 anchors", "craft.anchor_holdout")
+    check_error(caught.value, 4, "has 1 anchors", "craft.anchor_holdout")
 
 
 # -- sources
@@ -203,7 +203,7 @@ def test_a_cache_too_small_to_hold_some_out(text_model: Path, tmp_path: Path) ->
 def failing(config: Experiment, error: type[CraftError], exit_code: int, *parts: str) -> None:
     with pytest.raises(error) as caught:
         built(config)
-    told(caught.value, exit_code, *parts)
+    check_error(caught.value, exit_code, *parts)
     folder = cache_folder(config)
     assert not (folder / "manifest.json").exists()
     assert not list(folder.rglob(".*"))
@@ -227,7 +227,7 @@ def test_an_image_that_does_not_decode(digits: Digits, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"anchors.source.path": str(tmp_path / "bad.parquet")}
     failing(
         digits.experiment(tmp_path, changes),
-        DataError, 1, anchors["id"][37], "does not decode", "mend or remove the row",
+        DataError, 1, anchors["id"][37], "does not decode", "fix or remove the row",
     )  # fmt: skip
 
 
@@ -236,7 +236,7 @@ def test_an_anchor_that_is_too_long(config: Experiment, tmp_path: Path) -> None:
     failing(config.changed(changes), DataError, 1, "tokens, model.max_length is 40")
 
 
-def test_packing_asked_of_a_model_that_has_images(digits: Digits, tmp_path: Path) -> None:
+def test_packing_requested_for_a_model_with_images(digits: Digits, tmp_path: Path) -> None:
     config = digits.experiment(tmp_path, {"anchors.pack_tokens": 512})
     failing(config, ConfigError, 2, "anchors.pack_tokens is 512", "vision_language cannot be packed")
 
@@ -256,7 +256,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return int(ended.value.code or 0)
 
 
-def test_verify_and_show_tell_what_a_cache_is(
+def test_verify_and_show_describe_a_cache(
     config: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, file = cache_folder(config), tmp_path / "run.yaml"
@@ -284,8 +284,8 @@ def test_verify_and_show_tell_what_a_cache_is(
     assert command(monkeypatch, "verify", tmp_path / "nothing") == 4
 
 
-def test_verify_names_the_worst_row_of_a_cache_that_lies(config: Experiment) -> None:
-    """One text is another than the teacher saw, all checksums agree: what only running the teacher can find."""
+def test_verify_names_the_worst_row_of_a_cache_with_wrong_content(config: Experiment) -> None:
+    """One text differs from what the teacher saw, and all checksums agree: only running the teacher can find it."""
     folder = cache_folder(config)
     path = shards(folder)[1]
     rows = pq.read_table(path)
@@ -298,10 +298,10 @@ def test_verify_names_the_worst_row_of_a_cache_that_lies(config: Experiment) -> 
     check_files(folder, manifest)
     with pytest.raises(CacheRefused) as caught:
         reforward(folder, manifest, config, teacher(config), 20)
-    told(caught.value, 4, "anchor a13", "float16 storage explains 1e-06")
+    check_error(caught.value, 4, "anchor a13", "float16 storage explains 1e-06")
 
 
-def test_verify_finds_an_anchor_that_stands_there_twice(config: Experiment) -> None:
+def test_verify_finds_a_duplicate_anchor(config: Experiment) -> None:
     folder = cache_folder(config)
     manifest = read_manifest(folder)
     first = manifest.shards[0]
@@ -309,4 +309,4 @@ def test_verify_finds_an_anchor_that_stands_there_twice(config: Experiment) -> N
     double = manifest.model_copy(update={"shards": (first, first.model_copy(update={"name": "copy.parquet"}))})
     with pytest.raises(CacheRefused) as caught:
         check_files(folder, double)
-    told(caught.value, 4, "anchor a0 stands in shard-00000.parquet and again in copy.parquet")
+    check_error(caught.value, 4, "anchor a0 is in shard-00000.parquet and again in copy.parquet")

@@ -1,4 +1,4 @@
-"""Ids behave as a list of them, and take a small part of its memory."""
+"""Ids behave like a list, and take a small part of its memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MANY = [f"{number:08d}" for number in range(10_000)]
 
 
 @pytest.mark.parametrize("chunk", [7, 1 << 16])
-def test_they_are_a_sequence_of_what_they_were_made_of(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_are_the_sequence_that_they_were_made_from(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
     given = ["b", "", "ü and ∞", *MANY[:20]]
     ids = Ids(iter(given))
@@ -28,15 +28,15 @@ def test_they_are_a_sequence_of_what_they_were_made_of(chunk: int, monkeypatch: 
     assert Ids([]) == []
 
 
-def test_an_id_that_stands_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Ids(MANY).double is None
-    assert Ids([*MANY, MANY[17], MANY[3]]).double == MANY[17]
+def test_a_duplicate_id_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Ids(MANY).duplicate is None
+    assert Ids([*MANY, MANY[17], MANY[3]]).duplicate == MANY[17]
     monkeypatch.setattr(module, "hash", lambda _: 1, raising=False)  # equal hashes are not taken for equal ids
-    assert Ids(MANY).double is None
-    assert Ids([*MANY, MANY[17]]).double == MANY[17]
+    assert Ids(MANY).duplicate is None
+    assert Ids([*MANY, MANY[17]]).duplicate == MANY[17]
 
 
-def test_they_take_a_fifth_of_a_lists_memory() -> None:
+def test_ids_take_a_fifth_of_a_lists_memory() -> None:
     count = 300_000
     before = pa.total_allocated_bytes()
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Which samples make a step, and batches that are made ready ahead of it."""
+"""Which samples a step uses, and batches that are prepared ahead of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def batches(rows: int, size: int, steps: int, seed: int = 0, stream: int = 0) ->
 
 @pytest.mark.parametrize(("rows", "size"), [(10, 4), (8, 4), (1, 1), (3, 8), (5, 5), (7, 20)])
 def test_each_epoch_is_a_permutation(rows: int, size: int) -> None:
-    """Also where batches run across its end, and where one batch is more than an epoch."""
+    """Also if batches cross its end, and if one batch is more than an epoch."""
     steps = 3 * rows
     order = list(itertools.chain(*batches(rows, size, steps)))
     assert len(order) == steps * size
@@ -31,7 +31,7 @@ def test_each_epoch_is_a_permutation(rows: int, size: int) -> None:
 
 
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    """In whatever order it is asked for, by a sampler of whatever past."""
+    """In any order of access, whatever the sampler returned before."""
     expected = batches(10, 4, 20)
     used = StepSampler(10, 4, 0, 0)
     for step in (19, 0, 7, 7, 3, 12, 2):
@@ -58,7 +58,7 @@ def test_workers_share_the_global_batch(workers: int) -> None:
         assert list(itertools.chain(*parts)) == expected[step]
 
 
-def test_the_order_is_what_it_was() -> None:
+def test_the_order_is_unchanged() -> None:
     """Resuming relies on it, so a change of the order is a change of the format of checkpoints."""
     assert batches(10, 4, 4, seed=3, stream=1) == [[4, 1, 2, 8], [5, 0, 7, 9], [6, 3, 6, 5], [3, 1, 2, 0]]
 
@@ -82,8 +82,8 @@ def test_steps_come_in_order() -> None:
     assert list(prefetch(lambda step: step, 5, 5, depth=1)) == []
 
 
-def test_batches_are_made_elsewhere() -> None:
-    """In one thread, not the caller's, and in order."""
+def test_batches_are_made_in_another_thread() -> None:
+    """In a single one."""
     makers = list(prefetch(lambda _: threading.get_ident(), 0, 5, depth=2))
     assert len(set(makers)) == 1
     assert makers[0] != threading.get_ident()
@@ -114,7 +114,7 @@ def settled(made: list[int]) -> int:
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_no_more_than_depth_wait(depth: int) -> None:
-    """Beside those that wait there is one in the hands of the thread, and those handed over."""
+    """Besides those that wait, there are the one that the thread holds and those already taken."""
     made: list[int] = []
 
     def make(step: int) -> int:

@@ -155,7 +155,7 @@ def test_numbers_are_read_as_they_are_written(tmp_path: Path) -> None:
     assert [s.prompt for s in found] == ["1", "2.5", "3", "2024-01-01 10:00:00", "True"]
 
 
-# --- a format that is decided when it is opened -------------------------------------------------------------------
+# --- a format that is decided on opening -------------------------------------------------------------------
 
 
 def folder(path: Path, *names: str) -> Path:
@@ -175,7 +175,7 @@ def test_a_folder_is_read_as_what_is_in_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "settings", "said"),
+    ("names", "settings", "expected"),
     [
         (
             ("a.jsonl",),
@@ -188,11 +188,11 @@ def test_a_folder_is_read_as_what_is_in_it(tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_of_another_kind_than_the_keys(
-    names: tuple[str, ...], settings: dict[str, Any], said: str, tmp_path: Path
+    names: tuple[str, ...], settings: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     path = folder(tmp_path / "data", *names)
     message = refusal(ConfigError, lambda: open_source(data_config(path=str(path), **settings), "task"))
-    assert message.startswith(f"task.{said}")
+    assert message.startswith(f"task.{expected}")
 
 
 # --- plain text ---------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_endings_of_text(ending: str, tmp_path: Path) -> None:
     assert [s.prompt for s in source(tmp_path / f"a.{ending}", {"prompt": "text"})] == ["abc"]
 
 
-def test_text_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     assert "does not read as text" in refusal(ConfigError, lambda: source(tmp_path / "a.txt", {"prompt": "text"}))
 
@@ -296,7 +296,7 @@ def test_arrays_of_one_and_four_channels(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "expected"),
     [
         ([[0.5, 1.0]], "whole numbers from 0 to 255"),
         ([[0, 256]], "runs from 0 to 256"),
@@ -316,13 +316,13 @@ def test_arrays_of_one_and_four_channels(shape: tuple[int, ...]) -> None:
         (".", "does not open"),
     ],
 )
-def test_what_is_no_image(value: Any, said: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"row 7: .*{said}"):
+def test_what_is_not_an_image(value: Any, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"row 7: .*{expected}"):
         encoded_image(value, tmp_path, "row 7")
 
 
 def test_relative_paths_start_from_what_all_files_share(tmp_path: Path) -> None:
-    """Not from the first file's folder, where another image of the same name may lie."""
+    """Not from the first file's folder, where there may be another image of the same name."""
     for name, pixels in zip("ab", PIXELS, strict=True):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.png").write_bytes(png(pixels))
@@ -331,7 +331,7 @@ def test_relative_paths_start_from_what_all_files_share(tmp_path: Path) -> None:
     assert str(tmp_path / "0.png") in refusal(DataError, lambda: found[1])
 
 
-# --- what is no sample --------------------------------------------------------------------------------------------
+# --- what is not a sample --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -359,14 +359,14 @@ def test_a_row_without_the_column(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("value", [None, "hier"])
-def test_choices_that_are_no_list(form: str, value: str | None, tmp_path: Path) -> None:
+def test_choices_that_are_not_a_list(form: str, value: str | None, tmp_path: Path) -> None:
     """A word would be taken for a list of letters."""
     path = (parquet if form == "parquet" else jsonl)(tmp_path / f"a.{form}", [{**ROWS[0], "options": value}])
     assert f"row 0: column 'options' holds {value!r}" in refusal(DataError, lambda: source(path)[0])
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_the_place_of_the_right_choice_is_as_good_as_a_response(form: str, tmp_path: Path) -> None:
+def test_the_position_of_the_right_choice_serves_as_a_response(form: str, tmp_path: Path) -> None:
     rows = [{**row, "right": i % 2} for i, row in enumerate(ROWS)]
     path = (parquet if form == "parquet" else jsonl)(tmp_path / f"a.{form}", rows)
     found = source(path, {**INDEXED, "id": "key"})
@@ -376,34 +376,35 @@ def test_the_place_of_the_right_choice_is_as_good_as_a_response(form: str, tmp_p
 
 
 @pytest.mark.parametrize("value", [2, -1, 1.0, "1", None, True])
-def test_a_place_that_is_none_of_the_choices(value: Any, tmp_path: Path) -> None:
-    """Counted from the end, rounded or read out of a text it would be another answer."""
+def test_a_position_outside_the_choices(value: Any, tmp_path: Path) -> None:
+    """Counted from the end, rounded or parsed from text, it would be another answer."""
     rows = [{**ROWS[0], "right": 0}, {**ROWS[1], "right": value}]
     found = source(jsonl(tmp_path / "a.jsonl", rows), INDEXED)
     assert found[0].response == "hier"
     message = refusal(DataError, lambda: found[1])
-    assert f"a.jsonl, row 1: column 'right' holds {value!r}; the place of the right one among its 2 choices" in message
+    assert f"row 1: column 'right' holds {value!r}; the position of the right one among its 2 choices" in message
+    assert "a.jsonl" in message
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "expected"),
     [
         ({"answer_index": "i", "choices": "c", "response": "r"}, "response 'r' and answer_index 'i' both say"),
         ({"answer_index": "i"}, "answer_index 'i' counts choices: name their column under choices"),
     ],
 )
-def test_a_place_goes_with_choices_and_with_no_response(columns: dict[str, str], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_a_position_needs_choices_and_excludes_a_response(columns: dict[str, str], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
         Columns(**columns)
 
 
-def test_an_id_that_stands_twice(tmp_path: Path) -> None:
+def test_a_duplicate_id(tmp_path: Path) -> None:
     found = source(jsonl(tmp_path / "a.jsonl", [*ROWS, ROWS[1]]))
-    assert "id 'a' stands in more than one row" in refusal(DataError, found.ids)
+    assert "id 'a' is in more than one row" in refusal(DataError, found.ids)
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "saved", "splits"])
-def test_a_column_that_is_not_there(form: str, tmp_path: Path) -> None:
+def test_a_missing_column(form: str, tmp_path: Path) -> None:
     name = next(name for name in FORMATS if form in name)
     path = FORMATS[name](tmp_path / name)
     message = refusal(ConfigError, lambda: source(path, {"prompt": "Question"}))
@@ -414,7 +415,7 @@ def test_a_column_that_is_not_there(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["no.jsonl", "no.parquet", "no.txt", "*.parquet", "no", "no/*.jsonl", "sub.parquet/no.jsonl"]
 )
-def test_data_that_is_not_there(name: str, tmp_path: Path) -> None:
+def test_missing_data(name: str, tmp_path: Path) -> None:
     message = refusal(ConfigError, lambda: source(tmp_path / name))
     assert message.startswith(f"task: there is no data at {tmp_path / name}")
 
@@ -441,7 +442,7 @@ def test_tables_without_a_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         ('{"prompt": "a"}\n{"prompt": "b"\n', "a.jsonl, line 2"),
         ('{"prompt": "a"}\n\n{bad}\n', "a.jsonl, line 3"),
@@ -450,10 +451,10 @@ def test_tables_without_a_row(tmp_path: Path) -> None:
         ('[{"prompt": "a"},', "a.jsonl: "),
     ],
 )
-def test_broken_json_is_named_by_its_line(content: str, said: str, tmp_path: Path) -> None:
+def test_broken_json_is_named_by_its_line(content: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     message = refusal(ConfigError, lambda: source(tmp_path / "a.jsonl", {}))
-    assert f"{tmp_path / 'a.jsonl'} does not read as jsonl ({said}" in message
+    assert f"{tmp_path / 'a.jsonl'} does not read as jsonl ({expected}" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 and no more", None])
@@ -467,7 +468,7 @@ def test_a_broken_parquet_file(content: bytes | None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_fingerprint_knows_the_content_and_not_the_place(name: str, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_path(name: str, tmp_path: Path) -> None:
     path = FORMATS[name](tmp_path / name)
     (tmp_path / "elsewhere").mkdir()
     copy = tmp_path / "elsewhere" / f"copy{Path(name).suffix}"
@@ -481,7 +482,7 @@ def test_the_fingerprint_knows_the_content_and_not_the_place(name: str, tmp_path
     assert source(copy)[0].response == "HIER"
 
 
-def test_the_fingerprint_knows_how_the_content_is_read(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_how_the_content_is_read(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", ROWS)
     different = [
         source(path),
@@ -517,10 +518,10 @@ def test_the_fingerprint_knows_how_the_content_is_read(tmp_path: Path) -> None:
         ("a.txt", {"prompt": "text"}, {"chunk_chars": 3}, "c9f929709011cda9f408ecb140a5e973"),
     ],
 )
-def test_the_fingerprint_is_what_it_was(
+def test_the_fingerprint_is_unchanged(
     name: str, columns: dict[str, str | None], settings: Any, fingerprint: str, tmp_path: Path
 ) -> None:
-    """Known answers: caches and scores that lie on disks are found by them."""
+    """Known answers: existing caches and scores are found by them."""
     row = {"question": "Wo?", "answer": "hier", "options": ["hier", "dort"], "right": 0}
     jsonl(tmp_path / "a.jsonl", [row, {**row, "question": "naïve ✓"}])
     (tmp_path / "a.txt").write_text("abcdefgh")
@@ -528,7 +529,7 @@ def test_the_fingerprint_is_what_it_was(
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "parts"])
-def test_a_file_that_was_rewritten_is_read_anew(form: str, tmp_path: Path) -> None:
+def test_a_file_that_was_rewritten_is_read_again(form: str, tmp_path: Path) -> None:
     """With the same size and time as before, which is how a cache by path would take it for the old one."""
     seen = []
     for word in ("hier", "dort", "hier"):
@@ -546,7 +547,7 @@ def test_a_file_that_was_rewritten_is_read_anew(form: str, tmp_path: Path) -> No
 
 
 def test_nothing_is_written_beside_the_data_and_nothing_fetched(tmp_path: Path) -> None:
-    """In a process of its own, with a network that does not exist and a cache folder that is watched."""
+    """In a separate process, without a network, and with a cache folder that is checked."""
     data, cache, home = tmp_path / "data", tmp_path / "cache", tmp_path / "home"
     data.mkdir()
     home.mkdir()
@@ -556,7 +557,7 @@ def test_nothing_is_written_beside_the_data_and_nothing_fetched(tmp_path: Path) 
     program = f"""
 import socket
 def refuse(*_, **__):
-    raise AssertionError("something asked for the network")
+    raise AssertionError("something used the network")
 socket.socket.connect = socket.getaddrinfo = refuse
 from pathlib import Path
 from craft_ray.config import AutoData, Columns

@@ -479,7 +479,7 @@ def test_action_tokens_are_refused_with_the_type_and_the_way_on(kind: str, folde
             ask()
         assert one_line(told.value)
     model.check_anchors(["hidden"], model.default_positions)
-    with pytest.raises(ConfigError, match=f"no frames of a robot, which a policy of type {kind} looks at") as told:
+    with pytest.raises(ConfigError, match=f"no robot frames, which a policy of type {kind} needs") as told:
         tensor_model(model)
     assert one_line(told.value)
     with pytest.raises(ValueError, match=f"a policy of type {kind} cannot be packed"):

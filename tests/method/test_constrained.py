@@ -1,4 +1,4 @@
-"""A problem whose answer is known: two quadratics, theta* and lambda* from the conditions of Karush, Kuhn and Tucker.
+"""A problem whose solution is known: two quadratics, theta* and lambda* from the conditions of Karush, Kuhn and Tucker.
 
     L_task = sum h (theta - a)^2 / 2        L_ret = sum d theta^2 / 2 <= epsilon
     theta(lambda) = h a / (h + lambda d)    lambda* is 0 or solves L_ret(theta(lambda*)) = epsilon
@@ -128,7 +128,7 @@ def test_reaches_theta_and_lambda_of_the_kkt_conditions(optimizer: str, epsilon:
     [{"retention_ema": 0.9, "lambda_lr": 0.05}, {"lambda_kp": 0.5}, {"violation": "absolute", "lambda_lr": 1.0}],
     ids=["running mean", "PI", "absolute"],
 )
-def test_every_form_of_dual_ascent_has_the_same_answer(settings: dict[str, object]) -> None:
+def test_every_form_of_dual_ascent_has_the_same_solution(settings: dict[str, object]) -> None:
     theta, lam = solution(0.2)
     course = train("sgd", config(0.2, **settings), steps=1500)
     torch.testing.assert_close(course.theta[-1], theta, rtol=0, atol=1e-3)
@@ -147,7 +147,7 @@ def test_an_infeasible_start_becomes_feasible(optimizer: str) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_slack_budget_costs_nothing(optimizer: str) -> None:
-    """Then lambda goes to zero and the answer is that of plain fine-tuning."""
+    """Then lambda goes to zero and the solution is that of plain fine-tuning."""
     course = train(optimizer, config(10.0))
     assert course.multiplier[-1].item() == 0.0
     torch.testing.assert_close(course.theta[-1], TASK_OPTIMUM, rtol=0, atol=1e-3)
@@ -187,7 +187,7 @@ def test_a_tightening_budget_is_followed(schedule: str) -> None:
 @pytest.mark.parametrize(("epsilon", "reached"), [(0.05, 0.5), (0.2, 0.33)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_projecting_always_gets_stuck_before_the_budget_is_used(optimizer: str, epsilon: float, reached: float) -> None:
-    """At the answer the gradients are exactly opposed, and the projection deletes what lambda has to balance.
+    """At the solution the gradients are exactly opposed, and the projection deletes what lambda has to balance.
 
     Measured: 46-51 % of the feasible task progress at epsilon 0.05, 30-34 % at 0.2, with 10-14 % and 2-4 % of the
     budget used and lambda at zero.
@@ -203,7 +203,7 @@ def test_projecting_always_gets_stuck_before_the_budget_is_used(optimizer: str, 
 def test_projecting_while_violated_uses_the_budget(optimizer: str, epsilon: float) -> None:
     """Measured: 99.7-100.1 % of the feasible task progress.
 
-    Theta is the answer's, lambda is not: where theta moves along the edge of the budget, projection does part of
+    Theta is the solution's, lambda is not: where theta moves along the edge of the budget, projection does part of
     lambda's work, and lambda comes to rest between 0 and lambda* (0.38 to 0.52 of it, measured).
     """
     theta, lam = solution(epsilon)

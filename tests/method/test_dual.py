@@ -1,4 +1,4 @@
-"""The multiplier: it rises while the budget is exceeded, falls while it is met, and stays within its ends."""
+"""The multiplier: it rises while the budget is exceeded, falls while it is met, and stays within its bounds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_rises_while_violated_and_falls_while_met(violation: str, kp: float) -> 
     assert all(a > b for a, b in zip([5.0, *falling], falling, strict=False))
 
 
-def test_stands_still_at_the_budget() -> None:
+def test_stays_still_at_the_budget() -> None:
     assert follow([EPSILON] * 5, config(initial_lambda=2.0)) == pytest.approx([2.0] * 5, abs=1e-6)
 
 
@@ -54,7 +54,7 @@ def test_the_relative_step_does_not_depend_on_the_unit_of_the_loss() -> None:
 
 
 @pytest.mark.parametrize("kp", [0.0, 2.0])
-def test_never_leaves_its_ends(kp: float) -> None:
+def test_never_leaves_its_bounds(kp: float) -> None:
     generator = torch.Generator().manual_seed(0)
     losses = (EPSILON * 4 * torch.rand(500, generator=generator) ** 2).tolist()
     values = follow(losses, config(lambda_max=2.0, lambda_kp=kp))
@@ -70,7 +70,7 @@ def test_leaves_the_cap_at_once_when_the_violation_ends(kp: float) -> None:
 
 
 @pytest.mark.parametrize("kp", [0.0, 0.3])
-def test_leaves_zero_at_once_when_a_violation_begins(kp: float) -> None:
+def test_leaves_zero_at_once_when_a_violation_starts(kp: float) -> None:
     values = follow([0.01] * 200 + [0.2], config(lambda_kp=kp))
     assert values[-2] == 0.0
     assert values[-1] >= 0.5 - 1e-6
@@ -91,7 +91,7 @@ def test_without_a_bound_one_value_drives_it_to_its_cap() -> None:
     assert follow([100.0], config(initial_lambda=0.0)) == [100.0]
 
 
-def test_the_running_mean_is_unbiased_from_the_first_value_on() -> None:
+def test_the_running_mean_is_unbiased_from_the_first_value() -> None:
     craft = config(retention_ema=0.9)
     state = DualState.start(craft)
     assert state.mean_loss.isnan()
@@ -130,7 +130,7 @@ def test_the_proportional_part_halves_the_overshoot() -> None:
     assert overshoot(1.0) < 0.5 * overshoot(0.0)
 
 
-def test_a_saved_state_goes_on_as_if_nothing_had_happened() -> None:
+def test_a_saved_state_resumes_as_if_nothing_had_happened() -> None:
     craft = config(retention_ema=0.9, lambda_kp=0.3)
     state = DualState.start(craft)
     for loss in (0.3, 0.05, 0.2):

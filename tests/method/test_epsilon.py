@@ -32,7 +32,7 @@ def test_known_values(schedule: str, quarter: float, half: float) -> None:
 
 
 @pytest.mark.parametrize("schedule", DECAYING)
-def test_begins_at_the_start_and_stays_at_the_end(schedule: str) -> None:
+def test_starts_at_epsilon_start_and_stays_at_epsilon_end(schedule: str) -> None:
     craft = config(schedule, decay_steps=40)
     assert epsilon_at(0, 1000, craft) == 0.2
     assert [epsilon_at(step, 1000, craft) for step in (40, 41, 999)] == [0.05] * 3
@@ -42,7 +42,7 @@ def test_begins_at_the_start_and_stays_at_the_end(schedule: str) -> None:
 @pytest.mark.parametrize("schedule", DECAYING)
 @pytest.mark.parametrize("steps", [2, 3, 100])
 def test_zero_decay_steps_are_the_whole_run(schedule: str, steps: int) -> None:
-    """The last step that is taken has the budget that is certified."""
+    """The last step has the budget of the certificate."""
     craft = config(schedule)
     assert epsilon_at(0, steps, craft) == 0.2
     assert epsilon_at(steps - 1, steps, craft) == 0.05

@@ -44,7 +44,7 @@ def test_the_second_gradient_is_not_the_first_ones_memory() -> None:
     assert not {v.data_ptr() for v in pair.views[TASK]} & {v.data_ptr() for v in pair.views[RETENTION]}
 
 
-def test_a_row_is_filled_anew_at_each_step() -> None:
+def test_a_row_is_refilled_at_each_step() -> None:
     module = mlp()
     pair = GradientPair(module.named_parameters())
     for _ in range(3):
@@ -139,7 +139,7 @@ def test_frozen_parameters_take_no_memory_and_get_no_gradient() -> None:
     assert all(p.grad is not None for p in module[3].parameters())
 
 
-def test_types_may_be_mixed() -> None:
+def test_dtypes_may_be_mixed() -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)
     parameters = [nn.Parameter(torch.zeros(size, dtype=d)) for size, d in zip((5, 2000, 3, 7), dtypes, strict=True)]
     task = [v.to(d) for v, d in zip(vectors(5, 2000, 3, 7), dtypes, strict=True)]
@@ -169,8 +169,7 @@ def test_micro_batches_of_any_sizes_make_the_gradient_of_one_batch(sizes: tuple[
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_close_gives_the_parameters_back() -> None:
-    """Neither a gradient nor a hook stays behind."""
+def test_close_leaves_neither_a_gradient_nor_a_hook() -> None:
     module = mlp()
     pair = GradientPair(module.named_parameters())
     for p, view in zip(pair.parameters, pair.views[TASK], strict=True):

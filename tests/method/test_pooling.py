@@ -45,14 +45,14 @@ MANY = ("all", "every_2", "every_3")
         (ONE_TOKEN, "masked_mean", [0]),
     ],
 )
-def test_each_position_names_its_tokens(layout: Layout, position: str, tokens: list[int]) -> None:
+def test_each_position_selects_its_tokens(layout: Layout, position: str, tokens: list[int]) -> None:
     assert token_positions(layout, position) == tokens
     assert vector_count(layout, position) == (1 if position in MEANS else len(tokens))
 
 
 @pytest.mark.parametrize("length", range(1, 20))
 @pytest.mark.parametrize("stride", [1, 2, 8])
-def test_every_nth_names_at_least_one_token_and_no_gap_over_n(length: int, stride: int) -> None:
+def test_every_nth_selects_at_least_one_token_and_no_gap_over_n(length: int, stride: int) -> None:
     tokens = token_positions(Layout(length, length), f"every_{stride}")
     assert len(tokens) == max(length // stride, 1)
     assert all(b - a == stride for a, b in pairwise(tokens))
@@ -105,7 +105,7 @@ def by_hand(hidden: list[Tensor], sample: int, position: str) -> Tensor:
 
 
 @pytest.mark.parametrize("positions", [*([p] for p in POSITIONS), POSITIONS, POSITIONS[::-1]])
-def test_pools_what_the_positions_name_in_their_order(positions: list[str]) -> None:
+def test_pools_what_the_positions_select_in_their_order(positions: list[str]) -> None:
     hidden = hidden_states()
     pooled = Pooling.plan(LAYOUTS, positions, WIDTH)(hidden)
     for sample in range(len(LAYOUTS)):
@@ -114,7 +114,7 @@ def test_pools_what_the_positions_name_in_their_order(positions: list[str]) -> N
         torch.testing.assert_close(found, expected)
 
 
-def test_each_position_is_padded_to_the_most_that_the_batch_has() -> None:
+def test_each_position_is_padded_to_the_batch_maximum() -> None:
     plan = Pooling.plan(LAYOUTS, ["all", "masked_mean", "suffix"], WIDTH)
     assert plan.valid_BV.int().tolist() == [
         [1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
@@ -134,8 +134,8 @@ def test_a_sample_pools_the_same_alone_and_in_a_batch(position: str) -> None:
 
 @pytest.mark.parametrize("positions", [*([p] for p in POSITIONS), POSITIONS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_stands_in_the_padding_reaches_nothing(positions: list[str], dtype: torch.dtype) -> None:
-    """Neither a value nor a gradient, even where it is not a number."""
+def test_padding_reaches_neither_a_value_nor_a_gradient(positions: list[str], dtype: torch.dtype) -> None:
+    """Not even where it is NaN."""
     clean = hidden_states(dtype=dtype)
     padded = torch.arange(WIDTH) >= torch.tensor([layout.length for layout in LAYOUTS])[:, None]
     dirty = [h.masked_fill(padded[..., None], torch.nan).requires_grad_() for h in clean]
@@ -172,7 +172,7 @@ def test_a_mean_is_taken_in_float32() -> None:
     assert pooled.values_BLVD.flatten().tolist() == [1.0078125, 1.0078125]
 
 
-def test_a_plan_moves_whole() -> None:
+def test_a_plan_moves_as_a_whole() -> None:
     plan = Pooling.plan(LAYOUTS, POSITIONS, WIDTH)
     moved = plan.to(torch.device("meta"))
     pooled = moved([h.to("meta") for h in hidden_states()])

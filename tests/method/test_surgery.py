@@ -42,7 +42,7 @@ def test_a_projected_task_gradient_no_longer_opposes_retention(seed: int) -> Non
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_projection_is_the_nearest_gradient_that_does_not_conflict(seed: int) -> None:
-    """What is left is what was there but for its part along g_r: no longer than g_t, and along it."""
+    """What is removed is parallel to g_r and orthogonal to what is left."""
     task, retention = random_pair(seed, lean=-0.6)
     left = step((task, retention), multiplier=0.0).flat
     removed = task - left
@@ -72,8 +72,8 @@ def test_switched_off_nothing_is_projected_and_the_conflict_is_still_seen() -> N
 # -- what is compared with the threshold
 
 
-def test_a_large_negative_dot_product_with_a_small_angle_is_no_conflict() -> None:
-    """dot -100 lies far below the threshold -0.1, the cosine -0.0995 does not."""
+def test_a_large_negative_dot_product_of_nearly_orthogonal_gradients_is_no_conflict() -> None:
+    """The dot product -100 is far below the threshold -0.1, the cosine -0.0995 is not."""
     task, retention = torch.tensor([-10.0, 100.0]), torch.tensor([10.0, 0.0])
     out = step((task, retention), conflict_threshold=-0.1)
     assert out.metrics.dot.item() == pytest.approx(-100.0)
@@ -83,7 +83,7 @@ def test_a_large_negative_dot_product_with_a_small_angle_is_no_conflict() -> Non
 
 
 def test_a_tiny_negative_dot_product_of_opposed_gradients_is_a_conflict() -> None:
-    """dot -1e-6 lies above the threshold -0.1, the cosine -1 far below it."""
+    """The dot product -1e-6 is above the threshold -0.1, the cosine -1 is far below it."""
     task, retention = torch.tensor([-1e-3, 0.0]), torch.tensor([1e-3, 0.0])
     out = step((task, retention), conflict_threshold=-0.1)
     assert out.metrics.dot.item() == pytest.approx(-1e-6)
@@ -170,7 +170,7 @@ def test_a_retention_gradient_that_comes_every_kth_step_counts_k_times_and_the_p
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", range(4))
-def test_the_norm_without_a_pass_is_the_norm_of_the_gradient(mode: str, seed: int) -> None:
+def test_the_norm_from_the_gram_matrix_is_the_norm_of_the_gradient(mode: str, seed: int) -> None:
     out = step(random_pair(seed, 5000), multiplier=0.7, projection_mode=mode, conflict_threshold=0.0)
     assert out.metrics.grad_norm.item() == pytest.approx(out.flat.double().norm().item(), rel=1e-5)
 
@@ -197,7 +197,7 @@ def reference_step(
     lam: float,
     clip: float,
 ) -> list[Tensor]:
-    """The published algorithm over lists of tensors, in float64, one thing after the other."""
+    """The published algorithm over lists of tensors, in float64, one operation after another."""
     shapes = [t if t is not None else r for t, r in zip(task, retention, strict=True)]
     g_t = [torch.zeros_like(s).double() if g is None else g.double() for g, s in zip(task, shapes, strict=True)]
     g_r = [torch.zeros_like(s).double() if g is None else g.double() for g, s in zip(retention, shapes, strict=True)]
@@ -236,7 +236,7 @@ def test_equals_the_algorithm_written_out(mode: str, lam: float, clip: float, le
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("lean", [-0.7, 0.5])
 def test_both_one_sided_projections_together_are_pcgrad(seed: int, lean: float) -> None:
-    """PCGrad projects each gradient off the other and adds; here only the task gradient gives way."""
+    """PCGrad projects each gradient off the other and adds; here only the task gradient is projected."""
     task, retention = random_pair(seed, lean=lean)
     ours = step((task, retention), conflict_threshold=0.0).flat + step((retention, task), conflict_threshold=0.0).flat
     torch.testing.assert_close(ours, PCGrad()(torch.stack([task, retention])), rtol=1e-4, atol=1e-5)

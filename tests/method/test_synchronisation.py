@@ -1,4 +1,4 @@
-"""A step waits for nothing: no value of it is looked at by the host."""
+"""A step never synchronises with the host, which reads none of its values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from craft_ray.method.step import craft_step
 from craft_ray.retention.hidden import hidden_loss
 from tests.support.worlds import ONE, Batch, batch, craft_config, mlp
 
-LOOKING = ("_local_scalar_dense", "is_nonzero", "nonzero", "aten.equal", "masked_select", "unique")
+READING = ("_local_scalar_dense", "is_nonzero", "nonzero", "aten.equal", "masked_select", "unique")
 LAYOUTS = [Layout(6, 5, (0, 1)), Layout(4, 3, (0,))]
 POSITIONS = ("vision_mean", "text_last", "every_2")
 
@@ -30,7 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-class Looks(TorchDispatchMode):
+class HostReads(TorchDispatchMode):
     """Counts operations whose result the host waits for."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Looks(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in str(func) for name in LOOKING):
+        if any(name in str(func) for name in READING):
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -85,28 +85,28 @@ def fused(parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 
 def test_the_counter_counts() -> None:
-    with Looks() as looks:
+    with HostReads() as reads:
         value = torch.ones(3).sum()
         value.item()
         bool(value > 1)
         torch.ones(3).nonzero()
-    assert len(looks.seen) >= 3
+    assert len(reads.seen) >= 3
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("retention", [True, False])
-def test_no_value_is_looked_at(settings: dict[str, Any], retention: bool) -> None:
+def test_the_host_reads_no_value(settings: dict[str, Any], retention: bool) -> None:
     world = World("cpu", settings, fused)
     anchors = world.anchors()
-    with Looks() as looks:
+    with HostReads() as reads:
         for _ in range(2):
             world.step(anchors if retention else None)
-    assert looks.seen == []
+    assert reads.seen == []
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_step_needs_no_values_at_all(settings: dict[str, Any]) -> None:
-    """On tensors without contents every look at a value is an error."""
+    """On tensors without contents, reading a value is an error."""
     with pytest.raises(RuntimeError):
         torch.ones(1, device="meta").item()
     world = World("meta", settings, lambda parameters: torch.optim.SGD(parameters, lr=1e-3))
@@ -115,9 +115,9 @@ def test_a_step_needs_no_values_at_all(settings: dict[str, Any]) -> None:
     assert world.state.multiplier.is_meta
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics processor")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_graphics_processor_is_never_waited_for(settings: dict[str, Any]) -> None:
+def test_the_host_never_waits_for_a_gpu(settings: dict[str, Any]) -> None:
     world = World("cuda", settings, fused)
     anchors = world.anchors()
     world.step(anchors)

@@ -86,7 +86,7 @@ def late_parameter(workers: Workers) -> str:
 
 
 def reached_by_one(workers: Workers) -> dict[str, Any]:
-    """At the first step worker 1 alone reaches `other`; nobody reaches `unused`."""
+    """At the first step worker 1 alone reaches `other`; no worker reaches `unused`."""
     shared, other, unused = (nn.Parameter(torch.ones(2)) for _ in range(3))
     pair = GradientPair([("shared", shared), ("other", other), ("unused", unused)])
     pair.backward(TASK, lambda _: (shared + other if workers.rank else shared).sum(), [Terms()], workers)
@@ -94,9 +94,9 @@ def reached_by_one(workers: Workers) -> dict[str, Any]:
     return {"reached": pair.reached, "gradients": [shared.grad, other.grad, unused.grad]}
 
 
-def work(rank: int, folder: str) -> None:
+def run_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     workers = ProcessGroup(torch.device("cpu"))
     found: dict[str, Any] = {name: train(shares, workers) for name, shares in SHARES.items()}
     found["late"] = late_parameter(workers)
@@ -109,7 +109,7 @@ def work(rank: int, folder: str) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two workers found."""
     folder: Path = tmp_path_factory.mktemp("two")
-    spawn(work, args=(str(folder),), nprocs=2)
+    spawn(run_worker, args=(str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -37,7 +37,7 @@ def original(kind: str, text_model: Path, digits: Digits) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy that may be spoilt."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(original, tmp_path / "copy"))
 
 
@@ -69,7 +69,7 @@ def some_matrix(folder: Path) -> str:
 # --- what does not load ----------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_not_there(kind: str, tmp_path: Path) -> None:
+def test_a_missing_folder(kind: str, tmp_path: Path) -> None:
     message = refusal(ConfigError, kind, tmp_path / "nothing")
     assert message.startswith(f"model.path {tmp_path / 'nothing'}: there is no such folder")
     assert ConfigError.exit_code == 2
@@ -143,17 +143,17 @@ def test_the_wrong_kind(text_model: Path, digits: Digits) -> None:
     assert "AutoModelForImageTextToText" in message
 
 
-@pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
-def test_code_that_comes_with_a_model_is_refused_and_does_not_run(kind: str, folder: Path, place: str) -> None:
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_that_comes_with_a_model_is_refused_and_does_not_run(kind: str, folder: Path, file: str) -> None:
     trace = folder / "it ran"
     (folder / "custom.py").write_text(
         f"from pathlib import Path\nPath({str(trace)!r}).touch()\nraise RuntimeError('it is loaded')\n"
     )
-    if place == "config.json":
-        change_json(folder / place, model_type="custom", auto_map={"AutoConfig": "custom.Config"})
+    if file == "config.json":
+        change_json(folder / file, model_type="custom", auto_map={"AutoConfig": "custom.Config"})
     else:
         own = {"AutoTokenizer": ["custom.Config", None], "AutoProcessor": "custom.Config"}
-        change_json(folder / place, tokenizer_class="Custom", auto_map=own)
+        change_json(folder / file, tokenizer_class="Custom", auto_map=own)
     assert "set model.trust_remote_code=true if you trust it" in refusal(ConfigError, kind, folder)
     assert not trace.exists()
 
@@ -170,7 +170,7 @@ def identity(kind: str, path: Path, **changes: Any) -> tuple[str, str]:
     return model.weights_fingerprint(), model.preprocessor_fingerprint()
 
 
-def test_the_place_and_the_shards_are_no_part_of_it(kind: str, original: Path, tmp_path: Path) -> None:
+def test_path_and_sharding_are_not_part_of_the_identity(kind: str, original: Path, tmp_path: Path) -> None:
     shutil.copytree(original, tmp_path / "elsewhere")
     model = load(kind, original)
     model.module.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
@@ -219,7 +219,7 @@ def test_limits_of_the_preprocessing(kind: str, original: Path, changes: dict[st
     assert before[1] != after[1]
 
 
-def test_execution_is_no_part_of_the_preprocessing(kind: str, original: Path) -> None:
+def test_execution_settings_are_not_part_of_the_preprocessing(kind: str, original: Path) -> None:
     assert identity(kind, original) == identity(kind, original, gradient_checkpointing=True, disable_dropout=False)
 
 
@@ -259,7 +259,7 @@ def test_the_order_of_keys_does_not_count() -> None:
 
 
 def test_weights_from_a_checkpoint(text_model: Path, tmp_path: Path) -> None:
-    """The processor and the limits stay the config's; the weights are the checkpoint's."""
+    """The processor and the limits are the config's; the weights are the checkpoint's."""
     trained = load("causal_lm", text_model)
     with torch.no_grad():
         for parameter in trained.module.parameters():

@@ -227,7 +227,7 @@ def samples(name: str) -> list[Sample]:
 
 
 def encoded(name: str, model: HuggingFaceModel, sample: Sample, suffix: list[int]) -> dict[str, Tensor]:
-    """One unpadded sequence as the family's own processor has it, with `suffix` behind the prompt."""
+    """One unpadded sequence as the family's own processor has it, with `suffix` after the prompt."""
     if name in TEXT:
         inputs = {"input_ids": torch.tensor([model.tokenizer(sample.prompt)["input_ids"]], dtype=torch.long)}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -329,7 +329,7 @@ def test_bf16_is_the_type_of_the_arithmetic_only(family: str, load: Callable[...
 
 def test_a_batch_without_a_target_is_an_error(load: Callable[..., HuggingFaceModel]) -> None:
     model = load("gpt2", append_eos=False)
-    lone = Sample("lone", "", response="x")  # nothing stands before it that could predict it
+    lone = Sample("lone", "", response="x")  # no token before it could predict it
     batch = model.collate([model.preprocess(lone, model.response_tokens(lone))])
     with pytest.raises(DataError, match="no token to predict"):
         model.task_loss(batch)
@@ -374,7 +374,7 @@ def test_a_suffix_does_not_change_the_prompt(name: str, model: HuggingFaceModel)
         with torch.inference_mode():
             found = model.hidden_states(model.collate([features]), layers)
         states.append(torch.stack([layer[0, : features.layout.prompt_length] for layer in found]))
-    for longer in states[1:]:  # another length rounds otherwise, by some 1e-6; a suffix that is seen changes all digits
+    for longer in states[1:]:  # another length rounds by some 1e-6; seeing the suffix would change all digits
         torch.testing.assert_close(longer, states[0], rtol=1e-4, atol=1e-5)
 
 
@@ -407,7 +407,7 @@ def test_hidden_states_leave_the_vocabulary_projection_out(name: str, model: Hug
     assert outputs == []
 
 
-def test_layers_come_in_the_order_asked_for(load: Callable[..., HuggingFaceModel]) -> None:
+def test_layers_come_in_the_requested_order(load: Callable[..., HuggingFaceModel]) -> None:
     model = load("llama")
     batch = model.collate(features_of(model, "llama"))
     with torch.inference_mode():
@@ -468,7 +468,7 @@ def test_paligemma_gets_what_its_processor_makes_of_a_suffix(load: Callable[...,
 
 
 @pytest.mark.parametrize("family", ["llama", "paligemma"])
-def test_tensors_of_an_imported_cache_make_the_same_features(
+def test_tensors_of_an_imported_cache_give_the_same_features(
     family: str, load: Callable[..., HuggingFaceModel]
 ) -> None:
     model = load(family)
@@ -487,7 +487,7 @@ def test_tensors_of_an_imported_cache_make_the_same_features(
 
 
 def greedy(name: str, model: HuggingFaceModel, sample: Sample, most: int) -> list[int]:
-    """The likeliest token again and again, by complete forward passes without a cache."""
+    """The most likely token repeatedly, by complete forward passes without a cache."""
     suffix: list[int] = []
     while len(suffix) < most and (not suffix or suffix[-1] != model.tokenizer.eos_token_id):
         with torch.inference_mode():
@@ -518,7 +518,7 @@ def test_generation_ends_with_the_end_of_sequence_token(load: Callable[..., Hugg
 
 
 def test_what_the_folder_says_about_sampling_does_not_count(load: Callable[..., HuggingFaceModel]) -> None:
-    """Qwen's folders come with a repetition penalty, for one; the greedy suffix is the likeliest all the same."""
+    """Qwen's folders come with a repetition penalty, for example; the greedy suffix must not depend on it."""
     model = load("qwen2", append_eos=True)
     features = [model.preprocess(sample) for sample in samples("qwen2")]
     expected = model.generate(features, 8)
@@ -535,7 +535,7 @@ def test_decoding_leaves_special_tokens_out(load: Callable[..., HuggingFaceModel
     assert model.decode(model.response_tokens(sample)) == "naïve ✓"
 
 
-def test_the_response_is_closed_where_the_config_says_so(name: str, load: Callable[..., HuggingFaceModel]) -> None:
+def test_the_response_ends_with_eos_if_the_config_says_so(name: str, load: Callable[..., HuggingFaceModel]) -> None:
     sample = samples(name)[0]
     closed, open_ = load(name), load(name, append_eos=False)
     ids = closed.tokenizer(sample.response, add_special_tokens=False)["input_ids"]
@@ -581,7 +581,7 @@ def test_a_sample_that_is_too_long_is_never_cut(name: str, load: Callable[..., H
 
 
 @pytest.mark.parametrize(
-    ("sample", "said"),
+    ("sample", "expected"),
     [
         (Sample("s7", "digit"), "sample s7 has no image.*columns.image"),
         (Sample("s7", "digit", b"no image"), "sample s7: its image of 8 bytes does not decode"),
@@ -589,12 +589,12 @@ def test_a_sample_that_is_too_long_is_never_cut(name: str, load: Callable[..., H
         (Sample("s7", "digit", png(0)[:80]), "sample s7: its image of 80 bytes does not decode"),
     ],
 )
-def test_an_image_that_is_none(sample: Sample, said: str, load: Callable[..., HuggingFaceModel]) -> None:
-    with pytest.raises(DataError, match=said):
+def test_a_missing_or_damaged_image(sample: Sample, expected: str, load: Callable[..., HuggingFaceModel]) -> None:
+    with pytest.raises(DataError, match=expected):
         load("paligemma").preprocess(sample)
 
 
-def test_a_sample_without_anything(load: Callable[..., HuggingFaceModel]) -> None:
+def test_an_empty_sample(load: Callable[..., HuggingFaceModel]) -> None:
     with pytest.raises(DataError, match="sample s1 is empty"):
         load("gpt2").preprocess(Sample("s1", ""))
     with pytest.raises(DataError, match=r"sample s1 has no response.*columns.response"):

@@ -122,7 +122,7 @@ def test_the_window_is_really_shorter_than_the_sequences() -> None:
     assert not changed_T[39:44].any()  # A sequence exactly as long as the window is plain causal.
 
 
-def test_layers_come_in_the_order_asked_for() -> None:
+def test_layers_come_in_the_requested_order() -> None:
     model = build(CONFIGS["llama"])
     first_LTD, _ = packed_forward(model, texts(), [-1, 0, 2])
     second_LTD, _ = packed_forward(model, texts(), [2, 3, 0])
@@ -181,7 +181,7 @@ def test_the_attention_is_restored(attention: str) -> None:
     before = alone(model.base_model, texts()[0], [-1])
     with packed_attention(model.base_model):
         assert model.config._attn_implementation == packing.PACKED
-        with packed_attention(model.base_model):  # packed_forward within someone's own block
+        with packed_attention(model.base_model):  # packed_forward within a caller's own block
             pass
         assert model.config._attn_implementation == packing.PACKED
     assert model.config._attn_implementation == attention
@@ -243,7 +243,7 @@ def _training() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "expected"),
     [
         (_softcap, "softcap"),
         (_bidirectional_gemma, "both directions"),
@@ -253,16 +253,16 @@ def _training() -> PreTrainedModel:
         (_training, "train mode"),
     ],
 )
-def test_what_cannot_be_packed_is_refused(make: Callable[[], PreTrainedModel], said: str) -> None:
+def test_what_cannot_be_packed_is_refused(make: Callable[[], PreTrainedModel], expected: str) -> None:
     model = make()
     before = model.config._attn_implementation
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=expected):
         packed_forward(model, texts(), [-1])
     assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"dropout": 0.1}, "p = 0.1"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "mask of its own"),
@@ -271,15 +271,15 @@ def test_what_cannot_be_packed_is_refused(make: Callable[[], PreTrainedModel], s
         ({"craft_pack": packing.PackLayout.of([2, 3], torch.device("cpu"))}, "one row of 5 tokens"),
     ],
 )
-def test_attention_refuses_what_it_would_have_to_ignore(changes: dict[str, object], said: str) -> None:
+def test_attention_refuses_what_it_would_have_to_ignore(changes: dict[str, object], expected: str) -> None:
     q = torch.randn(1, 4, 4, 8)
     arguments = {"attention_mask": None, "craft_pack": packing.PackLayout.of([1, 3], q.device)} | changes
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=expected):
         packing.attend(torch.nn.Identity(), q, q, q, **arguments)
 
 
 @pytest.mark.parametrize("sequences", [[], [torch.ones(2, 2, dtype=torch.long)], texts((3, 0))])
-def test_a_pack_refuses_what_is_no_sequence(sequences: list[Tensor]) -> None:
+def test_a_pack_refuses_what_is_not_a_sequence(sequences: list[Tensor]) -> None:
     with pytest.raises(ValueError, match="1-D"):
         packed_forward(build(CONFIGS["llama"]), sequences, [-1])
 
@@ -301,7 +301,7 @@ def test_a_model_whose_states_depend_on_the_length_of_the_row_is_found() -> None
     """Both packs are equally long, so only the comparison with the sequence alone can tell."""
     model = build(CONFIGS["llama"])
     model.embed_tokens.register_forward_hook(lambda _, __, states: states + 0.1 * states.shape[1])
-    with pytest.raises(ValueError, match="not what it is alone"):
+    with pytest.raises(ValueError, match="differs from the same sequence alone"):
         check_packing(model)
 
 

@@ -26,7 +26,7 @@ def test_token_loss_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(loss, token_loss(logits.float(), targets, 7))
 
 
-def test_token_loss_ignores_what_stands_at_padded_targets() -> None:
+def test_token_loss_ignores_padded_targets() -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(4, 5), torch.tensor([1, -100, 3, -100])
     dirty = logits.masked_fill((targets == -100)[:, None], 1e4)

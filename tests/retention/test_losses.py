@@ -1,4 +1,4 @@
-"""Retention losses on vectors that are written down by hand, and what every one of them promises."""
+"""Retention losses on vectors that are written down by hand, and the properties that all of them have."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def test_resuming_with_another_cache_is_refused(digits: Digits, cached: Path, tm
     Run(config, folder, OneWorker(), NullObserver()).loop(until=3)
     other = digits.experiment(tmp_path, {"anchors.source.limit": 40})
     build(other, say=lambda _: None)
-    with pytest.raises(CacheRefused, match="resume with the cache it began with"):
+    with pytest.raises(CacheRefused, match="resume with the cache that it started with"):
         train(other, folder, OneWorker(), NullObserver())
 
 

@@ -45,7 +45,7 @@ from craft_ray.sweep.trials import SweepFolder
 
 LOG = Path(__file__).parent / "chaos.log"
 KINDS = ("worker", "node", "driver")
-PATIENCE_S = 900.0
+TIMEOUT_S = 900.0
 BEFORE_WORK = 0.25
 """Part of the kills that comes before the first shard, step or look: while processes start and models load."""
 
@@ -220,7 +220,7 @@ def undisturbed(stage: Stage, home: Path, cluster: Cluster) -> Undisturbed:
 def finish(driver: subprocess.Popen[str]) -> str:
     """What a driver said until it came to its end, by itself and well."""
     try:
-        out, _ = driver.communicate(timeout=PATIENCE_S)
+        out, _ = driver.communicate(timeout=TIMEOUT_S)
     except BaseException:
         driver.kill()
         raise

@@ -140,7 +140,7 @@ def measure_builds(report: Report, shape: Shape, tokens: int, sizes: tuple[int, 
 
 
 def measure_training(report: Report, shape: Shape, tokens: int, steps: int, rounds: int) -> None:
-    from craft_pipelines.train import fit, plan_run
+    from craft_pipelines.train import plan_run, run_on_trainer
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -162,7 +162,7 @@ def measure_training(report: Report, shape: Shape, tokens: int, steps: int, roun
             nonlocal count
             count += 1
             run = plan_run(config.changed({"name": f"run{count}", "workers.num_workers": workers}))
-            fit([run])
+            run_on_trainer([run])
             return statistics.median(record["perf/step_s"] for record in run.folder.read_metrics()[2:])
 
         report.add(Row.of("training: steps a second of two workers over one", in_turns(rounds, step_s)))

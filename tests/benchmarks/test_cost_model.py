@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from craft_pipelines.anchors import build
-from craft_pipelines.train import carry_out, plan_run
+from craft_pipelines.train import plan_run, train_run
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GemmaForCausalLM
 
@@ -133,7 +133,7 @@ def test_bytes_of_a_real_cache_and_a_real_checkpoint(digits: Digits, tmp_path: P
     assert manifest.bytes == pytest.approx(stored, rel=0.05)
 
     run = plan_run(config)
-    carry_out(run)
+    train_run(run)
     checkpoint = run.folder.checkpoints / "last"
     weights = (checkpoint / "model" / "model.safetensors").stat().st_size
     state = (checkpoint / "training_state" / "state.pt").stat().st_size

@@ -203,7 +203,7 @@ def test_compare_and_report_make_one_file_with_all_arms(command: Command, config
         (["train", "CONFIG", "craft.lamda_lr=1"], 2, "did you mean craft.lambda_lr?"),
         (["train", "CONFIG", "craft.retention_freq=0"], 2, "craft.retention_freq"),
         (["train", "CONFIG", "nonsense"], 2, "write key=value"),
-        (["train"], 2, "name a config"),
+        (["train"], 2, "no config given"),
         (["train", "--resume", "."], 2, "is no run directory"),
         (["train", "CONFIG", "model.path=/nowhere"], 2, "/nowhere"),
         (["train", "CONFIG", "task.path=/nowhere.jsonl"], 2, "there is no data at /nowhere.jsonl"),
@@ -216,7 +216,7 @@ def test_compare_and_report_make_one_file_with_all_arms(command: Command, config
         (["compare", "CONFIG", "compare.token_ce={enabled: false}"], 2, "compare.token_ce.enabled"),
         (["train", "CONFIG", "--dry-run", "evaluation.old.data.path=/nowhere.jsonl"], 2, "evaluation.old.data"),
         (["train", "CONFIG", "--dry-run", "--resume", "."], 2, "choose one"),
-        (["report", "."], 2, "is no finished run"),
+        (["report", "."], 2, "is not a finished run"),
         (["demo", "--preset", "magic"], 2, "choose digits or text"),
     ],
 )

@@ -104,7 +104,7 @@ def test_a_table_names_only_the_first_few() -> None:
 
 def test_what_another_root_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reading side, where a folder is not shared: nothing there, or something else there."""
-    monkeypatch.setattr(storage_check, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(storage_check, "TIMEOUT_S", 0.2)
     storage_check._write(tmp_path / "asked", "content")
     assert storage_check._missing(tmp_path / "asked", "content") is None
     assert storage_check._missing(tmp_path / "elsewhere" / "asked", "content") == "it is not there"
@@ -125,7 +125,7 @@ def test_a_cluster_in_good_health(token_cluster: Cluster, tmp_path: Path) -> Non
         ("nodes", "1 of 1 node"),
         ("versions", "ray 2.60"),
         ("storage", "written here and on 1 node"),
-        ("authentication", "the cluster asks for a token"),
+        ("authentication", "the cluster requires a token"),
         ("dashboard", "the State API answers"),
     ):
         assert re.search(rf"│ {check}.*│ ok +│ .*{found}", out), out
@@ -186,7 +186,7 @@ def test_no_stage_starts_where_nodes_do_not_share_its_storage(
     config = tmp_path / "run.yaml"
     config.write_text(dump_config(digits.experiment(tmp_path, changes)))
     refused = "and 1 of 2 nodes do not see what this one writes there"
-    remedy = "mount the same storage at this path on every node, or name s3://BUCKET/FOLDER"
+    remedy = "mount the same storage at this path on every node, or use s3://BUCKET/FOLDER"
 
     code, _, err = run("anchors", "build", config, f"craft.anchor_cache_dir={hidden / 'anchors'}")
     assert code == 2, err

@@ -216,10 +216,10 @@ def test_models_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["evaluation={}"], "the config names nothing to score on: add evaluation.old or evaluation.new"),
-        (["--checkpoint", "/nowhere"], "--checkpoint /nowhere: there is nothing"),
+        (["--checkpoint", "/nowhere"], "--checkpoint /nowhere does not exist"),
         (["--checkpoint", "WORLD"], "is neither a run, nor a checkpoint of one, nor a model folder"),
         (["--checkpoint", "RUN", "--checkpoint", "RUN"], "step_000006/model twice"),
-        (["--out", "scores.txt"], "--out is scores.txt: name a .json file"),
+        (["--out", "scores.txt"], "--out is scores.txt: give a .json file"),
         (["evaluation.old.data.columns.response=choices"], "both say what is right: name one of them"),
         (["evaluation.old.data.columns.choices=null"], "answer_index 'answer_index' counts choices"),
         (["evaluation.old.data.columns.answer_index=right"], "answer_index is 'right', but"),
@@ -285,7 +285,7 @@ def test_a_model_with_another_vocabulary(command: Command, text_model: Path, dig
     path.write_text(dump_config(Digits(text_model, digits.data).experiment(tmp_path, changes)))
     code, _, err = command("evaluate", path, "--checkpoint", tmp_path / "other")
     assert code == 2
-    assert "score the former as model.path of a config of its own" in one_line(err)
+    assert "score the former as model.path of a separate config" in one_line(err)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

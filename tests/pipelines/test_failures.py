@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from craft_pipelines import anchors as stage
 from craft_pipelines.anchors import MAX_DEATHS, build
-from craft_pipelines.failures import LOST_PROCESS_ERRORS, with_its_node
+from craft_pipelines.failures import LOST_PROCESS_ERRORS, node_was_lost
 from craft_pipelines.train import is_loss
 from ray import ActorID
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
@@ -49,8 +49,8 @@ PROCESSES = (
 
 def test_what_goes_with_a_node_is_told_from_what_dies_alone() -> None:
     assert all(isinstance(error, LOST_PROCESS_ERRORS) for error in (*NODES, *PROCESSES))
-    assert [with_its_node(error) for error in NODES] == [True] * len(NODES)
-    assert [with_its_node(error) for error in PROCESSES] == [False] * len(PROCESSES)
+    assert [node_was_lost(error) for error in NODES] == [True] * len(NODES)
+    assert [node_was_lost(error) for error in PROCESSES] == [False] * len(PROCESSES)
 
 
 def test_train_tells_of_a_worker_that_is_gone_in_errors_of_its_own() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import ray
 from craft_pipelines.anchors import build
-from craft_pipelines.ray_metrics import COUNTERS, GAUGES, RayMetrics, run_tag, standing
-from craft_pipelines.train import carry_out, plan_run
+from craft_pipelines.ray_metrics import COUNTERS, GAUGES, RayMetrics, gauge_values, run_tag
+from craft_pipelines.train import plan_run, train_run
 
 from craft_ray.run.observers import NullObserver
 from tests.support.experiments import ANSWERED, Digits
@@ -39,7 +39,7 @@ def test_a_run_stands_where_its_last_records_say() -> None:
     first = {"craft/retention_loss": 0.3, "craft/epsilon": 0.1, "craft/conflict": True, "perf/step_s": 3.0}
     second = {"craft/retention_loss": 0.2, "craft/epsilon": 0.1, "craft/conflict": False}
     third = {"train/loss": 0.5, "craft/lambda": 2.0, "craft/epsilon": 0.05}  # no retention at this step
-    values = standing([record(7, **first), record(8, **second), record(9, **third)])
+    values = gauge_values([record(7, **first), record(8, **second), record(9, **third)])
     assert values["craft_step"] == 9
     assert values["craft_task_loss"] == 0.5
     assert values["craft_retention_loss"] == 0.2
@@ -50,7 +50,7 @@ def test_a_run_stands_where_its_last_records_say() -> None:
 
 
 def test_a_baseline_has_no_budget() -> None:
-    values = standing([record(1)])
+    values = gauge_values([record(1)])
     assert "craft_violation" not in values
     assert values["craft_lambda"] is None
     assert values["craft_step"] == 1
@@ -193,7 +193,7 @@ def test_prometheus_reads_what_the_run_logged(digits: Digits, tmp_path: Path, po
     with watched(port) as seen:
         build(config, say=lambda _: None)
         wait_until(lambda: seen.get(("craft_anchors_done", frozenset({("cache", "anchors")}))) == 48, 60)
-        carry_out(run)
+        train_run(run)
         of_run = frozenset({("run", run.folder.path.name), ("arm", "hidden")})
         wait_until(lambda: seen.get(("craft_step", of_run)) == 6, 60)
         time.sleep(0.5)  # one more scrape: what is exported together is read together
@@ -204,7 +204,7 @@ def test_prometheus_reads_what_the_run_logged(digits: Digits, tmp_path: Path, po
     records, (*_, look_at_end) = run.folder.read_metrics(), run.folder.read_validation()
     last = records[-1]
     assert last["craft/retention_loss"] is None, "the last step has none, so what stands is the one before"
-    expected = standing(records[3:])
+    expected = gauge_values(records[3:])
     assert expected["craft_retention_loss"] == records[4]["craft/retention_loss"]
     for name, number in expected.items():
         assert value(name) == number, name

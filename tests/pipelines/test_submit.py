@@ -195,7 +195,7 @@ def test_who_follows_may_leave_and_a_job_is_stopped_as_by_a_person(token_cluster
     job = re.match(r"job (\S+) on", seen[0])
     assert job is not None
     hints = one_line(err)
-    assert f"the job {job[1]} runs on" in hints
+    assert f"the job {job[1]} keeps running" in hints
     assert f"stop it: ray job stop --address {token_cluster.dashboard} {job[1]}" in hints
     assert token_cluster.ask(f"jobs/{job[1]}")["status"] == "RUNNING"
     token_cluster.ask(f"jobs/{job[1]}/stop", "POST")
@@ -216,7 +216,7 @@ def test_without_the_right_token_nobody_is_let_in(token_cluster: Cluster, tmp_pa
     cases = (
         ({"RAY_AUTH_MODE": None}, "RAY_AUTH_MODE is not set, so no token is sent"),
         (wrong, "the token in RAY_AUTH_TOKEN is not the cluster's"),
-        ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, "and no file is there"),
+        ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, "and there is no such file"),
     )
     commands = [token_cluster.command(*over_http, **changes) for changes, _ in cases]
     for command, (_, words) in zip(commands, cases, strict=True):
@@ -224,7 +224,7 @@ def test_without_the_right_token_nobody_is_let_in(token_cluster: Cluster, tmp_pa
         assert (code, out) == (2, "")
         line = one_line(err)
         assert words in line
-        assert "set RAY_AUTH_MODE=token, and name a file with the cluster's token in RAY_AUTH_TOKEN_PATH" in line
+        assert "set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN_PATH to a file with the cluster's token" in line
         assert wrong["RAY_AUTH_TOKEN"] not in line
 
 
@@ -242,8 +242,8 @@ def test_a_driver_without_the_right_token_is_told_at_once(
     )
     code, out, err = finish(token_cluster.python(program, **changes))
     assert (code, err) == (0, "")
-    told, seconds = out.splitlines()
-    assert f"the cluster at {token_cluster.address} asks for a token and refuses us" in told
+    message, seconds = out.splitlines()
+    assert f"the cluster at {token_cluster.address} requires a token and refuses us" in message
     assert float(seconds) < 10
 
 

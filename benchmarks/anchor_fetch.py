@@ -31,7 +31,7 @@ from craft_ray.retention.constraint import open_mode
 
 BATCH = 32
 REPEATS = 64
-"""Fetches that are timed at once: one is shorter than what a clock resolves well."""
+"""Fetches that are timed together: a single one is too short for the resolution of a clock."""
 
 
 def hidden_size(shards: Iterable[Path]) -> float:
@@ -93,7 +93,7 @@ def measure(report: Report, folder: Path, rounds: int, anchors_of: int) -> None:
 
 
 def measure_size(report: Report, folder: Path, rows: int) -> None:
-    """Each vector takes a few bytes for where it begins, so a wider one is nearer to a half."""
+    """Each vector takes a few bytes for its offset, so a wider one is closer to one half."""
     shape = Shape(width=256, layers=2, inner=256, heads=2, vocabulary=1024)
     teacher = teacher_of(write_model(folder / "wide", shape))
     build_shard(teacher, cast(Any, samples([32] * rows, shape)), range(rows), folder / "wide.parquet")

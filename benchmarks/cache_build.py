@@ -82,7 +82,7 @@ def _builds(teacher: Teacher, rows: Sequence[Sample], folder: Path) -> Callable[
 
 
 def build_alone(model: Path, count: int, high: int) -> None:
-    """A process whose peak memory is read."""
+    """Runs in a separate process, whose peak memory is measured."""
     one_thread()
     rows = mixed_samples(count, MEMORY_SHAPE, high // 8, high)
     teacher = teacher_of(model, max_length=high)

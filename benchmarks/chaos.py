@@ -1,12 +1,11 @@
-"""Kills at random moments, and whether each stage still comes to what it comes to undisturbed.
+"""Kills at random moments, and whether each stage still has the result of its undisturbed run.
 
 A cluster of two nodes on this machine builds a cache with two teachers, trains with two workers, and sweeps over
 trials of one worker each. First each stage runs undisturbed. Then, for each kill, one of them runs again, and at a
-random moment it loses a process of a worker, a node with all its processes (another one joins), or its driver (the same
-command, or `--resume`, is given again). One kill in four falls into the time before the first shard, step or look, the
-others into the work. What must be the same, bit for bit: the rows
-and the hash of a cache; the weights and the log of a run; settings, reports and outcomes of the trials of a sweep, each
-of them once.
+random moment it loses a worker process, a node with all its processes (another one joins), or its driver (the same
+command is run again, or `--resume`). One kill in four happens before the first shard, step or validation, the others
+during the work. These must be the same, bit for bit: the rows and the hash of a cache; the weights and the log of a
+run; settings, reports and outcomes of the trials of a sweep, each of them once.
 
     python -m benchmarks.chaos                                  # 20 kills, into benchmarks/chaos.log
     python -m benchmarks.chaos --kills 3 --seed 1 --stage training --log some.log
@@ -45,32 +44,32 @@ from craft_ray.sweep.trials import SweepFolder
 
 LOG = Path(__file__).parent / "chaos.log"
 KINDS = ("worker", "node", "driver")
-PATIENCE_S = 900.0
+TIMEOUT_S = 900.0
 BEFORE_WORK = 0.25
-"""Part of the kills that comes before the first shard, step or look: while processes start and models load."""
+"""Fraction of the kills before the first shard, step or validation: while processes start and models load."""
 
 
 class Stage(ABC):
-    """A command of craft-ray that is run again and again, each time into a folder of its own."""
+    """A command of craft-ray that is run repeatedly, each time into another folder."""
 
     name: str
     titles: tuple[str, ...]
-    """What stands in the titles of its workers' processes."""
+    """Words in the titles of its worker processes."""
 
     def __init__(self, config: Experiment) -> None:
         self.config = config
 
     @abstractmethod
     def command(self, home: Path) -> list[str]:
-        """How it is begun, or carried on where it was killed."""
+        """The command that starts the stage, or resumes it after a kill."""
 
     @abstractmethod
     def progress(self, home: Path) -> int:
-        """Shards, steps or looks so far."""
+        """Shards, steps or validations so far."""
 
     @abstractmethod
     def result(self, home: Path) -> Any:
-        """What has to be the same."""
+        """What must be the same as in the undisturbed run."""
 
     def written(self, home: Path, changes: dict[str, Any]) -> str:
         home.mkdir(parents=True, exist_ok=True)
@@ -85,7 +84,7 @@ class Stage(ABC):
         )  # fmt: skip
 
     def workers(self, cluster: Cluster) -> list[list[psutil.Process]]:
-        """Its workers' processes on each node."""
+        """Its worker processes on each node."""
         return [[p for title in self.titles for p in node.processes(title)] for node in cluster.nodes]
 
 
@@ -157,7 +156,7 @@ class Sweep(Stage):
 
 
 def untimed(record: dict[str, Any]) -> dict[str, Any]:
-    """What of a record no clock says."""
+    """A record without its times."""
     return {key: value for key, value in record.items() if key != "seconds" and not key.startswith("perf/")}
 
 
@@ -197,13 +196,13 @@ def stages(world: Path) -> list[Stage]:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a stage comes to, and how long it takes."""
+    """The result of a stage without kills, and how long it takes."""
 
     home: Path
     result: Any
     seconds: float
-    begun: float
-    """Seconds until the first shard, step or look."""
+    startup_s: float
+    """Seconds until the first shard, step or validation."""
     progress: int
 
 
@@ -212,15 +211,15 @@ def undisturbed(stage: Stage, home: Path, cluster: Cluster) -> Undisturbed:
     driver = stage.start(home, cluster)
     while not stage.progress(home) and driver.poll() is None:
         time.sleep(0.02)
-    begun = time.monotonic() - started
+    startup_s = time.monotonic() - started
     finish(driver)
-    return Undisturbed(home, stage.result(home), time.monotonic() - started, begun, stage.progress(home))
+    return Undisturbed(home, stage.result(home), time.monotonic() - started, startup_s, stage.progress(home))
 
 
 def finish(driver: subprocess.Popen[str]) -> str:
-    """What a driver said until it came to its end, by itself and well."""
+    """The output of a driver, which must end by itself and succeed."""
     try:
-        out, _ = driver.communicate(timeout=PATIENCE_S)
+        out, _ = driver.communicate(timeout=TIMEOUT_S)
     except BaseException:
         driver.kill()
         raise
@@ -231,7 +230,7 @@ def finish(driver: subprocess.Popen[str]) -> str:
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill and what came of it."""
+    """One kill and its outcome."""
 
     stage: str
     kind: str
@@ -240,20 +239,20 @@ class Kill:
     reached: int
     of: int
     seconds: float
-    """From the kill to the end of the stage."""
+    """Seconds from the kill to the end of the stage."""
     undisturbed: float
-    """What the stage takes without a kill."""
+    """Seconds of the stage without a kill."""
     same: bool
     said: str
-    """By the driver that came to the end."""
+    """The output of the driver that finished the stage."""
 
     @property
     def times(self) -> float:
-        """The whole stage over the undisturbed one."""
+        """The time of the whole stage over that of the undisturbed one."""
         return (self.at + self.seconds) / self.undisturbed
 
     def line(self, number: int) -> str:
-        end = "came to the same" if self.same else "CAME TO SOMETHING ELSE"
+        end = "same result" if self.same else "OTHER RESULT"
         where = f"{self.reached} of {self.of}"
         return (
             f"{number:>2}  {self.stage:<8}  {self.kind:<6}  killed after {self.at:5.1f} s at {where:<9}  "
@@ -265,7 +264,7 @@ def disturb(
     stage: Stage, kind: str, home: Path, cluster: Cluster, reference: Undisturbed, moment: Callable[[], bool],
     rng: random.Random,
 ) -> Kill | None:  # fmt: skip
-    """Run a stage and kill something of it when `moment` says so. None where it had ended by then."""
+    """Run a stage and kill a part of it when `moment` returns true. None if the stage ended before that."""
     started = time.monotonic()
     driver = stage.start(home, cluster)
     victims: list[psutil.Process] = []
@@ -297,7 +296,7 @@ def chaos(
     planned: Sequence[tuple[Stage, str]], references: dict[str, Undisturbed], cluster: Cluster, home: Path, seed: int,
     say: Callable[[str], None],
 ) -> list[Kill]:  # fmt: skip
-    """Carry out kills one after the other, each said in a line."""
+    """Run the planned kills one after the other, with a log line for each."""
     rng, kills = random.Random(seed), []
     for number, (stage, kind) in enumerate(planned, 1):
         kill = None
@@ -307,18 +306,18 @@ def chaos(
             kill = disturb(stage, kind, home / "run", cluster, references[stage.name], moment, rng)
         kills.append(kill)
         say(kill.line(number))
-        if not kill.same:  # evidence
+        if not kill.same:  # kept as evidence
             shutil.copytree(home / "run", Path(tempfile.mkdtemp(prefix=f"craft-ray-kill-{number}-")) / "run")
             print(kill.said, file=sys.stderr, flush=True)
     return kills
 
 
 def drawn(stage: Stage, home: Path, reference: Undisturbed, rng: random.Random) -> Callable[[], bool]:
-    """Whether a random moment has come: one before the first shard, step or look, or somewhere between two of them."""
+    """Whether a random moment has come: before the first shard, step or validation, or between two of them."""
     before = rng.random() < BEFORE_WORK
     reached = 0 if before else rng.randrange(1, reference.progress)
-    work = reference.seconds - reference.begun
-    pause = rng.uniform(0, reference.begun if before else work / reference.progress)
+    work = reference.seconds - reference.startup_s
+    pause = rng.uniform(0, reference.startup_s if before else work / reference.progress)
     since: list[float] = []
 
     def come() -> bool:
@@ -330,7 +329,7 @@ def drawn(stage: Stage, home: Path, reference: Undisturbed, rng: random.Random) 
 
 
 def plan(every: Sequence[Stage], kills: int, seed: int) -> list[tuple[Stage, str]]:
-    """Each stage and kind equally often, in a random order."""
+    """Pairs of stage and kind, each equally often, in a random order."""
     pairs = list(itertools.islice(itertools.cycle(itertools.product(every, KINDS)), kills))
     random.Random(seed).shuffle(pairs)
     return pairs
@@ -340,8 +339,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stage", choices=("cache", "training", "sweep"), help="this one alone")
-    parser.add_argument("--kind", choices=KINDS, help="kills of this kind alone")
+    parser.add_argument("--stage", choices=("cache", "training", "sweep"), help="only this stage")
+    parser.add_argument("--kind", choices=KINDS, help="only kills of this kind")
     parser.add_argument("--log", type=Path, default=LOG)
     options = parser.parse_args()
     lines: list[str] = []
@@ -361,7 +360,7 @@ def main() -> None:
         chosen = [stage for stage in every if options.stage in (None, stage.name)]
         references = {stage.name: undisturbed(stage, world / stage.name, cluster) for stage in chosen}
         say(f"# python -m benchmarks.chaos --kills {options.kills} --seed {options.seed}, {machine()}")
-        took = (f"{name} {it.seconds:.0f} s, {it.begun:.0f} s of them to begin" for name, it in references.items())
+        took = (f"{name} {it.seconds:.0f} s, {it.startup_s:.0f} s of them start-up" for name, it in references.items())
         say(f"# undisturbed: {'; '.join(took)}")
         planned = plan(chosen, options.kills, options.seed)
         if options.kind:
@@ -372,7 +371,7 @@ def main() -> None:
             spread = f"[{times[0]:.2f}, {times[-1]:.2f}]"
             say(f"# lost {kind}: {statistics.median(times):.2f} {spread} of the undisturbed time, {len(times)} kills")
     right = sum(kill.same for kill in kills)
-    say(f"# {len(kills)} kills, {right} correct ends, {(time.monotonic() - started) / 60:.0f} minutes")
+    say(f"# {len(kills)} kills, {right} correct results, {(time.monotonic() - started) / 60:.0f} minutes")
     sys.exit(right < len(kills))
 
 

@@ -1,7 +1,7 @@
-"""What a stage costs: bytes and floating-point operations as formulas. Needs no library; `scaling.py` prints them.
+"""The costs of a stage as formulas: bytes and floating-point operations. Needs no library; `scaling.py` prints them.
 
-P parameters, D width, L cached layers, V vectors of an anchor, n tokens of a sample, A anchors, W workers. Bytes are
-bytes, operations count a multiplication and an addition as two.
+P parameters, D width, L cached layers, V vectors per anchor, n tokens per sample, A anchors, W workers. A
+multiplication and an addition count as two operations.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Vision:
         return self.layers * block + embedding + 2 * w + w * language_width + language_width
 
     def forward_flops(self, language_width: int) -> int:
-        """Of one image."""
+        """Operations for one image."""
         w, n = self.width, self.patches
         block = 2 * n * (4 * w * w + 2 * w * self.inner) + 4 * n * n * w
         return self.layers * block + 2 * n * w * (self.patch**2 * 3 + language_width)
@@ -40,7 +40,7 @@ class Vision:
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder with grouped attention and a gated MLP, as Llama, Mistral and Gemma have it."""
+    """A decoder with grouped attention and a gated MLP, as in Llama, Mistral and Gemma."""
 
     name: str
     width: int
@@ -66,8 +66,8 @@ class Model:
         return blocks + vision + (1 if self.tied else 2) * self.vocabulary * self.width
 
     def forward_flops(self, tokens: int, logits: int = 0) -> int:
-        """Of one sample of so many tokens, image tokens included; the vocabulary projection at `logits` of them.
-        Attention is counted in full; kernels that leave out what the causal mask hides do about half of that part."""
+        """Operations for one sample of `tokens` tokens, image tokens included; the vocabulary projection at `logits` of
+        them. Attention is counted in full; kernels that skip what the causal mask hides do about half of that part."""
         attention = 4 * tokens * tokens * self.heads * self.head_size
         decoder = self.layers * (2 * tokens * self.block_matrices + attention)
         vision = self.vision.forward_flops(self.width) if self.vision else 0
@@ -76,16 +76,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Anchor:
-    """What is stored of an anchor, and what its forward pass is given."""
+    """The stored parts of an anchor, and the inputs of its forward pass."""
 
     tokens: int
-    """Of the prompt, image tokens included."""
+    """Tokens of the prompt, image tokens included."""
     vectors: int
     layers: int
     suffix: int
-    """Suffix tokens, 0 where none is generated."""
+    """Suffix tokens, 0 if none is generated."""
     input_bytes: int
-    """Prompt and encoded image."""
+    """Bytes of the prompt and the encoded image."""
     id_bytes: int = 8
 
     def stored_bytes(self, model: Model) -> int:
@@ -111,37 +111,37 @@ def padded(parameters: int) -> int:
 
 
 def step_flops(model: Model, task_tokens: int, task_logits: int, task: int, anchor_tokens: int, anchors: int) -> int:
-    """Of a worker's step in mode `hidden`: a backward pass costs twice the forward pass."""
+    """Operations of a worker's step in mode `hidden`: a backward pass costs twice the forward pass."""
     forward = task * model.forward_flops(task_tokens, task_logits) + anchors * model.forward_flops(anchor_tokens)
     return 3 * forward
 
 
 def state_bytes(parameters: int, number: int = 4, constrained: bool = True) -> int:
-    """What every worker holds before activations: weights, the task's gradient, the retention loss's, AdamW's two
-    moments."""
+    """Bytes in each worker without activations: weights, the gradients of the task and of the retention loss, AdamW's
+    two moments."""
     return number * (3 * parameters + (2 if constrained else 1) * padded(parameters))
 
 
 def summed_bytes(parameters: int, number: int = 4, constrained: bool = True) -> int:
-    """What a step gives to all-reduce: the flat gradients, one call each, and two numbers of each loss."""
+    """Bytes that a step passes to all-reduce: the flat gradients, one call each, and two numbers of each loss."""
     rows = 2 if constrained else 1
     return rows * (number * padded(parameters) + 16)
 
 
 def sent_bytes(parameters: int, workers: int, number: int = 4, constrained: bool = True) -> float:
-    """What each worker sends a step where all-reduce is a ring: 2 (W - 1) / W of what is summed."""
+    """Bytes that each worker sends per step if all-reduce is a ring: 2 (W - 1) / W of what is summed."""
     return 2 * (workers - 1) / workers * summed_bytes(parameters, number, constrained)
 
 
 def checkpoint_bytes(parameters: int, number: int = 4) -> int:
-    """Weights, and AdamW's two moments."""
+    """Bytes of the weights and AdamW's two moments."""
     return 3 * number * parameters
 
 
 def step_seconds(
     model: Model, flops: float, workers: int, flops_per_second: float, bytes_per_second: float, number: int = 4
 ) -> tuple[float, float]:
-    """Computing and communicating of a step, one after the other: all-reduce begins when a gradient is complete."""
+    """Computation and communication of a step, one after the other: all-reduce starts when a gradient is complete."""
     return flops / flops_per_second, sent_bytes(model.parameters, workers, number) / bytes_per_second
 
 

@@ -1,8 +1,8 @@
 """One GPU in under eight minutes: building the cache, the retention step, memory, and waits for the device.
 
-Needs torch and transformers; neither Ray nor pydantic. Models have random weights in bfloat16, up to the measures of
-Gemma 2B. A size that does not fit is reported as such, and so is what no time was left for.
-`--tiny` runs the same on a processor in seconds.
+Needs torch and transformers; neither Ray nor pydantic. Models have random weights in bfloat16, up to the size of
+Gemma 2B. A size that does not fit in memory, or for which no time is left, is reported as such.
+`--tiny` runs the same on a CPU in seconds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from craft_ray.models.packing import packed_forward, plan_packs
 
 LIMIT_S = 400.0
 PASS_S = 2.0
-"""About the longest that one pass of a build takes; slower GPUs get fewer rows."""
+"""About the longest time for one pass of a build; slower GPUs get fewer rows."""
 SIZES = ("100m", "400m", "1b", "2.5b")
 STEP_CASES = ((1, 32), (8, 128))
 PACKS = (2048, 8192, 32768)
@@ -46,7 +46,7 @@ PACKS = (2048, 8192, 32768)
 
 @dataclass
 class Session:
-    """Where to measure, and until when."""
+    """The device and the time limit of the measurements."""
 
     report: Report
     device: torch.device
@@ -56,15 +56,15 @@ class Session:
     end: float
 
     def attempt(self, what: str, measure: Callable[[], None]) -> None:
-        """Measure; what does not fit in memory, or in time, is a line of the report."""
+        """Measure; what does not fit in memory or in time becomes a line of the report."""
         if time.monotonic() > self.end:
-            self.report.add(Row(what, None, note="skipped, the time is up"))
+            self.report.add(Row(what, None, note="skipped, out of time"))
             return
         if not self._fits(measure):
             self.report.add(Row(what, None, note="out of memory"))
 
     def fitting(self, where: str, variants: dict[str, Variant]) -> dict[str, Variant]:
-        """The variants that fit in memory; the others are lines of the report."""
+        """The variants that fit in memory; the others become lines of the report."""
 
         def once(variant: Variant) -> None:
             if variant.prepare is not None:
@@ -115,7 +115,7 @@ def measure_build(session: Session, size: str, rows: int, low: int, high: int, b
     layers = (shape.layers - 1, shape.layers)
 
     def keep(states: Sequence[Tensor], ends: Tensor) -> None:
-        """The last token of every text goes to the host, as a cache would have it."""
+        """Copy the last token of every text to the host, as for a cache."""
         torch.stack([s.reshape(-1, shape.width)[ends] for s in states]).to(torch.float16).cpu()
 
     @torch.inference_mode()
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=list(SIZES), help="smallest first")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
-        raise SystemExit("there is no GPU: run with --tiny, which measures nothing but that this script works")
+        raise SystemExit("there is no GPU: run with --tiny, which only tests that this script works")
     if options.tiny:
         one_thread()
         where = (torch.device("cpu"), torch.float32, CPU_TIME, 3)

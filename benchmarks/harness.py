@@ -1,8 +1,8 @@
 """How everything here is measured: interleaved rounds, ratios of times of the same round, medians with quartiles.
 
-A time alone depends on the machine and on who else uses it. The ratio of two times that were taken within the same
-second does not, or much less; so every claim is the median of such ratios. The clock is the processor time of this
-process unless stated otherwise, which other processes disturb least.
+A time alone depends on the machine and its load. The ratio of two times measured within the same second does not, or
+much less; so every claim is the median of such ratios. The clock is the processor time of this process unless stated
+otherwise, because other processes disturb it least.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIBRARIES = ("torch", "transformers", "ray", "pyarrow", "torchjd", "numpy")
 
 @dataclass(frozen=True)
 class Clock:
-    """A clock, and what it shows."""
+    """A clock, and what it measures."""
 
     name: str
     read: Callable[[], float]
@@ -42,7 +42,7 @@ def _read_cuda() -> float:
 
 CPU_TIME = Clock("processor time of the process", time.process_time)
 WALL = Clock("wall clock", time.perf_counter)
-CUDA = Clock("wall clock, the device waited for", _read_cuda)
+CUDA = Clock("wall clock, device synchronized", _read_cuda)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Variant:
 
     run: Callable[[], Any]
     prepare: Callable[[], Any] | None = None
-    """Brings about what `run` needs; not timed."""
+    """Prepares what `run` needs; not timed."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class Timings:
 def interleaved(
     variants: Mapping[str, Variant], rounds: int, clock: Clock = CPU_TIME, budget_s: float = 600.0
 ) -> Timings:
-    """Run every variant once in every round, each round beginning with another one.
+    """Run every variant once in every round, each round starting with another one.
 
     Args:
-        budget_s: no round begins after this much time, but there are at least three.
+        budget_s: no round starts after this time, but there are at least three.
     """
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -130,13 +130,13 @@ class Row:
 
     what: str
     value: float | None
-    """None where it could not be measured; `note` says why."""
+    """None if it could not be measured; `note` says why."""
     unit: str = "ratio"
     lower: float | None = None
     upper: float | None = None
     rounds: int | None = None
     target: str | None = None
-    """Such as `>= 2` or `<= 1.05`."""
+    """For example `>= 2` or `<= 1.05`."""
     note: str = ""
 
     @classmethod
@@ -160,12 +160,12 @@ class Row:
 
 @dataclass
 class Report:
-    """What one command measured."""
+    """The measurements of one command."""
 
     benchmark: str
     clock: str
     judge: bool = True
-    """Off where sizes are tiny: targets say nothing about those."""
+    """Whether to compare with targets; off for tiny sizes, to which targets do not apply."""
     rows: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
@@ -196,14 +196,14 @@ def arguments(description: str | None, **defaults: int) -> argparse.ArgumentPars
     """The options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a few seconds, to test the script")
-    parser.add_argument("--json", help="file to write the report to; it is printed where this is not given")
+    parser.add_argument("--json", help="file for the report; without it, the report is printed")
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     return parser
 
 
 def one_thread(threads: int = 1) -> None:
-    """Compute on so many threads, as each worker of the product does by default."""
+    """Compute on `threads` threads; one is the default of each worker of the product."""
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
@@ -215,7 +215,7 @@ def command() -> str:
 
 
 def commit() -> str:
-    """The commit of this tree, `-dirty` where files were changed since."""
+    """The commit of this tree, with `-dirty` if files were changed since."""
     call = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(

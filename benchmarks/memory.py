@@ -11,7 +11,7 @@ from typing import Any
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had resident.
+    """The highest resident memory of this process.
 
     Linux counts it for each address space; `ru_maxrss` also contains the parent that a process was forked from.
     """
@@ -23,7 +23,7 @@ def peak_bytes() -> int:
 
 
 def peak_in_process(function: Callable[..., None], *args: Any) -> int:
-    """The peak of a fresh process that calls `function(*args)`."""
+    """The peak memory of a new process that calls `function(*args)`."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_peak, args=(sender, function, args))

@@ -1,4 +1,4 @@
-"""What each choice of the method keeps, on a demo's problem, with the product's own training runs.
+"""What each choice of the method keeps, on the problem of a demo, with training runs of the product.
 
     craft-ray demo --out craft-demo          # makes teacher and data
     python benchmarks/method_choices.py craft-demo --out choices.json [--seeds 0 1 2] [--only K gate]
@@ -68,7 +68,7 @@ COMMON: dict[str, dict[str, Any]] = {
 
 
 def variants(preset: str) -> dict[str, dict[str, Any]]:
-    """Name and changed settings of every run."""
+    """The name and the changed settings of every run."""
     return COMMON | {f"position {p}": {"craft.positions": [p]} for p in POSITIONS[preset]}
 
 
@@ -90,7 +90,7 @@ def prepared(demo: Path, scratch: Path, preset: str) -> Experiment:
 
 
 def run(config: Experiment, changes: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:
-    """One run; its result, with what lambda did."""
+    """One run; its result, with the course of lambda."""
     config = config.changed({**changes, "seed": seed})
     place = RunFolder(folder)
     place.begin(config, ["benchmarks/method_choices.py"])
@@ -113,14 +113,14 @@ def main() -> None:
     parser.add_argument("--preset", choices=POSITIONS, default="digits")
     parser.add_argument("--out", type=Path, default=Path("method_choices.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="*", default=[], help="beginnings of the variants' names")
+    parser.add_argument("--only", nargs="*", default=[], help="prefixes of the variants' names")
     arguments = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
     table: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         config = prepared(arguments.demo.absolute(), Path(scratch), arguments.preset)
-        wanted = ("plain", *arguments.only) if arguments.only else ("",)  # all ratios are to plain
+        wanted = ("plain", *arguments.only) if arguments.only else ("",)  # all ratios are relative to plain
         for name, changes in variants(arguments.preset).items():
             if not name.startswith(wanted):
                 continue
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def row_text(name: str, rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> str:
-    """One line of the table: values of all seeds beside each other."""
+    """One line of the table: the values of all seeds side by side."""
     old = [row["old"]["ratio"] for row in rows]
     new = [
         ratio(row["new"]["metric"], row["new"]["after"], base["new"]["after"]) or 0.0

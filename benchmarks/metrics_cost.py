@@ -1,7 +1,7 @@
-"""What telling Ray costs at each log, against the ten steps that are logged and against what the log is written with.
+"""The cost of the Ray metrics of a log, relative to its ten steps and to writing the log itself.
 
-The steps are of the smallest model here (10 M parameters, one text of 32 tokens), which makes the share as large as
-it gets. Target: at most 1 % of the steps.
+The steps are those of the smallest model here (10 M parameters, one text of 32 tokens), where the share is largest.
+Target: at most 1 % of the steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from craft_ray.tracking.tensorboard import TensorBoardObserver
 LOGGED = 10
 """Steps between two logs, as by default."""
 REPEATS = 20
-"""Logs that are timed at once."""
+"""Logs that are timed together."""
 
 
 def measure(report: Report, folder: Path, size: str, length: int, rounds: int) -> None:

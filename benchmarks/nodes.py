@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on this machine, whose nodes can be lost.
 
-Each node is a `ray start` of its own, with a raylet, a store and workers of its own; the head has no processors, so
-work is on the others. A lost node is killed as a machine is: all its processes at once, and none can say goodbye.
+Each node is a separate `ray start`, with its own raylet, store and workers; the head has no CPUs, so the work is on the
+others. A lost node is killed like a machine: all its processes at once, without a chance to shut down.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import psutil
 STORE = 80 * 2**20
 """Bytes of a node's object store."""
 NOTICED = {
-    "RAY_health_check_period_ms": "500",  # a lost node is given up after two seconds, not after fifteen
+    "RAY_health_check_period_ms": "500",  # a lost node is declared dead after two seconds, not fifteen
     "RAY_health_check_failure_threshold": "3",
 }
 ATTEMPTS = 6
-"""A raylet gives up where its agents take more than 15 s to start, as they may on a busy machine."""
+"""A raylet gives up if its agents take more than 15 s to start, as they may on a busy machine."""
 
 
 def free_port() -> int:
@@ -53,7 +53,7 @@ class Node:
             )
 
     def wait(self, seconds: float = 240) -> None:
-        """Until the node is part of the cluster."""
+        """Wait until the node is part of the cluster."""
         end = time.monotonic() + seconds
         while "Ray runtime started" not in self._log.read_text():
             if self._process.poll() is not None or time.monotonic() > end:
@@ -61,7 +61,7 @@ class Node:
             time.sleep(0.1)
 
     def processes(self, title: str = "") -> list[psutil.Process]:
-        """What runs on the node, and has these words in its title."""
+        """The processes of the node that have these words in their titles."""
         found = []
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self._process.pid).children(recursive=True):
@@ -73,7 +73,7 @@ class Node:
     def kill(self) -> None:
         """Lose the node."""
         every = [psutil.Process(self._process.pid), *self.processes()] if self._process.poll() is None else []
-        for halt in (psutil.Process.suspend, psutil.Process.kill):  # so that nobody starts another one meanwhile
+        for halt in (psutil.Process.suspend, psutil.Process.kill):  # so that none of them starts another one meanwhile
             for process in every:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     halt(process)
@@ -82,9 +82,9 @@ class Node:
 
 
 class Cluster:
-    """A head without processors, and nodes of `cpus` processors each.
+    """A head without CPUs, and nodes of `cpus` CPUs each.
 
-    `env` is what a process has to have in its environment to join.
+    `env` is the environment that a process needs to join.
     """
 
     def __init__(self, nodes: int = 2, cpus: int = 1) -> None:
@@ -122,7 +122,7 @@ class Cluster:
         self.close()
 
     def _host(self, number: int) -> str:
-        """Each node has an address of its own on the loopback interface. (Ray replaces 127.0.0.1 by the machine's.)"""
+        """Each node has its own address on the loopback interface. (Ray replaces 127.0.0.1 by the machine's.)"""
         return f"127.0.{number // 200}.{number % 200 + 2}"
 
     def _start(self, *arguments: str) -> Node:
@@ -140,13 +140,13 @@ class Cluster:
         raise AssertionError
 
     def add(self) -> Node:
-        """A further node."""
+        """Add a node."""
         node = self._start(f"--address={self.env['RAY_ADDRESS']}", f"--num-cpus={self._cpus}")
         self.nodes.append(node)
         return node
 
     def lose(self, node: Node) -> None:
-        """Kill a node with all that runs on it."""
+        """Kill a node with all its processes."""
         self.nodes.remove(node)
         node.kill()
 

@@ -1,8 +1,8 @@
 """Throughput of a build with Ray Data against the same build in this process, start-up excluded.
 
-Both build a small and a large cache in turn; the throughput is the slope: rows between the two over the time between
-the two, so that starting processes and loading models drop out. One actor with one thread against one loop with one
-thread. The time is the wall clock: the work is done in other processes.
+Both build a small and a large cache in turn; the throughput is the slope, the difference in rows over the difference in
+time, so that starting processes and loading models cancel out. One actor with one thread is compared with one loop with
+one thread. The time is the wall clock: the work is done in other processes.
 
 Target: at least 0.9 of the plain loop.
 """

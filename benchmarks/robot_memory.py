@@ -1,10 +1,10 @@
-"""What a pi0_fast policy costs: memory and step time of small ones, measured, and a sizing table for the real one.
+"""The costs of a pi0_fast policy: memory and step time of small ones, measured, and a sizing table for the real one.
 
     python -m benchmarks.robot_memory             # small policies: resident memory of a worker, time of a step
     python -m benchmarks.robot_memory --sizing    # the policy of 3.4 billion parameters: bytes, computed
 
-The table is counted on PyTorch's meta device: every tensor that the real forward pass keeps for its backward pass is
-seen there with its size, and none of them exists.
+The table is counted on PyTorch's meta device: every tensor that the real forward pass keeps for its backward pass
+appears there with its size, but is not allocated.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ ARMS = ("baseline", "token_ce", "hidden, prefix", "hidden, suffix")
 
 
 def take_steps(folder: str, arm: str, count: int) -> None:
-    """What a worker of this arm does, for the sake of its memory."""
+    """What a worker of this arm does; for its peak memory."""
     steps = Steps(folder, (arm,))
     for _ in range(count):
         steps.step(arm)
@@ -221,14 +221,14 @@ def _part(name: str) -> str:
 
 
 def _kept(core: Any, config: Any, batch: int) -> int:
-    """Bytes of the tensors that autograd keeps, parameters apart, each storage once."""
+    """Bytes of the tensors that autograd keeps, without parameters, each storage once."""
     weights = {p.untyped_storage()._cdata for p in core.parameters()}
     storages: dict[int, Any] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            storages[storage._cdata] = storage  # held, or its place would be given to another
+            storages[storage._cdata] = storage  # kept alive, or its address would be reused
         return tensor
 
     side = config.image_resolution[0]

@@ -29,9 +29,9 @@ GPUS = (1, 2, 8, 32, 128, 512)
 FLOPS_PER_SECOND = 4e14
 """Assumed: about 40 % of the dense bf16 peak of an H100."""
 NETWORK = 50e9
-"""Assumed: bytes a second that each GPU sends, 400 Gbit/s."""
+"""Assumed: bytes per second that each GPU sends, 400 Gbit/s."""
 STORAGE = 2e9
-"""Assumed: bytes a second that one node reads of the shared storage."""
+"""Assumed: bytes per second that one node reads from the shared storage."""
 
 DEFAULTS: dict[Model, Anchor] = {
     SMOLLM2: Anchor(tokens=128, vectors=128, layers=2, suffix=16, input_bytes=512),
@@ -115,7 +115,7 @@ def caches() -> str:
 
 
 def builds() -> str:
-    head = ("model", "an anchor", "anchors", *(f"{g} GPU" for g in GPUS), "the last look, one node")
+    head = ("model", "an anchor", "anchors", *(f"{g} GPU" for g in GPUS), "final check, one node")
 
     def row(m: Model, count: int) -> tuple[str, ...]:
         anchor = DEFAULTS[m]
@@ -128,8 +128,8 @@ def builds() -> str:
 
 
 def steps() -> str:
-    head = ("model", "a worker's step", "given to all-reduce", "sent by each of 512", "computing",
-            *(f"network, {w} workers" for w in GPUS[1:]), "computing's part at 512")  # fmt: skip
+    head = ("model", "a worker's step", "passed to all-reduce", "sent by each of 512", "computing",
+            *(f"network, {w} workers" for w in GPUS[1:]), "share of computing at 512")  # fmt: skip
 
     def row(m: Model) -> tuple[str, ...]:
         flops = a_step(m)

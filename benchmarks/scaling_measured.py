@@ -1,11 +1,11 @@
 """Scale as far as one machine has it: memory of a build by rows, and throughput at one and at two workers.
 
-Memory: the highest resident set of the driver and of the process that writes shards, of a fresh driver for each number
-of rows. Prompts of one token and a teacher of one layer, so that rows are what there is.
+Memory: the highest resident set of the driver and of the process that writes shards, with a new driver for each number
+of rows. Prompts have one token and the teacher has one layer, so that the rows dominate.
 
-Throughput: one worker and two take turns. A build's is rows between a small and a large cache over the time between the
-two, so that starting processes drops out; a run's is the median time of its steps, on the same global batches. The
-time is the wall clock: the work is done in other processes.
+Throughput: one worker and two take turns. For a build it is the difference in rows between a small and a large cache
+over the difference in time, so that starting processes cancels out; for a run it is the median time of its steps, on
+the same global batches. The time is the wall clock: the work is done in other processes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def one_token_prompts(path: Path, rows: int) -> Path:
 
 
 def writer_peak(stop: threading.Event, found: dict[str, int]) -> None:
-    """The highest mark of any process that writes shards below this one."""
+    """The peak memory of any child process that writes shards."""
     while not stop.wait(POLL_S):
         for process in psutil.Process().children(recursive=True):
             try:
@@ -66,7 +66,7 @@ def writer_peak(stop: threading.Event, found: dict[str, int]) -> None:
 
 
 def build_and_watch(sender: Any, config: Experiment) -> None:
-    """A driver of its own, which tells its peak and its writer's."""
+    """Runs in a separate driver, which reports its peak memory and its writer's."""
     from craft_pipelines.anchors import build
 
     one_thread()
@@ -84,9 +84,9 @@ def peaks(config: Experiment) -> dict[str, int]:
     process = context.Process(target=build_and_watch, args=(sender, config))
     process.start()
     sender.close()
-    told: dict[str, int] = receiver.recv()
+    found: dict[str, int] = receiver.recv()
     process.join()
-    return told
+    return found
 
 
 def measure_memory(report: Report, sizes: Sequence[int], rows_per_shard: int) -> None:
@@ -103,9 +103,9 @@ def measure_memory(report: Report, sizes: Sequence[int], rows_per_shard: int) ->
                 "anchors.positions": ["last_token"],
                 "anchors.rows_per_shard": rows_per_shard,
             }
-            told = peaks(experiment(folder / f"cache{rows}", model, data, **changes))
-            first = first or told
-            for who, peak in sorted(told.items()):
+            found = peaks(experiment(folder / f"cache{rows}", model, data, **changes))
+            first = first or found
+            for who, peak in sorted(found.items()):
                 what = f"peak memory of the {who}, {rows} rows / {sizes[0]} rows"
                 report.add(Row(what, peak / first[who], note=f"{peak / MIB:.0f} MiB"))
 
@@ -114,7 +114,7 @@ def measure_memory(report: Report, sizes: Sequence[int], rows_per_shard: int) ->
 
 
 def in_turns(rounds: int, measure: Callable[[int], float]) -> Ratio:
-    """What one worker takes over what two take, a ratio a round."""
+    """The time of one worker over that of two, one ratio per round."""
     ratios = []
     for round_ in range(rounds):
         times = {workers: measure(workers) for workers in ((1, 2) if round_ % 2 else (2, 1))}
@@ -140,7 +140,7 @@ def measure_builds(report: Report, shape: Shape, tokens: int, sizes: tuple[int, 
 
 
 def measure_training(report: Report, shape: Shape, tokens: int, steps: int, rounds: int) -> None:
-    from craft_pipelines.train import fit, plan_run
+    from craft_pipelines.train import plan_run, run_on_trainer
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -162,16 +162,16 @@ def measure_training(report: Report, shape: Shape, tokens: int, steps: int, roun
             nonlocal count
             count += 1
             run = plan_run(config.changed({"name": f"run{count}", "workers.num_workers": workers}))
-            fit([run])
+            run_on_trainer([run])
             return statistics.median(record["perf/step_s"] for record in run.folder.read_metrics()[2:])
 
-        report.add(Row.of("training: steps a second of two workers over one", in_turns(rounds, step_s)))
+        report.add(Row.of("training: steps per second of two workers over one", in_turns(rounds, step_s)))
 
 
 def main() -> None:
     parser = arguments(__doc__, rounds=5)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="rows of the caches whose memory is read")
-    parser.add_argument("--only", choices=("memory", "builds", "training"), help="a part of it")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="rows of the caches in the memory part")
+    parser.add_argument("--only", choices=("memory", "builds", "training"), help="only this part")
     options = parser.parse_args()
     one_thread()
     report = Report("scaling_measured", WALL.name, judge=not options.tiny)

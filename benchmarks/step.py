@@ -1,4 +1,4 @@
-"""The retention step against the two passes and the optimiser step that it is made of; surgery alone; memory; waits.
+"""The retention step against the two passes and the optimiser step that it consists of; surgery alone; memory; waits.
 
 Targets: craft_step at most 1.05 of its parts at 100 M parameters and 1.12 at 10 M with one text of 32 tokens;
 surgery at most 1.35 of one read of both gradients and one axpy; at most 1.2 copies of the gradients; no wait for
@@ -56,12 +56,12 @@ def measure_surgery(report: Report, size: str, rounds: int) -> None:
     times = interleaved(variants, rounds)
     note = f"unit {times.median('unit') * 1e3:.1f} ms"
     report.add(Row.of(f"{size}: surgery / dot and axpy", times.ratio("surgery", "unit"), "<= 1.35", note))
-    report.add(Row.of(f"{size}: of it the comparison", times.ratio("comparison", "unit")))
+    report.add(Row.of(f"{size}: comparison within surgery / dot and axpy", times.ratio("comparison", "unit")))
     report.add(Row.of(f"{size}: surgery with lists / dot and axpy", times.ratio("lists", "unit")))
 
 
 def three_steps(size: str, batch: int, length: int, variant: str) -> None:
-    """A process whose peak memory is read."""
+    """Runs in a separate process, whose peak memory is measured."""
     one_thread()
     task = task_of(size, batch, length)
     if variant == "craft_step":

@@ -1,7 +1,7 @@
 """Ways to compare two flat gradients, and to combine them, against one read of both and one axpy.
 
-Why `GradientPair` does it the way it does. The error is that of the dot product, relative to |g_t| |g_r|, and of a
-sum of which one term is four fifths: a float32 accumulator drops small terms beside a large one.
+The reasons for the choices in `GradientPair`. The errors are those of the dot product, relative to |g_t| |g_r|, and of
+a sum with one term of four fifths: a float32 accumulator loses small terms next to a large one.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a sweep costs, and whether what it finds holds on test data.
+"""The cost of a sweep, and whether its findings hold on test data.
 
-Costs: 16 trials whose run is a no-op, in a process of their own, from the start of Python to the last line; and the
-time between the ends of two such trials on one actor. The same with runs of a single real step, which load the model
-and open the cache.
+Costs: 16 trials whose run is a no-op, in a separate process, from the start of Python to the last line; and the time
+between the ends of two such trials on one actor. The same with runs of a single real step, which load the model and
+open the cache.
 
 Findings, on the digits demo: 16 settings with ASHA, and the same 16 all run to the end; then the best one is trained on
-three fresh seeds and scored on test data, which the sweep has not seen. Trials at once share the cores, so the time is
+three new seeds and scored on test data, which the sweep has not used. Concurrent trials share the cores, so the time is
 the wall clock.
 
 Targets: at most 30 s and 0.5 s; at most 300 s for the sweep, and for the whole demo with a sweep of four trials at its
@@ -50,7 +50,7 @@ def nothing(config: Experiment, folder: RunFolder) -> Generator[Record]:
 
 
 def one_step(config: Experiment, folder: RunFolder) -> Generator[Record]:
-    """A run of one step in this process; what step and look took is put beside it."""
+    """A run of one step in this process; the time of step and validation is recorded with it."""
     validate, looked = Run.validate, []
 
     def timed(run: Run) -> Record:
@@ -69,7 +69,7 @@ def one_step(config: Experiment, folder: RunFolder) -> Generator[Record]:
 
 
 def child(folder: Path, demo: Path, count: int, real: bool) -> None:
-    """A sweep whose trials cost nothing, or one step, by the clock of the driver. Writes the times of their ends."""
+    """A sweep whose trials have no step, or one. Writes the times of their ends, by the clock of the driver."""
     ends: list[float] = []
     changes: dict[str, Any] = {
         "sweep.samples": count,
@@ -108,15 +108,15 @@ def measure_costs(report: Report, demo: Path, scratch: Path, count: int) -> None
         report.add(Row(f"{count} trials of {what}, start of Python and Ray included", seconds, "s", target=target))
         report.add(
             Row(
-                f"a trial of {what} beside step and look, after the first of its actor", statistics.median(gaps), "s",
+                f"a trial of {what} beyond step and validation, not an actor's first", statistics.median(gaps), "s",
                 gaps[len(gaps) // 4], gaps[3 * len(gaps) // 4], len(gaps), target="<= 0.5",
-                note=f"step and look {statistics.median(work):.2f} s",
+                note=f"step and validation {statistics.median(work):.2f} s",
             )
         )  # fmt: skip
 
 
 def craft_ray(*arguments: str) -> float:
-    """Seconds of a command."""
+    """The seconds that a command takes."""
     started = time.time()
     done = subprocess.run([str(Path(sys.executable).parent / "craft-ray"), *arguments], check=False)
     if done.returncode not in (0, 3):
@@ -125,7 +125,7 @@ def craft_ray(*arguments: str) -> float:
 
 
 def swept(demo: Path, folder: Path, count: int, *overrides: str) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds and rows of a sweep of the demo's problem."""
+    """Seconds and rows of a sweep over the demo's problem."""
     config = scratch_config(demo, folder.parent)
     seconds = craft_ray(
         "sweep", str(config), "--space", "craft", "--samples", str(count), "--out", str(folder), *overrides
@@ -157,15 +157,15 @@ def measure_findings(report: Report, demo: Path, scratch: Path, count: int, over
     kept = [result["old"]["ratio"] for result in results]
     learnt = [result["new"]["after"] for result in results]
     note = f"seeds {', '.join(f'{value:.4f}' for value in kept)}"
-    report.add(Row("old skill kept on test data, least of the fresh seeds", min(kept), target=f">= {BOUND}", note=note))
-    report.add(Row("new score on test data, mean of the fresh seeds", statistics.fmean(learnt)))
+    report.add(Row("old skill kept on test data, minimum of the new seeds", min(kept), target=f">= {BOUND}", note=note))
+    report.add(Row("new score on test data, mean of the new seeds", statistics.fmean(learnt)))
 
 
 def main() -> None:
     parser = arguments(__doc__, trials=TRIALS)
-    parser.add_argument("--demo", type=Path, help="folder of a digits demo; made, and timed, where it is not given")
-    parser.add_argument("--child", type=Path, help="for itself: a sweep without work into this folder")
-    parser.add_argument("--real", action="store_true", help="for itself: with one step")
+    parser.add_argument("--demo", type=Path, help="folder of a digits demo; without it, a demo is run and timed")
+    parser.add_argument("--child", type=Path, help="internal: a sweep without work into this folder")
+    parser.add_argument("--real", action="store_true", help="internal: with one step")
     parser.add_argument("overrides", nargs="*", help="key=value for the sweeps of the findings")
     options = parser.parse_args()
     one_thread()

@@ -1,7 +1,7 @@
-"""Counting the times that the host waits for the device.
+"""Counting how often the host waits for the device.
 
-On a GPU torch itself tells. On a processor nothing has to wait, but the same operations run, so those are counted
-that would wait on a GPU: an element read as a number, and results whose shape depends on values.
+On a GPU torch itself reports it. On a CPU nothing has to wait, but the same operations run, so the ones that would wait
+on a GPU are counted: an element read as a number, and results whose shape depends on values.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WAITING = {
     "bincount",
 }
 INDEXING = {"index", "index_put", "index_put_"}
-"""Wait where an index is a mask, which is turned into positions."""
+"""Operations that wait if an index is a mask, which is converted to positions."""
 
 
 class _Counter(TorchDispatchMode):
@@ -46,7 +46,7 @@ class _Counter(TorchDispatchMode):
 
 
 def host_syncs(function: Callable[[], Any]) -> Counter[str]:
-    """The operations in `function` that wait for a device, with their number. It is called once before."""
+    """The operations in `function` that wait for a device, with their counts. It is called once before counting."""
     function()
     if torch.cuda.is_available():
         return _cuda_syncs(function)

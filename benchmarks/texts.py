@@ -1,4 +1,4 @@
-"""A folder with a Gemma-shaped model and a tokenizer of one token a word, and texts that it reads."""
+"""A folder with a Gemma-shaped model and a tokenizer of one token per word, and texts for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPECIAL = ["<pad>", "<bos>", "<eos>"]
 
 
 def write_model(folder: Path, shape: Shape) -> Path:
-    """Random weights in an ordinary model folder."""
+    """Write random weights into an ordinary model folder."""
     quiet_libraries()
     words = {word: number for number, word in enumerate([*SPECIAL, *map(word_of, range(3, shape.vocabulary))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -40,7 +40,7 @@ def word_of(token: int) -> str:
 
 
 def samples(lengths: Sequence[int], shape: Shape) -> list[Sample]:
-    """Prompts of so many tokens."""
+    """Prompts of these lengths in tokens."""
     texts = random_texts(lengths, shape.vocabulary)
     return [Sample(id=f"{i:06d}", prompt=" ".join(map(word_of, ids.tolist()))) for i, ids in enumerate(texts)]
 

@@ -1,4 +1,4 @@
-"""The retention step as the product takes it, and the ways it is compared with. Torch alone, so it serves a GPU too."""
+"""The retention step of the product, and the ways that it is compared with. Needs only torch, also for a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SETTINGS: Any = SimpleNamespace(
     violation_clip=1.0,
     retention_ema=0.9,
 )
-"""What a step reads of `CraftConfig`, for machines without pydantic."""
+"""The settings of `CraftConfig` that a step reads, for machines without pydantic."""
 
 
 def optimizer_of(parameters: list[torch.nn.Parameter]) -> AdamW:
@@ -87,7 +87,7 @@ def ours(task: RetentionTask, optimizer: AdamW | None = None) -> Ours:
 
 
 def operate(gradients: GradientPair, state: DualState, settings: Any = SETTINGS) -> None:
-    """What stands between the backward passes and the optimiser in `craft_step`."""
+    """What `craft_step` does between the backward passes and the optimiser."""
     gram = gradients.gram()
     conflict = gram.cos < settings.conflict_threshold
     removed = surgery.projection(gram, conflict & gate(state, EPSILON, settings))
@@ -98,14 +98,14 @@ def operate(gradients: GradientPair, state: DualState, settings: Any = SETTINGS)
 
 
 def read_and_axpy(gradients: GradientPair) -> None:
-    """One read of both gradients and one axpy: what no surgery can do without."""
+    """One read of both gradients and one axpy: the minimum of any surgery."""
     for task, retention in gradients.buffers:
         torch.dot(task, retention)
         task.add_(retention, alpha=1e-3)
 
 
 def naive_surgery(task: list[Tensor], retention: list[Tensor]) -> list[Tensor]:
-    """Lists of gradients, one dot product a parameter, sums on the host."""
+    """Lists of gradients, one dot product per parameter, sums on the host."""
     dot = sum((t * r).sum().item() for t, r in zip(task, retention, strict=True))
     task_sq = sum((t**2).sum().item() for t in task)
     retention_sq = sum((r**2).sum().item() for r in retention)
@@ -176,7 +176,7 @@ def has_torchjd() -> bool:
 
 
 PARTS = ("task pass", "retention pass", "optimiser step")
-"""Together what a retention step is made of; their sum is the unit of the table."""
+"""The parts of a retention step; their sum is the unit of the table."""
 
 
 def step_variants(plain: RetentionTask, own: RetentionTask) -> dict[str, Variant]:

@@ -1,6 +1,6 @@
 """Gemma-shaped models with random weights, texts of mixed lengths, and the two losses of a retention step.
 
-Needs torch and transformers alone, so that it also serves `gpu.py` on a bare machine.
+Needs only torch and transformers, so that `gpu.py` can use it on a bare machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from craft_ray.retention.hidden import hidden_loss
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers that decide what a Gemma costs."""
+    """The numbers that determine the cost of a Gemma."""
 
     width: int
     layers: int
@@ -57,13 +57,13 @@ SHAPES = {
     "1b": Shape(width=1536, layers=20, inner=6144, heads=8, vocabulary=131072, head_size=192),
     "2.5b": Shape(width=2048, layers=18, inner=16384, heads=8, vocabulary=257216, head_size=256),
 }
-"""`2.5b` has the measures of Gemma 2B, the language model of PaliGemma."""
+"""`2.5b` has the size of Gemma 2B, the language model of PaliGemma."""
 
 
 def language_model(
     shape: Shape, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
 ) -> GemmaForCausalLM:
-    """A model with random weights, made on its device."""
+    """A model with random weights, created on its device."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -81,14 +81,14 @@ def mixed_lengths(count: int, low: int, high: int, seed: int = 0) -> list[int]:
 
 
 def random_texts(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[Tensor]:
-    """Token ids of texts, none of them a special one."""
+    """Token ids of texts, without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, vocabulary, (length,), generator=generator) for length in lengths]
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Texts of one length, for either loss."""
+    """Texts of one length, for both losses."""
 
     ids_BS: Tensor
     mask_BS: Tensor
@@ -109,7 +109,7 @@ class RetentionTask:
 
     @classmethod
     def of(cls, model: GemmaForCausalLM, batch: int, length: int, seed: int = 0) -> RetentionTask:
-        """Random texts, and a teacher that is not quite the student, so that both gradients are there."""
+        """Random texts, and a teacher that differs slightly from the student, so that both gradients are nonzero."""
         device, config = model.device, model.config
         generator = torch.Generator().manual_seed(seed)
 
@@ -147,7 +147,7 @@ class RetentionTask:
 
 
 class Perceptron(torch.nn.Module):
-    """A model of which it is known that nothing in it waits for the device."""
+    """A model in which nothing waits for the device."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Points:
 
 
 def perceptron_task(device: torch.device | str) -> tuple[Perceptron, Callable[[Any], Tensor], Points, Points]:
-    """The perceptron, its loss, and a batch for the task and one for retention."""
+    """The perceptron, its loss, and a batch each for the task and for retention."""
     torch.manual_seed(0)
     model = Perceptron().to(device)
 

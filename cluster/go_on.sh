@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A training run or a sweep that a scheduler may start more than once: begins it, or goes on where it was cut off.
+# Start a training run or a sweep, or resume it if it has started, for schedulers that may start a job more than once.
 #
 #   go_on.sh train FOLDER CONFIG [key=value ...]
 #   go_on.sh sweep FOLDER CONFIG --space SPACE [...]
 #
-# FOLDER is on storage that every node reaches, a mount or s3://. Of a run it is OUTPUT_DIR/NAME-ARM-seedSEED, as its
-# config has it.
+# FOLDER is on storage that every node reaches, a mount or s3://. For a run it is OUTPUT_DIR/NAME-ARM-seedSEED with the
+# values of its config.
 set -euo pipefail
 
 if [ "$#" -lt 3 ] || { [ "$1" != train ] && [ "$1" != sweep ]; }; then
@@ -16,7 +16,7 @@ stage=$1
 folder=$2
 shift 2
 
-begun=$(python - "$folder" <<'PYTHON'
+started=$(python - "$folder" <<'PYTHON'
 import sys
 from craft_ray.errors import CraftError
 from craft_ray.storage.paths import storage_path
@@ -28,7 +28,7 @@ except CraftError as error:
     sys.exit(f"go_on.sh: {error.message}")
 PYTHON
 )
-if [ "$begun" = True ]; then
+if [ "$started" = True ]; then
   exec craft-ray "$stage" --resume "$folder"
 fi
 if [ "$stage" = sweep ]; then

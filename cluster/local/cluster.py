@@ -4,11 +4,11 @@
     eval "$(python cluster/local/cluster.py start --nodes 2)"
     python cluster/local/cluster.py stop
 
-Every node is one `ray start --block` in a session of its own. The cluster asks for a token, which stands in a file that
-only this user reads; it is never printed and never in an environment. The dashboard, which takes jobs, listens on the
-loopback interface. Only what carries this cluster's mark is ended: another Ray on the machine, or a process that was
-given an old pid, is not touched. Standard output is lines for a shell to evaluate, all else is standard error. Linux
-only: it reads /proc.
+Every node is one `ray start --block` in a separate session. The cluster requires a token, which is in a file that only
+this user can read; it is never printed and never in an environment. The dashboard, which takes jobs, listens on the
+loopback interface. Only processes with this cluster's mark are ended: another Ray on the machine, or a process that got
+an old pid, is not touched. Standard output has lines for a shell to evaluate, everything else goes to standard error.
+Linux only: it reads /proc.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from typing import Any
 
 HOST = "127.0.0.1"
 MARK = "CRAFT_RAY_CLUSTER"
-"""The environment variable that every process of a cluster inherits; its value is drawn anew at each start."""
+"""The environment variable that every process of a cluster inherits; its value is new at each start."""
 
 GRACE_S = 10.0
-"""How long processes have to end by themselves before they are killed, and then to be gone."""
+"""How long processes may take to end by themselves before they are killed, and then to disappear."""
 
 
 class Refused(Exception):
-    """What a user is told, in one line."""
+    """A user's mistake or a failure, reported in one line."""
 
 
 class State:
@@ -60,7 +60,7 @@ class State:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Refused(f"another start or stop is at work in {self.folder}: wait for it") from None
+                raise Refused(f"another start or stop is running in {self.folder}: wait for it") from None
             yield
 
     def read(self) -> dict[str, Any] | None:
@@ -77,7 +77,7 @@ class State:
             file.write(secrets.token_hex(32))
 
     def clear(self, cluster: dict[str, Any]) -> None:
-        """Nothing of the cluster runs any more: remove its token and what Ray kept."""
+        """Remove the token and Ray's files of a cluster of which nothing runs any more."""
         self.token.unlink(missing_ok=True)
         shutil.rmtree(cluster["temp"], ignore_errors=True)
         self.record.unlink(missing_ok=True)
@@ -86,8 +86,8 @@ class State:
 # ------------------------------------------------------------------------------------------------------- processes
 
 
-def born(pid: int) -> tuple[int, int] | None:
-    """A process's start, in clock ticks since boot, and its parent; None where none runs (a zombie does not)."""
+def started(pid: int) -> tuple[int, int] | None:
+    """The start of a process, in clock ticks since boot, and its parent; None if it does not run (or is a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -96,21 +96,21 @@ def born(pid: int) -> tuple[int, int] | None:
 
 
 def members(mark: str) -> dict[int, int]:
-    """The processes of a cluster, pid -> start: those whose environment has the mark, and all below them.
+    """The processes of a cluster, pid -> start: those whose environment has the mark, and all their descendants.
 
-    Ray's workers write their title over their environment, so they are found below the raylet.
+    Ray's workers overwrite their environment with their title, so they are found as descendants of the raylet.
     """
     wanted = f"{MARK}={mark}".encode()
     starts, parents, found = {}, {}, set()
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or (seen := born(int(entry.name))) is None:
+        if not entry.name.isdigit() or (seen := started(int(entry.name))) is None:
             continue
         pid = int(entry.name)
         starts[pid], parents[pid] = seen
         try:
             if wanted in (entry / "environ").read_bytes().split(b"\0"):
                 found.add(pid)
-        except OSError:  # another user's, or gone meanwhile
+        except OSError:  # the process of another user, or it has ended meanwhile
             continue
     while below := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= below
@@ -118,11 +118,11 @@ def members(mark: str) -> dict[int, int]:
 
 
 def alive(pid: int, start: int) -> bool:
-    return (seen := born(pid)) is not None and seen[0] == start
+    return (seen := started(pid)) is not None and seen[0] == start
 
 
 def send(pid: int, start: int, number: signal.Signals) -> None:
-    """Signal this very process; whoever has its pid by now is left alone."""
+    """Send a signal to exactly this process, not to another one that has got its pid."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -147,9 +147,9 @@ def end(cluster: dict[str, Any]) -> int:
     while any(alive(*process) for process in ours.items()) and time.monotonic() < deadline:
         time.sleep(0.1)
     deadline = time.monotonic() + GRACE_S
-    while ours := {pid: begun for pid, begun in (ours | members(cluster["mark"])).items() if alive(pid, begun)}:
+    while ours := {pid: start for pid, start in (ours | members(cluster["mark"])).items() if alive(pid, start)}:
         if time.monotonic() > deadline:
-            raise Refused(f"killed processes are not gone after {GRACE_S:g} s: {sorted(ours)}; try stop again")
+            raise Refused(f"killed processes still exist after {GRACE_S:g} s: {sorted(ours)}; try stop again")
         for process in ours.items():
             send(*process, signal.SIGKILL)
         time.sleep(0.1)
@@ -169,7 +169,7 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Node:
-    """How one node is started: arguments of `ray start`, and what its environment has beside the cluster's."""
+    """How one node is started: arguments of `ray start`, and its environment in addition to the cluster's."""
 
     name: str
     arguments: list[str]
@@ -194,7 +194,7 @@ def planned(options: argparse.Namespace, cluster: dict[str, Any]) -> list[Node]:
             own = range(index * options.gpus, (index + 1) * options.gpus)
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
         elif index:
-            arguments.append("--num-gpus=0")  # the first node has this machine's
+            arguments.append("--num-gpus=0")  # the first node has the GPUs of this machine
         if index:
             arguments.append(f"--address={cluster['address']}")
         else:
@@ -207,24 +207,24 @@ def planned(options: argparse.Namespace, cluster: dict[str, Any]) -> list[Node]:
 
 
 def launch(state: State, cluster: dict[str, Any], node: Node) -> None:
-    """Start a node and write down its process, in place of an earlier one of its name."""
+    """Start a node and record its process, in place of an earlier one of that name."""
     environment = {**os.environ, **exports(state, cluster), MARK: cluster["mark"], **node.environment}
     environment.pop("RAY_AUTH_TOKEN", None)  # Ray would prefer it to the file
-    # Jobs find the commands of the Python that starts the cluster, whether its environment is activated or not.
+    # Jobs find the commands of the Python that starts the cluster, even if its environment is not activated.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
     with (state.folder / f"{node.name}.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *node.arguments],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
-    seen = born(process.pid)
+    seen = started(process.pid)
     others = [other for other in cluster["nodes"] if other["name"] != node.name]
     cluster["nodes"] = [*others, {"name": node.name, "pid": process.pid, "start": seen[0] if seen else -1}]
     state.write(cluster)
 
 
 def nodes_alive(state: State, cluster: dict[str, Any]) -> int:
-    """How many nodes the dashboard says are alive; 0 while it does not answer."""
+    """The number of alive nodes according to the dashboard; 0 while it does not answer."""
     request = urllib.request.Request(
         f"{cluster['dashboard']}/api/v0/nodes?limit=1000",
         headers={"Authorization": f"Bearer {state.token.read_text()}"},
@@ -239,7 +239,7 @@ def nodes_alive(state: State, cluster: dict[str, Any]) -> int:
 
 
 def wait_for(state: State, cluster: dict[str, Any], nodes: list[Node], deadline: float) -> None:
-    """Until these nodes are alive. One that Ray itself gave up for its slowness, after 30 s, is started again."""
+    """Wait until these nodes are alive. A node that Ray gave up after 30 s because it was slow is started again."""
     while True:
         up = nodes_alive(state, cluster)
         running = {entry["name"] for entry in cluster["nodes"] if alive(entry["pid"], entry["start"])}
@@ -248,13 +248,13 @@ def wait_for(state: State, cluster: dict[str, Any], nodes: list[Node], deadline:
             return
         if time.monotonic() > deadline:
             raise Refused(
-                f"only {up} of {len(nodes)} node(s) came up in time: see the logs in {state.folder}, or give it longer "
+                f"only {up} of {len(nodes)} node(s) started in time: see the logs in {state.folder}, or wait longer "
                 f"with --patience"
             )
         for node in ended:
             log = state.folder / f"{node.name}.log"
             lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
-            last = lines[-1] if lines else "it said nothing"
+            last = lines[-1] if lines else "it printed nothing"
             if "timed out during startup" not in last:
                 raise Refused(f"the node {node.name} ended ({last}): see {log}")
             launch(state, cluster, node)
@@ -267,7 +267,7 @@ def start(state: State, options: argparse.Namespace) -> dict[str, Any]:
     if old is not None:
         if members(old["mark"]):
             raise Refused(
-                f"a cluster runs already from {state.folder} (RAY_ADDRESS={old['address']}): stop it first, or name "
+                f"a cluster of {state.folder} is running (RAY_ADDRESS={old['address']}): stop it first, or choose "
                 f"another folder with --state"
             )
         state.clear(old)
@@ -276,7 +276,7 @@ def start(state: State, options: argparse.Namespace) -> dict[str, Any]:
         "mark": secrets.token_hex(8),
         "address": f"{HOST}:{gcs}",
         "dashboard": f"http://{HOST}:{dashboard}",
-        "temp": tempfile.mkdtemp(prefix="craft-ray-", dir="/tmp"),  # sockets lie below it: the path must be short
+        "temp": tempfile.mkdtemp(prefix="craft-ray-", dir="/tmp"),  # it contains sockets, so the path must be short
         "nodes": [],
     }
     state.new_token()
@@ -296,7 +296,7 @@ def start(state: State, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def exports(state: State, cluster: dict[str, Any]) -> dict[str, str]:
-    """What drivers (RAY_ADDRESS) and clients of jobs (RAY_API_SERVER_ADDRESS) need."""
+    """The variables that drivers (RAY_ADDRESS) and clients of jobs (RAY_API_SERVER_ADDRESS) need."""
     return {
         "RAY_ADDRESS": cluster["address"],
         "RAY_API_SERVER_ADDRESS": cluster["dashboard"],
@@ -323,12 +323,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--state", type=Path, default=home / "craft-ray" / "cluster", help="folder of the cluster")
     commands = parser.add_subparsers(dest="command", required=True)
     starting = commands.add_parser("start", help="start a cluster and print what to export")
-    starting.add_argument("--nodes", type=int, default=1, help="nodes, the head among them [1]")
+    starting.add_argument("--nodes", type=int, default=1, help="number of nodes, including the head [1]")
     starting.add_argument("--cpus", type=int, help="CPUs that each node offers [this machine's, divided]")
-    starting.add_argument("--head-cpus", type=int, help="CPUs that the head offers; 0: it has drivers alone [--cpus]")
+    starting.add_argument("--head-cpus", type=int, help="CPUs that the head offers; 0: only drivers run there [--cpus]")
     starting.add_argument("--gpus", type=int, help="GPUs that each node offers [this machine's, on the head]")
     starting.add_argument("--object-store", type=int, metavar="MIB", help="object store of each node [Ray's choice]")
-    starting.add_argument("--patience", type=float, default=300, metavar="SECONDS", help="to wait for all nodes [300]")
+    starting.add_argument(
+        "--patience", type=float, default=300, metavar="SECONDS", help="time for all nodes to start [300]"
+    )
     commands.add_parser("stop", help="end the cluster and everything that runs on it")
     commands.add_parser("status", help="print what to export; exit code 1 unless every node is alive")
     return parser.parse_args()
@@ -341,11 +343,11 @@ def main() -> int:
         raise Refused("this script reads /proc and needs Linux: without RAY_ADDRESS, craft-ray starts Ray by itself")
     if options.command == "start":
         if options.nodes < 1:
-            raise Refused(f"--nodes is {options.nodes}: a cluster has one or more")
-        begun = time.monotonic()
+            raise Refused(f"--nodes is {options.nodes}: a cluster needs at least one")
+        before = time.monotonic()
         with state.locked():
             cluster = start(state, options)
-        say(f"{options.nodes} node(s) alive after {time.monotonic() - begun:.0f} s; dashboard {cluster['dashboard']}")
+        say(f"{options.nodes} node(s) alive after {time.monotonic() - before:.0f} s; dashboard {cluster['dashboard']}")
         show(state, cluster)
         return 0
     cluster_or_none = state.read()
@@ -373,5 +375,5 @@ if __name__ == "__main__":
         say(str(refusal))
         sys.exit(1)
     except KeyboardInterrupt:
-        say("interrupted: `stop` ends whatever may still run")
+        say("interrupted: `stop` ends what may still be running")
         sys.exit(130)

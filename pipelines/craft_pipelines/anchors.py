@@ -1,8 +1,8 @@
 """Building the anchor cache with Ray Data: a pool of teachers, each of which writes whole shards.
 
 A row of the dataset is a shard to write, not a sample: which rows a shard holds is decided beforehand, a teacher reads
-them itself, and a shard appears by a rename. So whatever dies, and whenever, the shards that are there are complete,
-a repeated one replaces itself, and the next build does what is missing.
+them itself, and a shard appears by a rename. So whatever dies, and whenever, the shards that exist are complete, a
+repeated one replaces itself, and the next build writes what is missing.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ if TYPE_CHECKING:
     import ray.data
 
 CHECKED_ROWS = 8
-"""Imported rows that the teacher is run on again."""
+"""Imported rows on which the teacher is run again."""
 
 MAX_DEATHS = 3
 """Deaths of a teacher's process in a row, without a shard finished in between, after which a build gives up. A teacher
-that is lost with its node is not counted."""
+that was lost with its node does not count."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,19 @@ class Built:
 
     manifest: Manifest
     rows_computed: int
-    """0 where the cache was found complete."""
+    """0 if the cache was already complete."""
 
 
 def build(config: Experiment, say: Any = print) -> Built:
     """Build the cache of an experiment in `craft.anchor_cache_dir`, or finish it, or find it complete.
 
     Raises:
-        CacheRefused: the folder holds another cache, or a damaged one.
+        CacheRefused: the folder contains another cache, or a damaged one.
     """
-    anchors, folder = needed(config)
+    anchors, folder = anchors_section(config)
     check_kept(folder, "craft.anchor_cache_dir")
     refusal = CacheRefused(f"another process is building the cache in {folder}: wait until it is done")
-    # Two at a time would clear away each other's half-written files.
+    # Two builds at a time would delete each other's half-written files.
     with exclusive_lock(folder.with_name(f".{folder.name}.lock"), refusal):
         return _build(config, anchors, folder, say)
 
@@ -124,7 +124,7 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
         f"anchor cache complete: {manifest.identity.rows} anchors, {manifest.vectors} vectors, "
         f"{readable_bytes(manifest.bytes)} ({manifest.bytes} bytes; estimated {readable_bytes(expected.bytes)})"
     )
-    # A text may go on for ever; actions come to an end, and nobody can carry out a part of them.
+    # A text may have no end; actions do, and a part of them cannot be executed.
     if manifest.identity.inputs == "frames" and (full := full_suffixes(folder, manifest)):
         say(
             f"the action tokens of {full} of {manifest.identity.rows} anchors fill anchors.max_new_tokens="
@@ -134,20 +134,20 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
     return Built(manifest, sum(len(rows) for _, rows in missing))
 
 
-def needed(config: Experiment) -> tuple[AnchorsConfig, StoragePath]:
-    """The two settings without which there is no cache to build."""
+def anchors_section(config: Experiment) -> tuple[AnchorsConfig, StoragePath]:
+    """The section `anchors` and the cache folder; without them there is no cache to build."""
     if config.anchors is None:
-        raise ConfigError("the config has no section anchors: name at least anchors.source.path")
+        raise ConfigError("the config has no section anchors: set at least anchors.source.path")
     if config.craft.anchor_cache_dir is None:
-        raise ConfigError("craft.anchor_cache_dir is not set: name the folder for the anchor cache")
+        raise ConfigError("craft.anchor_cache_dir is not set: set it to the folder for the anchor cache")
     return config.anchors, storage_path(config.craft.anchor_cache_dir)
 
 
 def _plan(folder: StoragePath, identity: Identity, anchors: AnchorsConfig) -> Plan:
-    """The plan that the folder holds, if it is of the same cache, or a new one."""
+    """The plan in the folder, if it belongs to the same cache, or a new one."""
     plan = read_plan(folder)
-    begun = (folder / MANIFEST).exists() or any((folder / SHARDS).glob("*.parquet"))
-    if plan is None or not begun:  # a plan of which nothing was carried out binds nobody
+    started = (folder / MANIFEST).exists() or any((folder / SHARDS).glob("*.parquet"))
+    if plan is None or not started:  # a plan without any shard may be replaced
         if (folder / MANIFEST).exists():
             raise CacheRefused(f"the cache in {folder} was imported, not built: choose another craft.anchor_cache_dir")
         plan = Plan(identity=identity, rows_per_shard=anchors.rows_per_shard)
@@ -164,13 +164,13 @@ def _plan(folder: StoragePath, identity: Identity, anchors: AnchorsConfig) -> Pl
 
 
 def check_present(folder: StoragePath, done: dict[str, Any]) -> None:
-    """Shards that a manifest vouches for must be what it says."""
+    """Check the finished shards against the checksums in the manifest."""
     for shard in read_manifest(folder).shards:
         found = done.get(shard.name)
         if found is not None and found.blake3 != shard.blake3:
             raise CacheRefused(
                 f"{folder / SHARDS / shard.name} is damaged: its checksum is {found.blake3[:12]}, the manifest says "
-                f"{shard.blake3[:12]}; delete this file and build again, which writes it anew"
+                f"{shard.blake3[:12]}; delete this file and build again, which rewrites it"
             )
 
 
@@ -187,7 +187,7 @@ def _announce(say: Any, plan: Plan, expected: Estimate, done: dict[str, Any], fo
     say(f"building the anchor cache in {folder}: {identity.rows} anchors, {' and '.join(what)}")
     say(f"estimated size {readable_bytes(expected.bytes)} ({expected.bytes} bytes)")
     if done:
-        say(f"{len(done)} of {len(plan.shards())} shards are there already")
+        say(f"{len(done)} of {len(plan.shards())} shards exist already")
 
 
 def _in_process(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
@@ -198,12 +198,12 @@ def _in_process(config: Experiment, plan: Plan, missing: list[tuple[str, range]]
 
 
 def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
-    """Ray Data over the missing shards; once more over what is left where a teacher's process or a node was lost."""
+    """Run Ray Data over the missing shards, and again over the rest if a teacher's process or a node was lost."""
     import ray.data
 
-    from craft_pipelines.failures import LOST_PROCESS_ERRORS, with_its_node
+    from craft_pipelines.failures import LOST_PROCESS_ERRORS, node_was_lost
 
-    anchors, folder = needed(config)
+    anchors, folder = anchors_section(config)
     join()
     actors = min(anchors.actors, len(missing))
     each = {"CPU": anchors.cpus_per_actor, "GPU": anchors.gpus_per_actor}
@@ -212,7 +212,7 @@ def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) ->
         raise ConfigError(lacking)
     check_shared(folder, "craft.anchor_cache_dir")
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log is raised, too
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log is also raised
     deaths, left = 0, dict(missing)
     while left:
         try:
@@ -222,28 +222,28 @@ def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) ->
                 deaths = 0
                 yield row["name"], len(left.pop(row["name"]))
         except LOST_PROCESS_ERRORS as error:
-            deaths += not with_its_node(error)
+            deaths += not node_was_lost(error)
             if deaths > MAX_DEATHS:
                 raise CraftError(
                     f"a teacher's process died {deaths} times in a row, the next shard to write is {next(iter(left))}: "
-                    f"something kills it, often want of memory; lower anchors.batch_size, anchors.pack_tokens or "
+                    f"something kills it, often a lack of memory; lower anchors.batch_size, anchors.pack_tokens or "
                     f"anchors.actors, and build again"
                 ) from None
             for name in [name for name in left if (folder / SHARDS / name).exists()]:
                 yield name, len(left.pop(name))
-    gc.collect()  # Ray ends the teachers' processes when nothing refers to them any more, and circles do
+    gc.collect()  # Ray ends the teachers' processes once nothing refers to them, and reference cycles do
 
 
 def _dataset(config: Experiment, plan: Plan, shards: dict[str, range], actors: int) -> ray.data.Dataset:
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
-    anchors, folder = needed(config)
+    anchors, folder = anchors_section(config)
     items = [{"name": name, "start": rows.start, "stop": rows.stop} for name, rows in shards.items()]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    dataset.set_name(f"anchors-{folder.name}")  # how the dashboard lists it
+    dataset.set_name(f"anchors-{folder.name}")  # its name in the dashboard
     with warnings.catch_warnings():
-        # Restarts by Ray Data itself never end, and only a deprecated argument turns them off (Ray is pinned).
+        # Ray Data itself restarts actors without limit, and only a deprecated argument prevents it (Ray is pinned).
         warnings.simplefilter("ignore", RayDeprecationWarning)
         return dataset.map_batches(
             ShardWriter,
@@ -257,16 +257,16 @@ def _dataset(config: Experiment, plan: Plan, shards: dict[str, range], actors: i
 
 
 class ShardWriter:
-    """A teacher in a process of its own; each call writes one shard.
+    """A teacher in a separate process; each call writes one shard.
 
-    A user's mistake is returned as a value: as an exception it would arrive with Ray's text around it. For the same
-    reason the model is loaded by the first call, not by the constructor.
+    A user's mistake is returned as a value: as an exception it would arrive wrapped in Ray's text. For the same reason
+    the first call loads the model, not the constructor.
     """
 
     def __init__(self, config: str, plan: str) -> None:
         self.plan = Plan.model_validate_json(plan)
         self.experiment = parse_config(yaml.safe_load(config), "config")
-        self.anchors, self.folder = needed(self.experiment)
+        self.anchors, self.folder = anchors_section(self.experiment)
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -296,17 +296,17 @@ def verify(folder: StoragePath, config: Experiment | None, rows: int, say: Any =
     """Check a cache against its manifest and, with a config, `rows` of it against the model.
 
     Raises:
-        CacheRefused: it is not what it says, or not what the model gives.
+        CacheRefused: the cache does not match its manifest, or the model does not reproduce it.
     """
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     say(f"{len(manifest.shards)} shards are undamaged, {manifest.identity.rows} anchors, each id once")
     if config is not None:
         model = load_model(config.model, config.train.precision)
-        say_agreement(say, reforward(folder, manifest, config, model, rows))
+        report_agreement(say, reforward(folder, manifest, config, model, rows))
 
 
-def say_agreement(say: Any, agreement: Agreement) -> None:
+def report_agreement(say: Any, agreement: Agreement) -> None:
     what = []
     if agreement.distance is not None:
         what.append(f"largest relative mean square {agreement.distance:.1e}")
@@ -316,19 +316,19 @@ def say_agreement(say: Any, agreement: Agreement) -> None:
 
 
 def import_legacy(legacy: Path, config: Experiment, check: bool, say: Any = print) -> Manifest:
-    """Turn legacy shards into the cache that a config names.
+    """Convert legacy shards into the cache that a config names.
 
     Raises:
-        CacheRefused: the shards are not what the config says, or not what its model gives.
+        CacheRefused: the shards do not match the config, or its model does not reproduce them.
     """
-    _, folder = needed(config)
+    _, folder = anchors_section(config)
     check_kept(folder, "craft.anchor_cache_dir")
     model = load_model(config.model, config.train.precision)
     shards = LegacyShards(legacy)
 
     def reproduced(written: StoragePath, manifest: Manifest) -> None:
         if check:
-            say_agreement(say, reforward(written, manifest, config, model, CHECKED_ROWS))
+            report_agreement(say, reforward(written, manifest, config, model, CHECKED_ROWS))
 
     manifest = import_shards(shards, folder, config, model, reproduced)
     say(

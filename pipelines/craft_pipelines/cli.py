@@ -2,8 +2,8 @@
 
 Exit codes: 0 done; 2 usage or config; 3 finished, but the retention
 budget was not met, or no setting of a sweep is within the bounds; 4 cache
-refused; 130 interrupted; 1 anything else. A user's mistake is one line,
-never a traceback.
+refused; 130 interrupted; 1 anything else. A user's mistake is reported in
+one line, never as a traceback.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def main() -> None:
 
 
 def _interrupted(*_: object) -> None:
-    raise Interrupted("interrupted: what was complete is kept, the same command (train: with --resume RUN) goes on")
+    raise Interrupted("interrupted: complete results are kept, the same command (train: with --resume RUN) resumes")
 
 
 @anchors_app.command("build")
 def anchors_build(config: Config, overrides: Overrides = None) -> None:
-    """Run the teacher over the anchors; goes on where an interrupted build stopped."""
+    """Run the teacher over the anchors; resumes an interrupted build."""
     experiment = load_config(config, overrides or [])
     with _importing():
         from craft_pipelines.anchors import build
@@ -59,7 +59,7 @@ def anchors_build(config: Config, overrides: Overrides = None) -> None:
 
 @anchors_app.command("show")
 def anchors_show(folder: CacheFolder) -> None:
-    """What a cache holds: its identity, rows, vectors, size, and whether it is complete."""
+    """Show what a cache contains: its identity, rows, vectors, size, and whether it is complete."""
     from craft_ray.anchors.show import describe
 
     print("\n".join(describe(storage_path(folder))))
@@ -91,7 +91,7 @@ def anchors_import(
     overrides: Overrides = None,
     check: Annotated[bool, typer.Option(help="run the teacher on some rows again and compare")] = True,
 ) -> None:
-    """Turn legacy torch shards into a cache in craft.anchor_cache_dir. Their code is never run."""
+    """Convert legacy torch shards into a cache in craft.anchor_cache_dir. Code in them is never run."""
     experiment = load_config(config, overrides or [])
     with _importing():
         from craft_pipelines.anchors import import_legacy
@@ -103,7 +103,7 @@ def anchors_import(
 def train(
     config: Annotated[Path | None, typer.Argument(help="a YAML config", show_default=False)] = None,
     overrides: Overrides = None,
-    resume: Annotated[str | None, typer.Option(help="go on with this run directory")] = None,
+    resume: Annotated[str | None, typer.Option(help="resume this run directory")] = None,
     dry_run: Annotated[bool, typer.Option(help="check everything, run 3 steps, print the plan")] = False,
 ) -> None:
     """Fine-tune under the retention budget."""
@@ -114,11 +114,13 @@ def train(
 
     if dry_run:
         if resume is not None:
-            raise ConfigError("--dry-run checks a run that has not begun, --resume goes on with one: choose one")
+            raise ConfigError(
+                "--dry-run checks a run that has not started, --resume continues a started one: choose one"
+            )
         run_dry(experiment)
         return
     run = stage.resume_run(storage_path(resume), experiment) if resume else stage.plan_run(experiment)
-    result = stage.carry_out(run)
+    result = stage.train_run(run)
     print(f"run: {run.folder.path}")
     if result["arm"] != "baseline" and not result["feasible"]:
         sys.exit(NOT_MET)
@@ -140,7 +142,7 @@ def compare(
         experiment = experiment.changed({"compare.arms": arms.split(",")})
     if seeds is not None:
         if not re.fullmatch(r"\d+(,\d+)*", seeds):
-            raise ConfigError(f"--seeds is '{seeds}': name numbers with commas between, e.g. 0,1,2")
+            raise ConfigError(f"--seeds is '{seeds}': give numbers separated by commas, e.g. 0,1,2")
         experiment = experiment.changed({"compare.seeds": seeds.split(",")})
     with _importing():
         from craft_pipelines import compare as stage
@@ -158,21 +160,21 @@ def sweep(
     overrides: Overrides = None,
     space: Annotated[str | None, typer.Option(help="a YAML file, or craft, ablation or smoke")] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="settings that are tried (for each point of a grid)")
+        int | None, typer.Option(min=1, help="number of settings to try (for each point of a grid)")
     ] = None,
-    repeat: Annotated[int | None, typer.Option(min=1, help="seeds of each setting")] = None,
+    repeat: Annotated[int | None, typer.Option(min=1, help="number of seeds for each setting")] = None,
     out: Annotated[str | None, typer.Option(help="folder for trials and report")] = None,
-    resume: Annotated[str | None, typer.Option(help="go on with the sweep in this folder")] = None,
+    resume: Annotated[str | None, typer.Option(help="resume the sweep in this folder")] = None,
 ) -> None:
-    """Search the settings that do best within the bounds of the objective."""
+    """Search for the settings that do best within the bounds of the objective."""
     from craft_ray.sweep.space import load_space
 
     if resume is not None and (repeat is not None or out is not None):
-        raise ConfigError("a sweep is resumed in its own folder and with its own seeds: leave --out and --repeat out")
+        raise ConfigError("a sweep resumes in its own folder and with its own seeds: omit --out and --repeat")
     if resume is not None and config is not None and "=" in str(config):
         config, overrides = None, [str(config), *(overrides or [])]
     if resume is None and (config is None or space is None):
-        raise ConfigError("name a config and a space: craft-ray sweep CONFIG --space craft")
+        raise ConfigError("no config or no space given: craft-ray sweep CONFIG --space craft")
     changes = {"sweep.samples": samples, "sweep.repeat": repeat}
     experiment = None
     if config is not None:
@@ -201,9 +203,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="a run, one of its checkpoints, or a model folder; can be given several times"),
     ] = None,
-    out: Annotated[str | None, typer.Option(help="a .json file for the scores; samples go beside it")] = None,
+    out: Annotated[str | None, typer.Option(help="a .json file for the scores; samples are written next to it")] = None,
 ) -> None:
-    """Score the model and checkpoints of it side by side on what the config's evaluation names."""
+    """Score the model and its checkpoints side by side on the evaluation data of the config."""
     experiment = load_config(config, overrides or [])
     with _importing():
         from craft_pipelines import evaluate as stage
@@ -227,22 +229,24 @@ def report(
     folders = [RunFolder(storage_path(path).absolute()) for path in runs]
     for folder in folders:
         if not folder.path.exists():
-            raise ConfigError(f"there is no run at {folder.path}: name run directories")
+            raise ConfigError(f"there is no run at {folder.path}: give run directories")
         if folder.finished() is None:
-            raise ConfigError(f"{folder.path} is no finished run: it has no result.json; go on with --resume")
+            raise ConfigError(f"{folder.path} is not a finished run: it has no result.json; continue it with --resume")
     write_report(folders, target, title=folders[0].config().name, command=shlex.join(command_line()))
     print(f"report: {target / 'report.html'}")
 
 
 @app.command("submit", context_settings={"allow_interspersed_args": False})
 def submit(
-    command: Annotated[list[str], typer.Argument(help="what the cluster is to run", show_default=False)],
+    command: Annotated[list[str], typer.Argument(help="the command that the cluster runs", show_default=False)],
     address: Annotated[
         str | None,
         typer.Option(help="the cluster's dashboard [default: $RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265]"),
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the log, and exit as the command does")] = True,
-    working_dir: Annotated[Path, typer.Option(help="the folder that the command gets a copy of")] = Path("."),
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="follow the log, and exit with the command's code")
+    ] = True,
+    working_dir: Annotated[Path, typer.Option(help="the folder to copy to the cluster for the command")] = Path("."),
 ) -> None:
     """Run a command as a job of a cluster: craft-ray submit -- craft-ray train run.yaml."""
     from craft_pipelines.submit import submit as run
@@ -260,7 +264,7 @@ def doctor(
         list[str] | None, typer.Option(help="a folder, or s3://..., of caches or runs; can be given several times")
     ] = None,
 ) -> None:
-    """Check what a run on the cluster would trip over; without one, this machine. Exit code 1 if something fails."""
+    """Check a cluster, or without one this machine, for what would make a run fail. Exit code 1 if a check fails."""
     from craft_pipelines.doctor import doctor as run
 
     if not run(address, storage or []):
@@ -270,12 +274,12 @@ def doctor(
 @app.command("demo")
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="folder for everything that the demo makes [default: craft-demo-PRESET]")
+        Path | None, typer.Option(help="folder for everything that the demo writes [default: craft-demo-PRESET]")
     ] = None,
     preset: Annotated[str, typer.Option(help="digits or text")] = "digits",
     quick: Annotated[bool, typer.Option("--quick", help="one seed, fewer steps, no sweep")] = False,
 ) -> None:
-    """See on real data what plain fine-tuning forgets and what a budget keeps."""
+    """Show on real data what plain fine-tuning forgets and what a budget keeps."""
     with _importing():
         from craft_pipelines import demo as stage
 
@@ -287,11 +291,11 @@ def demo(
 
 def _experiment(config: Path | None, overrides: list[str] | None, resume: str | None) -> Experiment:
     if resume is not None and config is not None and "=" in str(config):
-        raise ConfigError("a run is resumed with the config it began with: --resume takes no key=value")
+        raise ConfigError("a run resumes with the config it started with: --resume takes no key=value")
     if config is not None:
         return load_config(config, overrides or [])
     if resume is None:
-        raise ConfigError("name a config: craft-ray train CONFIG, or craft-ray train --resume RUN")
+        raise ConfigError("no config given: craft-ray train CONFIG, or craft-ray train --resume RUN")
     from craft_ray.run.folder import RunFolder
 
     return RunFolder(storage_path(resume)).config()
@@ -299,7 +303,7 @@ def _experiment(config: Path | None, overrides: list[str] | None, resume: str | 
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Around the imports of a stage, which are the most of what a short one takes."""
+    """Wraps the imports of a stage, which take most of the time of a short one."""
     with uncollected():
         from craft_ray.quiet import quiet_libraries
 

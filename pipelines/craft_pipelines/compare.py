@@ -1,7 +1,7 @@
 """The arms and variants side by side: one cache, the same steps and data, over seeds; then the report.
 
-Processes are dear to start, so the runs are dealt to as many trainers as the cluster holds at once, and each carries
-its share one after the other. A comparison that is started again passes over the runs that are finished.
+Processes are expensive to start, so the runs are divided into as many groups as the cluster can hold trainers, and each
+trainer trains the runs of its group one after the other. A comparison that is started again skips finished runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from craft_pipelines.anchors import build
 from craft_pipelines.console import QuarterObserver, following
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.session import join
-from craft_pipelines.train import PlannedRun, check_inputs, fit, resources, run_name
+from craft_pipelines.train import PlannedRun, check_inputs, resources, run_name, run_on_trainer
 from craft_ray.config import ARMS, Experiment
 from craft_ray.errors import ConfigError
 from craft_ray.report.html import write_report
@@ -26,14 +26,14 @@ from craft_ray.run.folder import RunFolder, command_line
 from craft_ray.storage.paths import StoragePath, storage_path
 
 CONSTRAINED_COST = 2.0
-"""Expected time of a constrained run relative to plain fine-tuning; only used to deal runs evenly."""
+"""Expected time of a constrained run relative to plain fine-tuning; only used to balance the groups."""
 
 
 def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folder: StoragePath) -> dict[str, Any]:
     """Run every arm on every seed into `folder/runs`, and write `report.html` and `result.json` into `folder`.
 
     Raises:
-        CacheRefused, ConfigError, ...: as the single stages.
+        CacheRefused, ConfigError, ...: as in the single stages.
     """
     check_kept(folder, "output_dir, or --out,")
     configs = [arm_config(config, arm, seed, folder, arms) for arm in arms for seed in seeds]
@@ -46,16 +46,16 @@ def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folde
     if len(open_runs) < len(runs):
         print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are finished already")
     if open_runs:
-        _carry_out(open_runs)
+        _train_groups(open_runs)
     return write_report([run.folder for run in runs], folder, title=config.name, command=shlex.join(command_line()))
 
 
 def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arms: Sequence[str]) -> Experiment:
     """The experiment of one arm and seed.
 
-    The baseline keeps the cache: it is not trained on it, but measured by the loss of the preferred other arm. Nobody
-    looks at validation data: nothing is chosen here. What else is compared is no part of a run, so that an arm can be
-    added to a comparison that is finished.
+    The baseline keeps the cache: it does not train on it, but is measured by the loss of the preferred other arm. There
+    is no validation, because nothing is chosen here. The other arms are not part of a run's config, so that an arm can
+    be added to a finished comparison.
     """
     settings = _settings(config, arm)
     if arm == "baseline" and len(arms) > 1:
@@ -87,8 +87,8 @@ def _settings(config: Experiment, arm: str) -> dict[str, Any]:
 
 
 def preferred(config: Experiment, arms: Sequence[str]) -> str:
-    """The constrained arm whose loss plain fine-tuning is measured by: the config's own retention mode where it is
-    compared, or else hidden, token_ce, or the first variant."""
+    """The constrained arm whose loss measures plain fine-tuning: the config's retention mode if it is compared, else
+    hidden, token_ce, or the first variant."""
     order = (config.craft.retention_mode, "hidden", "token_ce", *config.compare.variants)
     return next(arm for arm in order if arm in arms)
 
@@ -109,45 +109,45 @@ def _planned(config: Experiment) -> PlannedRun:
     return PlannedRun(config, folder)
 
 
-def _carry_out(runs: Sequence[PlannedRun]) -> None:
+def _train_groups(runs: Sequence[PlannedRun]) -> None:
     with ExitStack() as stack:
         for run in runs:
             label = f"{run.config.arm} seed {run.config.seed}"
             observer = QuarterObserver(label, run.config.train.steps, run.config.arm)
             stack.enter_context(following(run.folder.progress, observer))
-        lanes = deal(runs, _lanes(runs[0].config))
-        if len(lanes) == 1:
-            fit(lanes[0])
+        groups = balance(runs, _group_count(runs[0].config))
+        if len(groups) == 1:
+            run_on_trainer(groups[0])
             return
-        with ThreadPoolExecutor(len(lanes)) as pool:
+        with ThreadPoolExecutor(len(groups)) as pool:
             try:
-                for done in as_completed([pool.submit(fit, lane) for lane in lanes]):
+                for done in as_completed([pool.submit(run_on_trainer, group) for group in groups]):
                     done.result()
             except BaseException:
-                ray.shutdown()  # ends the other lanes: nobody waits hours to be told of a mistake in the first minute
+                ray.shutdown()  # ends the other groups, so that a mistake is reported at once, not hours later
                 raise
 
 
-def _lanes(config: Experiment) -> int:
-    """Trainers that the cluster holds at once, each with all the workers that it may have."""
+def _group_count(config: Experiment) -> int:
+    """The number of trainers that the cluster can hold at once, each with the maximum number of its workers."""
     if config.workers.num_workers == 0:
         return 1
     join()
     have = ray.cluster_resources()
     need = {name: config.workers.most * amount for name, amount in resources(config.workers).items()}
-    fitting = min(int(have.get(name, 0.0) // amount) for name, amount in need.items() if amount)
-    return max(1, min(fitting, config.compare.parallel or fitting))
+    possible = min(int(have.get(name, 0.0) // amount) for name, amount in need.items() if amount)
+    return max(1, min(possible, config.compare.parallel or possible))
 
 
-def deal(runs: Sequence[PlannedRun], lanes: int) -> list[list[PlannedRun]]:
-    """Runs to lanes, the dearest first, each to the lane with the least to do."""
-    share: list[list[PlannedRun]] = [[] for _ in range(min(lanes, len(runs)))]
-    load = [0.0] * len(share)
+def balance(runs: Sequence[PlannedRun], count: int) -> list[list[PlannedRun]]:
+    """Divide runs into at most `count` groups: the most expensive first, each into the group with the least load."""
+    groups: list[list[PlannedRun]] = [[] for _ in range(min(count, len(runs)))]
+    load = [0.0] * len(groups)
     for run in sorted(runs, key=_cost, reverse=True):
-        lane = load.index(min(load))
-        share[lane].append(run)
-        load[lane] += _cost(run)
-    return share
+        lightest = load.index(min(load))
+        groups[lightest].append(run)
+        load[lightest] += _cost(run)
+    return groups
 
 
 def _cost(run: PlannedRun) -> float:

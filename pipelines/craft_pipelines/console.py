@@ -1,6 +1,6 @@
 """What a user sees while a stage runs: plain lines in a log, a bar on a terminal.
 
-A worker of Ray writes what it has to tell into the run folder; the driver follows that file. Ray's own forwarding
+A Ray worker writes its messages into a file in the run folder, and the driver follows that file. Ray's own forwarding
 would put the process in front of every line.
 """
 
@@ -24,11 +24,11 @@ from craft_ray.storage.paths import ObjectPath, StoragePath
 
 POLL_S = 0.1
 STORE_POLL_S = 1.0
-"""In an object store, where each look is a request."""
+"""In an object store, where each poll is a request."""
 
 
 class ConsoleObserver:
-    """Prints notes and steps; on a terminal a bar stands below them."""
+    """Prints notes and steps; on a terminal with a progress bar below them."""
 
     def __init__(self, steps: int, mode: str) -> None:
         self.total = steps
@@ -44,7 +44,7 @@ class ConsoleObserver:
         self._print(text)
 
     def steps(self, records: Sequence[Record]) -> None:
-        """A line for the last of them: the log has a line every `train.log_every` steps, the file has all."""
+        """Print a line for the last step: the log has a line every `train.log_every` steps, the file has all steps."""
         self._print(console_line(records[-1], self.total, self.mode))
         if self._progress is not None:
             self._progress.update(self._bar, completed=records[-1]["step"])
@@ -68,7 +68,7 @@ class ConsoleObserver:
 
 
 class QuarterObserver:
-    """One run among several: a line each quarter of the way, and one at the end."""
+    """Prints one run among several: a line after each quarter of its steps, and one at the end."""
 
     def __init__(self, label: str, steps: int, mode: str) -> None:
         self.label = label
@@ -93,7 +93,7 @@ class QuarterObserver:
 
 
 class FileObserver:
-    """Writes what an observer is told as JSON lines."""
+    """Writes the messages of an observer as JSON lines."""
 
     def __init__(self, path: StoragePath) -> None:
         self.path = path
@@ -116,21 +116,21 @@ class FileObserver:
 
 @contextmanager
 def following(path: StoragePath, observer: Observer) -> Iterator[None]:
-    """Tell `observer` what a `FileObserver` elsewhere writes into `path`, while the body runs."""
+    """Pass to `observer` what a `FileObserver` in another process writes into `path`, while the body runs."""
     path.unlink(missing_ok=True)
     done = threading.Event()
 
     def follow() -> None:
-        place, ended = 0, False
+        position, ended = 0, False
         poll_s = STORE_POLL_S if isinstance(path, ObjectPath) else POLL_S
         while not ended:
-            ended = done.wait(poll_s)  # one more look after the end
+            ended = done.wait(poll_s)  # the file is read once more after the end
             if not path.exists():
                 continue
             with path.open("rb") if isinstance(path, Path) else path.open_input() as file:
-                file.seek(place)
+                file.seek(position)
                 *lines, rest = file.read().split(b"\n")
-                place = file.tell() - len(rest)
+                position = file.tell() - len(rest)
             for line in lines:
                 message = json.loads(line)
                 if "note" in message:
@@ -153,6 +153,6 @@ def following(path: StoragePath, observer: Observer) -> Iterator[None]:
 
 
 def _line(text: str) -> None:
-    """One write: several runs are followed at once, and `print` writes the line's end by itself."""
+    """Write a line at once: several runs are followed in parallel, and `print` writes the newline separately."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

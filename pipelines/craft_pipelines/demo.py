@@ -1,8 +1,8 @@
 """`craft-ray demo`: the whole chain on real data that comes with a package, in a few minutes on two cores.
 
-A teacher learns an old skill, the anchor cache is built from it, and the arms learn a new one: plainly, and under a
-budget for the old; then a small sweep looks for the setting that learns most of the new one. Started again in the same
-folder it finds what is finished and computes nothing anew.
+A teacher learns an old skill, the anchor cache is built from it, and the arms learn a new skill: plainly, and under a
+budget for the old one; then a small sweep searches for the setting that learns most of the new skill. Started again in
+the same folder, the demo finds what is finished and computes nothing twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from craft_pipelines.compare import compare, met
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.sweep.driver import plan_sweep, resume_sweep, sweep
-from craft_pipelines.train import PlannedRun, carry_out
+from craft_pipelines.train import PlannedRun, train_run
 from craft_ray.config import Experiment, dump_config, load_config
 from craft_ray.errors import ConfigError
 from craft_ray.extras import install, missing, require_lerobot
@@ -34,17 +34,17 @@ SWEEP_SAMPLES = 4
 
 @dataclass(frozen=True)
 class Preset:
-    """A demonstration: who makes its model and data, and its two configs."""
+    """A demonstration: the module that makes its model and data, and its two configs."""
 
     module: str
     config: str
-    """The comparison's config; the teacher's has `_teacher` behind its name."""
+    """The comparison's config; the teacher's has the suffix `_teacher`."""
     old: str
     new: str
     quick: tuple[str, ...]
-    """Overrides of the comparison for --quick."""
+    """Overrides for the comparison with --quick."""
     quick_teacher: tuple[str, ...] = ()
-    """Overrides of the teacher for --quick. One that differs needs a name of its own."""
+    """Overrides for the teacher with --quick. A different teacher needs a different name."""
     needs: str | None = None
     """A package of the extra `demo`."""
     model_from_data: bool = False
@@ -66,7 +66,7 @@ PRESETS = {
         "demo_text",
         "English documentation prose",
         "Python source",
-        # Half the steps need a quicker multiplier, and a budget of the tokens that no rounding decides about.
+        # Half the steps need a faster multiplier, and a token budget that is not decided by rounding.
         ("compare.seeds=[0]", "train.steps=100", "craft.lambda_lr=0.1", "compare.token_ce.epsilon_start=0.9"),
     ),
     "robot": Preset(
@@ -94,7 +94,7 @@ def demo(out: Path, preset_name: str, quick: bool) -> bool:
     """Run a preset into `out` and print what was kept and what was lost.
 
     Returns:
-        Whether every constrained run met its budget, and the sweep found a setting within its bounds.
+        Whether every constrained run met its budget and the sweep found a setting within its bounds.
     """
     started = time.perf_counter()
     preset = PRESETS[preset_name]
@@ -115,7 +115,7 @@ def demo(out: Path, preset_name: str, quick: bool) -> bool:
     config = load_config(CONFIGS / f"{preset.config}.yaml", preset.quick if quick else (), base=out)
     if quick:
         config = config.changed({"name": config.name + "-quick"})
-    write_atomically(out / f"{config.name}.yaml", dump_config(config))  # to go on with, under other settings or seeds
+    write_atomically(out / f"{config.name}.yaml", dump_config(config))  # as a start for other settings or seeds
     result = compare(config, config.compare.chosen, config.compare.seeds, out)
     print(f"3/{stages} the report")
     for line in conclusion(result, preset):
@@ -124,15 +124,15 @@ def demo(out: Path, preset_name: str, quick: bool) -> bool:
     if searches:
         print(f"4/{stages} a sweep: the settings that learn most of the new skill and keep the old one")
         found = _search(config, out / "sweep")
-    print(f"{time.perf_counter() - started:.0f} s in all; report: {out / 'report.html'}")
+    print(f"{time.perf_counter() - started:.0f} s in total; report: {out / 'report.html'}")
     return met(result) and found
 
 
 def _make_inputs(preset: Preset, out: Path) -> None:
-    """Model and data, unless they are there from before; each appears when it is complete.
+    """Make model and data unless they exist; each appears once it is complete.
 
     Raises:
-        ConfigError: the folder holds the demo of another preset.
+        ConfigError: the folder contains the demo of another preset.
     """
     mark = out / "preset"
     if mark.exists() and mark.read_text() != preset.module:
@@ -155,28 +155,28 @@ def _teach(config: Experiment) -> None:
         return
     if not folder.started:
         folder.begin(config, command_line())
-    carry_out(PlannedRun(config, folder))
+    train_run(PlannedRun(config, folder))
 
 
 def _search(config: Experiment, path: Path) -> bool:
-    """A sweep of a few settings, or what is left of it."""
+    """Sweep over a few settings, or resume that sweep."""
     if SweepFolder(path).plan.exists():
         return sweep(*resume_sweep(path))
-    # So few trials are all run to their end: which of them asha would stop depends on which reports first.
+    # With so few trials, all run to the end: which ones asha would stop depends on which reports first.
     config = config.changed({"sweep.samples": SWEEP_SAMPLES, "sweep.scheduler": "none"})
     return sweep(*plan_sweep(config, load_space("craft"), path))
 
 
 def conclusion(result: dict[str, Any], preset: Preset) -> Sequence[str]:
-    """What was kept and lost, a line for each arm."""
+    """What was kept and what was lost, one line for each arm."""
     lines = [f"Old skill: {preset.old}. New skill: {preset.new}."]
     for arm, summary in result["summary"].items():
-        who = "plain fine-tuning" if arm == "baseline" else f"CRaFT {arm}"
+        label = "plain fine-tuning" if arm == "baseline" else f"CRaFT {arm}"
         kept, new = summary["old_ratio"], summary["new_ratio"]
         if kept is None:
-            lines.append(f"  {who:18s} cannot be judged: the teacher itself does not have the old skill")
+            lines.append(f"  {label:18s} cannot be judged: the teacher itself does not have the old skill")
             continue
-        line = f"  {who:18s} kept {kept:6.1%} of the old skill (lost {max(0.0, 1 - kept):.1%})"
+        line = f"  {label:18s} kept {kept:6.1%} of the old skill (lost {max(0.0, 1 - kept):.1%})"
         if arm != "baseline" and new is not None:
             line += f", new skill {new:.1%} of plain"
         if summary["feasible"] is not None and arm != "baseline":

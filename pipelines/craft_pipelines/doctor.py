@@ -1,4 +1,4 @@
-"""`craft-ray doctor`: what a run on this cluster, or on this machine, would trip over."""
+"""`craft-ray doctor`: checks this cluster, or this machine, for what would make a run fail."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from craft_pipelines.authentication import lets_anyone_in
+from craft_pipelines.authentication import accepts_anyone
 from craft_pipelines.node_facts import PACKAGES, Facts, clock, facts
 from craft_pipelines.nodes import Answer, Node, alive_nodes, ask
 from craft_pipelines.session import join
-from craft_pipelines.storage_check import blind
+from craft_pipelines.storage_check import not_sharing
 from craft_ray.errors import ConfigError, CraftError, first_line
 from craft_ray.storage.files import readable_bytes
 from craft_ray.storage.paths import storage_path
@@ -34,14 +34,14 @@ State = Literal["ok", "warn", "FAIL"]
 STYLES: dict[State, str] = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 
 SKEW_S = 1.0
-"""Clocks that differ by more put the lines of logs in the wrong order."""
+"""Clocks that differ by more put log lines in the wrong order."""
 SKEW_LIMIT_S = 300.0
-"""By more, signatures of requests to S3 and TLS certificates begin to be refused."""
+"""Beyond this, signatures of S3 requests and TLS certificates start to be refused."""
 
 LOG_WIDTH = 150
-"""Columns of a table that no terminal limits."""
+"""Columns of a table where no terminal limits them."""
 
-NAMED = 3
+MAX_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def doctor(address: str | None, storage: Sequence[str]) -> bool:
     """Check the cluster, and print what was found.
 
     Args:
-        address: of a dashboard (http://...), then it runs there as a job; or as in RAY_ADDRESS; otherwise RAY_ADDRESS
-            says which cluster, and without it this machine is checked.
-        storage: folders or URIs that all nodes are to share.
+        address: of a dashboard (http://...), where the checks then run as a job; or as in RAY_ADDRESS. Without it
+            RAY_ADDRESS names the cluster, and without that this machine is checked.
+        storage: folders or URIs that all nodes must share.
 
     Returns:
-        Whether nothing fails.
+        Whether no check fails.
 
     Raises:
         ConfigError: no cluster answers, or it refuses us.
@@ -84,7 +84,7 @@ def doctor(address: str | None, storage: Sequence[str]) -> bool:
         *(check_storage(path, nodes) for path in storage),
         *([] if storage else [unchecked_storage(nodes)]),
         clocks(skews),
-        authentication(nodes, lets_anyone_in(ray.get_runtime_context().gcs_address)),
+        authentication(nodes, accepts_anyone(ray.get_runtime_context().gcs_address)),
         state_api(),
     ]
     _print(known, skews, findings)
@@ -92,7 +92,7 @@ def doctor(address: str | None, storage: Sequence[str]) -> bool:
 
 
 def _as_job(address: str, storage: Sequence[str]) -> bool:
-    """The same on the cluster, for its processes may not be reached from here."""
+    """Run the checks on the cluster, because its processes may not be reachable from here."""
     from craft_pipelines.submit import submit
 
     relative = [path for path in storage if "://" not in path and not path.startswith("/")]
@@ -108,15 +108,15 @@ def _as_job(address: str, storage: Sequence[str]) -> bool:
 
 def reachable(answers: Mapping[Node, Answer]) -> list[Finding]:
     silent = {node: answer.error for node, answer in answers.items() if answer.error is not None}
-    told = f"{len(answers) - len(silent)} of {len(answers)} node(s) answer"
+    count = f"{len(answers) - len(silent)} of {len(answers)} node(s) answer"
     if not silent:
-        return [Finding("nodes", "ok", told)]
+        return [Finding("nodes", "ok", count)]
     why = _some({node: str(error) for node, error in silent.items()})
-    return [Finding("nodes", "FAIL", f"{told}; {why}", "install craft-ray on every node, from one image or lock file")]
+    return [Finding("nodes", "FAIL", f"{count}; {why}", "install craft-ray on every node, from one image or lock file")]
 
 
 def versions(here: Facts, known: Mapping[Node, Facts]) -> list[Finding]:
-    """What is installed on the nodes, against what is installed here and against what craft-ray asks for."""
+    """Compare what is installed on the nodes with what is installed here and with what craft-ray requires."""
     wrong: dict[Node, str] = {}
     other: dict[Node, str] = {}
     needed = requirements()
@@ -145,7 +145,7 @@ def versions(here: Facts, known: Mapping[Node, Facts]) -> list[Finding]:
 
 
 def requirements() -> dict[str, Requirement]:
-    """What craft-ray asks for of the packages that are compared; those of extras aside."""
+    """What craft-ray requires of the compared packages, without those of extras."""
     found = {}
     for text in importlib.metadata.requires("craft-ray") or ():
         requirement = Requirement(text)
@@ -156,9 +156,9 @@ def requirements() -> dict[str, Requirement]:
 
 def resources(known: Mapping[Node, Facts]) -> Finding:
     total = {name: sum(node.resources.get(name, 0.0) for node in known) for name in ("CPU", "GPU")}
-    told = f"{total['CPU']:g} CPUs, {total['GPU']:g} GPUs"
+    offered = f"{total['CPU']:g} CPUs, {total['GPU']:g} GPUs"
     if not total["CPU"]:
-        return Finding("resources", "FAIL", told, "start nodes with CPUs: a head alone may offer none (--num-cpus)")
+        return Finding("resources", "FAIL", offered, "start nodes with CPUs: a head alone may offer none (--num-cpus)")
     hidden = {
         node: f"{there.gpus} GPUs, {node.resources.get('GPU', 0.0):g} of them offered by Ray"
         for node, there in known.items()
@@ -166,7 +166,7 @@ def resources(known: Mapping[Node, Facts]) -> Finding:
     }
     if hidden:
         return Finding("resources", "warn", _some(hidden), "start Ray there with --num-gpus, and CUDA_VISIBLE_DEVICES")
-    return Finding("resources", "ok", told)
+    return Finding("resources", "ok", offered)
 
 
 def shared_memory(known: Mapping[Node, Facts]) -> Finding:
@@ -184,33 +184,35 @@ def shared_memory(known: Mapping[Node, Facts]) -> Finding:
 def check_storage(path: str, nodes: Sequence[Node]) -> Finding:
     name = f"storage {path}"
     try:
-        found = blind(storage_path(path), nodes)
+        found = not_sharing(storage_path(path), nodes)
     except CraftError as error:
         return Finding(name, "FAIL", error.message)
     if found:
-        told = f"{len(found)} of {len(nodes)} node(s) do not share it; {_some(found)}"
-        return Finding(name, "FAIL", told, "mount the same storage at this path everywhere, or use s3://BUCKET/FOLDER")
+        problem = f"{len(found)} of {len(nodes)} node(s) do not share it; {_some(found)}"
+        return Finding(
+            name, "FAIL", problem, "mount the same storage at this path everywhere, or use s3://BUCKET/FOLDER"
+        )
     return Finding(name, "ok", f"written here and on {len(nodes)} node(s), read on the other side")
 
 
 def unchecked_storage(nodes: Sequence[Node]) -> Finding:
     if len(nodes) < 2:
         return Finding("storage", "ok", "one node shares with itself")
-    return Finding("storage", "warn", "not checked", "name the places of caches and runs: --storage PATH")
+    return Finding("storage", "warn", "not checked", "give the paths of caches and runs: --storage PATH")
 
 
 def clock_skew(node: Node, tries: int = 3) -> float | None:
-    """Seconds that a node's clock is ahead of ours, as closely as the quickest answer tells; None without one."""
+    """Seconds by which a node's clock is ahead of ours, as precisely as the fastest answer shows; None without one."""
     found = []
     for _ in range(tries):
-        begun = time.time()
+        asked = time.time()
         answer = ask(clock, [node]).get(node)
-        ended = time.time()
+        answered = time.time()
         if answer is None or answer.error is not None:
             return None
-        # It was read at some moment in between: what lies outside is skew.
-        ahead = max(0.0, answer.value - ended) or min(0.0, answer.value - begun)
-        found.append((ended - begun, ahead))
+        # The clock was read at some moment in between: anything outside that interval is skew.
+        ahead = max(0.0, answer.value - answered) or min(0.0, answer.value - asked)
+        found.append((answered - asked, ahead))
     return min(found)[1]
 
 
@@ -224,19 +226,19 @@ def clocks(skews: Mapping[Node, float]) -> Finding:
 
 def authentication(nodes: Sequence[Node], open_to_anyone: bool) -> Finding:
     if not open_to_anyone:
-        return Finding("authentication", "ok", "the cluster asks for a token")
-    told = "the cluster asks for no token"
+        return Finding("authentication", "ok", "the cluster requires a token")
+    problem = "the cluster requires no token"
     if all(_is_loopback(node.address) for node in nodes):
-        return Finding("authentication", "ok", f"{told}, and listens to this machine alone")
-    remedy = "whoever reaches it can run code there: start every node with RAY_AUTH_MODE=token and one token"
-    return Finding("authentication", "warn", told, remedy)
+        return Finding("authentication", "ok", f"{problem}, but only this machine can reach it")
+    remedy = "anyone who reaches it can run code there: start every node with RAY_AUTH_MODE=token and one token"
+    return Finding("authentication", "warn", problem, remedy)
 
 
 def state_api(listing: Callable[..., object] = list_placement_groups) -> Finding:
-    """What Ray Train frees the workers of a killed trial through; without it they are held for ever."""
+    """Check the State API. Ray Train needs it to free the workers of a killed trial; without it they stay occupied."""
     try:
         listing(limit=1)
-    except Exception as error:  # of Ray's State API, requests or gRPC: it has no class of its own for all
+    except Exception as error:  # from Ray's State API, requests or gRPC: they have no common class
         remedy = "install ray[default] on the head, and start it with its dashboard"
         return Finding("dashboard", "FAIL", f"the State API does not answer ({first_line(error)})", remedy)
     return Finding("dashboard", "ok", "the State API answers")
@@ -250,10 +252,10 @@ def _is_loopback(address: str) -> bool:
     return bool(re.fullmatch(r"[\d.]+|[\da-fA-F:]+", address)) and ipaddress.ip_address(address).is_loopback
 
 
-def _some(told: Mapping[Node, str]) -> str:
-    """What was found on the first few of some nodes."""
-    lines = [f"{node.name}: {what}" for node, what in list(told.items())[:NAMED]]
-    return "; ".join([*lines, *([f"and {len(told) - NAMED} more"] if len(told) > NAMED else [])])
+def _some(found: Mapping[Node, str]) -> str:
+    """What was found, on the first few of the nodes."""
+    lines = [f"{node.name}: {what}" for node, what in list(found.items())[:MAX_LISTED]]
+    return "; ".join([*lines, *([f"and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else [])])
 
 
 # ------------------------------------------------------------------------------------------------------- the tables

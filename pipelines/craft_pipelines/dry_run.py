@@ -1,4 +1,4 @@
-"""`craft-ray train --dry-run`: resolve, check, take three steps in this process, print the plan."""
+"""`craft-ray train --dry-run`: resolve and check the config, take three steps in this process, print the plan."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ STEPS = 3
 
 
 def dry_run(config: Experiment) -> None:
-    """Everything that a run would trip over in its first minute.
+    """Check for everything that would make a run fail in its first minute.
 
     Raises:
-        CraftError: what the run itself would raise.
+        CraftError: as the run itself would.
     """
     check_inputs(config)
     check_new(config)
     workers = config.workers
     if workers.use_gpu and not torch.cuda.is_available():
-        print("workers.use_gpu is set and this machine has no GPU: the three steps are taken on its processors")
+        print("workers.use_gpu is set and this machine has no GPU: the three steps run on its CPUs")
     device = torch.device("cuda" if workers.use_gpu and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(workers.threads)
     if workers.num_workers:
@@ -44,7 +44,7 @@ def dry_run(config: Experiment) -> None:
     observer = ConsoleObserver(STEPS, config.arm)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            # However seldom the run itself logs, these steps are what one wants to see.
+            # Log every step here, however seldom the run itself logs.
             run = Run(
                 config.changed({"train.log_every": 1}), RunFolder(Path(scratch) / "run"), OneWorker(device), observer
             )
@@ -55,9 +55,9 @@ def dry_run(config: Experiment) -> None:
             run.close()
         finally:
             observer.close()
-    place = f"{workers.count} worker(s) of {resources(workers)}" if workers.num_workers else "this process"
+    where = f"{workers.count} worker(s) of {resources(workers)}" if workers.num_workers else "this process"
     print(
-        f"Plan: {config.train.steps} steps of {config.train.batch_size} samples on {place}, arm {config.arm}, into "
+        f"Plan: {config.train.steps} steps of {config.train.batch_size} samples on {where}, arm {config.arm}, into "
         f"{storage_path(config.output_dir) / run_name(config)}. "
-        f"Nothing was kept of these {min(STEPS, config.train.steps)} steps."
+        f"Nothing of these {min(STEPS, config.train.steps)} steps was kept."
     )

@@ -1,4 +1,4 @@
-"""`craft-ray evaluate`: the teacher and checkpoints of it on the same held-out data, side by side, in this process."""
+"""`craft-ray evaluate`: the teacher and its checkpoints on the same held-out data, side by side, in this process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Scored:
     label: str
     path: str
     weights: str
-    """Their fingerprint."""
+    """Fingerprint of the weights."""
     scores: dict[str, Score]
 
 
@@ -47,14 +47,14 @@ def evaluate(
     """Score `model.path` and each checkpoint on `evaluation.old` and `evaluation.new`, and print a table.
 
     Args:
-        out: a JSON file for the scores; the records of the samples go into a file of JSON lines beside it.
+        out: a JSON file for the scores; the records of the samples are written to a JSON lines file next to it.
 
     Raises:
-        ConfigError: there is nothing to score on, or a checkpoint is none of this model.
+        ConfigError: there is nothing to score on, or a checkpoint does not belong to this model.
         ModelError: the weights of a checkpoint do not load completely.
     """
     if out is not None and out.suffix != ".json":
-        raise ConfigError(f"--out is {out}: name a .json file; the samples go into a .jsonl file beside it")
+        raise ConfigError(f"--out is {out}: give a .json file; the samples are written to a .jsonl file next to it")
     if out is not None:
         check_kept(out, "--out")
     folders = labelled([model_folder(path) for path in checkpoints])
@@ -63,19 +63,19 @@ def evaluate(
         raise ConfigError("the config names nothing to score on: add evaluation.old or evaluation.new")
     device = _device(config)
     torch.set_num_threads(config.workers.threads)
-    features = FeatureCache()  # what one model has preprocessed the next one reads: they share the processor
+    features = FeatureCache()  # models share the processor, so one reuses what another has preprocessed
     vocabulary: int | None = None
     done = []
     for label, folder in {TEACHER: None, **folders}.items():
         path = config.model.path if folder is None else str(folder)
         say(f"scoring {label}: {path}")
         model = _load(config, folder, device)
-        if config.model.kind != "lerobot":  # a policy is built from its own config, so other sizes do not load
+        if config.model.kind != "lerobot":  # a policy is built from its config, so other sizes do not load
             vocabulary = vocabulary or vocabulary_size(model)
             _check_vocabulary(vocabulary_size(model), vocabulary, path, config)
         done.append(Scored(label, path, model.weights_fingerprint(), _scores(config, model, sources, features)))
         del model
-        gc.collect()  # the samples that a model has read hold on to it in a circle, and the next one needs the memory
+        gc.collect()  # samples and model refer to each other, and the next model needs the memory
     for line in lines(done):
         say(line)
     if out is not None:
@@ -85,8 +85,8 @@ def evaluate(
 
 
 def _load(config: Experiment, folder: StoragePath | None, device: torch.device) -> Model:
-    """The config's model, or one with other weights. A policy comes with its own normaliser, or it would act otherwise
-    than it was taught."""
+    """Load the config's model, or one with other weights. A policy is loaded with the normaliser that it was trained
+    with, because it would act differently with another."""
     settings = config.model
     if folder is not None and settings.kind == "lerobot":
         settings, folder = settings.model_copy(update={"path": str(folder), "merge_statistics": ()}), None
@@ -94,15 +94,13 @@ def _load(config: Experiment, folder: StoragePath | None, device: torch.device) 
 
 
 def model_folder(path: StoragePath) -> StoragePath:
-    """The model that a user means by a run (its last checkpoint), a checkpoint, or a model folder.
+    """The model folder for a run (its last checkpoint), a checkpoint, or a model folder.
 
     Raises:
-        ConfigError: it is none of them, or the run has no checkpoint.
+        ConfigError: the path is none of them, or the run has no checkpoint.
     """
     if not path.exists():
-        raise ConfigError(
-            f"--checkpoint {path}: there is nothing: name a run, one of its checkpoints, or a model folder"
-        )
+        raise ConfigError(f"--checkpoint {path} does not exist: give a run, one of its checkpoints, or a model folder")
     if (path / "config.json").exists():
         return path.resolve()
     if (path / "model" / "config.json").exists():
@@ -118,14 +116,14 @@ def model_folder(path: StoragePath) -> StoragePath:
 
 
 def labelled(folders: Sequence[StoragePath]) -> dict[str, StoragePath]:
-    """Models by a short name, RUN/STEP for a checkpoint; by their paths where short names would be the same.
+    """Models by a short name, RUN/STEP for a checkpoint; by their paths if short names are not unique.
 
     Raises:
         ConfigError: two are the same model.
     """
     if len(set(folders)) < len(folders):
         double = next(folder for folder in folders if folders.count(folder) > 1)
-        raise ConfigError(f"--checkpoint names the model {double} twice: name each once")
+        raise ConfigError(f"--checkpoint names the model {double} twice: give each once")
     short = [_short(folder) for folder in folders]
     if len({TEACHER, *short}) < len(short) + 1:
         short = [str(folder) for folder in folders]
@@ -146,7 +144,7 @@ def _device(config: Experiment) -> torch.device:
 
 
 def vocabulary_size(model: Model) -> int:
-    """Of a Hugging Face model."""
+    """The vocabulary size of a Hugging Face model."""
     return int(cast("PreTrainedModel", model.module).config.get_text_config().vocab_size)
 
 
@@ -154,7 +152,7 @@ def _check_vocabulary(found: int, expected: int, path: str, config: Experiment) 
     if found != expected:
         raise ConfigError(
             f"the model {path} has a vocabulary of {found} tokens, {config.model.path} one of {expected}, and the data "
-            f"are read with the latter's tokenizer: score the former as model.path of a config of its own"
+            f"are read with the latter's tokenizer: score the former as model.path of a separate config"
         )
 
 
@@ -185,8 +183,8 @@ def _cell(found: Score) -> str:
 
 
 def changes(done: Sequence[Scored]) -> dict[str, tuple[int, int]]:
-    """By skill: how many samples the first of two models got right and the second wrong, and the other way round.
-    Nothing for more models, or fewer, nor where no answer is right or wrong (perplexity)."""
+    """By skill: how many samples the first of two models got right and the second wrong, and the reverse. Empty unless
+    there are two models; without skills whose answers are not right or wrong (perplexity)."""
     if len(done) != 2:
         return {}
     before, after = done

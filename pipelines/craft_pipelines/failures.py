@@ -1,4 +1,4 @@
-"""What Ray raises where a process is gone, and whether it went with its node."""
+"""The errors that Ray raises for a lost process, and whether its node was lost with it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ray.exceptions import (
 LOST_PROCESS_ERRORS = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
 
 
-def with_its_node(error: BaseException) -> bool:
-    """Whether a process was lost with its node, which is nobody's failure.
+def node_was_lost(error: BaseException) -> bool:
+    """Whether a process was lost with its node, which does not count as a failure.
 
-    Ray is told at once of a process that dies on a living node. One that merely does not answer any more is on a node
-    that is about to be given up.
+    Ray knows at once of a process that dies on a living node. One that merely stops answering is on a node that Ray is
+    about to declare dead.
     """
     return isinstance(error, NodeDiedError | ObjectLostError | ActorUnavailableError) or (
         isinstance(error, RayActorError) and (error.preempted or "its node has died" in str(error))

@@ -1,4 +1,4 @@
-"""What a node tells of itself. Runs there, so it imports nothing that is slow or may be missing."""
+"""What a node reports about itself. Runs on the node, so it imports nothing that is slow or may be missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 
 PACKAGES = ("craft-ray", "ray", "torch", "transformers", "tokenizers", "pyarrow", "datasets", "numpy", "safetensors")
-"""Those that decide what is computed, or in which format it is written."""
+"""The packages that decide what is computed, or in which format it is written."""
 
 SHARED_MEMORY = "/dev/shm"
 
@@ -20,11 +20,11 @@ SHARED_MEMORY = "/dev/shm"
 class Facts:
     python: str
     packages: dict[str, str | None]
-    """None where it is not installed."""
+    """The version of each package; None if it is not installed."""
     gpus: int
-    """Of NVIDIA, that the system has, whether Ray offers them or not."""
+    """NVIDIA GPUs of the system, whether Ray offers them or not."""
     shared_memory: int
-    """Bytes of /dev/shm; 0 where there is none."""
+    """Bytes of /dev/shm; 0 if it does not exist."""
 
 
 def facts() -> Facts:
@@ -44,5 +44,5 @@ def gpus() -> int:
 
 
 def clock() -> float:
-    """Seconds since 1970, by this node."""
+    """Seconds since 1970, by the clock of this node."""
     return time.time()

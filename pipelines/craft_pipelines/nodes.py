@@ -1,4 +1,4 @@
-"""The nodes of the cluster that this process has joined, and a question to each of them."""
+"""The nodes of the cluster that this process has joined, and function calls on each of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from craft_ray.errors import first_line
 
-PATIENCE_S = 120.0
-"""For an answer: the first one of a node has to wait for a process to start there."""
+TIMEOUT_S = 120.0
+"""For an answer: the first one from a node has to wait for a process to start there."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Node:
 
     @property
     def name(self) -> str:
-        """Nodes may share an address (several on one machine), so a part of the id is in it."""
+        """The address and a part of the id, because several nodes on one machine may share an address."""
         return f"{self.address} ({self.id[:6]})"
 
 
@@ -33,7 +33,7 @@ class Node:
 class Answer:
     value: Any
     error: str | None
-    """Why there is none, in one line."""
+    """Why there is no value, in one line."""
 
 
 def alive_nodes() -> list[Node]:
@@ -43,21 +43,21 @@ def alive_nodes() -> list[Node]:
 
 
 def ask(function: Callable[..., Any], nodes: Sequence[Node], *arguments: Any) -> dict[Node, Answer]:
-    """Call `function` in a process on each of the nodes, whatever else they do. Nodes that are lost meanwhile are left
-    out."""
+    """Call `function` in a process on each of the nodes, however busy they are. Nodes that are lost meanwhile are
+    omitted."""
     remote = ray.remote(function)
     asked = {}
     for node in nodes:
         pinned = NodeAffinitySchedulingStrategy(node.id, soft=False)
         asked[node] = remote.options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote(*arguments)
-    done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE_S)
+    done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=TIMEOUT_S)
     alive = {node.id for node in alive_nodes()}
     answers = {}
     for node, reference in asked.items():
         if node.id not in alive:
             continue
         if reference not in done:
-            answers[node] = Answer(None, f"no answer in {PATIENCE_S:g} s")
+            answers[node] = Answer(None, f"no answer in {TIMEOUT_S:g} s")
             continue
         try:
             answers[node] = Answer(ray.get(reference), None)

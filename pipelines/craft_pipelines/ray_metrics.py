@@ -1,8 +1,8 @@
-"""The numbers of a stage as metrics of Ray. The node where it runs exports them to Prometheus, with the prefix `ray_`.
+"""The numbers of a stage as Ray metrics. The node where it runs exports them to Prometheus, with the prefix `ray_`.
 
-Ray exports a gauge once each time that it is set, and forgets it after twenty seconds. So what a stage has set last is
-set again every few seconds while it runs; a run that has ended, or whose process is lost, leaves the port by itself.
-Where no Ray is, nothing happens.
+Ray exports a gauge once each time it is set, and forgets it after twenty seconds. So the last values of a stage are set
+again every few seconds while it runs; the metrics of a run that has ended, or whose process is lost, disappear by
+themselves. Without Ray, nothing happens.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from craft_ray.run.observers import Observer
 from craft_ray.storage.paths import StoragePath
 
 REFRESH_S = 4.0
-"""Ray exports every ten seconds. A value that one export misses would leave the port until the next."""
+"""Ray exports every ten seconds. A value that one export misses would be absent until the next."""
 
-RUN, LOOK, CACHE = ("run", "arm"), ("run", "arm", "skill"), ("cache",)
+RUN, VALIDATION, CACHE = ("run", "arm"), ("run", "arm", "skill"), ("cache",)
 
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "craft_step": ("Steps done", RUN),
@@ -39,13 +39,13 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "craft_conflict_rate": ("Part of the steps since the last log whose two gradients conflicted", RUN),
     "craft_step_seconds": ("Mean seconds of a step since the last log", RUN),
     "craft_data_seconds": ("Mean seconds that a step waited for its data since the last log", RUN),
-    "craft_validation_score": ("Score on validation data", LOOK),
-    "craft_validation_ratio": ("Score on validation data, relative to the teacher's", LOOK),
+    "craft_validation_score": ("Score on validation data", VALIDATION),
+    "craft_validation_ratio": ("Score on validation data, relative to the teacher's", VALIDATION),
     "craft_heldout_retention_loss": ("Retention loss on held-out anchors", RUN),
     "craft_heldout_violation": ("max(0, L_ret / final epsilon - 1) on held-out anchors", RUN),
     "craft_anchors_done": ("Anchors in complete shards", CACHE),
     "craft_anchors_planned": ("Anchors of the whole cache", CACHE),
-    "craft_anchors_per_second": ("Anchors a second of all teachers, since the build began", CACHE),
+    "craft_anchors_per_second": ("Anchors per second of all teachers, since the build started", CACHE),
 }
 """What each gauge means, and its tags."""
 
@@ -53,7 +53,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "craft_steps": ("Steps done by all runs of an arm", ("arm",)),
     "craft_anchors": ("Anchors that teachers have run on", CACHE),
 }
-"""Exported with `_total` behind their names. A counter stays as long as its node, so it has no tag for a run."""
+"""Exported with `_total` after their names. A counter exists as long as its node, so it has no tag for a run."""
 
 LATEST = {
     "craft_task_loss": "train/loss",
@@ -64,8 +64,8 @@ LATEST = {
 }
 
 
-class Held:
-    """Gauges with the same tags, on the port from their first value until the end of a `with`, or of the process."""
+class RefreshedGauges:
+    """Gauges with the same tags, exported from their first value until the end of a `with`, or of the process."""
 
     def __init__(self, enabled: bool = True, **tags: str) -> None:
         self._tags = tags
@@ -77,7 +77,7 @@ class Held:
             self._closed.set()
 
     def set(self, values: Mapping[str, float | None], skill: str | None = None) -> None:
-        """None is passed over: the value before it stays."""
+        """Set the gauges. None is skipped: the previous value stays."""
         with self._lock:
             new = {(name, skill): float(value) for name, value in values.items() if value is not None}
             self._values |= new
@@ -86,11 +86,11 @@ class Held:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._refresh, daemon=True)
                 self._thread.start()
-                new = self._values  # some may be from before Ray was there
+                new = self._values  # some may have been set before Ray was initialized
             self._send(new)
 
     def count(self, name: str, amount: float, *tags: str) -> None:
-        """Add to a counter that has these tags of ours."""
+        """Add to a counter that has these of our tags."""
         if amount and self._on():
             _counter(name).inc(amount, {tag: self._tags[tag] for tag in tags})
 
@@ -116,11 +116,11 @@ class Held:
         self._closed.set()
 
 
-class RayMetrics(Held):
-    """Tells Ray how a run stands, and passes everything on to another observer.
+class RayMetrics(RefreshedGauges):
+    """Reports the state of a run to Ray, and passes everything on to another observer.
 
     Args:
-        enabled: one process of a run tells.
+        enabled: set in one process of a run.
     """
 
     def __init__(self, folder: StoragePath, arm: str, steps: int, inner: Observer, enabled: bool) -> None:
@@ -133,7 +133,7 @@ class RayMetrics(Held):
 
     def steps(self, records: Sequence[Record]) -> None:
         if records:
-            self.set(standing(records))
+            self.set(gauge_values(records))
             self.count("craft_steps", len(records), "arm")
         self.inner.steps(records)
 
@@ -147,26 +147,26 @@ class RayMetrics(Held):
         self.inner.done(result)
 
 
-class BuildMetrics(Held):
-    """Tells Ray how far a build is, and how fast.
+class BuildMetrics(RefreshedGauges):
+    """Reports the progress and the speed of a build to Ray.
 
-    The process of the build tells it, for a teacher's stays until Ray Data has forgotten the last object from it.
+    The driver of the build reports them, because a teacher's process stays until Ray Data has released its last object.
     """
 
     def __init__(self, cache_folder: StoragePath, planned: int, done: int) -> None:
         super().__init__(cache=cache_folder.name)
-        self._before, self._done, self._began = done, done, time.perf_counter()
+        self._before, self._done, self._started = done, done, time.perf_counter()
         self.set({"craft_anchors_planned": planned, "craft_anchors_done": done})
 
     def wrote(self, rows: int) -> None:
         self._done += rows
-        pace = (self._done - self._before) / (time.perf_counter() - self._began)
+        pace = (self._done - self._before) / (time.perf_counter() - self._started)
         self.set({"craft_anchors_done": self._done, "craft_anchors_per_second": pace})
         self.count("craft_anchors", rows, "cache")
 
 
-def standing(records: Sequence[Record]) -> dict[str, float | None]:
-    """Where a run stands after the steps since the last log."""
+def gauge_values(records: Sequence[Record]) -> dict[str, float | None]:
+    """The values of the gauges after the steps since the last log."""
     last = records[-1]
     values: dict[str, float | None] = {"craft_step": last["step"]}
     values |= {gauge: last[key] for gauge, key in LATEST.items()}
@@ -182,7 +182,7 @@ def standing(records: Sequence[Record]) -> dict[str, float | None]:
 
 
 def run_tag(folder: StoragePath) -> str:
-    """The name of a run's folder; of a trial's run `SWEEP/TRIAL/seedN`."""
+    """The name of a run's folder; for a run of a trial, `SWEEP/TRIAL/seedN`."""
     in_sweep = folder.parent.parent.name == "trials"
     return "/".join([folder.parents[2].name, folder.parent.name, folder.name]) if in_sweep else folder.name
 

@@ -1,8 +1,8 @@
-"""The environment of processes on a cluster: what they are told of the environment of whoever starts them.
+"""The environment of processes on a cluster: which variables of the process that starts them are forwarded.
 
 Ray gives a process the environment of its node, and shows what a job adds to it to everyone who sees the dashboard. So
-only names from a list go along, and none of them is a secret: credentials belong into the environment or the files of
-the nodes (docs/clusters.md).
+only names from a list are forwarded, and none of them is a secret: credentials belong in the environment or the files
+of the nodes (docs/clusters.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ray._private import services  # for what no public function tells: the address behind "auto" or "localhost"
+from ray._private import services  # no public function returns the address behind "auto" or "localhost"
 
 from craft_ray.errors import ConfigError
 
@@ -32,19 +32,19 @@ FORWARDED = (
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
 )
-"""Threads, what not to download, how to render, and where S3 is; never who may use it."""
+"""Threads, what not to download, how to render, and where S3 is; never credentials."""
 
 STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
-"""`ray job stop` is an interruption, as Ctrl-C is: the command has time to say how it goes on."""
+"""`ray job stop` is an interruption like Ctrl-C: the command has time to print how to resume it."""
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set in the process of a job's command, by Ray."""
+"""Set by Ray in the process of a job's command."""
 
 
 def of_job(folder: Path, excludes: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
     """The runtime environment of a job whose command runs in a copy of `folder`.
 
-    The address of the cluster is not among it: Ray tells it to the job's command, and `of_driver` to the rest.
+    The address of the cluster is not part of it: Ray gives it to the job's command, and `of_driver` to the rest.
     """
     return {
         "working_dir": str(folder),
@@ -56,18 +56,18 @@ def of_job(folder: Path, excludes: Sequence[str], environ: Mapping[str, str]) ->
 def of_driver(address: str, environ: Mapping[str, str]) -> dict[str, Any]:
     """The runtime environment of a process that joins the cluster at `address` and starts others there.
 
-    They are told which cluster is theirs. Without that, Ray Train's clean-up takes the newest cluster of the machine,
-    and ends the workers of a run that it does not find there. What a job adds is Ray's to hand on.
+    It contains the address of their cluster. Without it, Ray Train's clean-up takes the newest cluster of the machine,
+    and ends the workers of a run that it does not find there. Ray itself forwards what a job adds.
     """
-    told = {} if JOB in environ else forwarded(environ)
+    env_vars = {} if JOB in environ else forwarded(environ)
     known = None if "://" in address else services.canonicalize_bootstrap_address(address)
     if known is not None:
-        told["RAY_ADDRESS"] = known
-    return {"env_vars": told} if told else {}
+        env_vars["RAY_ADDRESS"] = known
+    return {"env_vars": env_vars} if env_vars else {}
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
-    """What is set of `FORWARDED`.
+    """The variables of `FORWARDED` that are set.
 
     Raises:
         ConfigError: one of them is a URL with a password.
@@ -76,6 +76,6 @@ def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
     for name, value in found.items():
         if "://" in value and "@" in urlsplit(value).netloc:
             raise ConfigError(
-                f"{name} is a URL with a user name or password, which the cluster's dashboard would show: take it out"
+                f"{name} is a URL with a user name or password, which the cluster's dashboard would show: remove it"
             )
     return found

@@ -1,4 +1,4 @@
-"""Joining Ray: the cluster of $RAY_ADDRESS where there is one, otherwise this machine alone; quietly."""
+"""Joining Ray: the cluster of $RAY_ADDRESS if it is set, otherwise this machine alone; without Ray's log output."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
-from craft_pipelines.authentication import knock, refused
+from craft_pipelines.authentication import check_access, refused
 from craft_pipelines.runtime_env import of_driver
 from craft_ray.errors import ConfigError, first_line
 
-KNOBS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a lost worker is noticed in tenths of a second, not in two
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # saves a process a run
+RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a lost worker is noticed in tenths of a second, not in two seconds
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # saves one process per run
 }
 ON_CLUSTER = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the cluster's dashboard lists training runs by name
@@ -27,12 +27,12 @@ ON_CLUSTER = {
 
 
 class InstalledCode(JobConfig):
-    """A job whose processes import what is installed, as the driver does, and nothing of its working directory.
+    """A job whose processes import what is installed, as the driver does, and nothing from its working directory.
 
-    Ray puts the driver's working directory before the installed packages of every process, so that a file of the user's
-    which is called like a library (`statistics.py`, `datasets/__init__.py`) would be imported in its stead. No setting
-    turns that off. Ray itself leaves it out where a job brings a working directory of its own, which is what is
-    answered here (Ray is pinned).
+    Ray puts the driver's working directory before the installed packages of every process, so that a user's file with
+    the name of a library (`statistics.py`, `datasets/__init__.py`) would be imported in its place. No setting turns
+    that off. Ray itself does not do it for a job with a working directory in its runtime environment, which is what
+    this class claims to have (Ray is pinned).
     """
 
     def _runtime_env_has_working_dir(self) -> bool:
@@ -47,15 +47,15 @@ def join(dashboard: bool = False) -> None:
     """Connect this process to Ray, once.
 
     Args:
-        dashboard: whether a cluster that is started here has Ray's dashboard, on the loopback interface. Ray Train
-            frees the workers of a trial whose process was killed through it, and hangs without.
+        dashboard: whether a cluster that is started here has Ray's dashboard, on the loopback interface. Through it Ray
+            Train frees the workers of a trial whose process was killed; without it, Ray Train hangs.
     """
     global _dashboard
     if ray.is_initialized():
         if not dashboard or _dashboard:
             return
-        ray.shutdown()  # ours and idle: a stage is done before the next one joins
-    for name, value in KNOBS.items():
+        ray.shutdown()  # it is ours and idle: a stage is done before the next one joins
+    for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     quiet_ray()
     address = os.environ.get("RAY_ADDRESS")
@@ -65,7 +65,7 @@ def join(dashboard: bool = False) -> None:
         for name, value in ON_CLUSTER.items():
             os.environ.setdefault(name, value)
         try:
-            knock(address)
+            check_access(address)
             ray.init(address=address, runtime_env=of_driver(address, os.environ), **options)
         except AuthenticationError:
             raise refused(address) from None
@@ -75,30 +75,30 @@ def join(dashboard: bool = False) -> None:
                 f"unset RAY_ADDRESS to use this machine"
             ) from None
     else:
-        with _told_its_address():
+        with _address_in_environment():
             try:
                 ray.init(address="local", include_dashboard=dashboard, **options)
-            except Exception as error:  # what Ray raises where its processes do not come up in time has no class
+            except Exception as error:  # Ray has no class for the error that its processes do not start in time
                 raise ConfigError(
-                    f"Ray does not start on this machine ({first_line(error)}): try again when it is less busy, name a "
-                    f"cluster in RAY_ADDRESS, or do without processes of Ray (workers.num_workers=0)"
+                    f"Ray does not start on this machine ({first_line(error)}): try again when it is less busy, set "
+                    f"RAY_ADDRESS to a cluster, or use no Ray processes (workers.num_workers=0)"
                 ) from None
 
 
 @contextmanager
-def _told_its_address() -> Iterator[None]:
-    """Let the processes of the cluster that is started meanwhile know which one is theirs.
+def _address_in_environment() -> Iterator[None]:
+    """Give the processes of the cluster that the body starts its address.
 
-    What watches over the workers of Ray Train looks its run up by the address in the environment. Without one it takes
-    the newest cluster of the machine: it finds no such run there and ends the workers, or finds several clusters and no
-    longer frees what a killed trial held.
+    The process that watches over the workers of Ray Train looks up its run by the address in the environment. Without
+    one it takes the newest cluster of the machine: it finds no such run there and ends the workers, or finds several
+    clusters and no longer frees what a killed trial held.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    told = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
+    environment = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
         yield
     finally:
@@ -110,25 +110,25 @@ def _told_its_address() -> Iterator[None]:
 
 
 def quiet_ray() -> None:
-    """Ray tells of itself only what needs an action."""
+    """Let Ray log only what needs an action."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def check_resources(count: int, each: dict[str, float], what: str) -> str | None:
-    """None if the cluster can hold `count` processes that each take `each`, otherwise what it lacks."""
+    """None if the cluster can hold `count` processes that each need `each`, otherwise a message of what it lacks."""
     total = ray.cluster_resources()
     for name, amount in each.items():
         if amount and count * amount > total.get(name, 0.0):
             return (
-                f"{what} take {count} x {amount:g} {name}, the cluster has {total.get(name, 0.0):g}: ask for fewer, or "
+                f"{what} need {count} x {amount:g} {name}, the cluster has {total.get(name, 0.0):g}: request fewer, or "
                 f"join a larger cluster with RAY_ADDRESS"
             )
     return None
 
 
 def capacity(each: dict[str, float]) -> int:
-    """How many processes that each take `each` the nodes of the cluster hold."""
+    """How many processes that each need `each` fit on the nodes of the cluster."""
     wanted = {name: amount for name, amount in each.items() if amount}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()) for node in nodes)

@@ -1,6 +1,6 @@
-"""A word between the process that watches a run and the run's workers: go on after this look, or end.
+"""A signal from the process that watches a run to the run's workers: continue after this validation, or stop.
 
-It is a file in the run folder, for the workers may be on another machine.
+It is a file in the run folder, because the workers may be on another machine.
 """
 
 from __future__ import annotations
@@ -13,29 +13,30 @@ from craft_ray.storage.paths import ObjectPath, StoragePath
 
 POLL_S = 0.05
 STORE_POLL_S = 0.5
-"""In an object store, where each look is a request."""
+"""In an object store, where each poll is a request."""
 
 
 class StopSignal:
-    """The last word about a run."""
+    """The latest signal to a run."""
 
     def __init__(self, folder: StoragePath) -> None:
-        self.path = folder / "word.json"
+        self.path = folder / "stop_signal.json"
         self.poll_s = STORE_POLL_S if isinstance(folder, ObjectPath) else POLL_S
 
-    def say(self, step: int, go_on: bool) -> None:
-        write_atomically(self.path, json.dumps({"step": step, "go_on": go_on}))
+    def send(self, step: int, proceed: bool) -> None:
+        """Let the run continue after its validation at `step`, or stop."""
+        write_atomically(self.path, json.dumps({"step": step, "proceed": proceed}))
 
     def wait(self, step: int) -> bool:
-        """Whether the run goes on after the look at `step`.
+        """Wait for the signal; returns whether the run continues after its validation at `step`.
 
-        Where the process that watches is lost, nobody says anything: Ray ends these workers with their trainer.
+        If the watching process is lost, no signal comes: Ray ends these workers with their trainer.
         """
         while True:
             if self.path.exists():
-                told = json.loads(self.path.read_text())
-                if told["step"] >= step or not told["go_on"]:
-                    return bool(told["go_on"])
+                signal = json.loads(self.path.read_text())
+                if signal["step"] >= step or not signal["proceed"]:
+                    return bool(signal["proceed"])
             time.sleep(self.poll_s)
 
     def clear(self) -> None:

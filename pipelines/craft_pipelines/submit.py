@@ -1,4 +1,4 @@
-"""`craft-ray submit`: a command as a job of a cluster, with its log here and its own exit code."""
+"""`craft-ray submit`: a command as a job on a cluster, with its log here and its exit code."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from craft_ray.errors import ConfigError, CraftError, Interrupted, first_line
 from craft_ray.storage.files import readable_bytes
 
 DASHBOARD = "http://127.0.0.1:8265"
-PATIENCE_S = 60.0
-"""How long a cluster that no longer answers is asked again, while its job is followed."""
+TIMEOUT_S = 60.0
+"""How long a cluster that no longer answers is tried again while its job is followed."""
 
 POLL_S = 0.2
 
-TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
-"""Loggers of Ray that tell each step of an upload."""
+VERBOSE_LOGGERS = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
+"""Loggers of Ray that report each step of an upload."""
 
 NOT_FOUND = 127
-"""Exit code of a shell that does not find the command."""
+"""Exit code of a shell if it does not find the command."""
 
 
 def submit(command: Sequence[str], address: str | None, folder: Path, wait: bool) -> int:
     """Run `command` in a copy of `folder` on the cluster.
 
     Args:
-        command: its words; or one, which is then a line for the shell of the cluster.
+        command: its words; a single one is a command line for the shell of the cluster.
 
     Returns:
-        The exit code of the command; 0 where it is not waited for.
+        The exit code of the command; 0 if not `wait`.
 
     Raises:
         ConfigError: no cluster answers, it refuses us, or it does not take the folder.
-        CraftError: the job did not start, or the cluster was lost from sight.
-        Interrupted: the job was stopped, or following it was; then it runs on.
+        CraftError: the job did not start, or the cluster no longer answers.
+        Interrupted: the job was stopped, or following it was; then the job keeps running.
     """
-    for name in TALKATIVE:
+    for name in VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = folder.absolute()
     patterns = excludes(folder)
@@ -69,15 +69,17 @@ def submit(command: Sequence[str], address: str | None, folder: Path, wait: bool
     try:
         info = Log(client, job).follow()
     except Interrupted:
-        raise Interrupted("; ".join([f"interrupted: the job {job} runs on", *hints(address, job)])) from None
+        raise Interrupted("; ".join([f"interrupted: the job {job} keeps running", *hints(address, job)])) from None
     except ConnectionError:
-        told = "; ".join(hints(address, job))
-        raise CraftError(f"the cluster at {address} no longer answers; the job {job} may run on; {told}") from None
+        remedies = "; ".join(hints(address, job))
+        raise CraftError(
+            f"the cluster at {address} no longer answers; the job {job} may still run; {remedies}"
+        ) from None
     return outcome(info, entrypoint)
 
 
 def dashboard(address: str | None) -> str:
-    """Where the cluster takes jobs: `address`, or what the environment says, or this machine."""
+    """The address to which jobs are submitted: `address`, or the one in the environment, or this machine."""
     named = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if named:
         return named.rstrip("/") if "://" in named else f"http://{named}"
@@ -86,7 +88,7 @@ def dashboard(address: str | None) -> str:
         return DASHBOARD
     if not joined.startswith(("http://", "https://")):
         raise ConfigError(
-            f"RAY_ADDRESS is {joined}, the address for processes of the cluster; jobs go to its dashboard: name that, "
+            f"RAY_ADDRESS is {joined}, the address for processes of the cluster; jobs go to its dashboard: give that, "
             f"e.g. --address {DASHBOARD}, or set RAY_API_SERVER_ADDRESS"
         )
     return joined
@@ -96,7 +98,7 @@ def connect(address: str) -> JobSubmissionClient:
     """A client of the cluster's dashboard.
 
     Raises:
-        ConfigError: none answers at `address`, or it refuses us.
+        ConfigError: no dashboard answers at `address`, or it refuses us.
     """
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # the client prefers the environment to its argument
@@ -106,7 +108,7 @@ def connect(address: str) -> JobSubmissionClient:
         raise refused(address) from None
     except (ConnectionError, RuntimeError, ValueError, AssertionError, requests.RequestException) as error:
         raise ConfigError(
-            f"no dashboard of a Ray cluster answers at {address} ({first_line(error)}): start the cluster, or name its "
+            f"no dashboard of a Ray cluster answers at {address} ({first_line(error)}): start the cluster, or give its "
             f"dashboard, --address http://HOST:8265"
         ) from None
     finally:
@@ -122,13 +124,13 @@ class Log:
         self._client = client
         self._job = job
         self._shown = 0
-        """Characters that are printed."""
+        """Characters printed so far."""
 
     def follow(self) -> JobDetails:
-        """Print until the job has ended. A connection that breaks is made anew.
+        """Print until the job has ended. A broken connection is opened again.
 
         Raises:
-            ConnectionError: the cluster does not answer for `PATIENCE_S`.
+            ConnectionError: the cluster does not answer for `TIMEOUT_S`.
         """
         answered = time.monotonic()
         while True:
@@ -136,32 +138,32 @@ class Log:
                 asyncio.run(self._print())
                 info = self._client.get_job_info(self._job)
             except (aiohttp.ClientError, requests.RequestException, RayError, RuntimeError, OSError) as error:
-                if time.monotonic() - answered > PATIENCE_S:
+                if time.monotonic() - answered > TIMEOUT_S:
                     raise ConnectionError(str(error)) from None
                 time.sleep(10 * POLL_S)
                 continue
             if JobStatus(info.status).is_terminal():
                 return info
             answered = time.monotonic()
-            time.sleep(POLL_S)  # the log is at its end a moment before the job is
+            time.sleep(POLL_S)  # the log ends a moment before the job does
 
     async def _print(self) -> None:
-        """As far as the connection lasts. A new one begins with the first line again."""
-        place = 0
+        """Print as long as the connection lasts. A new connection starts from the first line again."""
+        position = 0
         async for text in self._client.tail_job_logs(self._job):
-            place += len(text)
-            if place > self._shown:
-                sys.stdout.write(text[-(place - self._shown) :])
+            position += len(text)
+            if position > self._shown:
+                sys.stdout.write(text[-(position - self._shown) :])
                 sys.stdout.flush()
-                self._shown = place
+                self._shown = position
 
 
 def outcome(info: JobDetails, entrypoint: str) -> int:
-    """The exit code of a job that has ended, as a shell would tell it.
+    """The exit code of a job that has ended, as a shell would report it.
 
     Raises:
-        CraftError: it never began, or was lost.
-        Interrupted: it was stopped.
+        CraftError: the job never started, or was lost.
+        Interrupted: the job was stopped.
     """
     status, code = JobStatus(info.status), info.driver_exit_code
     if status == JobStatus.SUCCEEDED:
@@ -172,7 +174,7 @@ def outcome(info: JobDetails, entrypoint: str) -> int:
         raise CraftError(f"the job {info.submission_id} failed: {first_line(info.message)}")
     if code == NOT_FOUND:
         raise CraftError.told(
-            f"the cluster does not find the command ({entrypoint}): it is looked for on the PATH of the head's "
+            f"the cluster does not find the command ({entrypoint}): it is searched on the PATH of the head's "
             f"`ray start`; install craft-ray there, or start Ray with its environment activated",
             NOT_FOUND,
         )

@@ -1,6 +1,6 @@
-"""Training runs on Ray Train: one trainer starts the workers, which carry one run or several to their end.
+"""Training runs on Ray Train: one trainer starts the workers, which train one or several runs to the end.
 
-A lost worker is replaced and finds the last checkpoint in the run folder, so a run needs nothing of Ray but its
+A lost worker is replaced and finds the last checkpoint in the run folder, so a run needs nothing from Ray but its
 processes. `num_workers: 0` is Ray Train's local mode: the same function in this process, without a cluster.
 """
 
@@ -48,7 +48,7 @@ from craft_ray.workers import OneWorker, ProcessGroup, Workers
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that is to be carried out, and where."""
+    """A run to train, and its folder."""
 
     config: Experiment
     folder: RunFolder
@@ -62,7 +62,7 @@ def plan_run(config: Experiment) -> PlannedRun:
     """A new run in the output folder of its config.
 
     Raises:
-        ConfigError: a run of that name is there already.
+        ConfigError: a run of that name exists.
     """
     folder = check_new(config)
     folder.begin(config, command_line())
@@ -70,7 +70,11 @@ def plan_run(config: Experiment) -> PlannedRun:
 
 
 def check_new(config: Experiment) -> RunFolder:
-    """The folder of a run that has not begun."""
+    """The folder of a run that has not started.
+
+    Raises:
+        ConfigError: the run exists.
+    """
     folder = RunFolder(storage_path(config.output_dir) / run_name(config))
     check_kept(folder.path, "output_dir")
     if folder.finished() is not None:
@@ -80,34 +84,35 @@ def check_new(config: Experiment) -> RunFolder:
         )
     if folder.started:
         raise ConfigError(
-            f"the run {folder.path} has begun: go on with --resume {folder.path}, or choose another name=... or "
+            f"the run {folder.path} has started: resume it with --resume {folder.path}, or choose another name=... or "
             f"seed=..."
         )
     return folder
 
 
 def resume_run(path: StoragePath, config: Experiment) -> PlannedRun:
-    """A run that has begun, to go on from its last checkpoint (or from the start, where it has none yet).
+    """A started run, to resume from its last checkpoint (or from the start if it has none yet).
 
     Raises:
-        ConfigError: it is finished, or `config` is not the one it began with.
+        ConfigError: the run is finished, or `config` is not the one it started with.
     """
     folder = RunFolder(path.absolute())
-    begun = folder.config()
+    original = folder.config()
     if folder.finished() is not None:
         raise ConfigError(f"the run {path} is finished: its scores are in {folder.result}")
-    if begun != config:
-        key = next(iter(differences(begun.model_dump(), config.model_dump())))
+    if original != config:
+        key = next(iter(differences(original.model_dump(), config.model_dump())))
         raise ConfigError(
-            f"the run {path} began with another config ({key}): resume it with its own, craft-ray train --resume {path}"
+            f"the run {path} started with another config ({key}): resume it with its own, craft-ray train --resume "
+            f"{path}"
         )
     return PlannedRun(config, folder)
 
 
-def differences(began: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """What two configs do not share, a key at a time, with both sides."""
-    for key in dict.fromkeys([*began, *given]):  # the kinds of a section have keys of their own
-        value, now = began.get(key), given.get(key)
+def differences(original: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys in which two configs differ, one at a time, with both values."""
+    for key in dict.fromkeys([*original, *given]):  # the kinds of a section have different keys
+        value, now = original.get(key), given.get(key)
         if isinstance(value, dict) and isinstance(now, dict):
             yield from differences(value, now, f"{prefix}{key}.")
         elif value != now:
@@ -115,18 +120,18 @@ def differences(began: dict[str, Any], given: dict[str, Any], prefix: str = "") 
 
 
 def check_inputs(config: Experiment) -> None:
-    """What can be checked before any process starts: the cache holds what is asked of it, complete and undamaged."""
+    """Check, before any process starts, that the cache holds what the config needs, complete and undamaged."""
     if config.craft.enabled and config.craft.anchor_cache_dir is not None:
         folder = storage_path(config.craft.anchor_cache_dir)
         manifest = read_manifest(folder)
         select(folder, manifest.identity, config)
-        # What lies in an object store is checked where it is fetched: by the nodes that train.
+        # Shards in an object store are checked by the nodes that fetch them for training.
         check = check_sizes if isinstance(folder, ObjectPath) else check_shards
         check(folder, manifest)
 
 
-def carry_out(run: PlannedRun) -> dict[str, Any]:
-    """Train one run with its lines on the console."""
+def train_run(run: PlannedRun) -> dict[str, Any]:
+    """Train one run, with its log lines on the console."""
     observer = ConsoleObserver(run.config.train.steps, run.config.arm)
     try:
         check_inputs(run.config)
@@ -135,9 +140,9 @@ def carry_out(run: PlannedRun) -> dict[str, Any]:
             TrackingObserver(observer, [tracked(tracker, run) for tracker in trackers]) as watched,
             following(run.folder.progress, watched),
         ):
-            fit([run])
+            run_on_trainer([run])
     except Interrupted:
-        raise Interrupted(f"interrupted: go on with craft-ray train --resume {run.folder.path}") from None
+        raise Interrupted(f"interrupted: continue with craft-ray train --resume {run.folder.path}") from None
     except CraftError:
         if not run.folder.started:
             remove_tree(run.folder.path)  # a mistake before the first step leaves nothing behind
@@ -150,7 +155,7 @@ def carry_out(run: PlannedRun) -> dict[str, Any]:
 
 
 def tracked(tracker: Tracker, run: PlannedRun) -> TrackedRun:
-    """A run in a tracker: the one that it began with, where it is resumed."""
+    """The run in a tracker; a resumed run continues the one that it started with."""
     path = run.folder.path / f"tracking-{tracker.name}.json"
     known = json.loads(path.read_text())["id"] if path.exists() else None
     found = tracker.start(run.folder.path.name, run.config.model_dump(mode="json"), id=known)
@@ -159,21 +164,21 @@ def tracked(tracker: Tracker, run: PlannedRun) -> TrackedRun:
 
 
 class _Trainer(TorchTrainer):
-    """Without the process that deals out datasets of Ray to the workers: ours read their data themselves."""
+    """Without the process that distributes Ray datasets to the workers: our workers read their data themselves."""
 
     def _create_default_callbacks(self) -> list[Any]:
         every = super()._create_default_callbacks()  # type: ignore[misc]  # of Train V2's trainer
         return [each for each in every if not isinstance(each, DatasetsCallback)]
 
 
-def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
-    """Carry out runs one after the other on the same workers; those that are finished are passed over.
+def run_on_trainer(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
+    """Train runs one after the other on the same workers; finished runs are skipped.
 
     Args:
         supervised: wait after each validation for the stop signal (craft_pipelines.stop_signal), and obey it.
 
     Raises:
-        CraftError: a run cannot go on; the message is the worker's.
+        CraftError: a run cannot continue; the message is the worker's.
     """
     quiet_ray()
     workers = runs[0].config.workers
@@ -183,12 +188,12 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
         lacking = check_resources(workers.least, resources(workers), "workers.num_workers")
         if lacking:
             raise ConfigError(lacking)
-        if not supervised:  # who supervises has checked the place of all its runs
+        if not supervised:  # a supervisor has checked the folder of all its runs
             check_shared(runs[0].folder.path, "output_dir")
     scratch = runs[0].folder.path / ".ray"
     remove_tree(scratch)  # a killed driver may have left an error there
     trainer = _Trainer(
-        _work,  # type: ignore[arg-type]  # what it returns is the result's return_value
+        _run_worker,  # type: ignore[arg-type]  # what it returns is the result's return_value
         train_loop_config={
             "runs": [(dump_config(run.config), str(run.folder.path)) for run in runs],
             "threads": workers.threads,
@@ -200,7 +205,7 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
             use_gpu=workers.use_gpu,
             resources_per_worker=resources(workers),
         ),
-        # A name is used once: Ray returns the old result where a finished name is run again.
+        # A name is used once: Ray returns the old result if a finished name is run again.
         run_config=RunConfig(
             name=f"{runs[0].folder.path.name}-{uuid.uuid4().hex[:12]}",
             storage_path=str(scratch),
@@ -210,7 +215,7 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
     interrupt = signal.getsignal(signal.SIGINT)
     try:
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]  # of Train V2's Result
-    except SystemExit:  # how Ray's own handler of SIGINT ends a fit
+    except SystemExit:  # how Ray's own handler of SIGINT ends `fit`
         raise Interrupted("interrupted") from None
     except ray.train.WorkerGroupError as error:
         failures = list(error.worker_failures.values())
@@ -218,42 +223,42 @@ def fit(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
         if mistake is None and any(map(is_loss, failures)):
             mistake = CraftError(
                 f"a worker was lost more than workers.max_failures={workers.max_failures} times (with its machine, or "
-                f"for want of memory): the same command (train: with --resume {runs[0].folder.path}) goes on"
+                f"out of memory): the same command (train: with --resume {runs[0].folder.path}) resumes"
             )
         raise mistake or error from None
     finally:
         if signal.getsignal(signal.SIGINT) is not interrupt:
-            signal.signal(signal.SIGINT, interrupt)  # a fit on the main thread leaves its own handler behind
+            signal.signal(signal.SIGINT, interrupt)  # `fit` on the main thread leaves its own handler behind
         remove_tree(scratch)
     if outcome is not None and outcome["error"] is not None:
         raise CraftError.told(**outcome["error"])
 
 
 def is_loss(failure: BaseException) -> bool:
-    """Whether a worker is gone, rather than that its run failed: Train learns it by asking after its health."""
+    """Whether a worker was lost, rather than its run failed: Train notices that by its health checks."""
     if isinstance(failure, WorkerHealthCheckFailedError):
         failure = failure.health_check_failure
     return isinstance(failure, (*LOST_PROCESS_ERRORS, WorkerHealthCheckTimeoutError))
 
 
 def resources(workers: WorkersConfig) -> dict[str, float]:
-    """What one worker takes of the cluster."""
+    """The cluster resources of one worker."""
     gpu = {"GPU": 1.0} if workers.use_gpu else {}
     return {"CPU": workers.cpus_per_worker, **gpu, **workers.resources_per_worker}
 
 
-def _work(loop: dict[str, Any]) -> dict[str, Any]:
-    """The function of one worker.
+def _run_worker(loop: dict[str, Any]) -> dict[str, Any]:
+    """The function that each worker runs.
 
-    Ray restarts the workers on any exception. A user's mistake does not go away by that, so it is handed over as a
-    value; with several workers it is left in a file first, for the others hang in a collective until they are ended,
-    and the restarted ones find it.
+    Ray restarts the workers on any exception. That does not fix a user's mistake, so it is returned as a value; with
+    several workers it is first written to a file, because the others hang in a collective until they are ended, and the
+    restarted ones read it.
     """
     quiet_libraries()
     torch.set_num_threads(loop["threads"])
-    told = storage_path(loop["scratch"]) / "error.json"
-    if told.exists():
-        return {"error": json.loads(told.read_text())}
+    error_file = storage_path(loop["scratch"]) / "error.json"
+    if error_file.exists():
+        return {"error": json.loads(error_file.read_text())}
     workers = _workers()
     try:
         for text, path in loop["runs"]:
@@ -261,31 +266,31 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
             if run.finished() is None:
                 config = parse_config(yaml.safe_load(text), str(run.path / "config.yaml"))
                 with mirrored_folder(run, main=workers.rank == 0) as folder:
-                    _carry(config, folder, workers, StopSignal(run.path) if loop["supervised"] else None)
+                    _train_in_worker(config, folder, workers, StopSignal(run.path) if loop["supervised"] else None)
     except Interrupted:
         raise
     except CraftError as error:
         message = {"message": error.message, "exit_code": error.exit_code}
         if workers.world_size == 1:
             return {"error": message}
-        with suppress(StorageError):  # a full disk may be the very error
-            write_atomically(told, json.dumps(message))
+        with suppress(StorageError):  # the error may be a full disk
+            write_atomically(error_file, json.dumps(message))
         raise
     return {"error": None}
 
 
-def _carry(config: Experiment, folder: RunFolder, workers: Workers, word: StopSignal | None) -> None:
-    """Train one run. With `word` it goes on after a look when it is told so."""
+def _train_in_worker(config: Experiment, folder: RunFolder, workers: Workers, stop_signal: StopSignal | None) -> None:
+    """Train one run. With `stop_signal` it waits after each validation for permission to continue."""
     observer, main = FileObserver(folder.progress), workers.rank == 0
     with (
         RayMetrics(folder.home, config.arm, config.train.steps, observer, main) as measured,
         TensorBoardObserver(folder.disk / "tensorboard", measured, main) as watched,
-        closing(training(config, folder, workers, watched)) as looks,
+        closing(training(config, folder, workers, watched)) as validations,
     ):
-        for look in looks:
-            # All workers go by what the first was told.
-            heard = word.wait(look["step"]) if word and main else True
-            if not workers.gather(heard)[0]:
+        for validation in validations:
+            # All workers follow the signal that the first one received.
+            proceed = stop_signal.wait(validation["step"]) if stop_signal and main else True
+            if not workers.gather(proceed)[0]:
                 break
 
 

@@ -1,4 +1,4 @@
-"""Every benchmark runs at tiny sizes and reports finite numbers, with what they were measured on."""
+"""Every benchmark runs at tiny sizes and reports finite numbers and the hardware that they were measured on."""
 
 from __future__ import annotations
 
@@ -95,13 +95,13 @@ def test_step_runs_and_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_ratios_are_of_the_same_round() -> None:
-    """Twice as slow in every round, whatever the rounds have in common."""
+    """Twice as slow in every round, whatever the times of the rounds."""
     times = Timings({"a": [2.0, 20.0, 6.0], "b": [1.0, 10.0, 3.0], "c": [1.0, 10.0, 3.0]}, "a clock")
     assert times.ratio("a", "b") == Ratio(2.0, 2.0, 2.0, 3)
     assert times.ratio("a", ("b", "c")).median == 1.0
 
 
-def test_every_round_begins_with_another_variant_and_is_prepared() -> None:
+def test_every_round_starts_with_another_variant_and_is_prepared() -> None:
     calls: list[str] = []
     variants = {
         name: Variant(lambda name=name: calls.append(name), lambda name=name: calls.append(f"prepare {name}"))

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from craft_pipelines.anchors import build
-from craft_pipelines.train import carry_out, plan_run
+from craft_pipelines.train import plan_run, train_run
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GemmaForCausalLM
 
@@ -49,13 +49,13 @@ def digits_of(vocabulary: int) -> Model:
     )  # fmt: skip
 
 
-def test_parameters_are_those_that_the_models_are_published_with() -> None:
+def test_parameter_counts_equal_the_published_ones() -> None:
     assert SMOLLM2.parameters == 134_515_008
     assert PALIGEMMA.parameters == 2_923_466_480
     assert MISTRAL.parameters == 7_241_732_096
 
 
-def test_operations_are_those_that_a_forward_pass_does() -> None:
+def test_operations_equal_those_of_a_forward_pass() -> None:
     shape, tokens, samples = SHAPES["tiny"], 24, 3
     found: GemmaForCausalLM = language_model(shape)
     found.set_attn_implementation("eager")
@@ -76,7 +76,7 @@ def test_a_backward_pass_costs_two_forward_passes() -> None:
 
 
 class Counting:
-    """Two workers that send nothing, and how many bytes they would sum."""
+    """Two workers that send nothing, but count the bytes to sum."""
 
     world_size = 2
     summed = 0
@@ -89,7 +89,7 @@ class Batch:
     count = 1
 
 
-def test_a_step_sums_the_two_gradients_and_holds_one_copy_more() -> None:
+def test_a_step_sums_the_two_gradients_and_holds_one_more_copy() -> None:
     parameters = {"a": torch.zeros(40, 50, requires_grad=True), "b": torch.zeros(77, requires_grad=True)}
     gradients, workers = GradientPair(parameters.items()), Counting()
     for row in (0, 1):
@@ -103,7 +103,7 @@ def test_a_step_sums_the_two_gradients_and_holds_one_copy_more() -> None:
 
 
 def test_bytes_of_a_real_cache_and_a_real_checkpoint(digits: Digits, tmp_path: Path) -> None:
-    """Within what a file of Parquet, safetensors or torch has beside its numbers."""
+    """Up to the overhead of Parquet, safetensors and torch files."""
     changes = {"anchors.source.limit": 512, "anchors.rows_per_shard": 512, "anchors.positions": ["all"],
                "train.steps": 2, "craft.positions": ["all"]}  # fmt: skip
     config = digits.experiment(tmp_path, changes)
@@ -119,7 +119,7 @@ def test_bytes_of_a_real_cache_and_a_real_checkpoint(digits: Digits, tmp_path: P
     suffix = sum(map(len, rows["suffix"].to_pylist()))
     ids = sum(map(len, rows["id"].to_pylist()))
     vectors = manifest.vectors // 512
-    assert vectors * 512 == manifest.vectors, "the digits' prompts are of one length"
+    assert vectors * 512 == manifest.vectors, "all prompts of the digits have the same length"
     anchor = Anchor(tokens=vectors, vectors=vectors, layers=2, suffix=0, input_bytes=0, id_bytes=0)
     metadata = pq.read_metadata(shard)
     hidden = sum(
@@ -128,12 +128,12 @@ def test_bytes_of_a_real_cache_and_a_real_checkpoint(digits: Digits, tmp_path: P
         for chunk in map(metadata.row_group(group).column, range(metadata.num_columns))
         if chunk.path_in_schema.startswith("hidden_")
     )
-    assert hidden == pytest.approx(512 * anchor.hidden_bytes(digits), rel=0.03)  # six bytes a vector beside its numbers
+    assert hidden == pytest.approx(512 * anchor.hidden_bytes(digits), rel=0.03)  # six more bytes per vector
     stored = 512 * anchor.stored_bytes(digits) + inputs + ids + 4 * suffix
     assert manifest.bytes == pytest.approx(stored, rel=0.05)
 
     run = plan_run(config)
-    carry_out(run)
+    train_run(run)
     checkpoint = run.folder.checkpoints / "last"
     weights = (checkpoint / "model" / "model.safetensors").stat().st_size
     state = (checkpoint / "training_state" / "state.pt").stat().st_size

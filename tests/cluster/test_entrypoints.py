@@ -1,4 +1,4 @@
-"""The commands of cluster/ run for real: what a RayJob submits, on a cluster laid out as its own; what sbatch runs."""
+"""The commands of cluster/ in real runs: what a RayJob submits, on a cluster with the same layout; what sbatch runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLUSTER = ROOT / "cluster"
 
 
 def environment(tmp: Path) -> dict[str, str]:
-    """Of a user's shell with an activated environment: `craft-ray` and `ray` are those of this Python."""
+    """The environment of a user's shell where `craft-ray` and `ray` are those of this Python."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
     return {
         **clean,
@@ -38,7 +38,7 @@ def environment(tmp: Path) -> dict[str, str]:
 
 
 def small(digits: Digits, shared: Path, changes: dict[str, Any]) -> Experiment:
-    """A run named as the manifests name it, everything below `shared`."""
+    """A run with the name in the manifests, with all paths below `shared`."""
     validation = {
         skill: {"data": {"path": str(digits.data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": 8}}
         for skill in ("old", "new")
@@ -55,7 +55,7 @@ def small(digits: Digits, shared: Path, changes: dict[str, Any]) -> Experiment:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """As the manifests have it: a head without CPUs, workers with all of them, a token. -> what to export"""
+    """As in the manifests: a head without CPUs, workers with all of them, a token. -> what to export"""
     state = tmp_path_factory.mktemp("cluster") / "state"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(state.parent).items():
@@ -69,7 +69,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 def test_the_entrypoints_of_the_rayjobs(cluster: dict[str, str], digits: Digits, tmp_path: Path) -> None:
-    """Each as KubeRay's submitter sends it; paths of the image and the volume stand for ones of this machine."""
+    """Each as KubeRay's submitter sends it; paths of the image and the volume are replaced by local ones."""
     shared = tmp_path / "shared"
     config = tmp_path / "etc" / "run.yaml"
     config.parent.mkdir()
@@ -111,7 +111,7 @@ def test_the_entrypoints_of_the_rayjobs(cluster: dict[str, str], digits: Digits,
 
 
 def namespace() -> list[str] | None:
-    """What hides the processes of this machine: `ray symmetric-run` ends with `ray stop`, which ends every Ray."""
+    """Hides the processes of this machine, because `ray symmetric-run` ends with `ray stop`, which ends every Ray."""
     for rights in ([], ["--user", "--map-root-user"]):
         command = ["unshare", *rights, "--pid", "--fork", "--mount-proc", "--kill-child"]
         try:
@@ -124,7 +124,7 @@ def namespace() -> list[str] | None:
 
 SLURM = {
     "srun": """#!/usr/bin/env bash
-# Of Slurm's srun: takes its options away and runs the command, for the one node that there is.
+# In place of Slurm's srun: removes its options and runs the command, for a single node.
 while [ "${1#-}" != "$1" ]; do shift; done
 exec "$@"
 """,
@@ -136,7 +136,7 @@ exec "$@"
 
 @pytest.fixture
 def sbatch(tmp_path: Path) -> Any:
-    """`sbatch ray.sbatch COMMAND...` on one node of two CPUs -> exit code and log. Only Slurm itself is made up."""
+    """`sbatch ray.sbatch COMMAND...` on one node of two CPUs -> exit code and log. Only Slurm itself is replaced."""
     prefix = namespace()
     if prefix is None:
         pytest.skip("unshare cannot make a PID namespace here")
@@ -168,7 +168,7 @@ def sbatch(tmp_path: Path) -> Any:
 
 
 def test_what_sbatch_runs(sbatch: Any, digits: Digits, tmp_path: Path) -> None:
-    """The cache, then training on a real `ray symmetric-run`: exit codes, the token, and nothing left."""
+    """The cache, then training on a real `ray symmetric-run`: exit codes, the token, and nothing left behind."""
     config = tmp_path / "run.yaml"
     config.write_text(dump_config(small(digits, tmp_path, {"craft.epsilon_start": 1e-9})))
     stranger = subprocess.Popen(["sleep", "900"])
@@ -191,7 +191,7 @@ def test_what_sbatch_runs(sbatch: Any, digits: Digits, tmp_path: Path) -> None:
 
 
 def test_what_the_command_of_sbatch_sees(sbatch: Any, tmp_path: Path) -> None:
-    """The cluster that was started for it, by the token's file; the token itself is in no environment."""
+    """The cluster that was started for it, with the token in a file; the token itself is in no environment."""
     program = (
         "import json, os, pathlib, ray\n"
         "ray.init(log_to_driver=False, logging_level='ERROR')\n"
@@ -204,11 +204,11 @@ def test_what_the_command_of_sbatch_sees(sbatch: Any, tmp_path: Path) -> None:
     )
     code, log = sbatch("python", "-c", program)
     assert code == 0, log
-    told = next(line for line in log.splitlines() if line.startswith("SEEN "))
-    assert json.loads(told.removeprefix("SEEN ")) == [2.0, ["0o600", "0o700"], 64, False, "token"]
+    seen = next(line for line in log.splitlines() if line.startswith("SEEN "))
+    assert json.loads(seen.removeprefix("SEEN ")) == [2.0, ["0o600", "0o700"], 64, False, "token"]
 
 
-def test_where_ray_does_not_start_the_job_of_sbatch_fails(sbatch: Any, tmp_path: Path) -> None:
+def test_if_ray_does_not_start_the_job_of_sbatch_fails(sbatch: Any, tmp_path: Path) -> None:
     """symmetric-run alone would end with 0."""
     code, log = sbatch("touch", tmp_path / "ran", SLURM_CPUS_PER_TASK="-1")
     assert code == 1, log

@@ -1,4 +1,4 @@
-"""What can be known of cluster/ without a cluster: schemas, one Ray version, no secrets, no traps in the shell."""
+"""What can be checked of cluster/ without a cluster: schemas, one Ray version, no secrets, no pitfalls in the shell."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_manifests_have_the_fields_that_kuberay_needs(s3: bool) -> None:
         assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"} <= from_secret
 
 
-def test_the_volume_of_the_manifests_is_the_one_that_storage_makes() -> None:
+def test_the_volume_of_the_manifests_is_the_one_of_storage() -> None:
     claim = yaml.safe_load((CLUSTER / "kuberay" / "storage.yaml").read_text())
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     volumes = {volume.name: volume for volume in specs()["train"].headGroupSpec.template.spec.volumes}
@@ -88,7 +88,7 @@ def test_the_volume_of_the_manifests_is_the_one_that_storage_makes() -> None:
     assert volumes["shared"].persistentVolumeClaim.claimName == claim["metadata"]["name"]
 
 
-def test_on_s3_nothing_names_the_volume_and_the_same_is_run() -> None:
+def test_on_s3_nothing_uses_the_volume_and_the_same_commands_run() -> None:
     for name in (*JOBS, "cluster"):
         assert "/shared" not in json.dumps(manifest(name, s3=True))
     for name in JOBS:
@@ -119,7 +119,7 @@ def test_a_wrong_manifest_is_refused(path: tuple[str | int, ...], value: object,
 def test_a_secret_in_a_manifest_is_refused() -> None:
     tree = manifest("cluster")
     tree["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["env"].append({"name": "HF_TOKEN", "value": "x"})
-    with pytest.raises(ValidationError, match="HF_TOKEN stands in the manifest"):
+    with pytest.raises(ValidationError, match="HF_TOKEN is in the manifest"):
         RayCluster.model_validate(tree)
 
 
@@ -140,7 +140,7 @@ def test_kubectl_reads_the_manifests(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-def test_ray_up_takes_the_files(cloud: str) -> None:
+def test_ray_up_accepts_the_files(cloud: str) -> None:
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     tree = yaml.safe_load((CLUSTER / "ray-up" / f"{cloud}.yaml").read_text())
     jsonschema.validate(tree, schema)
@@ -188,8 +188,8 @@ def test_one_version_of_ray_everywhere() -> None:
     assert named[version] >= 10
 
 
-def test_the_image_gets_all_that_the_package_is_made_of() -> None:
-    """What is copied exists, and neither the build nor the ignored files leave out what the wheel needs."""
+def test_the_image_gets_all_files_of_the_package() -> None:
+    """Copied files exist, and neither the Dockerfile nor the ignore file omits what the wheel needs."""
     docker = (CLUSTER / "Dockerfile").read_text()
     copied = [word for line in re.findall(r"^COPY (.+) \S+$", docker, re.MULTILINE) for word in line.split()]
     ignored = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
@@ -208,7 +208,7 @@ def test_the_image_gets_all_that_the_package_is_made_of() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_the_shell_scripts_have_no_traps(script: Path) -> None:
+def test_the_shell_scripts_have_no_pitfalls(script: Path) -> None:
     text = script.read_text()
     assert text.startswith("#!/usr/bin/env bash\n")
     assert "\nset -euo pipefail\n" in text
@@ -217,7 +217,7 @@ def test_the_shell_scripts_have_no_traps(script: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_every_script_is_among_those_that_are_checked() -> None:
+def test_every_script_is_checked() -> None:
     names = {path.name for path in SCRIPTS}
     assert {"go_on.sh", "s3.sh", "ray.sbatch"} <= names
     for path in FILES:
@@ -230,13 +230,13 @@ def test_no_file_holds_a_secret() -> None:
         assert not secret.search(path.read_text()), path
 
 
-def test_go_on_begins_what_has_not_begun_and_resumes_what_has(tmp_path: Path) -> None:
-    """With a `craft-ray` that says what it was asked."""
-    told = tmp_path / "bin" / "craft-ray"
-    told.parent.mkdir()
-    told.write_text('#!/usr/bin/env bash\necho "$@"\nexit 3\n')
-    told.chmod(0o755)
-    path = os.pathsep.join([str(told.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+def test_go_on_starts_a_new_run_and_resumes_a_started_one(tmp_path: Path) -> None:
+    """With a `craft-ray` that prints its arguments."""
+    script = tmp_path / "bin" / "craft-ray"
+    script.parent.mkdir()
+    script.write_text('#!/usr/bin/env bash\necho "$@"\nexit 3\n')
+    script.chmod(0o755)
+    path = os.pathsep.join([str(script.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
 
     def go_on(*words: str, **settings: str) -> tuple[int, str]:
         done = subprocess.run(
@@ -248,7 +248,7 @@ def test_go_on_begins_what_has_not_begun_and_resumes_what_has(tmp_path: Path) ->
     assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1")
     assert go_on("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep run.yaml --space craft --out s")
     (tmp_path / "runs/a").mkdir(parents=True)
-    assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1"), "an empty folder is no run"
+    assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1"), "no run in an empty folder"
     (tmp_path / "runs/a/config.yaml").touch()
     assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train --resume runs/a")
     (tmp_path / "s").mkdir()
@@ -259,7 +259,7 @@ def test_go_on_begins_what_has_not_begun_and_resumes_what_has(tmp_path: Path) ->
 
     keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_REGION": "nowhere"}
     code, said = go_on("train", "s3://bucket/a", "run.yaml", **keys, AWS_ENDPOINT_URL="http://127.0.0.1:9")
-    assert code == 1, "a store that does not answer says nothing of the run"
+    assert code == 1, "a store that does not answer does not mean a new run"
     assert said.startswith("go_on.sh: s3://bucket/a/config.yaml could not be looked at")
     assert said.count("\n") == 0
 

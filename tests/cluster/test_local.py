@@ -1,4 +1,4 @@
-"""cluster/local: a cluster by process. What is started is found again and ended, and nothing else."""
+"""cluster/local: a cluster as processes. What was started is found again and ended, and nothing else."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def test_nothing_runs_yet(state: Path) -> None:
         assert err == f"cluster: no cluster was started from {state}\n"
     code, _, err = local(state, "start", "--nodes", "0")
     assert code == 1
-    assert err == "cluster: --nodes is 0: a cluster has one or more\n"
+    assert err == "cluster: --nodes is 0: a cluster needs at least one\n"
 
 
-def test_a_stranger_with_an_old_pid_is_not_touched(state: Path, tmp_path: Path) -> None:
-    """The record names its pid and even its start, but it has not the mark."""
+def test_another_process_with_an_old_pid_is_not_touched(state: Path, tmp_path: Path) -> None:
+    """The record has its pid and even its start, but the process does not have the mark."""
     stranger = subprocess.Popen(["sleep", "600"])
     try:
         start = int(Path(f"/proc/{stranger.pid}/stat").read_text().rpartition(")")[2].split()[19])
@@ -63,8 +63,8 @@ def test_a_stranger_with_an_old_pid_is_not_touched(state: Path, tmp_path: Path) 
         stranger.wait()
 
 
-def test_what_carries_the_mark_is_ended_and_all_below_it(state: Path, tmp_path: Path) -> None:
-    """Also what hears no SIGTERM, and what has left the session and the environment behind."""
+def test_processes_with_the_mark_and_their_descendants_are_ended(state: Path, tmp_path: Path) -> None:
+    """Also one that ignores SIGTERM, and one that has left the session and the environment."""
     program = (
         "import signal, subprocess, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -86,7 +86,7 @@ def test_what_carries_the_mark_is_ended_and_all_below_it(state: Path, tmp_path: 
     (state / "cluster.json").write_text(json.dumps(record))
     code, _, err = local(state, "start")
     assert code == 1
-    assert "a cluster runs already" in err
+    assert f"a cluster of {state} is running" in err
     assert local(state, "stop") == (0, "", "cluster: stopped; 2 processes ended\n")
     assert node.wait(timeout=10) == -signal.SIGKILL
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
@@ -130,8 +130,8 @@ def test_two_nodes_from_start_to_stop(state: Path) -> None:
     code, out, err = local(state, "start")
     assert (code, out) == (1, "")
     assert err == (
-        f"cluster: a cluster runs already from {state} (RAY_ADDRESS={environment['RAY_ADDRESS']}): stop it first, or "
-        f"name another folder with --state\n"
+        f"cluster: a cluster of {state} is running (RAY_ADDRESS={environment['RAY_ADDRESS']}): stop it first, or "
+        f"choose another folder with --state\n"
     )
     code, out, _ = local(state, "status")
     assert code == 0
@@ -151,7 +151,7 @@ def test_two_nodes_from_start_to_stop(state: Path) -> None:
         os.kill(worker["pid"], signal.SIGKILL)
         end = time.monotonic() + 120
         while (status := local(state, "status"))[0] == 0:
-            assert time.monotonic() < end, "the lost node was never missed"
+            assert time.monotonic() < end, "the loss of the node was never noticed"
             time.sleep(1)
         assert "worker-1 (pid" in status[2]
         assert "has ended" in status[2]

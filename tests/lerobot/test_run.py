@@ -178,7 +178,7 @@ def test_the_documented_dry_run_takes_three_steps_and_leaves_nothing(world: Path
     assert "0.12 M trainable parameters, 12 samples of the new skill" in out
     assert "CRaFT is enabled: hidden (layers [1, 2] at suffix, relative_mse)" in out
     assert STEP.findall(out) == ["1", "2", "3"]
-    assert "Nothing was kept of these 3 steps" in out
+    assert "Nothing of these 3 steps was kept" in out
     assert not err
     assert not files(here)
     assert files(world) | files(built) == before

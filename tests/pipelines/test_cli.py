@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it leaves, and its exit codes. In this process, without a cluster."""
+"""The command line: its output, its files, and its exit codes. In this process, without a cluster."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(digits: Digits, cached: Path, tmp_path: Path) -> Path:
-    """A config that meets its budget, with runs of its own."""
+    """A config that meets its budget, with its own runs folder."""
     changes = {**digits.scored(), "output_dir": str(tmp_path / "runs"), "craft.epsilon_start": 10.0}
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(digits.experiment(cached, changes)))
@@ -60,7 +60,7 @@ def one_line(err: str) -> str:
     return lines[0]
 
 
-def test_train_says_what_it_does_and_refuses_to_do_it_twice(command: Command, config: Path, tmp_path: Path) -> None:
+def test_train_prints_its_steps_and_refuses_to_run_twice(command: Command, config: Path, tmp_path: Path) -> None:
     code, out, _ = command("train", config)
     assert code == 0
     assert "anchors loaded" in out
@@ -79,7 +79,7 @@ def test_train_says_what_it_does_and_refuses_to_do_it_twice(command: Command, co
     assert "is finished" in one_line(err)
 
 
-def test_a_mistake_before_the_first_step_does_not_take_the_name(command: Command, config: Path) -> None:
+def test_a_mistake_before_the_first_step_leaves_the_name_free(command: Command, config: Path) -> None:
     code, _, _ = command("train", config, "model.path=/nowhere")
     assert code == 2
     code, _, err = command("train", config)
@@ -93,7 +93,7 @@ def test_a_mistake_about_the_cache_leaves_no_run_behind(command: Command, config
 
 
 def test_a_mistake_about_the_evaluation_leaves_no_run_behind(command: Command, config: Path, tmp_path: Path) -> None:
-    """It is met after the model and the cache were opened, and before the first step."""
+    """It is found after the model and the cache were opened, but before the first step."""
     code, _, err = command("train", config, "evaluation.old.data.columns.response=null")
     assert code == 2
     assert "evaluation.old" in one_line(err)
@@ -164,7 +164,7 @@ def test_a_baseline_beside_token_ce_needs_no_hidden_states(command: Command, dig
     assert code == 0, err
 
 
-def test_a_build_that_a_mistake_ended_binds_nobody(command: Command, digits: Digits, tmp_path: Path) -> None:
+def test_a_failed_build_does_not_fix_the_plan(command: Command, digits: Digits, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(digits.experiment(tmp_path)))
     code, _, err = command("anchors", "build", path, "model.max_length=10")
@@ -203,7 +203,7 @@ def test_compare_and_report_make_one_file_with_all_arms(command: Command, config
         (["train", "CONFIG", "craft.lamda_lr=1"], 2, "did you mean craft.lambda_lr?"),
         (["train", "CONFIG", "craft.retention_freq=0"], 2, "craft.retention_freq"),
         (["train", "CONFIG", "nonsense"], 2, "write key=value"),
-        (["train"], 2, "name a config"),
+        (["train"], 2, "no config given"),
         (["train", "--resume", "."], 2, "is no run directory"),
         (["train", "CONFIG", "model.path=/nowhere"], 2, "/nowhere"),
         (["train", "CONFIG", "task.path=/nowhere.jsonl"], 2, "there is no data at /nowhere.jsonl"),
@@ -216,7 +216,7 @@ def test_compare_and_report_make_one_file_with_all_arms(command: Command, config
         (["compare", "CONFIG", "compare.token_ce={enabled: false}"], 2, "compare.token_ce.enabled"),
         (["train", "CONFIG", "--dry-run", "evaluation.old.data.path=/nowhere.jsonl"], 2, "evaluation.old.data"),
         (["train", "CONFIG", "--dry-run", "--resume", "."], 2, "choose one"),
-        (["report", "."], 2, "is no finished run"),
+        (["report", "."], 2, "is not a finished run"),
         (["demo", "--preset", "magic"], 2, "choose digits or text"),
     ],
 )
@@ -226,15 +226,13 @@ def test_a_mistake_is_one_line(arguments: list[str], code: int, words: str, comm
     assert words in one_line(err)
 
 
-def test_what_a_resumed_run_is_asked_otherwise_is_told_across_kinds_of_a_section(
-    digits: Digits, tmp_path: Path
-) -> None:
-    """They have keys of their own: a key that one of them lacks is told like one that has changed."""
-    began = digits.experiment(tmp_path).model_dump()
+def test_differences_of_a_resumed_config_are_reported_across_kinds_of_a_section(digits: Digits, tmp_path: Path) -> None:
+    """Kinds have different keys: a key that one of them lacks is reported like one that has changed."""
+    original = digits.experiment(tmp_path).model_dump()
     given = digits.experiment(
         tmp_path, {"task": {"path": "org/robot", "episodes": [0], "rename": {"a": "b"}}}
     ).model_dump()
-    told = list(differences(began, given))
-    assert any(line.startswith("task.episodes was None, is (0,)") for line in told)
-    assert any(line.startswith("task.columns was {") and line.endswith("is None") for line in told)
-    assert not list(differences(began, began))
+    found = list(differences(original, given))
+    assert any(line.startswith("task.episodes was None, is (0,)") for line in found)
+    assert any(line.startswith("task.columns was {") and line.endswith("is None") for line in found)
+    assert not list(differences(original, original))

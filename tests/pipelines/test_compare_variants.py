@@ -1,4 +1,4 @@
-"""Variants of a comparison: arms with settings of their own, on the same cache, told apart by their name."""
+"""Variants of a comparison: arms with their own settings on the same cache, distinguished by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAST = {"positions": ["last_token"], "epsilon_start": 12.0}
 
 
 def experiment(digits: Digits, folder: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
-    """Two variants on a cache of two positions, with budgets that are met."""
+    """Two variants on a cache with two positions, with budgets that are met."""
     return digits.experiment(
         folder,
         {
@@ -78,21 +78,21 @@ def test_plain_fine_tuning_is_measured_by_the_preferred_arm(digits: Digits, tmp_
     assert measured_by() == ("hidden", 10.0, None)
 
 
-def test_a_variant_can_be_added_to_a_comparison_that_is_finished(
+def test_a_variant_can_be_added_to_a_finished_comparison(
     digits: Digits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = experiment(digits, tmp_path, {"compare.variants": {"prefix": PREFIX}})
-    told = compare(first, ("baseline", "prefix"), (0,), tmp_path / "out")
-    assert [run["arm"] for run in told["runs"]] == ["baseline", "prefix"]
+    result = compare(first, ("baseline", "prefix"), (0,), tmp_path / "out")
+    assert [run["arm"] for run in result["runs"]] == ["baseline", "prefix"]
     assert "[prefix seed 0] Step 6/6" in capsys.readouterr().out
 
     more = experiment(digits, tmp_path)
-    told = compare(more, ("baseline", "prefix", "last"), (0,), tmp_path / "out")
+    result = compare(more, ("baseline", "prefix", "last"), (0,), tmp_path / "out")
     printed = capsys.readouterr().out
     assert "2 of 3 runs are finished already" in printed
     assert "[prefix" not in printed
-    assert list(told["summary"]) == ["baseline", "prefix", "last"]
-    assert [told["summary"][arm]["epsilon"] for arm in ("prefix", "last")] == [11.0, 12.0]
+    assert list(result["summary"]) == ["baseline", "prefix", "last"]
+    assert [result["summary"][arm]["epsilon"] for arm in ("prefix", "last")] == [11.0, 12.0]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "CRaFT prefix" in page
     assert "CRaFT last" in page

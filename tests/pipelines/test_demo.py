@@ -1,4 +1,4 @@
-"""The demo as a user runs it, on Ray, with its shipped settings: what it promises is what comes out."""
+"""The demo as a user runs it, on Ray, with its shipped settings: its results are as promised."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
 
 def run_demo(*arguments: str | Path) -> str:
-    """What `craft-ray demo` prints; it must end well."""
+    """The output of `craft-ray demo`, which must succeed."""
     result = subprocess.run(
         [BIN / "craft-ray", "demo", *arguments],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -31,7 +31,7 @@ def run_demo(*arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a quick demo. What others do there begins with its teacher and its cache."""
+    """The folder of a quick demo, whose teacher and cache other tests reuse."""
     out = tmp_path_factory.mktemp("demo") / "digits"
     run_demo("--quick", "--out", out)
     return out
@@ -46,7 +46,7 @@ def test_a_quick_demo_computes_nothing_again(quick: Path) -> None:
 
 @pytest.mark.slow
 def test_the_digits_demo_keeps_its_promise_over_three_seeds(quick: Path) -> None:
-    """Its teacher and its cache are those of the quick one, which made them from nothing with the same config."""
+    """It reuses the teacher and the cache of the quick demo, which has the same config for them."""
     out = quick
     printed = run_demo("--out", out)
     summary = json.loads((out / "result.json").read_text())["summary"]

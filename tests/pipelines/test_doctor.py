@@ -1,5 +1,5 @@
-"""What the doctor finds, on facts that are made up and on real clusters; and that no stage starts where nodes do not
-share its storage."""
+"""What the doctor finds, with made-up facts and on real clusters; and that no stage starts if nodes do not share its
+storage."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_another_python(here: Facts) -> None:
         assert (finding.state, f"Python {version}" in finding.found) == (state, True)
 
 
-def test_a_node_that_cannot_run_anything_of_ours() -> None:
+def test_a_node_that_cannot_run_our_code() -> None:
     silent = Answer(None, "ModuleNotFoundError: No module named 'pipelines'")
     (finding,) = doctor.reachable({NODE: Answer(1, None), OTHER: silent})
     assert finding.state == "FAIL"
@@ -102,9 +102,9 @@ def test_a_table_names_only_the_first_few() -> None:
     assert doctor._some(nodes).endswith("; and 2 more")
 
 
-def test_what_another_root_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reading side, where a folder is not shared: nothing there, or something else there."""
-    monkeypatch.setattr(storage_check, "PATIENCE_S", 0.2)
+def test_reading_a_folder_that_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is missing, or has other content."""
+    monkeypatch.setattr(storage_check, "TIMEOUT_S", 0.2)
     storage_check._write(tmp_path / "asked", "content")
     assert storage_check._missing(tmp_path / "asked", "content") is None
     assert storage_check._missing(tmp_path / "elsewhere" / "asked", "content") == "it is not there"
@@ -113,7 +113,7 @@ def test_what_another_root_does_not_show(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.ray
 def test_a_cluster_in_good_health(token_cluster: Cluster, tmp_path: Path) -> None:
-    """As a process of the cluster and, over HTTP, as a job of it; exit code 1 where a folder is missing."""
+    """As a process of the cluster and, over HTTP, as a job on it; exit code 1 if a folder is missing."""
     joined = token_cluster.command("doctor", "--storage", tmp_path, RAY_ADDRESS=token_cluster.address)
     job = token_cluster.command(
         "doctor", "--address", token_cluster.dashboard, "--storage", tmp_path, "--storage", "/nowhere"
@@ -125,7 +125,7 @@ def test_a_cluster_in_good_health(token_cluster: Cluster, tmp_path: Path) -> Non
         ("nodes", "1 of 1 node"),
         ("versions", "ray 2.60"),
         ("storage", "written here and on 1 node"),
-        ("authentication", "the cluster asks for a token"),
+        ("authentication", "the cluster requires a token"),
         ("dashboard", "the State API answers"),
     ):
         assert re.search(rf"│ {check}.*│ ok +│ .*{found}", out), out
@@ -138,7 +138,7 @@ def test_a_cluster_in_good_health(token_cluster: Cluster, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Path]]:
-    """A cluster of two nodes, and a folder in whose place the second sees another: a mount that is missing there."""
+    """A cluster of two nodes, and a path where the second node sees another folder, as if a mount were missing."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("another view of the disk needs the right to unshare")
     folder = tmp_path_factory.mktemp("apart")
@@ -167,10 +167,10 @@ def test_the_doctor_sees_a_mount_that_is_missing(apart: tuple[Cluster, Path], tm
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
-def test_no_stage_starts_where_nodes_do_not_share_its_storage(
+def test_no_stage_starts_if_nodes_do_not_share_its_storage(
     apart: tuple[Cluster, Path], digits: Digits, tmp_path: Path
 ) -> None:
-    """And what refuses it leaves nothing behind; on a folder that both see the same stages come to their end."""
+    """A refused stage leaves nothing behind; in a folder that both nodes see, the same stages finish."""
     found, hidden = apart
     changes = {
         **digits.scored(), "workers.num_workers": 1, "train.steps": 4, "craft.epsilon_start": 10.0,
@@ -186,7 +186,7 @@ def test_no_stage_starts_where_nodes_do_not_share_its_storage(
     config = tmp_path / "run.yaml"
     config.write_text(dump_config(digits.experiment(tmp_path, changes)))
     refused = "and 1 of 2 nodes do not see what this one writes there"
-    remedy = "mount the same storage at this path on every node, or name s3://BUCKET/FOLDER"
+    remedy = "mount the same storage at this path on every node, or use s3://BUCKET/FOLDER"
 
     code, _, err = run("anchors", "build", config, f"craft.anchor_cache_dir={hidden / 'anchors'}")
     assert code == 2, err
@@ -212,22 +212,22 @@ def test_no_stage_starts_where_nodes_do_not_share_its_storage(
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
-def test_the_check_is_quick_once_a_process_is_there(apart: tuple[Cluster, Path], tmp_path: Path) -> None:
-    """Seconds of the first and of later checks are printed; a later one takes much less than a process's start."""
+def test_the_check_is_quick_once_a_process_has_started(apart: tuple[Cluster, Path], tmp_path: Path) -> None:
+    """Prints the seconds of the first and of later checks; a later one takes much less than starting a process."""
     found, _ = apart
     program = (
         "import pathlib, sys, time; from craft_pipelines.session import join\n"
         "from craft_pipelines.storage_check import check_shared\n"
         "join()\n"
         "for _ in range(5):\n"
-        "    begun = time.perf_counter()\n"
+        "    before = time.perf_counter()\n"
         "    check_shared(pathlib.Path(sys.argv[1]), 'x')\n"
-        "    print(time.perf_counter() - begun)\n"
+        "    print(time.perf_counter() - before)\n"
     )
-    begun = time.monotonic()
+    before = time.monotonic()
     done = found.python(program, tmp_path)
     out, err = done.communicate(timeout=400)
     assert done.returncode == 0, err
     seconds = [float(line) for line in out.split()]
-    print(f"storage check: {seconds}, {time.monotonic() - begun:.1f} s in all")
+    print(f"storage check: {seconds}, {time.monotonic() - before:.1f} s in total")
     assert min(seconds[1:]) < 1.0

@@ -53,7 +53,7 @@ def one_line(err: str) -> str:
 
 
 def write_questions(data: Path, folder: Path) -> Path:
-    """Digits as questions in JSON lines, their pictures beside them."""
+    """Digits as questions in JSON lines, with their pictures next to them."""
     rows = pq.read_table(data / "old_test.parquet").slice(0, SAMPLES).to_pylist()
     lines = []
     for row in rows:
@@ -73,7 +73,7 @@ def write_questions(data: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def world(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with run.yaml and the run that it makes, which has two checkpoints."""
+    """A folder with run.yaml and its run, which has two checkpoints."""
     folder = tmp_path_factory.mktemp("evaluate")
     changes: dict[str, Any] = {
         "craft.enabled": False,
@@ -101,8 +101,8 @@ def run_folder(world: Path) -> Path:
     return world / "runs" / "digits-baseline-seed0"
 
 
-def test_a_model_and_its_checkpoint_stand_side_by_side(command: Command, world: Path, tmp_path: Path) -> None:
-    """The numbers are those that the run itself found before and after."""
+def test_a_model_and_its_checkpoint_are_shown_side_by_side(command: Command, world: Path, tmp_path: Path) -> None:
+    """The scores equal those of the run itself before and after training."""
     out = tmp_path / "scores.json"
     code, printed, err = command("evaluate", world / "run.yaml", "--checkpoint", run_folder(world), "--out", out)
     assert code == 0, err
@@ -144,7 +144,7 @@ def test_a_model_and_its_checkpoint_stand_side_by_side(command: Command, world: 
 
 
 def test_two_checkpoints_beside_the_teacher(command: Command, world: Path) -> None:
-    """A wider table without a count of what changed, and no file where none is asked for."""
+    """A wider table without a count of changed answers, and no file without --out."""
     before = sorted(path for path in world.rglob("*") if path.is_file())
     steps = [run_folder(world) / "checkpoints" / name for name in ("step_000004", "step_000006")]
     options = [part for step in steps for part in ("--checkpoint", step)]
@@ -163,7 +163,7 @@ def test_the_teacher_alone(command: Command, world: Path) -> None:
 
 
 class Attempts:
-    """Six episodes, of which a model brings those to an end that its weights are lucky with."""
+    """Six episodes; which ones succeed depends on the model's weights."""
 
     name, fingerprint = "attempts", "0"
 
@@ -201,7 +201,7 @@ def test_a_checkpoint_has_several_names(world: Path) -> None:
         assert model_folder(path) == last.resolve()
 
 
-def test_models_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
+def test_models_with_the_same_name_are_labelled_by_their_paths(tmp_path: Path) -> None:
     steps = [tmp_path / folder / "run" / "checkpoints" / "step_000100" / "model" for folder in "ab"]
     assert list(labelled([steps[0]])) == ["run/step_000100"]
     assert list(labelled(steps)) == [str(step) for step in steps]
@@ -216,10 +216,10 @@ def test_models_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["evaluation={}"], "the config names nothing to score on: add evaluation.old or evaluation.new"),
-        (["--checkpoint", "/nowhere"], "--checkpoint /nowhere: there is nothing"),
+        (["--checkpoint", "/nowhere"], "--checkpoint /nowhere does not exist"),
         (["--checkpoint", "WORLD"], "is neither a run, nor a checkpoint of one, nor a model folder"),
         (["--checkpoint", "RUN", "--checkpoint", "RUN"], "step_000006/model twice"),
-        (["--out", "scores.txt"], "--out is scores.txt: name a .json file"),
+        (["--out", "scores.txt"], "--out is scores.txt: give a .json file"),
         (["evaluation.old.data.columns.response=choices"], "both say what is right: name one of them"),
         (["evaluation.old.data.columns.choices=null"], "answer_index 'answer_index' counts choices"),
         (["evaluation.old.data.columns.answer_index=right"], "answer_index is 'right', but"),
@@ -244,7 +244,7 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str, command: Comman
         ({"image_path": "none.png"}, "row 3"),
     ],
 )
-def test_a_line_that_is_no_question(change: dict[str, Any], words: str, command: Command, world: Path) -> None:
+def test_a_line_that_is_not_a_question(change: dict[str, Any], words: str, command: Command, world: Path) -> None:
     lines = (world / "questions.jsonl").read_text().splitlines()
     lines[3] = json.dumps(json.loads(lines[3]) | change)
     path = world / "bad.jsonl"
@@ -261,8 +261,8 @@ def test_a_run_without_a_checkpoint(command: Command, world: Path, tmp_path: Pat
     assert "the run has no checkpoint" in one_line(err)
 
 
-def test_weights_that_are_not_all_there(command: Command, world: Path, tmp_path: Path) -> None:
-    """Those that are missing would be random."""
+def test_missing_weights(command: Command, world: Path, tmp_path: Path) -> None:
+    """Missing weights would be random."""
     broken = shutil.copytree(run_folder(world) / "checkpoints" / "last" / "model", tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     tensors.pop(next(name for name in sorted(tensors) if name.endswith("q_proj.weight")))
@@ -273,7 +273,7 @@ def test_weights_that_are_not_all_there(command: Command, world: Path, tmp_path:
 
 
 def test_a_model_with_another_vocabulary(command: Command, text_model: Path, digits: Digits, tmp_path: Path) -> None:
-    """The config's tokenizer would speak past it."""
+    """The token ids of the config's tokenizer would have no meaning for it."""
     other = AutoModelForCausalLM.from_pretrained(text_model)
     other.resize_token_embeddings(other.config.vocab_size + 8)
     other.save_pretrained(tmp_path / "other")
@@ -288,11 +288,11 @@ def test_a_model_with_another_vocabulary(command: Command, text_model: Path, dig
     path.write_text(dump_config(Digits(text_model, digits.data).experiment(tmp_path, changes)))
     code, _, err = command("evaluate", path, "--checkpoint", tmp_path / "other")
     assert code == 2
-    assert "score the former as model.path of a config of its own" in one_line(err)
+    assert "score the former as model.path of a separate config" in one_line(err)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(command: Command, world: Path) -> None:
+def test_a_missing_gpu(command: Command, world: Path) -> None:
     code, _, err = command("evaluate", world / "run.yaml", "workers.use_gpu=true")
     assert code == 2
     assert "this machine has no GPU" in one_line(err)

@@ -1,4 +1,4 @@
-"""A process that dies counts against what it did; one that is lost with its node does not."""
+"""A process that dies counts as a failure; one that is lost with its node does not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from craft_pipelines import anchors as stage
 from craft_pipelines.anchors import MAX_DEATHS, build
-from craft_pipelines.failures import LOST_PROCESS_ERRORS, with_its_node
+from craft_pipelines.failures import LOST_PROCESS_ERRORS, node_was_lost
 from craft_pipelines.train import is_loss
 from ray import ActorID
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
@@ -47,13 +47,13 @@ PROCESSES = (
 )
 
 
-def test_what_goes_with_a_node_is_told_from_what_dies_alone() -> None:
+def test_a_process_lost_with_its_node_is_distinguished_from_one_that_dies_alone() -> None:
     assert all(isinstance(error, LOST_PROCESS_ERRORS) for error in (*NODES, *PROCESSES))
-    assert [with_its_node(error) for error in NODES] == [True] * len(NODES)
-    assert [with_its_node(error) for error in PROCESSES] == [False] * len(PROCESSES)
+    assert [node_was_lost(error) for error in NODES] == [True] * len(NODES)
+    assert [node_was_lost(error) for error in PROCESSES] == [False] * len(PROCESSES)
 
 
-def test_train_tells_of_a_worker_that_is_gone_in_errors_of_its_own() -> None:
+def test_the_errors_of_ray_train_for_a_lost_worker_are_recognized() -> None:
     assert all(is_loss(WorkerHealthCheckFailedError("its health", error)) for error in (*NODES, *PROCESSES))
     assert is_loss(WorkerHealthCheckTimeoutError("its health"))
     assert not is_loss(RuntimeError("Connection closed by peer"))
@@ -61,7 +61,7 @@ def test_train_tells_of_a_worker_that_is_gone_in_errors_of_its_own() -> None:
 
 
 class Shards:
-    """In place of Ray Data: raises what is told, then hands over a shard, and so on."""
+    """In place of Ray Data: raises the errors one by one, then returns the shards."""
 
     def __init__(self, errors: list[Exception]) -> None:
         self.errors = errors
@@ -89,7 +89,7 @@ def _batch(name: str, rows: range) -> dict[str, list[Any]]:
         ([*PROCESSES, *NODES, PROCESSES[0]], False),
     ],
 )
-def test_a_build_gives_up_over_deaths_of_teachers_not_of_nodes(
+def test_a_build_gives_up_after_deaths_of_teachers_not_of_nodes(
     errors: list[Exception], ends: bool, text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "_dataset", Shards(list(errors)))

@@ -1,4 +1,4 @@
-"""From nothing to results: a cluster with a token, each stage as a job on it, results fetched, and all of it ended."""
+"""From start to results: a cluster with a token, each stage as a job on it, results fetched, and the cluster ended."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def craft_ray(environment: dict[str, str], folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """The command in `folder`, as a user who has no rights on the store types it: the nodes have them."""
+    """Run the command in `folder` as a user without credentials for the store: only the nodes have them."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "AWS_SECRET_ACCESS_KEY"}
     done = subprocess.run(
         [sys.executable, "-m", "craft_pipelines.cli", *arguments],
@@ -68,7 +68,7 @@ def test_every_stage_as_a_job(
         assert read_manifest(store / "anchors").identity.rows == 48
 
         code, out, err = job("train", "run.yaml")
-        assert code == 3, out + err  # six steps do not meet so small a budget
+        assert code == 3, out + err  # six steps do not meet such a small budget
         assert "Step 6/6" in out
         assert "2 worker(s)" in out
         result = RunFolder(store / "runs" / "digits-hidden-seed0").finished()
@@ -93,7 +93,7 @@ def test_every_stage_as_a_job(
         assert code == 2, out + err
         assert "in the working directory that was uploaded with this job" in out + err
 
-        # Results are fetched by who may read the store.
+        # A user with credentials for the store fetches the results.
         report = ["report", f"{store}/runs/digits-hidden-seed0", "--out", str(work)]
         done = subprocess.run(
             [sys.executable, "-m", "craft_pipelines.cli", *report], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""A cluster of two nodes on this machine: each stage is spread over both, and comes to the same where one is lost."""
+"""A cluster of two nodes on this machine: each stage runs on both, and has the same result if one is lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.nodes import Cluster
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 ENOUGH = {"cache": 6, "training": 12, "sweep": 3}
-"""Shards, steps or looks after which something is lost: in the middle, and past a checkpoint."""
+"""Shards, steps or validations after which something is lost: in the middle, and after a checkpoint."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def undisturbed_stages(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Stage, Undisturbed]]:
-    """Each stage and what it comes to; training and sweep read the cache that was built undisturbed."""
+    """Each stage and its undisturbed result; training and sweep read the cache that was built undisturbed."""
     world = tmp_path_factory.mktemp("nodes")
     cache, training, sweep = stages(world)
     sweep.config = sweep.config.changed({"sweep.max_failures": 0})  # a trial lost with its node is not counted
@@ -40,25 +40,25 @@ def undisturbed_stages(
 
 
 def spread(stage: Stage, home: Path, cluster: Cluster) -> Callable[[], bool]:
-    """Whether a stage is in its middle, and at work on each node."""
+    """Whether a stage is in the middle of its work, with workers on each node."""
     return lambda: stage.progress(home) >= ENOUGH[stage.name] and all(stage.workers(cluster))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENOUGH)
-def test_a_stage_spread_over_two_nodes_comes_to_the_same_though_one_is_lost(
+def test_a_stage_on_two_nodes_has_the_same_result_if_one_is_lost(
     name: str, undisturbed_stages: dict[str, tuple[Stage, Undisturbed]], cluster: Cluster, tmp_path: Path
 ) -> None:
     stage, reference = undisturbed_stages[name]
     kill = disturb(stage, "node", tmp_path, cluster, reference, spread(stage, tmp_path, cluster), random.Random(0))
-    assert kill is not None, "it ended without having been on both nodes"
+    assert kill is not None, "it ended without having run on both nodes"
     assert kill.same, kill.said
     if name == "training":
         assert any(f"resuming after step {step}" in kill.said for step in range(10, 40, 5)), kill.said
 
 
 @pytest.mark.slow
-def test_training_goes_on_with_the_workers_that_are_left(
+def test_training_continues_with_the_remaining_workers(
     undisturbed_stages: dict[str, tuple[Stage, Undisturbed]], cluster: Cluster, tmp_path: Path
 ) -> None:
     fixed, reference = undisturbed_stages["training"]
@@ -72,10 +72,10 @@ def test_training_goes_on_with_the_workers_that_are_left(
     cluster.lose(cluster.nodes[0])
     said = finish(driver)
     cluster.add()
-    begun, _, gone_on = said.partition("2 worker(s)")
-    assert "worker(s)" not in begun
-    assert "1 worker(s)" in gone_on
-    assert int(gone_on.split("resuming after step ")[1].split()[0]) >= 10
+    before, _, after = said.partition("2 worker(s)")
+    assert "worker(s)" not in before
+    assert "1 worker(s)" in after
+    assert int(after.split("resuming after step ")[1].split()[0]) >= 10
 
     log, expected = elastic.result(tmp_path)[1], reference.result[1]
     for ours, theirs in zip(log, expected, strict=True):
@@ -88,7 +88,7 @@ def test_training_goes_on_with_the_workers_that_are_left(
 
 
 @pytest.mark.slow
-def test_workers_lost_too_often_end_a_run_in_one_line_that_says_how_it_goes_on(
+def test_workers_lost_too_often_end_a_run_with_one_line_that_says_how_to_resume(
     undisturbed_stages: dict[str, tuple[Stage, Undisturbed]], cluster: Cluster, tmp_path: Path
 ) -> None:
     fixed, reference = undisturbed_stages["training"]

@@ -1,4 +1,4 @@
-"""No folder of a user's decides whether a command works: neither one that is called as ours are, nor as a library."""
+"""Commands work whatever folders a user has: also folders named like our packages, or like a library."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.support.experiments import Digits
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = ("pipelines", "search_spaces", "tests", "cluster", "data", "models", "smoke")
-"""Packages that a project may have. The top of our repository has most of them, too; the last is a shipped space."""
+"""Packages that a project may have. Most are also folders of our repository; the last is a shipped space."""
 LIBRARIES = ("datasets", "statistics", "yaml")
-"""What our processes import, of other packages and of Python itself."""
+"""Modules that our processes import, from other packages and from Python itself."""
 
 
 @pytest.fixture
 def project(tmp_path: Path, digits: Digits) -> Path:
-    """A working directory with an experiment, and packages that nobody may import."""
+    """A working directory with an experiment, and packages that must not be imported."""
     folder = tmp_path / "project"
     shadow(folder, OWN)
     changes = {
@@ -43,7 +43,7 @@ def shadow(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def craft_ray(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
-    """What `craft-ray ARGUMENTS` prints in a folder; it must end well."""
+    """The output of `craft-ray ARGUMENTS` in a folder; it must succeed."""
     done = subprocess.run(
         [BIN / "craft-ray", *arguments], cwd=folder, env=dict(os.environ) if environment is None else environment,
         capture_output=True, text=True, timeout=280,
@@ -68,7 +68,7 @@ def test_in_one_process(project: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_in_processes_of_ray(project: Path, tmp_path: Path, token_cluster: Cluster) -> None:
-    """On a cluster, and on one that is started for the command; as a job at last, with the project's copy there."""
+    """On a running cluster, on one started for the command, and as a job with a copy of the project."""
     joined = token_cluster.environment | {"RAY_ADDRESS": token_cluster.address}
     one = "workers.num_workers=1"
     job = ("submit", "--address", token_cluster.dashboard, "--", "craft-ray")
@@ -76,7 +76,7 @@ def test_in_processes_of_ray(project: Path, tmp_path: Path, token_cluster: Clust
     craft_ray(project, *job, "train", "run.yaml", one, "name=job", environment=token_cluster.environment)
     assert finished(tmp_path, "job")
 
-    shadow(project, LIBRARIES)  # Ray has a job import from its working directory, whatever we say
+    shadow(project, LIBRARIES)  # Ray makes a job import from its working directory in any case
     cache = f"craft.anchor_cache_dir={tmp_path / 'again'}"
     assert "16 anchors" in craft_ray(project, "anchors", "build", "run.yaml", one, cache, environment=joined)
     craft_ray(project, "train", "run.yaml", one, "name=one", environment=joined)
@@ -90,7 +90,7 @@ def test_in_processes_of_ray(project: Path, tmp_path: Path, token_cluster: Clust
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout; built with what is installed where that is enough, as an installation would else."""
+    """The wheel of this checkout; built with the installed packages if they suffice, otherwise as pip would."""
     folder = tmp_path_factory.mktemp("wheel")
     here = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
     subprocess.run(
@@ -100,7 +100,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_the_wheel_installs_no_name_that_a_project_may_have(wheel: Path) -> None:
+def test_the_wheel_installs_no_name_that_a_project_may_use(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as content:
         names = content.namelist()
     version = wheel.name.split("-")[1]
@@ -113,9 +113,9 @@ def test_the_wheel_installs_no_name_that_a_project_may_have(wheel: Path) -> None
         assert {f"craft_ray/shipped/{folder}/{name}" for name in shipped} <= set(names)
 
 
-def test_what_a_wheel_ships_is_found_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
+def test_files_in_a_wheel_are_found_after_installation(wheel: Path, tmp_path: Path) -> None:
     target, project = tmp_path / "installed", tmp_path / "project"
-    with zipfile.ZipFile(wheel) as content:  # to install a wheel that has no data files is to unpack it
+    with zipfile.ZipFile(wheel) as content:  # a wheel without data files is installed by unpacking it
         content.extractall(target)
     shadow(project, OWN)
     program = (

@@ -1,4 +1,4 @@
-"""What Prometheus reads at the node's port is what the run wrote into its own log, and it goes when the run ends."""
+"""What Prometheus reads from the node's port equals the run's log, and it disappears when the run ends."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import ray
 from craft_pipelines.anchors import build
-from craft_pipelines.ray_metrics import COUNTERS, GAUGES, RayMetrics, run_tag, standing
-from craft_pipelines.train import carry_out, plan_run
+from craft_pipelines.ray_metrics import COUNTERS, GAUGES, RayMetrics, gauge_values, run_tag
+from craft_pipelines.train import plan_run, train_run
 
 from craft_ray.run.observers import NullObserver
 from tests.support.experiments import ANSWERED, Digits
@@ -25,7 +25,7 @@ GRAFANA = Path(__file__).parents[2] / "cluster" / "grafana"
 LABELS = {"run", "arm", "skill", "cache"}
 
 Port = dict[tuple[str, frozenset[tuple[str, str]]], float]
-"""What a port exports: name and our tags, to value."""
+"""The metrics on a port: (name, our tags) -> value."""
 
 
 def record(step: int, **values: Any) -> dict[str, Any]:
@@ -35,11 +35,11 @@ def record(step: int, **values: Any) -> dict[str, Any]:
     return {"step": step, "train/loss": 1.0, "perf/step_s": 1.0, "perf/data_s": 0.0, **empty, **values}
 
 
-def test_a_run_stands_where_its_last_records_say() -> None:
+def test_gauges_follow_the_last_records_of_a_run() -> None:
     first = {"craft/retention_loss": 0.3, "craft/epsilon": 0.1, "craft/conflict": True, "perf/step_s": 3.0}
     second = {"craft/retention_loss": 0.2, "craft/epsilon": 0.1, "craft/conflict": False}
     third = {"train/loss": 0.5, "craft/lambda": 2.0, "craft/epsilon": 0.05}  # no retention at this step
-    values = standing([record(7, **first), record(8, **second), record(9, **third)])
+    values = gauge_values([record(7, **first), record(8, **second), record(9, **third)])
     assert values["craft_step"] == 9
     assert values["craft_task_loss"] == 0.5
     assert values["craft_retention_loss"] == 0.2
@@ -50,39 +50,39 @@ def test_a_run_stands_where_its_last_records_say() -> None:
 
 
 def test_a_baseline_has_no_budget() -> None:
-    values = standing([record(1)])
+    values = gauge_values([record(1)])
     assert "craft_violation" not in values
     assert values["craft_lambda"] is None
     assert values["craft_step"] == 1
 
 
-def test_a_trials_run_is_named_by_its_sweep() -> None:
+def test_the_run_tag_of_a_trial_includes_its_sweep() -> None:
     assert run_tag(Path("/x/runs/run-hidden-seed0")) == "run-hidden-seed0"
     assert run_tag(Path("/x/my-sweep/trials/0003/seed1")) == "my-sweep/0003/seed1"
 
 
 def test_without_ray_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
+    counts: list[int] = []
 
-    class Told(NullObserver):
+    class Recording(NullObserver):
         def steps(self, records: Any) -> None:
-            told.append(len(records))
+            counts.append(len(records))
 
     monkeypatch.setattr("craft_pipelines.ray_metrics.ray.is_initialized", lambda: False)
     monkeypatch.setattr("craft_pipelines.ray_metrics.Gauge", None)
     before = threading.active_count()
-    with RayMetrics(Path("/x/run"), "hidden", 10, Told(), enabled=True) as metrics:
+    with RayMetrics(Path("/x/run"), "hidden", 10, Recording(), enabled=True) as metrics:
         metrics.steps([record(1), record(2)])
         metrics.validated({"step": 2, "old/score": 0.5})
         assert threading.active_count() == before
-    assert told == [2]
+    assert counts == [2]
 
 
 def expressions(panel: dict[str, Any]) -> list[str]:
     return [target["expr"] for target in panel["targets"]]
 
 
-def test_the_dashboard_asks_for_what_is_exported() -> None:
+def test_the_dashboard_queries_what_is_exported() -> None:
     dashboard = json.loads((GRAFANA / "craft.json").read_text())
     assert {"title", "uid", "schemaVersion", "panels", "templating", "time"} <= dashboard.keys()
     exported = {f"ray_{name}" for name in GAUGES} | {f"ray_{name}_total" for name in COUNTERS}
@@ -111,7 +111,7 @@ def test_the_dashboard_asks_for_what_is_exported() -> None:
             assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= LABELS
             assert target["expr"].count("(") == target["expr"].count(")")
     assert len(set(places)) == len(places)
-    assert shown == exported, "every metric has its place"
+    assert shown == exported, "every metric is on the dashboard"
     variables = {each["name"]: each for each in dashboard["templating"]["list"]}
     assert variables["datasource"]["query"] == "prometheus"
     used = set(re.findall(r"\$\{?(\w+)", json.dumps([expressions(panel) for panel in panels])))
@@ -139,7 +139,7 @@ def exported(port: str) -> Port:
 
 @contextmanager
 def watched(port: str) -> Iterator[Port]:
-    """The last value that the port has shown of each metric while the body ran."""
+    """The last value of each metric on the port while the body ran."""
     seen: Port = {}
     ended = threading.Event()
 
@@ -159,7 +159,7 @@ def watched(port: str) -> Iterator[Port]:
 def wait_until(condition: Any, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.2)
 
 
@@ -180,20 +180,20 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_prometheus_reads_what_the_run_logged(digits: Digits, tmp_path: Path, port: str) -> None:
-    def look(skill: str) -> dict[str, Any]:
+    def validation_data(skill: str) -> dict[str, Any]:
         data = {"path": str(digits.data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": 8}
         return {"data": data, "max_new_tokens": 1}
 
     changes = {
         "workers.num_workers": 1, "train.log_every": 3, "train.checkpoint_every": 3, "craft.retention_freq": 2,
-        "validation": {"every": 3, "old": look("old"), "new": look("new")},
+        "validation": {"every": 3, "old": validation_data("old"), "new": validation_data("new")},
     }  # fmt: skip
     config = digits.experiment(tmp_path, changes)
     run = plan_run(config)
     with watched(port) as seen:
         build(config, say=lambda _: None)
         wait_until(lambda: seen.get(("craft_anchors_done", frozenset({("cache", "anchors")}))) == 48, 60)
-        carry_out(run)
+        train_run(run)
         of_run = frozenset({("run", run.folder.path.name), ("arm", "hidden")})
         wait_until(lambda: seen.get(("craft_step", of_run)) == 6, 60)
         time.sleep(0.5)  # one more scrape: what is exported together is read together
@@ -203,8 +203,8 @@ def test_prometheus_reads_what_the_run_logged(digits: Digits, tmp_path: Path, po
 
     records, (*_, look_at_end) = run.folder.read_metrics(), run.folder.read_validation()
     last = records[-1]
-    assert last["craft/retention_loss"] is None, "the last step has none, so what stands is the one before"
-    expected = standing(records[3:])
+    assert last["craft/retention_loss"] is None, "the last step has none, so the value of the step before remains"
+    expected = gauge_values(records[3:])
     assert expected["craft_retention_loss"] == records[4]["craft/retention_loss"]
     for name, number in expected.items():
         assert value(name) == number, name
@@ -224,4 +224,4 @@ def test_prometheus_reads_what_the_run_logged(digits: Digits, tmp_path: Path, po
     end = time.monotonic() + 60
     while left() and time.monotonic() < end:
         time.sleep(0.5)
-    assert not left(), "gauges leave with what they tell of"
+    assert not left(), "gauges disappear with their run"

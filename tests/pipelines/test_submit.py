@@ -1,4 +1,4 @@
-"""Jobs of a real cluster that asks for a token: what goes there, what comes back, and who is let in."""
+"""Jobs on a real cluster that requires a token: what is sent, what is returned, and which clients are accepted."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def one_line(err: str) -> str:
     return lines[0]
 
 
-# --------------------------------------------------------------------------------------- what goes to the cluster
+# --------------------------------------------------------------------------------------- what is sent to the cluster
 
 
-def test_no_secret_goes_along(tmp_path: Path) -> None:
-    """Whatever the environment holds: nothing but the names of the list, and Ray's signal for stopping."""
+def test_no_secret_is_forwarded(tmp_path: Path) -> None:
+    """Whatever the environment contains: only the names of the list, and Ray's signal for stopping."""
     value = secrets.token_hex(16)
     shouted = [f"{a}_{b}" for a in ("MY", "AWS", "HF", "RAY", "OMP") for b in ("SECRET", "TOKEN", "KEY", "PASSWORD")]
     environ = dict.fromkeys((*SECRETS, *shouted, *os.environ), value) | dict.fromkeys(FORWARDED, "public")
@@ -74,25 +74,25 @@ def test_no_secret_goes_along(tmp_path: Path) -> None:
 
 
 def test_a_password_in_a_url_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL is a URL with a user name or password") as told:
+    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL is a URL with a user name or password") as error:
         of_job(tmp_path, [], {"AWS_ENDPOINT_URL": "http://me:hunter2@storage:9000"})
-    assert "hunter2" not in str(told.value)
+    assert "hunter2" not in str(error.value)
 
 
 def test_what_is_not_set_is_not_forwarded(tmp_path: Path) -> None:
     assert of_job(tmp_path, [], {"HF_HUB_OFFLINE": ""})["env_vars"].keys().isdisjoint(FORWARDED)
 
 
-def test_processes_of_a_driver_are_told_their_cluster(tmp_path: Path) -> None:
+def test_processes_of_a_driver_get_the_address_of_their_cluster(tmp_path: Path) -> None:
     address = of_driver("127.0.0.1:6379", {})["env_vars"]["RAY_ADDRESS"]
     assert address.endswith(":6379")
-    assert not address.startswith("127."), "another node would look for the cluster on itself"
+    assert not address.startswith("127."), "another node would search for the cluster on itself"
     job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "OMP_NUM_THREADS": "1"}
     assert of_driver("10.0.0.1:6379", job) == {"env_vars": {"RAY_ADDRESS": "10.0.0.1:6379"}}, "the job has the rest"
     assert of_driver("local", {}) == {}
 
 
-def test_a_working_directory_without_what_is_large_and_of_no_use(tmp_path: Path) -> None:
+def test_a_working_directory_without_large_and_useless_files(tmp_path: Path) -> None:
     needed = ["run.yaml", "data/new.jsonl", "anchors/old.jsonl", "code/runs/keep.py"]
     not_needed = [
         ".git/objects/a", ".venv/bin/python", ".venv-lerobot/x", "venv/x", "code/__pycache__/a.pyc", ".mypy_cache/x",
@@ -148,7 +148,7 @@ def test_what_a_job_writes_into_its_working_directory_would_be_lost() -> None:
     check_kept(Path("/data/runs/a"), "output_dir")
 
 
-# --------------------------------------------------------------------------------------------- what comes back
+# --------------------------------------------------------------------------------------------- what is returned
 
 
 @pytest.mark.ray
@@ -178,16 +178,18 @@ def test_the_log_and_the_exit_code_of_the_command_arrive(token_cluster: Cluster,
 
 
 @pytest.mark.ray
-def test_who_follows_may_leave_and_a_job_is_stopped_as_by_a_person(token_cluster: Cluster, tmp_path: Path) -> None:
+def test_following_can_be_interrupted_and_stopping_a_job_interrupts_it(token_cluster: Cluster, tmp_path: Path) -> None:
     """Ctrl-C here leaves the job alone; `ray job stop` reaches the command as Ctrl-C would."""
-    program = "import time\nprint('begun', flush=True)\ntry: time.sleep(100)\nexcept KeyboardInterrupt: print('told')"
+    program = (
+        "import time\nprint('ready', flush=True)\ntry: time.sleep(100)\nexcept KeyboardInterrupt: print('interrupted')"
+    )
     options = ("submit", "--address", token_cluster.dashboard, "--working-dir", tmp_path)
     following = token_cluster.command(*options, "--", sys.executable, "-c", program)
     assert following.stdout is not None
     seen = []
     for line in following.stdout:
         seen.append(line)
-        if line == "begun\n":
+        if line == "ready\n":
             break
     following.send_signal(signal.SIGINT)
     code, _, err = finish(following)
@@ -195,7 +197,7 @@ def test_who_follows_may_leave_and_a_job_is_stopped_as_by_a_person(token_cluster
     job = re.match(r"job (\S+) on", seen[0])
     assert job is not None
     hints = one_line(err)
-    assert f"the job {job[1]} runs on" in hints
+    assert f"the job {job[1]} keeps running" in hints
     assert f"stop it: ray job stop --address {token_cluster.dashboard} {job[1]}" in hints
     assert token_cluster.ask(f"jobs/{job[1]}")["status"] == "RUNNING"
     token_cluster.ask(f"jobs/{job[1]}/stop", "POST")
@@ -203,20 +205,20 @@ def test_who_follows_may_leave_and_a_job_is_stopped_as_by_a_person(token_cluster
     while (found := token_cluster.ask(f"jobs/{job[1]}"))["status"] == "RUNNING" and time.monotonic() < end:
         time.sleep(0.2)
     assert found["status"] == "STOPPED"
-    assert "told" in token_cluster.ask(f"jobs/{job[1]}/logs")["logs"]
+    assert "interrupted" in token_cluster.ask(f"jobs/{job[1]}/logs")["logs"]
 
 
-# ---------------------------------------------------------------------------------------------- who is let in
+# ------------------------------------------------------------------------------------------- which clients are accepted
 
 
 @pytest.mark.ray
-def test_without_the_right_token_nobody_is_let_in(token_cluster: Cluster, tmp_path: Path) -> None:
+def test_without_the_right_token_every_client_is_refused(token_cluster: Cluster, tmp_path: Path) -> None:
     over_http = ("submit", "--address", token_cluster.dashboard, "--working-dir", tmp_path, "--", "true")
     wrong = {"RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
     cases = (
         ({"RAY_AUTH_MODE": None}, "RAY_AUTH_MODE is not set, so no token is sent"),
         (wrong, "the token in RAY_AUTH_TOKEN is not the cluster's"),
-        ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, "and no file is there"),
+        ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, "and there is no such file"),
     )
     commands = [token_cluster.command(*over_http, **changes) for changes, _ in cases]
     for command, (_, words) in zip(commands, cases, strict=True):
@@ -224,39 +226,39 @@ def test_without_the_right_token_nobody_is_let_in(token_cluster: Cluster, tmp_pa
         assert (code, out) == (2, "")
         line = one_line(err)
         assert words in line
-        assert "set RAY_AUTH_MODE=token, and name a file with the cluster's token in RAY_AUTH_TOKEN_PATH" in line
+        assert "set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN_PATH to a file with the cluster's token" in line
         assert wrong["RAY_AUTH_TOKEN"] not in line
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("changes", [{"RAY_AUTH_MODE": None}, {"RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}])
-def test_a_driver_without_the_right_token_is_told_at_once(
+def test_a_driver_without_the_right_token_is_refused_at_once(
     token_cluster: Cluster, changes: dict[str, str | None]
 ) -> None:
-    """Ray itself tries for twenty seconds and logs a line a second."""
+    """Ray itself tries for twenty seconds and logs a line every second."""
     program = (
         "import time; from craft_pipelines.session import join; from craft_ray.errors import ConfigError\n"
-        "begun = time.monotonic()\n"
+        "before = time.monotonic()\n"
         "try: join()\n"
-        "except ConfigError as error: print(error.message, time.monotonic() - begun, sep='\\n')"
+        "except ConfigError as error: print(error.message, time.monotonic() - before, sep='\\n')"
     )
     code, out, err = finish(token_cluster.python(program, **changes))
     assert (code, err) == (0, "")
-    told, seconds = out.splitlines()
-    assert f"the cluster at {token_cluster.address} asks for a token and refuses us" in told
+    message, seconds = out.splitlines()
+    assert f"the cluster at {token_cluster.address} requires a token and refuses us" in message
     assert float(seconds) < 10
 
 
 def test_no_cluster_is_one_line(tmp_path: Path) -> None:
     (port,) = free_ports(1)
-    begun = time.monotonic()
+    before = time.monotonic()
     process = subprocess.run(
         [BIN / "craft-ray", "submit", "--address", f"{HOST}:{port}", "--working-dir", tmp_path, "--", "true"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 2
     assert f"no dashboard of a Ray cluster answers at http://{HOST}:{port}" in one_line(process.stderr)
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - before < 60
 
 
 # ------------------------------------------------------------------------------------------------- a whole chain

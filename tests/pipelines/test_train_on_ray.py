@@ -1,4 +1,4 @@
-"""Runs on real processes of Ray: several workers equal one, a lost worker and a killed driver cost nothing but time."""
+"""Runs on real Ray processes: several workers equal one, a lost worker and a killed driver cost only time."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_two_workers_equal_one_on_the_same_global_batches(digits: Digits, cached
 
 
 @pytest.mark.slow
-def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
+def test_runs_with_a_killed_worker_or_driver_have_the_result_of_the_undisturbed_run(
     digits: Digits, cached: Path, tmp_path: Path
 ) -> None:
     def planned(name: str, workers: int) -> Experiment:
@@ -109,7 +109,7 @@ def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
 
 @pytest.mark.slow
 def test_a_mistake_found_by_a_worker_is_one_line(digits: Digits, cached: Path, tmp_path: Path) -> None:
-    """Of two workers the one that finds it ends the other, and nobody trains again and again."""
+    """The worker that finds it ends the other, and the run is not restarted again and again."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(digits.data / "new_train.parquet")

@@ -10,7 +10,7 @@ import pytest
 from craft_pipelines.anchors import build, verify
 from craft_pipelines.evaluate import evaluate
 from craft_pipelines.sweep.driver import plan_sweep, resume_sweep, sweep
-from craft_pipelines.train import carry_out, plan_run
+from craft_pipelines.train import plan_run, train_run
 from safetensors.numpy import load
 
 from craft_ray.anchors.manifest import read_manifest
@@ -204,7 +204,7 @@ def test_a_pointer_follows_its_checkpoint_and_the_result_everything(
 def test_a_run_that_is_finished_is_not_begun_again(stored: ObjectPath, bucket: ObjectPath, digits: Digits) -> None:
     config = in_store(stored, digits).changed({"output_dir": str(bucket), "train.steps": 2})
     run = plan_run(config)
-    carry_out(run)
+    train_run(run)
     with pytest.raises(ConfigError, match=f"the run {bucket}/.* is finished"):
         plan_run(config)
 

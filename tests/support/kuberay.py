@@ -41,7 +41,7 @@ class Variable(Strict):
     def one_source(self) -> Variable:
         assert (self.value is None) != (self.valueFrom is None), f"{self.name} has no source, or two"
         secret = re.search(r"TOKEN|SECRET|ACCESS_KEY|PASSWORD", self.name)
-        assert self.value is None or not secret, f"{self.name} stands in the manifest"
+        assert self.value is None or not secret, f"{self.name} is in the manifest"
         return self
 
 

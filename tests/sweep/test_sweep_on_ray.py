@@ -30,7 +30,7 @@ from craft_pipelines.session import capacity, join
 from craft_pipelines.sweep.driver import concurrency, plan_sweep, resume_sweep, search, sweep
 from craft_pipelines.sweep.runs import Looks, on_trainer
 from craft_pipelines.sweep.tracking import SweepTracking
-from craft_pipelines.train import carry_out, plan_run, run_name
+from craft_pipelines.train import plan_run, run_name, train_run
 
 from craft_ray.config import Experiment, dump_config, load_config
 from craft_ray.errors import ConfigError, CraftError
@@ -228,7 +228,7 @@ def test_the_best_config_trains_to_the_numbers_of_its_trial(plain: Swept, tmp_pa
     best = next(row["trial"] for row in table(plain.folder) if row["rank"] == 1)
     config = load_config(plain.folder.path / "best.yaml")
     config = config.changed({"output_dir": str(tmp_path), "workers.num_workers": 0})
-    carry_out(plan_run(config))
+    train_run(plan_run(config))
     again = tmp_path / run_name(config) / "validation.jsonl"
     assert again.read_text() == (plain.trial(best).path / "seed0" / "validation.jsonl").read_text()
 

@@ -12,7 +12,7 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from craft_pipelines.failures import with_its_node
+from craft_pipelines.failures import node_was_lost
 from craft_pipelines.sweep.tracking import SweepTracking
 from craft_ray.sweep.results import SweepResult
 from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder
@@ -127,7 +127,7 @@ def lost_with_its_node(ours: TrialFolder, trial: Trial) -> bool:
     """Whether the last attempt ended because a node was lost."""
     if ours.told_error() is not None or trial.pickled_error_file is None:
         return False
-    return with_its_node(pickle.loads(Path(trial.pickled_error_file).read_bytes()))  # which this process wrote
+    return node_was_lost(pickle.loads(Path(trial.pickled_error_file).read_bytes()))  # which this process wrote
 
 
 def reason(ours: TrialFolder, trial: Trial) -> str:

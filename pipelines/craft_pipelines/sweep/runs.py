@@ -13,7 +13,7 @@ import torch
 
 from craft_pipelines.ray_metrics import RayMetrics
 from craft_pipelines.stop_signal import StopSignal
-from craft_pipelines.train import PlannedRun, fit
+from craft_pipelines.train import PlannedRun, run_on_trainer
 from craft_ray.config import Experiment
 from craft_ray.models.features import FeatureCache
 from craft_ray.run.checkpoint import checkpoint_step
@@ -54,7 +54,7 @@ def on_trainer(config: Experiment, folder: RunFolder) -> Generator[Record]:
 
     def carry_out() -> None:
         try:
-            fit([PlannedRun(config, folder)], supervised=True)
+            run_on_trainer([PlannedRun(config, folder)], supervised=True)
         except BaseException as error:  # raised again by the thread that watches
             failures.append(error)
 
@@ -69,14 +69,14 @@ def on_trainer(config: Experiment, folder: RunFolder) -> Generator[Record]:
                 if look["step"] > seen:
                     seen = look["step"]
                     yield look
-                    word.say(seen, go_on=True)
+                    word.send(seen, proceed=True)
             if failures:
                 raise failures[0]
             if not running:
                 return
             time.sleep(word.poll_s)
     finally:
-        word.say(seen, go_on=False)
+        word.send(seen, proceed=False)
         thread.join()
         word.clear()
 

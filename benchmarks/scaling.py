@@ -115,7 +115,7 @@ def caches() -> str:
 
 
 def builds() -> str:
-    head = ("model", "an anchor", "anchors", *(f"{g} GPU" for g in GPUS), "the last look, one node")
+    head = ("model", "an anchor", "anchors", *(f"{g} GPU" for g in GPUS), "the final check, one node")
 
     def row(m: Model, count: int) -> tuple[str, ...]:
         anchor = DEFAULTS[m]

@@ -162,8 +162,8 @@ class Hidden(RetentionMode[HiddenBatch]):
 
     def noise_floor(self, rows: Sequence[int]) -> float:
         """Rounding with a relative mean square of r moves a vector t by a squared distance of r |t|^2. This bounds the
-        others: mse by r |t|^2 / D, l1 by the root of that (mean |x| <= sqrt(mean x^2)), cosine by r / 2, beside float32's
-        rounding of the difference of two numbers near 1."""
+        others: mse by r |t|^2 / D, l1 by the root of that (mean |x| <= sqrt(mean x^2)), cosine by r / 2, plus
+        float32's rounding of the difference of two numbers near 1."""
         relative = NOISE_FLOOR[self.anchors.identity.dtype]
         if self.loss_type == "relative_mse":
             return relative

@@ -389,7 +389,7 @@ def test_a_place_that_is_none_of_the_choices(value: Any, tmp_path: Path) -> None
     ("columns", "said"),
     [
         ({"answer_index": "i", "choices": "c", "response": "r"}, "response 'r' and answer_index 'i' both say"),
-        ({"answer_index": "i"}, "answer_index 'i' counts choices: name their column under choices"),
+        ({"answer_index": "i"}, "answer_index 'i' is an index into choices: specify choices"),
     ],
 )
 def test_a_place_goes_with_choices_and_with_no_response(columns: dict[str, str], said: str) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the format of earlier ones, and that nothing is lost on the way."""
+"""Checkpoints: the format of earlier versions, and that saving and loading lose nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def written(folder: Path) -> tuple[Path, dict]:
-    """A training state as checkpoints have held it from the first on, spelled out."""
+    """A training state in the format of all checkpoints so far, written out."""
     optimizer = AdamW(nn.Linear(2, 1).parameters())
     dual = {name: torch.tensor(value).double() for name, value in
             (("multiplier", 0.5), ("integral", 0.25), ("moment", 2.0), ("weight", 0.125))}  # fmt: skip

@@ -1,11 +1,11 @@
-"""What a user can be told. Each error is one line: both sides of what does not match, and the remedy.
+"""The errors that a user sees. Each is one line: both sides of what does not match, and the remedy.
 
-A programmer's mistake is an assertion; what a user can cause and mend is one of these.
+A programmer's mistake is an assertion; a mistake that a user can cause and fix is one of these.
 """
 
 
 class CraftError(Exception):
-    """Anything that ends a command with a sentence instead of a traceback."""
+    """An error that ends a command with a sentence instead of a traceback."""
 
     exit_code = 1
 
@@ -17,15 +17,15 @@ class CraftError(Exception):
         return str(self.args[0])
 
     @classmethod
-    def told(cls, message: str, exit_code: int) -> "CraftError":
-        """An error that another process met and handed over as a value."""
+    def from_message(cls, message: str, exit_code: int) -> "CraftError":
+        """An error that another process raised and passed on as a value."""
         error = cls(message)
         error.exit_code = exit_code
         return error
 
 
 class ConfigError(CraftError):
-    """The command line or the configuration cannot mean anything."""
+    """The command line or the configuration is not valid."""
 
     exit_code = 2
 
@@ -41,7 +41,7 @@ class DataError(CraftError):
 
 
 class ModelError(CraftError):
-    """A model folder that does not load completely, or a model that cannot do what is asked."""
+    """A model folder that does not load completely, or a model that cannot do what is requested."""
 
 
 class StorageError(CraftError):
@@ -49,13 +49,13 @@ class StorageError(CraftError):
 
 
 class Interrupted(CraftError):
-    """A person ended the command; what was complete is kept."""
+    """A person stopped the command; what was complete is kept."""
 
     exit_code = 130
 
 
 def first_line(error: object) -> str:
-    """What a library says went wrong, in one line; the error's type where it says nothing. For a message of ours."""
+    """A library's error message, cut to its first line, to quote in ours; the error's type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -1,4 +1,4 @@
-"""The packages of an extra: whether they are installed, and how they become so."""
+"""The packages of an extra: whether they are installed, and how to install them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from craft_ray.errors import ConfigError
 
 
 def missing(*packages: str) -> str | None:
-    """The first of some packages that does not import here, and why (`wandb does not import (...)`); None if all do.
+    """The first of these packages that cannot be imported, and why (`wandb does not import (...)`); None if all can.
 
-    They are imported, so ask where they are used next.
+    This imports them, so call it right before they are used.
     """
     for name in packages:
         try:
             module = importlib.import_module(name)
-            if module.__file__ is None:  # a folder of the working directory, e.g. ./wandb, passes for a package
-                raise ImportError(f"{next(iter(module.__path__))} is no package")
+            if module.__file__ is None:  # a folder in the working directory, e.g. ./wandb, imports like a package
+                raise ImportError(f"{next(iter(module.__path__))} is not a package")
         except ImportError as error:
             return f"{name} does not import ({error})"
     return None

@@ -1,4 +1,4 @@
-"""Keep libraries from drawing bars and notices between our lines, and from taking longer to import than they need."""
+"""Keep libraries from printing bars and notices between our lines, and from taking longer to import than necessary."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Around the import of large libraries: a fifth quicker without the garbage collector.
+    """Turn the garbage collector off while large libraries are imported, which makes that a fifth faster.
 
-    What is imported stays, and while it grows the collector would look through all of it again and again.
+    Imported objects stay, and the collector would scan all of them again and again as they grow.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -26,7 +26,7 @@ def uncollected() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """No progress bars of transformers and datasets unless a person watches; no notices that need no action."""
+    """Turn off progress bars of transformers and datasets (unless on a terminal) and notices that need no action."""
     with uncollected():
         import datasets
         import huggingface_hub

@@ -1,7 +1,7 @@
 """Files that come with the package: search spaces and the configs of the demos.
 
-They stand at the top of the repository, where a reader looks for them. A wheel has no such top (a folder named
-`search_spaces` or `pipelines` among the installed packages would shadow a user's own), so it carries them inside this
+They are at the top of the repository, where a reader looks for them. A wheel has no such level (a folder named
+`search_spaces` or `pipelines` among the installed packages would shadow a user's own), so it has them inside this
 package.
 """
 

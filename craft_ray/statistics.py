@@ -1,7 +1,7 @@
-"""Intervals and bounds: of a mean over seeds by Student's t, of a rate by Wilson's score.
+"""Intervals and bounds: Student's t for a mean over seeds, Wilson's score for a rate.
 
-Probabilities of Student's t are finite sums for whole degrees of freedom, so no table ends and no statistics package is
-needed.
+Probabilities of Student's t are finite sums for whole degrees of freedom, so neither a table nor a statistics package
+is needed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from statistics import NormalDist
 
 LEVEL = 0.95
-"""Of the two-sided intervals."""
+"""Confidence of the two-sided intervals."""
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 """P(|N| < Z) = LEVEL for a standard normal N."""
 
 
 def mean_interval(values: Sequence[float]) -> list[float] | None:
-    """[low, high] around the mean, not clipped to what is possible. None for one value: it tells no spread.
+    """[low, high] around the mean, not clipped to what is possible. None for a single value, which has no spread.
 
     mean -+ t s / sqrt(n),   P(|T| < t) = 0.95 for T with n - 1 degrees of freedom
 
@@ -31,11 +31,11 @@ def mean_interval(values: Sequence[float]) -> list[float] | None:
 
 
 def mean_bound(values: Sequence[float], confidence: float, lower: bool) -> float:
-    """One-sided bound of the mean at a confidence above 1/2; the value itself where there is but one.
+    """One-sided bound of the mean at a confidence above 1/2; for a single value, the value itself.
 
     mean -+ t s / sqrt(n),   P(T < t) = confidence for T with n - 1 degrees of freedom
     """
-    mean = statistics.mean(values)  # exact: seeds that all stand at a limit keep it
+    mean = statistics.mean(values)  # exact: seeds that are all at a limit keep it
     if len(values) == 1:
         return mean
     half = _half_width(values, 2 * confidence - 1)
@@ -43,13 +43,12 @@ def mean_bound(values: Sequence[float], confidence: float, lower: bool) -> float
 
 
 def rate_interval(rate: float, trials: int) -> list[float]:
-    """[low, high] around the rate of success in independent trials, such as episodes.
+    """[low, high] around the success rate of independent trials, such as episodes.
 
     (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n),   P(|Z| < z) = 0.95 for Z ~ N(0, 1)
 
     The score interval of E. B. Wilson, Probable inference, the law of succession, and statistical inference, J. Am.
-    Stat. Assoc. 22 (1927): it stays within 0 and 1 and has a width where none or all succeed, however few the trials
-    are.
+    Stat. Assoc. 22 (1927): it stays between 0 and 1, and it has a width even where none or all of a few trials succeed.
     """
     assert 0 <= rate <= 1
     assert trials > 0

@@ -1,4 +1,4 @@
-"""The processes of a run as the training loop sees them: who am I, sum this, gather that. Torch only."""
+"""The processes of a run as the training loop sees them: rank, sum, gather. Torch only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Workers(Protocol):
 
 @dataclass(frozen=True)
 class OneWorker:
-    """A run in a single process: there is nobody to talk to."""
+    """A run in a single process, without communication."""
 
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - a device is immutable
     rank: int = 0
@@ -49,8 +49,8 @@ class OneWorker:
 class ProcessGroup:
     """A process of the initialised torch.distributed group.
 
-    No DistributedDataParallel stands around the model: its hooks miss a second backward pass, a direct call of a
-    submodule, and `autograd.grad`, each silently. Both gradients are averaged by hand instead, as flat buffers.
+    The model is not wrapped in DistributedDataParallel: its hooks silently miss a second backward pass, a direct call
+    of a submodule, and `autograd.grad`. Both gradients are averaged explicitly instead, as flat buffers.
     """
 
     def __init__(self, device: torch.device) -> None:

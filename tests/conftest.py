@@ -1,4 +1,4 @@
-"""The two example models and their data, built once for all tests, and a Hub that nothing can reach."""
+"""The two example models and their data, built once for all tests; the Hub is unreachable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Read when transformers and datasets are imported, so they stand before both.
+# Read when transformers and datasets are imported, so they are set before both.
 _CACHE = tempfile.TemporaryDirectory(prefix="craft-ray-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = f"{_CACHE.name}/datasets"
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
-    """Test files import everything there is: a third quicker without the garbage collector."""
+    """Test files import everything: a third faster without the garbage collector."""
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
     gc.enable()
-    gc.freeze()  # what is imported stays, and no collection of a test need look at it
+    gc.freeze()  # imported objects stay, and no collection during a test needs to scan them
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,7 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[ObjectPath]:
-    """A bucket in a real S3 endpoint on loopback, which the environment names."""
+    """A bucket in a real S3 endpoint on loopback, which the environment points to."""
     from tests.support.stores import running_store
 
     with running_store() as bucket:
@@ -77,13 +77,13 @@ def object_store() -> Iterator[ObjectPath]:
 
 @pytest.fixture(autouse=True)
 def own_expansions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches are expanded below this test's folder, so that no test is served what another one expanded."""
+    """Expand caches below this test's folder, so that no test uses what another one expanded."""
     monkeypatch.setenv("CRAFT_RAY_CACHE", str(tmp_path / "expanded"))
 
 
 @pytest.fixture(scope="session")
 def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One node of two CPUs that asks for a token."""
+    """One node with two CPUs that requires a token."""
     from tests.support.clusters import cluster
 
     with cluster(tmp_path_factory.mktemp("cluster")) as found:

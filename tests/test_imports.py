@@ -1,5 +1,5 @@
-"""What an import costs and what it must not bring: Ray stays in `pipelines`, the configuration needs no torch. And,
-from the source, which way imports point: from room to room in one direction, and from module to module in no circle."""
+"""What an import must not load: Ray stays in `pipelines`, the configuration needs no torch. From the source: imports
+between packages point in one direction, and imports between modules form no cycle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 import craft_ray
 
 LEROBOT = ("craft_ray.lerobot", "craft_ray.examples.robot")
-"""The only modules that import LeRobot; nothing else imports them but inside a function."""
+"""The only modules that import LeRobot; others import them only inside functions."""
 
 MODULES = sorted(
     module.name
@@ -48,7 +48,7 @@ def test_the_method_does_not_know_ray() -> None:
 
 
 @pytest.mark.parametrize("module", ["craft_ray", "craft_ray.config", "craft_ray.errors"])
-def test_a_mistake_in_the_configuration_is_told_without_torch(module: str) -> None:
+def test_a_mistake_in_the_configuration_is_reported_without_torch(module: str) -> None:
     heavy = {"torch", "ray", "transformers", "datasets", "pyarrow", "numpy", "lerobot"}
     assert not loaded_by(module) & heavy
 
@@ -78,7 +78,7 @@ SOURCES = sources()
 
 
 def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Every import statement below a node that is executed at some time."""
+    """Every import statement below a node that is executed at some point."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.Import, ast.ImportFrom)):
             yield child
@@ -115,8 +115,8 @@ FLOORS = (
     ("run",),
     ("tracking", "report", "sweep", "examples", "lerobot.hook"),
 )
-"""The rooms of craft_ray, from the lowest up: a room imports its own floor and those below it. LeRobot's loop with
-CRaFT's step in it is a user of the whole, beside `craft_pipelines`."""
+"""The packages of craft_ray, from the lowest up: a package imports its own level and those below it. LeRobot's loop
+with CRaFT's step in it uses all of them, as `craft_pipelines` does."""
 
 
 def floor(module: str) -> int:
@@ -149,13 +149,13 @@ def inside():
     assert found == ours | {"typing", "torch.nn", "numpy", "lerobot"}
 
 
-def test_no_imports_go_in_a_circle() -> None:
+def test_imports_form_no_cycle() -> None:
     assert len(IMPORTS) > 100
     graph = {module: names & SOURCES.keys() for module, names in IMPORTS.items()}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
-        pytest.fail("a circle of imports: " + " -> ".join(reversed(error.args[1])))
+        pytest.fail("a cycle of imports: " + " -> ".join(reversed(error.args[1])))
 
 
 def test_imports_point_one_way() -> None:
@@ -168,7 +168,7 @@ def test_imports_point_one_way() -> None:
     assert not up
 
 
-def test_ray_and_lerobot_are_imported_in_their_rooms_alone() -> None:
+def test_ray_and_lerobot_are_imported_only_in_their_packages() -> None:
     for module, names in IMPORTS.items():
         packages = {name.partition(".")[0] for name in names}
         assert "ray" not in packages or module.startswith("craft_pipelines."), module
@@ -176,7 +176,7 @@ def test_ray_and_lerobot_are_imported_in_their_rooms_alone() -> None:
 
 
 def test_no_test_imports_another_test_file() -> None:
-    """What several share is in tests/support."""
+    """Helpers that several test files share are in tests/support."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     assert len(files) > 50
     assert not [path for path in files if re.search(r"^\s*(from|import) tests\.\S*\btest_", path.read_text(), re.M)]

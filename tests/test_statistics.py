@@ -18,12 +18,12 @@ T_95 = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 10: 1.833, 31: 1.697}
 @pytest.mark.parametrize(
     ("freedom", "t"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (30, 2.0423), (101, 1.9837)]
 )
-def test_quantile_is_that_of_printed_tables(freedom: int, t: float) -> None:
+def test_quantiles_equal_those_of_printed_tables(freedom: int, t: float) -> None:
     assert t_quantile(freedom, 0.95) == pytest.approx(t, abs=5e-5)
 
 
 @pytest.mark.parametrize("level", [0.1, 0.5, 0.8, 0.95, 0.99, 0.9999])
-def test_quantiles_are_those_of_scipy(level: float) -> None:
+def test_quantiles_equal_those_of_scipy(level: float) -> None:
     for freedom in (*range(1, 12), 30, 31, 999, 1000):
         assert t_quantile(freedom, level) == pytest.approx(stats.t.ppf((1 + level) / 2, freedom), rel=1e-9), freedom
 

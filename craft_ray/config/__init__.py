@@ -1,4 +1,4 @@
-"""The experiment as frozen models, read and validated once, at the edge. Neither torch nor ray is imported here."""
+"""The experiment as frozen models, read and validated once, on entry. Neither torch nor ray is imported here."""
 
 from craft_ray.config.comparison import CompareConfig
 from craft_ray.config.data import (

@@ -12,17 +12,17 @@ from craft_ray.config.types import ARMS, MOST_VARIANTS, Section, VariantName, di
 
 
 class CompareConfig(Section):
-    """The three arms and variants of them on one cache, over seeds."""
+    """The three arms, and variants of them, on one cache, over seeds."""
 
     arms: Annotated[tuple[str, ...] | None, AfterValidator(distinct)] = None
     """Which of `baseline`, `token_ce`, `hidden` and the variants run. Default: all."""
     seeds: Annotated[tuple[int, ...], AfterValidator(distinct)] = (0, 1, 2)
     parallel: int | None = Field(None, ge=1)
-    """Runs at once, each with a model of its own in memory. Default: as many as the cluster holds."""
+    """Concurrent runs, each with its own model in memory. Default: as many as the cluster has room for."""
     token_ce: dict[str, Any] = {}
-    """`craft` settings of the token_ce arm where they differ, e.g. `{epsilon_start: 0.1}`: nats, not squares."""
+    """`craft` settings in which the token_ce arm differs, e.g. `{epsilon_start: 0.1}`: nats, not squares."""
     variants: Annotated[dict[VariantName, dict[str, Any]], Field(max_length=MOST_VARIANTS)] = {}
-    """Further constrained arms by name, each with the `craft` settings in which it differs from the config, e.g.
+    """Additional constrained arms by name, each with the `craft` settings in which it differs from the config, e.g.
     `{hidden_prefix: {retention_mode: hidden, positions: [vision_mean, text_last]}}`."""
 
     @property

@@ -1,4 +1,4 @@
-"""Where samples are read from: one model for each kind of source."""
+"""Data sources: one model for each kind."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ ENDINGS = {
     ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text",
     ".rst": "text",
 }  # fmt: skip
-"""Formats by the ending of a file."""
+"""Formats by file extension."""
 
 
 class Columns(Section):
     """Names of the columns of a data source. A column that is not named is not read."""
 
     id: str | None = None
-    """Unique name of a sample; the row number where it is not named."""
+    """Unique name of a sample. Default: the row number."""
     image: str | None = None
     """A path, encoded bytes (PNG, JPEG), a `{bytes, path}` pair or an array of uint8 (height, width[, channel])."""
     prompt: str | None = "prompt"
-    """What the model is given."""
+    """The input text of the model."""
     response: str | None = None
-    """What the model shall answer. Anchors need none."""
+    """The expected answer. Anchors need none."""
     choices: str | None = None
-    """The answers among which `metric: choice` decides."""
+    """The answers that `metric: choice` compares."""
     answer_index: str | None = None
-    """Which of the choices is right, from 0; in place of a response."""
+    """Index of the right choice, from 0; replaces the response."""
 
     @model_validator(mode="after")
     def _one_answer(self) -> Self:
         if self.answer_index is not None and self.response is not None:
             raise ValueError(
-                f"response '{self.response}' and answer_index '{self.answer_index}' both say what is right: name one "
-                f"of them"
+                f"response '{self.response}' and answer_index '{self.answer_index}' both give the answer: specify "
+                f"only one"
             )
         if self.answer_index is not None and self.choices is None:
-            raise ValueError(f"answer_index '{self.answer_index}' counts choices: name their column under choices, too")
+            raise ValueError(f"answer_index '{self.answer_index}' is an index into choices: specify choices, too")
         return self
 
 
 class Data(Kind):
-    """A place that samples are read from."""
+    """A source of samples."""
 
     key: ClassVar[str] = "format"
 
     path: PathOrHubName
-    """A file, a folder or a glob pattern (local, of a shared mount, or s3://), or a hub name."""
+    """A file, a folder or a glob pattern (local, on a shared mount, or s3://), or a hub name."""
     format: str = "auto"
-    """`auto` goes by what lies at the path when it is opened: files by their ending (.jsonl/.json, .parquet,
-    .txt/.md/.py/.rst), a folder by the files in it, one with meta/info.json as a LeRobotDataset; anything else is a
-    Hugging Face dataset. A key that only one format has says which one it is, too. For a LeRobotDataset on the hub say
+    """`auto` depends on what is at the path when it is opened: the extension of a file (.jsonl/.json, .parquet,
+    .txt/.md/.py/.rst), the files in a folder, with meta/info.json a LeRobotDataset; anything else is a Hugging Face
+    dataset. A key that only one format has also selects that format. For a LeRobotDataset on the hub set
     `lerobot`."""
     limit: int | None = Field(None, ge=1)
     """Read only the first rows."""
@@ -72,16 +72,16 @@ class TableData(Data):
 
 
 class AutoData(TableData):
-    """A source whose kind is decided when it is opened, because neither the path's ending nor a key tells it."""
+    """A source whose kind is decided when it is opened, because neither the extension nor a key determines it."""
 
     tags: ClassVar[tuple[str, ...]] = ("auto",)
-    noun: ClassVar[str] = "what lies there"
+    noun: ClassVar[str] = "what is found at the path"
 
     format: Literal["auto"] = "auto"
 
 
 class JsonLinesData(TableData):
-    """Files of JSON objects, one a line, or of a list of them."""
+    """Files with one JSON object per line, or with a list of objects."""
 
     tags: ClassVar[tuple[str, ...]] = ("jsonl",)
     noun: ClassVar[str] = "JSON lines"
@@ -99,20 +99,20 @@ class ParquetData(TableData):
 
 
 class HuggingFaceData(TableData):
-    """What Hugging Face datasets loads: a dataset of the hub, or one that was saved to a disk."""
+    """A dataset that Hugging Face datasets loads, from the hub or from a disk."""
 
     tags: ClassVar[tuple[str, ...]] = ("dataset",)
     noun: ClassVar[str] = "a Hugging Face dataset"
 
     format: Literal["auto", "dataset"] = "auto"
     split: str = "train"
-    """Which of its splits is read."""
+    """The split that is read."""
     revision: str | None = None
     """Commit or tag on the hub."""
 
 
 class TextData(TableData):
-    """Plain text files, cut into chunks. They have the one column `text`."""
+    """Plain text files, cut into chunks. They have a single column, `text`."""
 
     tags: ClassVar[tuple[str, ...]] = ("text",)
     noun: ClassVar[str] = "plain text"
@@ -132,11 +132,11 @@ class LeRobotData(Data):
     revision: str | None = None
     """Commit or tag on the hub."""
     episodes: Episodes = None
-    """Which episodes are read: numbers, or ranges such as `0-39`. Default: all."""
+    """Episodes that are read: numbers, or ranges such as `0-39`. Default: all."""
     stride: int = Field(1, ge=1)
     """Take every N-th frame."""
     rename: dict[str, str] = {}
-    """Names of the data set's features to the policy's, e.g. `{observation.images.top:
+    """Maps the data set's feature names to the policy's, e.g. `{observation.images.top:
     observation.images.base_0_rgb}`."""
 
 
@@ -151,7 +151,7 @@ KINDS: dict[str, type[Data]] = {
 
 
 def _format(value: Any) -> str:
-    """Of a section: the one that it names; else the one of the path's ending; else the one whose keys it has."""
+    """The format of a section: the one it names; else that of the path's extension; else the one whose keys it has."""
     if isinstance(value, Data):
         return value.tags[0]
     if not isinstance(value, Mapping):
@@ -187,10 +187,10 @@ DataConfig = Annotated[
 
 
 def as_format(config: DataConfig, found: str, key: str) -> DataConfig:
-    """A section whose format is `auto` as one of the format that was found at its path.
+    """Convert a section whose format is `auto` to the format that was found at its path.
 
     Args:
-        key: the section's place in the configuration, for errors (`task`, `anchors.source`).
+        key: the section's key in the configuration, for errors (`task`, `anchors.source`).
 
     Raises:
         ConfigError: the section has a key that this format does not have.

@@ -1,4 +1,4 @@
-"""How a skill is scored, and on what."""
+"""How a skill is scored, and on which data."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class RolloutConfig(Section):
     task: str
     """The simulator's name of the task, e.g. drawer-close-v3."""
     prompt: str | None = None
-    """What the policy is told to do: the words of its data set. Default: the simulator's own."""
+    """The instruction to the policy, as its data set words it. Default: the simulator's own."""
     episodes: int = Field(20, ge=1)
     seed: int = Field(0, ge=0)
-    """Initial condition of the first episode; the others follow. Choose settings on other seeds than are reported."""
+    """Initial condition of the first episode; the others follow. Choose settings on seeds that are not reported."""
     max_steps: int | None = Field(None, ge=1)
-    """Actions after which an episode has failed. Default: what the simulator's own limit comes to."""
+    """Actions after which an episode has failed. Default: equivalent to the simulator's own limit."""
     execute: int | None = Field(None, ge=1)
-    """Actions of a chunk that are carried out before the policy looks again. Default: the policy's n_action_steps."""
+    """Actions of a chunk that are executed before the next observation. Default: the policy's n_action_steps."""
     action_repeat: int = Field(1, ge=1)
-    """Times that the simulator repeats an action. It has to be what the demonstrations were recorded with."""
+    """How often the simulator repeats an action. It must be what the demonstrations were recorded with."""
     rename: dict[str, str] = {}
-    """Names of the simulator's observations to the policy's."""
+    """Maps the simulator's observation names to the policy's."""
     films: int = Field(3, ge=0)
-    """Episodes of which a film strip is kept."""
+    """Number of episodes for which a film strip is kept."""
 
 
 class ScoredSet(Kind):
@@ -42,11 +42,11 @@ class ScoredSet(Kind):
     key: ClassVar[str] = "metric"
 
     metric: str
-    """exact_match: greedy answer equals the response; choice: the response is the likeliest of the choices;
-    perplexity: of the response, per token (lower is better); success: the part of `rollout`'s episodes that a policy
-    ends with success."""
+    """exact_match: the greedy answer equals the response; choice: the response is the likeliest of the choices;
+    perplexity: of the response, per token (lower is better); success: the fraction of `rollout`'s episodes in which
+    the policy succeeds."""
     batch_size: int = Field(64, ge=1)
-    """Samples of one forward pass; of rollouts, episodes that go on side by side."""
+    """Samples in one forward pass; for rollouts, episodes that run in parallel."""
 
 
 class SampleEvalSet(ScoredSet):
@@ -58,11 +58,11 @@ class SampleEvalSet(ScoredSet):
     metric: Literal["exact_match", "choice", "perplexity"] = "exact_match"
     data: DataConfig
     max_new_tokens: int = Field(16, ge=1)
-    """Longest answer that is generated for exact_match."""
+    """Longest generated answer for exact_match."""
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The settings that a score depends on, beside model and data. Kept scores of teachers go by it."""
+        """The settings that a score depends on, besides model and data. Stored scores of teachers are found by it."""
         return {"metric": self.metric, "max_new_tokens": self.max_new_tokens}
 
 
@@ -77,8 +77,8 @@ class RolloutEvalSet(ScoredSet):
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The settings that a score depends on, beside model and rollout. Kept scores of teachers go by it; the second
-        one dates from when rollouts had it, too."""
+        """The settings that a score depends on, besides model and rollout. Stored scores of teachers are found by it;
+        the second key dates from when rollouts had it, too."""
         return {"metric": self.metric, "max_new_tokens": 16}
 
 
@@ -86,7 +86,7 @@ EVAL_SETS: tuple[type[ScoredSet], ...] = (SampleEvalSet, RolloutEvalSet)
 
 
 def _with_metric(value: Any) -> Any:
-    """A section with its metric, and without what another metric would go with."""
+    """A section with its metric, and without unused keys of other metrics."""
     if not isinstance(value, Mapping):
         return value
     tree = {"metric": "exact_match", **value}
@@ -98,17 +98,17 @@ EvalSet = Annotated[SampleEvalSet | RolloutEvalSet, Discriminator("metric"), Bef
 
 
 class EvaluationConfig(Section):
-    """Held-out data of the skill to keep and of the skill to learn."""
+    """Held-out data of the skill to retain and of the skill to learn."""
 
     old: EvalSet | None = None
     new: EvalSet | None = None
 
 
 class ValidationConfig(Section):
-    """Held-out data that settings are chosen on, looked at while a run trains. What a sweep is judged by; keep it apart
-    from `evaluation`, or the reported scores flatter."""
+    """Held-out data for choosing settings, scored while a run trains. Sweeps are judged by it; keep it separate from
+    `evaluation`, or the reported scores are too optimistic."""
 
     old: EvalSet | None = None
     new: EvalSet | None = None
     every: int = Field(0, ge=0)
-    """Steps between looks; 0 looks once, after the last step. Looking changes nothing in the training."""
+    """Steps between validations; 0 validates once, after the last step. Validation does not affect the training."""

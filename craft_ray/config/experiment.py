@@ -1,4 +1,4 @@
-"""A whole experiment, and how a tree of values becomes one."""
+"""A whole experiment, and how it is made from a tree of values."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Experiment(Section):
     """One experiment: everything that decides its numbers, and where it runs."""
 
     name: str = Field("run", pattern=r"^[\w.-]+$")
-    """Part of the names of run directories: letters, digits, `_`, `-` and `.`."""
+    """Part of the run directories' names: letters, digits, `_`, `-` and `.`."""
     variant: VariantName | None = None
-    """What this run's arm is called where it is a variant of a comparison; `craft-ray compare` sets it."""
+    """Name of this run's arm if it is a variant of a comparison; `craft-ray compare` sets it."""
     seed: int = Field(0, ge=0)
     output_dir: FolderPath = Field("runs", validate_default=True)
-    """Folder that run directories are made in: local, of a shared mount, or s3://."""
+    """Folder in which run directories are created: local, on a shared mount, or s3://."""
     model: ModelConfig
     task: DataConfig
     """Training data of the new skill."""
@@ -49,7 +49,7 @@ class Experiment(Section):
 
     @property
     def arm(self) -> str:
-        """What runs are compared by: `baseline`, or the name of the variant, or the retention mode."""
+        """The arm of the comparison: `baseline`, or the name of the variant, or the retention mode."""
         return (self.variant or self.craft.retention_mode) if self.craft.enabled else "baseline"
 
     @model_validator(mode="after")
@@ -63,7 +63,7 @@ class Experiment(Section):
         return self
 
     def _check_batches(self) -> None:
-        """A global batch is the same for any number of workers that a run may have, so it divides over each."""
+        """Check that a global batch divides over every number of workers that a run may have."""
         workers, accumulate = self.workers, self.train.accumulate
         batches = {"train.batch_size": self.train.batch_size}
         if self.craft.enabled:
@@ -77,7 +77,7 @@ class Experiment(Section):
                     )
 
     def _check_arms(self) -> None:
-        """Arms that are chosen exist, and the settings of each make one."""
+        """Check that the chosen arms exist and that the settings of each are valid."""
         known = (*ARMS, *self.compare.variants)
         for arm in self.compare.chosen:
             if arm not in known:
@@ -106,10 +106,10 @@ class Experiment(Section):
 
 
 def parse_config(tree: dict[str, Any], where: str, base: Path | None = None) -> Experiment:
-    """A mapping as an experiment, every mistake in one line that names `where` and the key.
+    """Validate a mapping as an experiment; all mistakes are in one line that names `where` and the key.
 
     Args:
-        base: the folder that relative paths start from; the working directory where it is None.
+        base: the folder that relative paths start from; None means the working directory.
     """
     try:
         return Experiment.model_validate(tree, context={"base": base or Path.cwd()})

@@ -1,4 +1,4 @@
-"""Sections of several kinds: unions of models, so that a key of another kind is refused by its type."""
+"""Sections of several kinds: unions of models, so that the type refuses a key of another kind."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Kind(Section):
     """One kind of a section."""
 
     key: ClassVar[str]
-    """The field that says which kind a section is."""
+    """The field that selects the kind of a section."""
     tags: ClassVar[tuple[str, ...]]
-    """What that field says for this kind."""
+    """The values of that field for this kind."""
     noun: ClassVar[str]
-    """What the kind is called in a message."""
+    """The name of the kind in a message."""
 
     @classmethod
     def described(cls) -> str:
@@ -26,8 +26,8 @@ class Kind(Section):
 
 
 def without_unused(tree: Mapping[str, Any], own: type[Kind], kinds: Sequence[type[Kind]]) -> dict[str, Any]:
-    """A section without the keys of other kinds that are null or at their defaults. Every config was written with all
-    keys of all kinds while the kinds were one section."""
+    """A section without keys of other kinds that are null or at their defaults. Configs from the time when the kinds
+    were one section have all keys of all kinds."""
     return {key: value for key, value in tree.items() if key in own.model_fields or not _unused(key, value, kinds)}
 
 

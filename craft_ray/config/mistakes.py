@@ -1,4 +1,4 @@
-"""A mistake in a config as one line."""
+"""Describes a mistake in a config in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def explain(error: Any, schema: Any, at: str = "") -> str:
 
     Args:
         schema: the type that was validated: a section, or a union of kinds of one.
-        at: the key that it stands at.
+        at: the key of the validated value.
     """
     location = [str(part) for part in error["loc"] if part != "[key]"]
     parents, kinds, own = _walk(location[:-1], schema, at)
@@ -34,7 +34,7 @@ def explain(error: Any, schema: Any, at: str = "") -> str:
 
 
 def _unknown(name: str, section: str, kinds: Sequence[Any], own: Any) -> str:
-    """What is wrong with a key that its section does not have."""
+    """Explain a key that its section does not have."""
     prefix = f"{section}." if section else ""
     owners = [kind.described() for kind in kinds if name in kind.model_fields]
     if owners:
@@ -50,8 +50,8 @@ def _unknown(name: str, section: str, kinds: Sequence[Any], own: Any) -> str:
 
 
 def _walk(location: Sequence[str], schema: Any, at: str) -> tuple[list[str], list[Any], Any]:
-    """The keys of a location, in which pydantic names the kind of a section, too; the kinds that the section there may
-    be of; and the one that it is, as far as that is told."""
+    """The keys of a location (pydantic's location also contains the kinds of sections); the possible kinds of the
+    section there; and its kind, if it is known."""
     keys, kinds = [at] if at else [], list(sections(schema))
     own = kinds[0] if len(kinds) == 1 else None
     for part in location:

@@ -17,24 +17,24 @@ class ModelConfig(Section):
     """`vision_language` loads AutoModelForImageTextToText, `causal_lm` loads AutoModelForCausalLM, `lerobot` a policy
     of LeRobot with its processors (docs/lerobot.md; needs the extra `lerobot`)."""
     path: PathOrHubName
-    """A folder (local, of a shared mount, or s3://) or a hub name."""
+    """A folder (local, on a shared mount, or s3://) or a hub name."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights. Keep float32 for training; `train.precision` chooses the type of the arithmetic."""
+    """Type of the weights. Keep float32 for training; `train.precision` sets the type of the arithmetic."""
     max_length: int = Field(512, ge=2)
-    """Longest sequence in tokens, images and suffix included. A longer sample is an error, never a cut. A policy of
-    LeRobot has limits of its own (`tokenizer_max_length`, `max_action_tokens`), which are kept to as strictly."""
+    """Longest sequence in tokens, including images and suffix. A longer sample is an error, it is never truncated. A
+    policy of LeRobot has its own limits (`tokenizer_max_length`, `max_action_tokens`), equally strict."""
     chat_template: bool = False
     """Format prompts with the model's own chat template."""
     append_eos: bool = True
     """Whether a response ends with the end-of-sequence token. Off for running text."""
     disable_dropout: bool = True
-    """Anchors compare student and teacher; dropout would be counted as forgetting."""
+    """Turn dropout off. Anchors compare student and teacher; dropout would count as forgetting."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     merge_statistics: tuple[PathOrHubName, ...] = ()
     """LeRobotDatasets (folders or hub names) whose statistics widen those of a policy's normaliser. By default the
-    teacher's own stay as they are, whatever the new data are."""
+    teacher's own statistics stay unchanged, whatever the new data are."""

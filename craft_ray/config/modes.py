@@ -1,4 +1,4 @@
-"""What is known of a retention mode before anything is computed: what the teacher stores for it, and its units."""
+"""What is known about a retention mode before anything is computed: what the teacher stores for it, and its units."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Stored = Literal["vectors", "suffix"]
-"""`vectors`: hidden states at the anchored layers and positions. `suffix`: the tokens behind the prompt."""
+"""`vectors`: hidden states at the anchored layers and positions. `suffix`: the tokens after the prompt."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What a retention loss, and so its budget epsilon, is counted in."""
+    """The unit of a retention loss, and therefore of its budget epsilon."""
 
     name: str
     words: str
     default_budget: float | None = None
-    """None: no number fits every teacher, so a config has to name one."""
+    """None: no number fits every teacher, so a config has to specify one."""
 
 
 @dataclass(frozen=True)
 class ModeFacts:
-    """One retention mode."""
+    """The facts about one retention mode."""
 
     stores: frozenset[Stored]
     units: Mapping[str, Unit]
-    """By `craft.loss_type`, or under the one key "" where the mode has one loss."""
+    """By `craft.loss_type`, or under the single key "" where the mode has one loss."""
 
     def unit(self, loss_type: str) -> Unit:
         return self.units.get("") or self.units[loss_type]

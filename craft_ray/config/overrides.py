@@ -1,4 +1,4 @@
-"""Values by dotted key, as they are written on a command line."""
+"""Overrides: values by dotted key, as on a command line."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from craft_ray.errors import ConfigError
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`key=value` texts as values by dotted key.
+    """Parse `key=value` texts to values by dotted key.
 
     Raises:
-        ConfigError: one has no key, or its value is no YAML.
+        ConfigError: an override has no key, or its value is not valid YAML.
     """
     changes = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"'{override}' is no override: write key=value, e.g. craft.lambda_lr=0.05")
+            raise ConfigError(f"'{override}' is not an override: write key=value, e.g. craft.lambda_lr=0.05")
         try:
             changes[key] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ConfigError(f"the value of '{override}' is no YAML") from None
+            raise ConfigError(f"the value of '{override}' is not valid YAML") from None
     return changes
 
 
@@ -51,5 +51,5 @@ def _set_value(tree: dict[str, Any], key: str, value: Any) -> None:
             tree[parent] = {}
         tree = tree[parent]
         if not isinstance(tree, dict):
-            raise ConfigError(f"{key}: {parent} is no section")
+            raise ConfigError(f"{key}: {parent} is not a section")
     tree[leaf] = value

@@ -1,4 +1,4 @@
-"""What is kept of the old skill: the anchors, and the constraint on forgetting."""
+"""Retention of the old skill: the anchors, and the constraint on forgetting."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from craft_ray.config.types import Fraction, Layers, Positions, RetentionMode, S
 
 
 class AnchorsConfig(Section):
-    """What the teacher is run over, and what of it is kept."""
+    """The samples that the teacher is run on, and which of its outputs are stored."""
 
     source: DataConfig
     modes: Annotated[tuple[RetentionMode, ...], AfterValidator(distinct)] = ("hidden", "token_ce")
     """`hidden` stores hidden states, `token_ce` the teacher's own greedily generated suffix tokens."""
     positions: Positions = None
-    """Token positions whose hidden states are kept. Default: `suffix` for vision-language models, `all` for
-    language models, which measured best (docs/anchors.md)."""
+    """Token positions whose hidden states are stored. Default: `suffix` for vision-language models, `all` for
+    language models, which performed best (docs/anchors.md)."""
     layers: Annotated[tuple[int, ...], AfterValidator(distinct)] = (-2, -1)
     """Indices into the hidden states: 0 is the embeddings, k the output of block k, the last one after the final
-    norm. Negative ones count from the end."""
+    norm. Negative indices count from the end."""
     dtype: Literal["float16", "float32"] = "float16"
     """Storage type. float16 refuses values that overflow."""
     max_new_tokens: int = Field(16, ge=1)
     """Longest suffix that the teacher generates."""
     suffix_from: Literal["teacher", "response"] = "teacher"
-    """Suffix tokens are the teacher's own, or the data's responses."""
+    """Whether the suffix tokens are the teacher's own or the data's responses."""
     batch_size: int = Field(32, ge=1)
-    """Samples in one forward pass of the teacher, where samples are padded."""
+    """Samples in one forward pass of the teacher, if samples are padded."""
     pack_tokens: int | None = Field(None, ge=0)
-    """Tokens of one forward pass in which prompts of a language model stand end to end, without padding; 0 pads.
-    Default: 2048 for a model that can be packed. The numbers are the same."""
+    """Tokens of one forward pass in which prompts of a language model are packed end to end, without padding; 0 pads.
+    Default: 2048 for a model that supports packing. The stored numbers are the same."""
     rows_per_shard: int = Field(1024, ge=1)
-    """Rows of a shard: the unit of work, and of what is redone after an interruption."""
+    """Rows of a shard, the unit of work and of what is repeated after an interruption."""
     actors: int = Field(1, ge=1)
-    """Teachers that run at once."""
+    """Teachers that run in parallel."""
     cpus_per_actor: float = Field(1.0, ge=0)
     gpus_per_actor: float = Field(0.0, ge=0)
-    """Graphics processors of one teacher; a fraction shares one."""
+    """GPUs of one teacher; a fraction shares one."""
     threads_per_actor: int = Field(1, ge=1)
 
 
@@ -50,35 +50,35 @@ class CraftConfig(Section):
     """The method: minimise L_task subject to L_ret <= epsilon."""
 
     enabled: bool = True
-    """Off is the baseline arm: plain fine-tuning."""
+    """False is the baseline arm: plain fine-tuning."""
     anchor_cache_dir: FolderPath | None = None
-    """Folder that `craft-ray anchors build` wrote: local, of a shared mount, or s3://."""
+    """Folder that `craft-ray anchors build` wrote: local, on a shared mount, or s3://."""
     anchor_batch_size: int = Field(32, ge=1)
     """Anchors in one retention step, over all workers."""
     anchor_holdout: Fraction = 0.2
-    """Part of the anchors that training never sees; feasibility is judged on it."""
+    """Fraction of the anchors that training never sees; feasibility is judged on it."""
     retention_freq: int = Field(1, ge=1)
-    """K: the retention gradient is taken every K-th step (docs/method.md)."""
+    """K: the retention gradient is computed every K-th step (docs/method.md)."""
     retention_mode: RetentionMode = "hidden"
     loss_type: Literal["relative_mse", "mse", "cosine", "l1"] = "relative_mse"
     """Distance of hidden states. `relative_mse` divides by the teacher's mean square, so that epsilon is relative."""
     positions: Positions = None
-    """Which of the cache's positions to anchor. Default: `anchors.positions`, or all that the cache holds where the
-    config names none."""
+    """Which of the cache's positions to anchor. Default: `anchors.positions`, or all positions of the cache if the
+    config specifies none."""
     layers: Layers = None
-    """Which of the cache's layers to anchor. Default: `anchors.layers`, or all that the cache holds where the config
-    has no section anchors."""
+    """Which of the cache's layers to anchor. Default: `anchors.layers`, or all layers of the cache if the config has
+    no section anchors."""
 
     initial_lambda: float = Field(1.0, ge=0)
     lambda_lr: float = Field(0.1, ge=0)
-    """Step of dual ascent on the violation."""
+    """Step size of dual ascent on the violation."""
     lambda_max: float = Field(10.0, gt=0)
     lambda_kp: float = Field(0.0, ge=0)
-    """Proportional gain beside the integral `lambda_lr` (a PI controller); 0 is plain dual ascent."""
+    """Proportional gain in addition to the integral gain `lambda_lr` (a PI controller); 0 is plain dual ascent."""
     violation: Literal["relative", "absolute"] = "relative"
     """`relative`: mean L_ret / epsilon - 1; `absolute`: mean L_ret - epsilon."""
     violation_clip: float | None = Field(1.0, gt=0)
-    """Bound on the size of one violation, so that lambda moves at a bounded rate. None: unbounded."""
+    """Bound on the size of one violation, so that lambda changes at a bounded rate. None: unbounded."""
     retention_ema: Fraction = 0.9
     """Decay of the running mean of L_ret that the multiplier follows; 0 follows the last value."""
 
@@ -90,18 +90,18 @@ class CraftConfig(Section):
     """What the budget is counted in. Filled in from `retention_mode` and `loss_type`, so that a saved budget is refused
     where they change and the number does not."""
     epsilon_end: float | None = Field(None, gt=0)
-    """The budget at the end of the schedule, which is the one that is certified. Default: epsilon_start."""
+    """The budget at the end of the schedule, which is certified. Default: epsilon_start."""
     epsilon_decay_steps: int = Field(0, ge=0)
-    """Steps until epsilon_end is reached; 0 is the whole run."""
+    """Steps until epsilon_end is reached; 0 means the whole run."""
 
     use_grad_projection: bool = True
-    """Remove from the task gradient what opposes the retention gradient, when they conflict."""
+    """When the gradients conflict, remove from the task gradient the part that opposes the retention gradient."""
     conflict_threshold: float = Field(-0.1, ge=-1, le=1)
     """Cosine below which the gradients conflict."""
     projection_gate: Literal["always", "violated"] = "violated"
     """`violated` projects only while the mean of L_ret is over the budget (docs/method.md)."""
     projection_mode: Literal["weighted", "equal", "task_priority"] = "weighted"
-    """How gradients merge: g_t + lambda g_r | (g_t + g_r)/2 | g_t + min(lambda, 1) g_r."""
+    """How the gradients are merged: g_t + lambda g_r | (g_t + g_r)/2 | g_t + min(lambda, 1) g_r."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""How the optimisation runs, and in which processes."""
+"""The optimisation, and the processes that it runs in."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class TrainConfig(Section):
 
     steps: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)
-    """Samples of one step, over all workers and micro-batches."""
+    """Samples in one step, over all workers and micro-batches."""
     accumulate: int = Field(1, ge=1)
-    """Micro-batches whose gradients make one step."""
+    """Micro-batches whose gradients are accumulated for one step."""
     learning_rate: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the learning rate after the warm-up; linear and cosine end at zero."""
@@ -24,33 +24,33 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     max_grad_norm: float | None = Field(1.0, gt=0)
-    """Norm that the merged gradient is clipped to; None clips nothing."""
+    """Norm to which the merged gradient is clipped; None: no clipping."""
     precision: Precision = "fp32"
     """Arithmetic of the forward passes; bf16 is autocast, weights and losses stay in float32."""
     log_every: int = Field(1, ge=1)
-    """Steps between lines of the log. Losses are looked at this often, and a non-finite one stops the run."""
+    """Steps between log lines. Losses are checked this often, and a non-finite one stops the run."""
     checkpoint_every: int = Field(0, ge=0)
-    """Steps between checkpoints; 0 writes one at the end."""
+    """Steps between checkpoints; 0 writes one at the end only."""
     keep_checkpoints: int = Field(2, ge=0)
-    """Latest checkpoints that stay on disk; 0 saves none, not even at the end."""
+    """Number of latest checkpoints that are kept; 0 saves none, not even at the end."""
     prefetch: int = Field(2, ge=1)
-    """Batches that are made ready ahead of the step."""
+    """Batches that are prepared ahead of the step."""
 
 
 class WorkersConfig(Section):
     """Processes of a run."""
 
     num_workers: Annotated[int | tuple[int, int], BeforeValidator(workers)] = 1
-    """Workers of Ray Train; 0 trains in this process, without a cluster. Two numbers, e.g. `[1, 2]`, are the least and
-    the most: training goes on with what is left where a node is lost, and grows again (docs/faults.md)."""
+    """Workers of Ray Train; 0 trains in this process, without a cluster. Two numbers, e.g. `[1, 2]`, are a minimum and
+    a maximum: training continues with the remaining workers if a node is lost, and grows again (docs/faults.md)."""
     use_gpu: bool = False
     cpus_per_worker: float = Field(1.0, gt=0)
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Further resources of Ray that a worker takes; with `use_gpu` a part of a GPU, e.g. `{GPU: 0.5}`."""
+    """Additional Ray resources of a worker; with `use_gpu` also a fraction of a GPU, e.g. `{GPU: 0.5}`."""
     threads: int = Field(1, ge=1)
-    """Threads of torch in each worker, where it computes on processors."""
+    """Torch threads of each worker if it computes on CPUs."""
     max_failures: int = Field(2, ge=0)
-    """Times that workers are started again because one was lost; the run goes on from its last checkpoint."""
+    """How often the workers are restarted because one was lost; the run resumes from its last checkpoint."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -59,20 +59,20 @@ class WorkersConfig(Section):
             return self
         if not self.use_gpu:
             raise ValueError(
-                f"resources_per_worker takes {gpus:g} GPU, which use_gpu=false would leave idle: set use_gpu"
+                f"resources_per_worker takes {gpus:g} GPU, which use_gpu=false would leave idle: set use_gpu=true"
             )
         if gpus == 0 or (gpus > 1 and not gpus.is_integer()):
-            raise ValueError(f"resources_per_worker takes {gpus:g} GPU: name a part of one, or whole ones")
+            raise ValueError(f"resources_per_worker takes {gpus:g} GPU: specify a fraction of one, or a whole number")
         return self
 
     @property
     def least(self) -> int:
-        """Workers that a run needs."""
+        """The minimum number of workers of a run."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def most(self) -> int:
-        """Workers that a run takes where the cluster has room."""
+        """The number of workers of a run if the cluster has room."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property

@@ -1,4 +1,4 @@
-"""The types that fields are annotated with, and what every section of a config is."""
+"""The types of fields, and the base class of every section of a config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 RetentionMode = Literal["hidden", "token_ce"]
 ARMS = ("baseline", "token_ce", "hidden")
 MOST_VARIANTS = 4
-"""What a report can still tell apart by colours."""
+"""As many as a report can distinguish by colour."""
 Precision = Literal["fp32", "bf16"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -21,13 +21,13 @@ POSITIONS = ("vision_mean", "text_last", "masked_mean", "first_token", "last_tok
 def _position(name: str) -> str:
     if (name in POSITIONS and name != "every_N") or re.fullmatch(r"every_[1-9]\d*", name):
         return name
-    raise ValueError(f"'{name}' is no anchor position; the positions are {', '.join(POSITIONS)} (N a number)")
+    raise ValueError(f"'{name}' is not an anchor position; the positions are {', '.join(POSITIONS)} (N a number)")
 
 
 def _bound(text: Any) -> Any:
     if isinstance(text, str) and BOUND.fullmatch(text):
         return text
-    raise ValueError(f"'{text}' is no bound: write '>= 0.95' or '<= 0.05'")
+    raise ValueError(f"'{text}' is not a bound: write '>= 0.95' or '<= 0.05'")
 
 
 def _episodes(value: Any) -> Any:
@@ -36,37 +36,39 @@ def _episodes(value: Any) -> Any:
     for item in value if isinstance(value, list | tuple) else [value]:
         part = re.fullmatch(r"(\d+)-(\d+)", item) if isinstance(item, str) else None
         if isinstance(item, str) and (part is None or int(part[1]) > int(part[2])):
-            raise ValueError(f"'{item}' is no range of episodes: write the first and the last, e.g. 0-39")
+            raise ValueError(f"'{item}' is not a range of episodes: write the first and the last, e.g. 0-39")
         numbers += [item] if part is None else range(int(part[1]), int(part[2]) + 1)
     return numbers
 
 
 def distinct(items: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     if items is not None and (not items or len(set(items)) != len(items)):
-        raise ValueError(f"{list(items)} must name each entry once, and at least one")
+        raise ValueError(f"{list(items)} must have at least one entry, and each entry only once")
     return items
 
 
 def workers(value: Any) -> Any:
-    """A number of workers, or the least and the most."""
+    """A number of workers, or the minimum and the maximum."""
     pair = value if isinstance(value, list | tuple) else (value, value)
     if not all(type(number) is int for number in pair) or len(pair) != 2:
-        raise ValueError(f"{value!r} is no number of workers: write e.g. 2, or [1, 2] for the least and the most")
+        raise ValueError(f"{value!r} is not a number of workers: write e.g. 2, or [1, 2] for a minimum and a maximum")
     least, most = pair
     if pair is value and not 1 <= least <= most:
         raise ValueError(
-            f"[{least}, {most}] is no range of workers: write the least, from 1, and the most, e.g. [1, 2]"
+            f"[{least}, {most}] is not a range of workers: write a minimum, from 1, and a maximum, e.g. [1, 2]"
         )
     if least < 0:
-        raise ValueError(f"{value} is no number of workers: write 0 to train in this process, or 1 and more")
+        raise ValueError(f"{value} is not a number of workers: write 0 to train in this process, or 1 or more")
     return value
 
 
 def _variant(name: str) -> str:
     if name in ARMS:
-        raise ValueError(f"'{name}' is an arm: a variant needs another name")
+        raise ValueError(f"'{name}' is the name of an arm: choose another name for the variant")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"'{name}' is no name of a variant: write small letters, digits and _, a letter first")
+        raise ValueError(
+            f"'{name}' is not a variant name: use lower-case letters, digits and _, starting with a letter"
+        )
     return name
 
 

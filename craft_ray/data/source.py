@@ -31,7 +31,7 @@ from craft_ray.data.text import read_text
 from craft_ray.errors import ConfigError, DataError, first_line
 from craft_ray.extras import require_lerobot
 from craft_ray.storage.files import checksum
-from craft_ray.storage.node_cache import at_hand
+from craft_ray.storage.node_cache import local_copy
 from craft_ray.storage.paths import ObjectPath, StoragePath, is_object
 
 
@@ -79,7 +79,7 @@ def open_source(config: DataConfig, key: str) -> Source:
         ConfigError: there is nothing, it has another format, or a named column is missing.
         DataError: it holds no row.
     """
-    named, config = config.path, config.model_copy(update={"path": at_hand(config.path, f"{key}.path")})
+    named, config = config.path, config.model_copy(update={"path": local_copy(config.path, f"{key}.path")})
     if config.format == "auto":
         otherwise = "dataset" if isinstance(config, AutoData) else config.tags[0]
         config = as_format(config, format_at(config.path) or otherwise, key)

@@ -30,11 +30,11 @@ def load_model(
 
     with uncollected():
         from craft_ray.models.huggingface import CausalLM, VisionLanguageModel
-    from craft_ray.storage.node_cache import at_hand
+    from craft_ray.storage.node_cache import local_copy
 
-    merged = tuple(at_hand(path, "model.merge_statistics") for path in config.merge_statistics)
-    config = config.model_copy(update={"path": at_hand(config.path, "model.path"), "merge_statistics": merged})
-    weights = None if weights is None else at_hand(weights, "a checkpoint")
+    merged = tuple(local_copy(path, "model.merge_statistics") for path in config.merge_statistics)
+    config = config.model_copy(update={"path": local_copy(config.path, "model.path"), "merge_statistics": merged})
+    weights = None if weights is None else local_copy(weights, "a checkpoint")
     if config.kind == "lerobot":
         require_lerobot("model.kind is lerobot")
         with uncollected():

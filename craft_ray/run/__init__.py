@@ -1,1 +1,1 @@
-"""One run: load, check, train, score, certify; and what it leaves in its folder."""
+"""One run: load, check, train, score, certify; and what it writes into its folder."""

@@ -1,8 +1,8 @@
-"""Checkpoints: `step_NNNNNN/model` loads with `from_pretrained`, `step_NNNNNN/training_state` goes on bit for bit.
+"""Checkpoints: `step_NNNNNN/model` loads with `from_pretrained`, `step_NNNNNN/training_state` resumes bit for bit.
 
 A checkpoint is written to a temporary folder and appears when it is complete; then `last` (craft_ray/storage/last.py)
-points to it. What is random in a step is seeded by (seed, step, rank), and the sampler is a function of (seed, step),
-so neither has a state to save.
+points to it. The random numbers of a step are seeded by (seed, step, rank), and the sampler is a function of
+(seed, step), so neither has state to save.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree, remove_t
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything but the weights that the next step depends on. Its fields are the keys of the file."""
+    """Everything that the next step depends on, except the weights. Its fields are the keys of the file."""
 
     step: int
     """Steps done."""
     optimizer: dict[str, Any]
     reached: list[bool]
-    """Which parameters have had a gradient so far."""
+    """Which parameters have received a gradient so far."""
     constraints: list[dict[str, Any]]
-    """Of each constraint that is held its `state_dict`."""
+    """The `state_dict` of each constraint that is enforced."""
 
 
 def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int) -> Path:
@@ -52,7 +52,7 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
         ) as error:  # torch and safetensors wrap the system's error
             raise StorageError(
                 f"checkpoint {target} could not be written ({first_line(error)}): free space or choose "
-                f"another output_dir, then go on with --resume; earlier checkpoints are untouched"
+                f"another output_dir, then resume with --resume; earlier checkpoints are untouched"
             ) from error
     point_last(folder, target.name)
     for old in sorted(folder.glob("step_*"), key=checkpoint_step)[:-keep]:
@@ -61,10 +61,10 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
 
 
 def adopt_checkpoint(folder: StoragePath, source: Path) -> None:
-    """Make a copy of another run's checkpoint the one that a run goes on from, and remove the run's own."""
+    """Copy another run's checkpoint into a run's folder, so that the run resumes from it, and remove the run's own."""
     target = folder / source.name
     if isinstance(folder, ObjectPath):
-        forget_last(folder)  # nobody goes on from a half-replaced one
+        forget_last(folder)  # so that no process resumes from a half-replaced checkpoint
         copy_tree(source, target)
     else:
         with new_folder(target) as temporary:
@@ -76,16 +76,16 @@ def adopt_checkpoint(folder: StoragePath, source: Path) -> None:
 
 
 def load_training_state(checkpoint: Path) -> TrainingState:
-    """What `save_checkpoint` wrote, on the host."""
+    """The state that `save_checkpoint` wrote, on the host."""
     state = torch.load(_state_file(checkpoint), map_location="cpu", weights_only=True)
-    if "dual" in state:  # of a version whose runs had one multiplier or none
+    if "dual" in state:  # written by a version whose runs had one multiplier or none
         dual, cache = state.pop("dual"), state.pop("cache")
         state["constraints"] = [] if dual is None else [{"dual": dual, "cache": cache}]
     return TrainingState(**state)
 
 
 def checkpoint_step(checkpoint: StoragePath) -> int:
-    """The steps done at a checkpoint."""
+    """The number of steps done at a checkpoint."""
     return int(checkpoint.name.removeprefix("step_"))
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was asked, what it ran on, what it measured, and what came out."""
+"""The folder of a run: its config, its environment, its metrics, and its result."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class RunFolder:
     def __init__(self, path: StoragePath, shared: StoragePath | None = None) -> None:
         """
         Args:
-            shared: where runs of one teacher find its scores; the folder around the run's where it is None.
+            shared: folder where runs of the same teacher share its scores; None means the parent of the run's folder.
         """
         self.path = path
         self.home = path
-        """Where it is kept, and other processes look. `path` is another place in a `RunMirror` alone."""
+        """Where the folder is kept and other processes read it. Only in a `RunMirror` does `path` differ from it."""
         self.shared = shared or path.parent
         self.metrics = path / "metrics.jsonl"
         self.validation = path / "validation.jsonl"
@@ -45,27 +45,27 @@ class RunFolder:
 
     @property
     def disk(self) -> Path:
-        """The folder of a run that is trained in this process, which is on a disk or a mount (`mirrored_folder`)."""
+        """The folder of a run that this process trains: it is on a disk or a mount (`mirrored_folder`)."""
         assert isinstance(self.path, Path)
         return self.path
 
     def begin(self, config: Experiment, command: Sequence[str]) -> None:
-        """Write what the run was asked and what it runs on."""
+        """Write the run's config and its environment."""
         write_atomically(self.path / "config.yaml", dump_config(config))
         write_atomically(self.path / "env.json", json.dumps(environment(command), indent=2))
 
     def config(self) -> Experiment:
         if not (self.path / "config.yaml").exists():
-            raise ConfigError(f"{self.path} is no run directory: it has no config.yaml")
+            raise ConfigError(f"{self.path} is not a run directory: it has no config.yaml")
         return parse_config(read_yaml((self.path / "config.yaml").read_text()), str(self.path / "config.yaml"))
 
     @property
     def started(self) -> bool:
-        """Whether a step was taken. A run that a mistake ended before that may be begun anew with another config."""
+        """Whether a step was taken. A run that failed before its first step may be restarted with another config."""
         return bool(self.metrics.exists() and self.metrics.stat().st_size) or self.result.exists()
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of a run that came to its end."""
+        """The result of a run that has finished; None before that."""
         return json.loads(self.result.read_text()) if self.result.exists() else None
 
     def append_metrics(self, records: Sequence[Record]) -> None:
@@ -81,7 +81,7 @@ class RunFolder:
         return read_records(self.validation)
 
     def keep_metrics_until(self, step: int) -> None:
-        """Drop the records after `step`: the run goes on from there and writes them again."""
+        """Drop the records after `step`: the run resumes from there and writes them again."""
         for path in (self.metrics, self.validation):
             kept = [record for record in read_records(path) if record["step"] <= step]
             if kept or path.exists() or path == self.metrics:
@@ -98,17 +98,17 @@ class RunFolder:
         write_atomically(self.result, json.dumps(result, indent=2))
 
     def pull(self) -> None:
-        """Have at hand what a process that goes on with the run needs. Here it is."""
+        """Fetch what a process needs to resume the run. Nothing to do here: it is in this folder."""
 
     def push(self) -> None:
-        """Let other processes see what was written. Here they do."""
+        """Let other processes see what was written. Nothing to do here: they read this folder."""
 
     def push_checkpoint(self) -> None:
-        """Let other processes see the last checkpoint, and none that was removed. Here they do."""
+        """Let other processes see the last checkpoint, and none that was removed. Nothing to do here."""
 
 
 def read_records(path: StoragePath) -> list[Record]:
-    """The complete lines of a file of JSON lines; a last one that a crash cut off is left out."""
+    """The complete lines of a JSON lines file; a last line that a crash cut off is skipped."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -116,7 +116,7 @@ def read_records(path: StoragePath) -> list[Record]:
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:
-    """Versions, commit and hardware. No environment variables but the counts of threads: they may hold secrets."""
+    """Versions, commit and hardware. Of the environment variables only thread counts: others may hold secrets."""
     return {
         "command": list(command),
         "python": platform.python_version(),
@@ -143,5 +143,5 @@ def _commit() -> str | None:
 
 
 def command_line() -> list[str]:
-    """The command that runs now, as a user would type it."""
+    """The current command, as a user would type it."""
     return ["craft-ray", *sys.argv[1:]]

@@ -1,4 +1,4 @@
-"""Scores on held-out data: the teacher's, measured once for all runs that share it, and the student's beside them."""
+"""Scores on held-out data: the teacher's, measured once for all runs that share it, and the student's."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ SECTIONS = ("validation", "evaluation")
 
 
 def eval_sets(config: Experiment, section: str) -> list[tuple[str, EvalSet]]:
-    """The skills that `validation` or `evaluation` names data for."""
+    """The skills for which `validation` or `evaluation` specifies data."""
     sets: ValidationConfig | EvaluationConfig = config.validation if section == "validation" else config.evaluation
     return [(skill, eval_set) for skill, eval_set in (("old", sets.old), ("new", sets.new)) if eval_set is not None]
 
 
 class HeldOut:
-    """The held-out data of a run, and how the teacher scored on them.
+    """The held-out data of a run, and the teacher's scores on them.
 
     Args:
-        teacher_weights: hash of the untouched student's weights; None in a resumed run, where the
-            teacher is gone.
+        teacher_weights: hash of the untouched student's weights; None in a resumed run, which no longer
+            has the teacher.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class HeldOut:
                 self._before[section, skill] = self._teacher_score(section, skill, eval_set)
 
     def validation(self) -> Record:
-        """`old/score`, `old/ratio` (to the teacher's), the same of `new`. Ratios of a teacher's zero are None."""
+        """`old/score`, `old/ratio` (to the teacher's), and the same for `new`. A ratio to a teacher's zero is None."""
         record: Record = {}
         for skill, eval_set in eval_sets(self._config, "validation"):
             before, after = self._before["validation", skill], self._student_score("validation", skill, eval_set)
@@ -96,7 +96,7 @@ class HeldOut:
         """A held-out set, opened once.
 
         Raises:
-            ConfigError: nothing is there, or the model cannot read it or act in it.
+            ConfigError: there is no data, or the model cannot read it or act in it.
         """
         if (section, skill) not in self._data:
             source = open_eval_set(eval_set, f"{section}.{skill}")
@@ -115,12 +115,14 @@ class HeldOut:
             found = next(iter(known.values()))
             if found["key"] != key:
                 raise ConfigError(
-                    f"{section}.{skill} is not what it was when the run began: its data or settings changed, and the "
-                    f"teacher can no longer be scored on them; restore them, or start the run anew"
+                    f"{section}.{skill} is not what it was when the run started: its data or settings changed, and the "
+                    f"teacher can no longer be scored on them; restore them, or start a new run"
                 )
             score = Score(**found["score"])
         elif self._teacher_weights is None:
-            raise ConfigError(f"{own} is gone, and a resumed run no longer has the teacher to score: start it anew")
+            raise ConfigError(
+                f"{own} is missing, and a resumed run has no teacher to score: restore the file, or start a new run"
+            )
         else:
             score = evaluate(data, self._workers)
         if self._main:
@@ -135,7 +137,7 @@ class HeldOut:
         return evaluate(self.data(section, skill, eval_set), self._workers)
 
     def _own_teacher_score(self, section: str, skill: str) -> Path:
-        """The score that this run began with; a run can be moved and still be resumed."""
+        """The score that this run started with; a run can be moved and still be resumed."""
         return self._folder.disk / f"teacher_{'' if section == 'evaluation' else section + '_'}{skill}.json"
 
     @property

@@ -1,4 +1,4 @@
-"""What a step tells: numbers gathered on the device, looked at every few steps, written and shown."""
+"""The metrics of a step: gathered on the device, read every few steps, written and shown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class HostSide:
-    """What the host knows of a step without asking the device."""
+    """What the host knows about a step without waiting for the device."""
 
     step: int
     lr: float
@@ -40,7 +40,7 @@ class HostSide:
 
 
 class MetricsBuffer:
-    """Numbers of the last steps; `flush` is the one place where the host waits for the device."""
+    """Metrics of the last steps; the host waits for the device only in `flush`."""
 
     def __init__(self) -> None:
         self._device: list[Tensor] = []
@@ -95,12 +95,12 @@ class MetricsBuffer:
 
 
 def _or_none(number: float) -> float | None:
-    """JSON has no NaN."""
+    """None for NaN, which JSON does not have."""
     return None if math.isnan(number) else number
 
 
 def console_line(record: Record, steps: int, mode: str) -> str:
-    """A step as one line. Steps between two retention steps show what is known."""
+    """A step as one line. Steps between two retention steps show only what was measured."""
 
     def number(key: str, form: str = ".3f") -> str:
         value = record[key]
@@ -132,7 +132,7 @@ def console_line(record: Record, steps: int, mode: str) -> str:
 
 
 def validation_line(record: Record, steps: int) -> str:
-    """A look at the validation data as one line."""
+    """A validation as one line."""
     parts = [f"Step {record['step']}/{steps}", "validation"]
     for skill in ("old", "new"):
         if f"{skill}/score" in record:
@@ -145,7 +145,7 @@ def validation_line(record: Record, steps: int) -> str:
 
 
 def result_lines(result: dict[str, Any]) -> list[str]:
-    """What came out of a run, in words."""
+    """The result of a run, in words."""
     lines = []
     scores = [
         f"{skill} {result[skill]['metric']} {result[skill]['before']:.3f} -> {result[skill]['after']:.3f}"
@@ -162,7 +162,6 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         lines.append(loss if result["arm"] == "baseline" else f"{loss}, budget {result['epsilon']:g}: {verdict}")
         if not result["feasible"] and result["lambda"] is not None and result["lambda"] >= result["lambda_max"]:
             lines.append(
-                f"λ stands at its cap, {result['lambda_max']:g}: raise craft.lambda_max, train longer, or allow a "
-                f"larger ε"
+                f"λ is at its cap, {result['lambda_max']:g}: raise craft.lambda_max, train longer, or allow a larger ε"
             )
     return lines

@@ -1,4 +1,4 @@
-"""Who is told how a run goes: the console, or a file that the console follows."""
+"""What observes the progress of a run: the console, or a file that the console follows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from craft_ray.run.metrics import Record
 
 
 class Observer(Protocol):
-    """Is told of each event of a run."""
+    """Receives each event of a run."""
 
     def note(self, text: str) -> None: ...
 
@@ -21,7 +21,7 @@ class Observer(Protocol):
 
 
 class NullObserver:
-    """Nobody is told."""
+    """Ignores every event."""
 
     def note(self, text: str) -> None: ...
 

@@ -1,5 +1,5 @@
-"""Scores on held-out data: exact match of the greedy answer, choice by likelihood, perplexity of the response; and of
-policies the success in a simulator."""
+"""Scores on held-out data: exact match of the greedy answer, choice by likelihood, perplexity of the response, and a
+policy's success in a simulator."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ HIGHER_IS_BETTER = {"exact_match": True, "choice": True, "perplexity": False, "s
 
 @dataclass(frozen=True)
 class Score:
-    """A number on a held-out set, and what it is made of."""
+    """A score on a held-out set, and the records that it is computed from."""
 
     metric: str
     value: float
     samples: int
     records: list[dict[str, Any]]
     """One for each sample: its id and outcome, and for answers the prediction. For an episode: `correct`, `steps`, and
-    of the first ones `film`, a PNG in base64."""
+    for the first ones `film`, a PNG in base64."""
     details: dict[str, float] = field(default_factory=dict)
-    """Further means over the samples. Of choices: `margin`, the log-likelihood of the right one less that of the best
-    wrong one, in nats."""
+    """Further means over the samples. For choices: `margin`, the log-likelihood of the right choice minus that of the
+    best wrong one, in nats."""
 
 
 def ratio(metric: str, score: float, reference: float) -> float | None:
-    """A score as part of a reference, 1 being as good: score/reference, or its inverse where lower is better.
+    """A score as a fraction of a reference, where 1 is as good: score/reference, or its inverse where lower is better.
     None where the reference is zero."""
     if HIGHER_IS_BETTER[metric]:
         return score / reference if reference else None
@@ -60,17 +60,17 @@ class Episodes(Protocol):
     def check(self, model: Model) -> None:
         """
         Raises:
-            ConfigError: the model is no policy, or the simulator does not show what it looks at.
+            ConfigError: the model is not a policy, or the simulator does not provide the observations that it needs.
         """
         ...
 
     def run(self, model: Model, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The records of these episodes, which go on side by side."""
+        """The records of these episodes, which run in parallel."""
         ...
 
 
 def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes:
-    """What a model is scored on.
+    """The samples or episodes that a model is scored on.
 
     Raises:
         ConfigError: the metric needs a column that the config does not name.
@@ -93,19 +93,20 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes:
 
 
 def source_identity(data: DataConfig, model: Model) -> tuple[str, str]:
-    """By what the features of a source are known in a feature cache. Rows are the same however many are read."""
+    """The key of a source's features in a feature cache. It leaves out `limit`: a row is the same however many are
+    read."""
     return data.model_dump_json(exclude={"limit"}), model.preprocessor_fingerprint()
 
 
 class EvalData:
-    """An evaluation set as a model reads it. What was preprocessed is kept: a run may look at it often."""
+    """An evaluation set as a model reads it. Preprocessed samples are kept: a run may be scored on them often."""
 
     def __init__(
         self, model: Model, source: Source | Episodes, eval_set: EvalSet, features: FeatureCache | None = None
     ) -> None:
         """
         Args:
-            features: what earlier runs in this process have preprocessed.
+            features: samples that earlier runs in this process have preprocessed.
 
         Raises:
             ConfigError: the model cannot read the data, or act in the simulator.
@@ -150,7 +151,7 @@ class EvalData:
 
 @torch.inference_mode()
 def evaluate(data: EvalData, workers: Workers) -> Score:
-    """Score a model; every worker takes its share of the samples, and all get the result."""
+    """Score a model; each worker takes its share of the samples, and all workers get the result."""
     model, eval_set = data.model, data.eval_set
     mine = range(workers.rank, len(data.of), workers.world_size)
     score = {"exact_match": _exact_match, "choice": _choice, "perplexity": _perplexity, "success": _success}[
@@ -165,7 +166,7 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
     if eval_set.metric == "perplexity":
         tokens = sum(record["tokens"] for record in everyone)
         if not tokens:
-            raise DataError(f"{data.of.name}: the responses hold no token to predict: perplexity needs some")
+            raise DataError(f"{data.of.name}: the responses hold no token to predict: perplexity needs at least one")
         value = math.exp(sum(record["nll"] for record in everyone) / tokens)
     else:
         value = sum(record["correct"] for record in everyone) / len(everyone)
@@ -187,19 +188,19 @@ def _exact_match(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _choice(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """The choices of all samples fill the forward passes together; those of similar length share one, for padding is
-    computed, too."""
+    """The choices of all samples fill the forward passes together; those of similar length share a pass, because
+    padding is computed, too."""
     samples = [data.source[row] for row in rows]
     asked = [
         data.answered(row, choice) for row, sample in zip(rows, samples, strict=True) for choice in _choices(sample)
     ]
-    order = sorted(range(len(asked)), key=lambda place: (asked[place].layout.length, place))
+    order = sorted(range(len(asked)), key=lambda index: (asked[index].layout.length, index))
     size, found = data.eval_set.batch_size, [math.nan] * len(asked)
     for start in range(0, len(order), size):
-        places = order[start : start + size]
-        likelihoods = _log_likelihoods(data.model, [asked[place] for place in places])
-        for place, (total, _) in zip(places, likelihoods, strict=True):
-            found[place] = total
+        indices = order[start : start + size]
+        likelihoods = _log_likelihoods(data.model, [asked[index] for index in indices])
+        for index, (total, _) in zip(indices, likelihoods, strict=True):
+            found[index] = total
     totals, records = iter(found), []
     for sample in samples:
         choices, response = _choices(sample), str(sample.response)
@@ -214,17 +215,19 @@ def _choice(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
 def _choices(sample: Sample) -> tuple[str, ...]:
     """
     Raises:
-        DataError: there is no wrong one, or not one right one, among them.
+        DataError: there is no wrong choice, or not exactly one right choice.
     """
     choices = sample.choices or ()
     if sample.response not in choices:
-        raise DataError(f"sample {sample.id}: its response '{sample.response}' is none of its choices {list(choices)}")
+        raise DataError(
+            f"sample {sample.id}: its response '{sample.response}' is not one of its choices {list(choices)}"
+        )
     if len(choices) == 1:
-        raise DataError(f"sample {sample.id} has the one choice '{choices[0]}': add a wrong one, or remove the sample")
+        raise DataError(f"sample {sample.id} has only the choice '{choices[0]}': add a wrong one, or remove the sample")
     if choices.count(sample.response) > 1:
         raise DataError(
-            f"sample {sample.id}: its response '{sample.response}' stands more than once among its choices "
-            f"{list(choices)}: leave it there once"
+            f"sample {sample.id}: its response '{sample.response}' appears more than once among its choices "
+            f"{list(choices)}: keep it once"
         )
     return choices
 

@@ -1,7 +1,7 @@
-"""One run: load, check, train, evaluate, certify. The same loop in this process, on one worker, or on many.
+"""One run: load, check, train, evaluate, certify. The loop is the same in this process, on one worker, or on many.
 
-A run that is started again in the same folder resumes from its last checkpoint: that is all a lost worker or a killed
-driver needs.
+A run that is started again in the same folder resumes from its last checkpoint: this is all the recovery that a lost
+worker or a killed driver needs.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from craft_ray.workers import Workers
 TASK_STREAM = 0
 """Keeps the order of the task's samples apart from that of the anchors under one seed."""
 LOCK_WAIT_S = 120
-"""A server of NFS keeps the lock of a machine that vanished for 90 s."""
+"""An NFS server keeps the lock of a machine that vanished for 90 s."""
 
 
 def train(config: Experiment, folder: RunFolder, workers: Workers, observer: Observer) -> None:
-    """Carry a run to its end, from its last checkpoint if it has one, and write `result.json`.
+    """Train a run to its end, from its last checkpoint if it has one, and write `result.json`.
 
     Raises:
         CraftError: the cache, the data, the model or the disk does not allow it; one line says what to do.
@@ -58,8 +58,8 @@ def train(config: Experiment, folder: RunFolder, workers: Workers, observer: Obs
 def training(
     config: Experiment, folder: RunFolder, workers: Workers, observer: Observer, features: FeatureCache | None = None
 ) -> Generator[Record]:
-    """The same, pausing after each validation with its record. Closed there, the run ends early. The validations of a
-    finished run are read from its folder.
+    """Like `train`, but yields the record of each validation. A generator that is closed there ends the run early. The
+    validations of a finished run are read from its folder.
 
     Args:
         features: preprocessed samples of earlier runs in this process.
@@ -77,16 +77,16 @@ def training(
 
 @contextmanager
 def only_process(folder: RunFolder, workers: Workers) -> Iterator[None]:
-    """One process writes a run folder. A worker whose driver was killed ends a little later; wait for it.
+    """Let only one process write a run folder. A worker whose driver was killed ends a little later; wait for it.
 
     Raises:
         ConfigError: another process is training this run.
     """
     if workers.rank != 0:
-        workers.gather(None)  # nobody looks for the last checkpoint before the folder is ours
+        workers.gather(None)  # no worker reads the last checkpoint before the folder is locked
         yield
         return
-    refusal = ConfigError(f"another process is training the run {folder.home}: wait until it is done, or end it")
+    refusal = ConfigError(f"another process is training the run {folder.home}: wait until it is done, or stop it")
     with exclusive_lock(folder.home / ".lock", refusal, wait_s=LOCK_WAIT_S):
         workers.gather(None)
         yield
@@ -94,14 +94,14 @@ def only_process(folder: RunFolder, workers: Workers) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StepData:
-    """What one worker takes into a step, on its device."""
+    """The data of one worker for one step, on its device."""
 
     task: list[Batch]
     anchors: list[Terms] | None
 
 
 class Run:
-    """A run in progress: the model, its data, its optimiser, its constraints, and where it stands."""
+    """A run in progress: the model, its data, its optimiser, its constraints, and its current step."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Run:
             for constraint in self.constraints:
                 constraint.check_untouched()
         if self.main:
-            folder.keep_metrics_until(self.step)  # what a lost process logged after its last checkpoint comes again
+            folder.keep_metrics_until(self.step)  # steps that a lost process logged after its last checkpoint are rerun
             self._announce()
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class Run:
         if self.step:
             self.observer.note(f"resuming after step {self.step}")
 
-    # -- where the run stands
+    # -- the state of the run
 
     @property
     def _held(self) -> list[Constraint]:
@@ -209,14 +209,14 @@ class Run:
         every = validation.every or steps
         seen = self.workers.gather([record["step"] for record in self.folder.read_validation()])[0]
         if wanted and self.step and self.step not in seen and (self.step % every == 0 or self.step == steps):
-            yield self.validate()  # the process was lost between its checkpoint and the validation
+            yield self.validate()  # the process was lost between the checkpoint and its validation
         while self.step < steps:
             self.loop(until=self.step + every - self.step % every)
             if wanted:
                 yield self.validate()
 
     def validate(self) -> Record:
-        """The student on validation data and held-out anchors. Weights and random numbers stay as they are.
+        """Score the student on validation data and held-out anchors. Weights and random numbers stay unchanged.
 
         Returns:
             `step`, the scores of `HeldOut.validation`, and the losses of `Constraint.validation`.
@@ -231,7 +231,7 @@ class Run:
         return record
 
     def loop(self, until: int | None = None) -> None:
-        """Steps, their log, and checkpoints; the last step saves one. `until` stops earlier."""
+        """Run steps, log them, and save checkpoints; the last step always saves one. `until` stops earlier."""
         config = self.config.train
         stop = min(until or config.steps, config.steps)
         held, buffer = held_by(self.constraints), MetricsBuffer()
@@ -261,7 +261,7 @@ class Run:
                 save = last or (config.checkpoint_every and self.step % config.checkpoint_every == 0)
                 log = save or self.step == stop or self.step % config.log_every == 0
                 if log and self.workers.device.type == "cuda":
-                    torch.cuda.synchronize()  # the log waits anyway; so the times add up to what the steps took
+                    torch.cuda.synchronize()  # the log waits anyway; this way the times add up to what the steps took
                 spent = time.perf_counter() - started
                 buffer.add(metrics, HostSide(self.step, lr, epsilon, spent, waited, data.anchors is not None))
                 if log:
@@ -274,7 +274,7 @@ class Run:
             self.folder.append_metrics(records)
             self.observer.steps(records)
 
-    # -- what came out
+    # -- the result
 
     def conclude(self) -> None:
         """Score the student, certify the budget on held-out anchors, and write the result."""
@@ -296,11 +296,11 @@ class Run:
 def open_constraints(
     config: Experiment, model: Model, teacher_weights: str | None, workers: Workers, features: FeatureCache
 ) -> list[Constraint]:
-    """What a run is held to, or measured by: nothing where it names no anchor cache.
+    """The constraints that a run enforces or only measures; none where its config names no anchor cache.
 
     Raises:
         ConfigError: CRaFT is enabled and there is no cache to hold the student to.
-        CacheRefused: the cache is not the one of this model and config.
+        CacheRefused: the cache does not belong to this model and config.
     """
     if config.craft.anchor_cache_dir is None:
         if not config.craft.enabled:

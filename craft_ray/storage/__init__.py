@@ -1,1 +1,1 @@
-"""Where files lie, on a disk or in an object store: complete or absent, held by one process at a time."""
+"""Files on a disk or in an object store: complete or absent, and locked by one process at a time."""

@@ -1,4 +1,4 @@
-"""Files that are either there in full or not at all, on a disk or in an object store."""
+"""Files that are either complete or absent, on a disk or in an object store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPORARY = re.compile(r"\.(?P<of>.+)\.[^.]+\.tmp")
 
 @contextmanager
 def new_file(path: StoragePath) -> Iterator[Path]:
-    """A temporary name to write to; it becomes `path` at the end, and vanishes on any error.
+    """A temporary file to write to; it becomes `path` at the end, and is deleted on any error.
 
     Raises:
         StorageError: the disk is full or the file cannot be written; an older `path` is untouched.
@@ -48,17 +48,17 @@ def new_file(path: StoragePath) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: StoragePath, last: str | None = None) -> Iterator[Path]:
-    """A temporary folder to fill; it becomes `path` at the end (an older one is replaced), and vanishes on any error.
+    """A temporary folder to fill; it becomes `path` at the end (an older one is replaced), and is deleted on any error.
 
     Args:
-        last: the file without which the folder counts for nothing. An object store has no folders to rename: there it
-            appears after all others.
+        last: the file that makes the folder valid. An object store has no folders to rename: there this file is
+            uploaded after all others.
 
     Raises:
-        StorageError: as `new_file`.
+        StorageError: as in `new_file`.
     """
     if isinstance(path, ObjectPath):
-        assert last is not None, "nothing would tell half a folder from a whole one"
+        assert last is not None, "nothing would distinguish half a folder from a whole one"
         with _scratch() as folder:
             yield folder
             (folder / last).rename(folder.with_name(last))
@@ -97,25 +97,25 @@ def replace_link(path: Path, target: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# -- temporary names: made, recognised and cleared here
+# -- temporary names: made, recognised and cleared here only
 
 
 def _beside(path: Path) -> Path:
-    """A name that nobody else has, on whatever node: processes of two containers often have the same number."""
+    """A name that is unique across nodes: processes in two containers often have the same process number."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def is_temporary(path: Path, of: str | None = None) -> bool:
-    """Whether this is a file or folder that somebody writes, or left half-written: of the name `of`, or of any."""
+    """Whether a process is writing this file or folder or left it half-written: for the name `of`, or for any."""
     match = TEMPORARY.fullmatch(path.name)
     return match is not None and of in (None, match["of"])
 
 
 def clear_leftovers(folder: StoragePath, of: str | None = None) -> None:
-    """Remove what killed processes left half-written in `folder`: of the name `of`, or all.
+    """Remove what killed processes left half-written in `folder`: for the name `of`, or for all names.
 
-    Only for who holds the folder: what another process is writing would go, too. A store has nothing to remove: an
-    object appears when it is complete.
+    Only the process that holds the folder's lock may call this: files that another process is writing would be removed,
+    too. A store has nothing to remove: an object appears when it is complete.
     """
     if not isinstance(folder, Path):
         return
@@ -123,7 +123,7 @@ def clear_leftovers(folder: StoragePath, of: str | None = None) -> None:
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
         else:
-            left.unlink(missing_ok=True)  # its writer may clear it away at this very moment
+            left.unlink(missing_ok=True)  # its writer may remove it at the same moment
 
 
 def write_atomically(path: StoragePath, text: str) -> None:
@@ -135,7 +135,7 @@ def write_atomically(path: StoragePath, text: str) -> None:
 
 
 def append_text(path: StoragePath, text: str) -> None:
-    """Add to the end of a file. An object has no end to add to: what grows is written on a disk first.
+    """Append to a file. An object cannot be appended to: files that grow are written on a disk first.
 
     Raises:
         StorageError: the disk is full.
@@ -170,7 +170,7 @@ def readable_bytes(count: float) -> str:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder on this node's disk for what is on its way to an object store."""
+    """A folder on this node's disk for files that are to be uploaded to an object store."""
     with tempfile.TemporaryDirectory(prefix="craft-ray-") as folder:
         (content := Path(folder) / "content").mkdir()
         yield content

@@ -1,4 +1,4 @@
-"""The pointer `last` beside the checkpoints of a run: which of them the run goes on from.
+"""The pointer `last` beside the checkpoints of a run: which of them the run resumes from.
 
 On a disk it is a symbolic link, so that `checkpoints/last/model` is a path like any other. A store has no links: there
 it is an object that holds the name.
@@ -17,7 +17,7 @@ def last_checkpoint(folder: StoragePath) -> StoragePath | None:
     """The checkpoint in `folder` that `last` points to; None where there is none yet.
 
     Raises:
-        StorageError: it is gone.
+        StorageError: the checkpoint is missing.
     """
     link = folder / LAST
     if isinstance(link, ObjectPath):
@@ -25,12 +25,12 @@ def last_checkpoint(folder: StoragePath) -> StoragePath | None:
     if not link.is_symlink():
         return None
     if not link.exists():
-        raise StorageError(f"{link} points to {link.readlink()}, which is gone: restore it, or start the run anew")
+        raise StorageError(f"{link} points to {link.readlink()}, which is missing: restore it, or start a new run")
     return link.resolve()
 
 
 def point_last(folder: StoragePath, name: str) -> None:
-    """Make `name` the checkpoint in `folder` that a run goes on from."""
+    """Make `name` the checkpoint in `folder` that a run resumes from."""
     if isinstance(folder, ObjectPath):
         write_atomically(folder / LAST, name)
     else:
@@ -38,12 +38,12 @@ def point_last(folder: StoragePath, name: str) -> None:
 
 
 def forget_last(folder: ObjectPath) -> None:
-    """Let nobody go on from a checkpoint in `folder` before `last` points to one again."""
+    """Let no process resume from a checkpoint in `folder` until `last` points to one again."""
     (folder / LAST).unlink(missing_ok=True)
 
 
 def through_last(path: ObjectPath) -> ObjectPath:
-    """A path that goes through `last`, as one through a link on a disk does, with the name that is meant."""
+    """Resolve `last` within a path, as a symbolic link on a disk would be resolved."""
     for link in path.parents:
         if link.name == LAST and link.is_file():
             return ObjectPath(f"{link.parent / link.read_text()}/{path.key.relative_to(link.key)}")

@@ -1,7 +1,7 @@
-"""One process at a time: who builds a cache, trains a run or carries a sweep claims its folder first.
+"""One process at a time: a process that builds a cache, trains a run or runs a sweep locks its folder first.
 
-On a disk or a mount the claim is a lock of the system, which goes with its process. An object store has none: there it
-is an object that its owner keeps changing, and that nobody honours once it stands still.
+On a disk or a mount this is a file lock of the system, which is released when its process ends. An object store has no
+locks: there it is an object that its owner keeps renewing, and that expires once it is no longer renewed.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from pathlib import Path
 from craft_ray.errors import CraftError, StorageError
 from craft_ray.storage.paths import ObjectPath, StoragePath
 
-BEAT_S = 5.0
-"""Time between two changes of a claim in an object store."""
-DEAD_S = 20.0
-"""Time without a change after which its owner counts as lost."""
+RENEW_S = 5.0
+"""Time between two renewals of a lock in an object store."""
+EXPIRE_S = 20.0
+"""Time without a renewal after which the owner counts as lost."""
 SETTLE_S = 1.0
-"""Time in which two that claim at once have both written; the later one has it."""
+"""Time in which two processes that lock at once have both written; the later one gets the lock."""
 POLL_S = 0.5
 
 
 @contextmanager
-def exclusive_lock(place: StoragePath, refusal: CraftError, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold `place` while the body runs.
+def exclusive_lock(path: StoragePath, refusal: CraftError, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock `path` while the body runs.
 
     Args:
-        refusal: raised where another process holds it for longer than `wait_s`.
+        refusal: raised where another process holds the lock for longer than `wait_s`.
     """
-    with _locked(place, refusal, wait_s) if isinstance(place, Path) else _leased(place, refusal, wait_s):
+    with _file_lock(path, refusal, wait_s) if isinstance(path, Path) else _object_lock(path, refusal, wait_s):
         yield
 
 
 @contextmanager
-def _locked(path: Path, refusal: CraftError, wait_s: float) -> Iterator[None]:
+def _file_lock(path: Path, refusal: CraftError, wait_s: float) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + wait_s
     with path.open("w") as lock:
@@ -55,55 +55,55 @@ def _locked(path: Path, refusal: CraftError, wait_s: float) -> Iterator[None]:
 
 
 @contextmanager
-def _leased(place: ObjectPath, refusal: CraftError, wait_s: float) -> Iterator[None]:
+def _object_lock(path: ObjectPath, refusal: CraftError, wait_s: float) -> Iterator[None]:
     owner, done = uuid.uuid4().hex, threading.Event()
-    _wait_for(place, refusal, wait_s)
+    _wait_until_free(path, refusal, wait_s)
 
-    def beat() -> None:
-        place.write_bytes(json.dumps({"owner": owner, "beat": uuid.uuid4().hex}).encode())
+    def renew() -> None:
+        path.write_bytes(json.dumps({"owner": owner, "beat": uuid.uuid4().hex}).encode())
 
-    def keep() -> None:
-        while not done.wait(BEAT_S):
-            with suppress(StorageError):  # the next beat may arrive; where none does, the owner's own writing fails
-                beat()
+    def renew_until_done() -> None:
+        while not done.wait(RENEW_S):
+            with suppress(StorageError):  # the next renewal may succeed; if none does, the owner's own writes fail
+                renew()
 
-    beat()
+    renew()
     time.sleep(SETTLE_S)
-    if _owner(place) != owner:
+    if _owner(path) != owner:
         raise refusal
-    keeper = threading.Thread(target=keep, daemon=True)
-    keeper.start()
+    renewer = threading.Thread(target=renew_until_done, daemon=True)
+    renewer.start()
     try:
         yield
     finally:
         done.set()
-        keeper.join()
-        if _owner(place) == owner:
-            place.unlink(missing_ok=True)
+        renewer.join()
+        if _owner(path) == owner:
+            path.unlink(missing_ok=True)
 
 
-def _wait_for(place: ObjectPath, refusal: CraftError, wait_s: float) -> None:
-    """Until nobody holds it. One that still changes is refused as soon as it was waited for."""
+def _wait_until_free(path: ObjectPath, refusal: CraftError, wait_s: float) -> None:
+    """Wait until the lock is free or has expired; refuse one that was renewed meanwhile once `wait_s` has passed."""
     end = time.monotonic() + wait_s
-    last, since, changed = _content(place), time.monotonic(), False
+    last, since, changed = _content(path), time.monotonic(), False
     while last is not None:
         time.sleep(POLL_S)
-        now = _content(place)
+        now = _content(path)
         if now != last:
             last, since, changed = now, time.monotonic(), True
-        if now is None or time.monotonic() - since >= DEAD_S:
+        if now is None or time.monotonic() - since >= EXPIRE_S:
             return
         if changed and time.monotonic() >= end:
             raise refusal
 
 
-def _content(place: ObjectPath) -> str | None:
+def _content(path: ObjectPath) -> str | None:
     try:
-        return place.read_text()
+        return path.read_text()
     except FileNotFoundError:
         return None
 
 
-def _owner(place: ObjectPath) -> str | None:
-    content = _content(place)
+def _owner(path: ObjectPath) -> str | None:
+    content = _content(path)
     return None if content is None else str(json.loads(content)["owner"])

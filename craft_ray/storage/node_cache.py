@@ -1,4 +1,4 @@
-"""What this node keeps for its processes: expanded caches, and copies of inputs that lie in an object store."""
+"""The cache that the processes of a node share: expanded anchor caches, and copies of inputs from an object store."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from craft_ray.storage.paths import ObjectPath, copy_tree, is_object
 
 
 def node_cache() -> Path:
-    """The folder: $CRAFT_RAY_CACHE, or one of this user among temporary files.
+    """The cache's folder: $CRAFT_RAY_CACHE, or a folder of this user in the directory for temporary files.
 
     Raises:
-        StorageError: another user made that folder, who could put anything into it.
+        StorageError: another user created that folder and could put anything into it.
     """
     named = os.environ.get("CRAFT_RAY_CACHE")
     root = Path(named) if named else Path(tempfile.gettempdir()) / f"craft-ray-{os.getuid()}"
@@ -37,7 +37,7 @@ def node_cache() -> Path:
 
 @contextmanager
 def filled_once(name: str) -> Iterator[tuple[Path, bool]]:
-    """An entry of the cache, and whether it is for this process to fill; others of the node wait until it is."""
+    """An entry of the cache, and whether this process has to fill it; others on the node wait until it is filled."""
     target = node_cache() / name
     if target.exists():
         yield target, False
@@ -49,27 +49,27 @@ def filled_once(name: str) -> Iterator[tuple[Path, bool]]:
         yield target, not target.exists()
 
 
-def at_hand(path: str, key: str) -> str:
-    """The same file, folder or pattern on this node: as it is, or the copy of one in an object store.
+def local_copy(path: str, key: str) -> str:
+    """The same file, folder or pattern on this node: `path` itself, or a copy of what it names in an object store.
 
-    A copy is known by names, sizes and times of what is there, so one that has changed is copied again.
+    A copy is identified by the names, sizes and times of its files, so files that have changed are copied again.
 
     Args:
-        key: the config's, for errors.
+        key: the config key that names the path, for errors.
 
     Raises:
-        ConfigError: there is nothing.
+        ConfigError: there is nothing at the path.
     """
     if not is_object(path):
         return path
-    place = through_last(ObjectPath(path))
-    pattern = place.name if glob.has_magic(place.name) else None
-    root = place.parent if pattern or place.is_file() else place
-    found = [info for info in root.listing() if info.is_file and _asked(info, root, place, pattern)]
+    remote = through_last(ObjectPath(path))
+    pattern = remote.name if glob.has_magic(remote.name) else None
+    root = remote.parent if pattern or remote.is_file() else remote
+    found = [info for info in root.listing() if info.is_file and _is_named(info, root, remote, pattern)]
     if not found:
-        raise ConfigError(f"{key}: there is nothing at {path}: name a file, a folder or a pattern of files")
-    what = [[info.path, info.size, str(info.mtime)] for info in found]
-    name = blake3(json.dumps([path, what]).encode()).hexdigest()[:32]
+        raise ConfigError(f"{key}: there is nothing at {path}: specify a file, a folder or a pattern of files")
+    files = [[info.path, info.size, str(info.mtime)] for info in found]
+    name = blake3(json.dumps([path, files]).encode()).hexdigest()[:32]
     with filled_once(f"input-{name}") as (target, ours):
         if ours:
             with new_folder(target) as temporary:
@@ -79,11 +79,11 @@ def at_hand(path: str, key: str) -> str:
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy_tree(source, copy)
     folder = target / root.name
-    return str(folder if root == place else folder / place.name)
+    return str(folder if root == remote else folder / remote.name)
 
 
-def _asked(info: Any, root: ObjectPath, place: ObjectPath, pattern: str | None) -> bool:
-    if root == place:
+def _is_named(info: Any, root: ObjectPath, remote: ObjectPath, pattern: str | None) -> bool:
+    if root == remote:
         return True
     source = ObjectPath(f"s3://{info.path}")
-    return source.parent == root and (fnmatch(source.name, pattern) if pattern else source == place)
+    return source.parent == root and (fnmatch(source.name, pattern) if pattern else source == remote)

@@ -1,7 +1,7 @@
-"""Where files lie: on a disk or a shared mount (`Path`), or in an object store (`ObjectPath`, s3://bucket/key).
+"""Paths of files: on a disk or a shared mount (`Path`), or in an object store (`ObjectPath`, s3://bucket/key).
 
 An `ObjectPath` offers the part of pathlib's interface that caches, runs and sweeps need, on pyarrow's filesystems. An
-object appears when all of it is there, as a renamed file does, so a reader never sees half of one.
+object appears when it is complete, as a renamed file does, so a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from craft_ray.errors import StorageError
 
 SCHEME = "s3://"
 CHUNK = 8 << 20
-"""Bytes that are sent at once."""
+"""Bytes that are transferred at once."""
 ATTEMPTS = 4
-"""Times that an object is read which another process replaces at that very moment."""
+"""How often the read of an object is tried that another process replaces at the same moment."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What of a file's `stat` is used."""
+    """The part of a file's `stat` that is used."""
 
     st_size: int
 
 
 @total_ordering
 class ObjectPath:
-    """An object or a common beginning of names ("folder") in a store. Like a path it says nothing of what is there."""
+    """An object or a common prefix of names ("folder") in a store. Like a path, it need not exist."""
 
     def __init__(self, uri: str) -> None:
         assert uri.startswith(SCHEME), uri
         self.key = PurePosixPath(uri.removeprefix(SCHEME))
-        """Bucket and name in it."""
+        """The bucket, and the name in it."""
 
     # -- its name
 
@@ -95,7 +95,7 @@ class ObjectPath:
     def resolve(self) -> ObjectPath:
         return self
 
-    # -- what is there
+    # -- what exists
 
     def exists(self) -> bool:
         return self._info().type != pa.fs.FileType.NotFound
@@ -113,34 +113,34 @@ class ObjectPath:
         return Size(info.size or 0)
 
     def iterdir(self) -> Iterator[ObjectPath]:
-        """What lies directly below, by name; nothing where there is no such folder."""
+        """The direct children, by name; none where there is no such folder."""
         return (ObjectPath(f"{SCHEME}{info.path}") for info in self.listing(recursive=False))
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
-        """What lies directly below and is called so."""
+        """The direct children whose names match."""
         assert "/" not in pattern
         assert "**" not in pattern
         return (path for path in self.iterdir() if fnmatch(path.name, pattern))
 
     def listing(self, recursive: bool = True) -> list[Any]:
-        """pyarrow's FileInfo of what is below, by name."""
+        """pyarrow's FileInfo of the entries below, by name."""
         selector = pa.fs.FileSelector(str(self.key), recursive=recursive, allow_not_found=True)
-        with _told(self, "listed"):
+        with _store_errors(self, "listed"):
             return sorted(_filesystem(self.key.parts[0]).get_file_info(selector), key=lambda info: info.path)
 
     # -- its content
 
     def read_bytes(self) -> bytes:
-        """The whole content as it was at one moment, also where another process replaces or deletes it meanwhile.
+        """The whole content as it was at one moment, even if another process replaces or deletes the object meanwhile.
 
-        pyarrow asks for the size first. It fills up to that size whatever arrives, and where nothing does the error is
-        not the one that says so.
+        pyarrow asks for the size first and pads whatever arrives to that size; if nothing arrives, its error does not
+        say so.
 
         Raises:
-            FileNotFoundError: there is none, or none any more.
+            FileNotFoundError: the object does not exist, or no longer exists.
         """
         for attempt in range(1, ATTEMPTS + 1):
-            with self.open_input() as file, _told(self, "read"):
+            with self.open_input() as file, _store_errors(self, "read"):
                 try:
                     content = bytes(file.read())
                 except OSError:
@@ -149,26 +149,26 @@ class ObjectPath:
                     continue
                 if self.stat().st_size == file.size():
                     return content
-        raise StorageError(f"{self} changed {ATTEMPTS} times while it was read: end what else writes to it")
+        raise StorageError(f"{self} changed {ATTEMPTS} times while it was read: stop the process that writes to it")
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
     def open_input(self) -> pa.NativeFile:
-        """The object to read from, at any place.
+        """The object, open for reading at any position.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the object does not exist.
         """
-        with _told(self, "read"):
+        with _store_errors(self, "read"):
             return _filesystem(self.key.parts[0]).open_input_file(str(self.key))
 
     def write_bytes(self, data: bytes) -> None:
-        with _told(self, "written"), _filesystem(self.key.parts[0]).open_output_stream(str(self.key)) as file:
+        with _store_errors(self, "written"), _filesystem(self.key.parts[0]).open_output_stream(str(self.key)) as file:
             file.write(data)
 
     def upload(self, source: Path) -> None:
-        """Become a copy of a local file, which nobody writes to meanwhile."""
+        """Upload a local file, which must not change meanwhile, to this path."""
         copy_tree(source, self)
 
     def unlink(self, missing_ok: bool = False) -> None:
@@ -176,19 +176,19 @@ class ObjectPath:
             if missing_ok:
                 return
             raise FileNotFoundError(str(self))
-        with _told(self, "deleted"):
+        with _store_errors(self, "deleted"):
             _filesystem(self.key.parts[0]).delete_file(str(self.key))
 
     def mkdir(self, **_: Any) -> None:
-        """Nothing: a store has no folders of its own."""
+        """Do nothing: a store has no folders."""
 
     def _info(self) -> Any:
-        with _told(self, "looked at"):
+        with _store_errors(self, "accessed"):
             return _filesystem(self.key.parts[0]).get_file_info(str(self.key))
 
 
 StoragePath = Path | ObjectPath
-"""Where a file or folder lies."""
+"""The path of a file or folder."""
 
 
 def is_object(text: str) -> bool:
@@ -196,43 +196,44 @@ def is_object(text: str) -> bool:
 
 
 def storage_path(text: str) -> StoragePath:
-    """The place that a user or a config names."""
+    """The path that a user or a config gives as text."""
     return ObjectPath(text) if is_object(text) else Path(text)
 
 
-def readable(place: StoragePath) -> Path | pa.NativeFile:
-    """What pyarrow's readers take."""
-    return place if isinstance(place, Path) else place.open_input()
+def readable(path: StoragePath) -> Path | pa.NativeFile:
+    """A path in the form that pyarrow's readers take."""
+    return path if isinstance(path, Path) else path.open_input()
 
 
 def copy_tree(source: StoragePath, target: StoragePath) -> None:
-    """Copy a file, or a folder with all that is below it. Files of the same name are replaced.
+    """Copy a file, or a folder with everything below it. Files of the same name are replaced.
 
     Raises:
-        StorageError: it could not be read or written; what arrived so far stays.
+        StorageError: it could not be read or written; files that were already copied stay.
     """
-    with _told(target, "written"):
+    with _store_errors(target, "written"):
         pa.fs.copy_files(
-            _name(source), _name(target), source_filesystem=_of(source), destination_filesystem=_of(target),
-            chunk_size=CHUNK,
+            _name_in(source), _name_in(target), source_filesystem=_filesystem_of(source),
+            destination_filesystem=_filesystem_of(target), chunk_size=CHUNK,
         )  # fmt: skip
 
 
-def remove_tree(place: StoragePath) -> None:
-    """Delete a folder with all that is below it, if it is there."""
-    if isinstance(place, Path):
-        shutil.rmtree(place, ignore_errors=True)
-    elif place.exists():
-        with _told(place, "deleted"):
-            _of(place).delete_dir(str(place.key))
+def remove_tree(path: StoragePath) -> None:
+    """Delete a folder with everything below it, if it exists."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        with _store_errors(path, "deleted"):
+            _filesystem_of(path).delete_dir(str(path.key))
 
 
-def _name(place: StoragePath) -> str:
-    return str(place if isinstance(place, Path) else place.key)
+def _name_in(path: StoragePath) -> str:
+    """The name of a path in its filesystem."""
+    return str(path if isinstance(path, Path) else path.key)
 
 
-def _of(place: StoragePath) -> pa.fs.FileSystem:
-    return pa.fs.LocalFileSystem() if isinstance(place, Path) else _filesystem(place.key.parts[0])
+def _filesystem_of(path: StoragePath) -> pa.fs.FileSystem:
+    return pa.fs.LocalFileSystem() if isinstance(path, Path) else _filesystem(path.key.parts[0])
 
 
 def _filesystem(bucket: str) -> pa.fs.FileSystem:
@@ -241,15 +242,15 @@ def _filesystem(bucket: str) -> pa.fs.FileSystem:
 
 @lru_cache
 def _connected(bucket: str, endpoint: str | None) -> pa.fs.FileSystem:
-    """The store of a bucket. Endpoint, region and credentials are those of the environment, as every tool of AWS takes
-    them, so that none of them stands in a config."""
-    with _told(ObjectPath(f"{SCHEME}{bucket}"), "reached"):
+    """The store of a bucket. Endpoint, region and credentials come from the environment, as in every AWS tool, so that
+    no config contains them."""
+    with _store_errors(ObjectPath(f"{SCHEME}{bucket}"), "reached"):
         return pa.fs.FileSystem.from_uri(f"{SCHEME}{bucket}")[0]
 
 
 @contextmanager
-def _told(place: StoragePath, what: str) -> Iterator[None]:
-    """An error of a store in one line. That nothing is there is the caller's to judge."""
+def _store_errors(path: StoragePath, what: str) -> Iterator[None]:
+    """Report a store's errors in one line; a missing file is left to the caller."""
     try:
         yield
     except FileNotFoundError:
@@ -257,6 +258,6 @@ def _told(place: StoragePath, what: str) -> Iterator[None]:
     except OSError as error:
         reason = " ".join(str(error).split())
         raise StorageError(
-            f"{place} could not be {what} ({reason[:300]}): check the bucket, the credentials and AWS_ENDPOINT_URL (it "
+            f"{path} could not be {what} ({reason[:300]}): check the bucket, the credentials and AWS_ENDPOINT_URL (it "
             f"is {os.environ.get('AWS_ENDPOINT_URL')})"
         ) from error

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go beside its folder: MLflow and Weights & Biases, each optional, behind one interface."""
+"""Trackers of a run's metrics beside its folder: MLflow and Weights & Biases, each optional, behind one interface."""
 
 from craft_ray.tracking.content import flatten, without_credentials
 from craft_ray.tracking.observer import TrackingObserver

@@ -1,4 +1,4 @@
-"""What is sent to a tracker: parameters by flat keys, numbers, and nowhere a password."""
+"""The content that is sent to a tracker: parameters by flat keys, metrics, and never a password."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested sections by dotted keys, without passwords of addresses."""
+    """The leaves of nested sections by dotted keys, with passwords removed from addresses."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -31,17 +31,17 @@ def _clean(value: Any) -> Any:
 
 
 def without_credentials(text: str) -> str:
-    """The text with `user:password@` in addresses struck out."""
+    """The text with `user:password@` in addresses replaced by `***@`."""
     return CREDENTIALS.sub("***@", text)
 
 
 def numbers(record: Record) -> dict[str, float]:
-    """What a record measures: all but its step, and what has no value there."""
+    """The metrics of a record: everything except its step and keys without a value."""
     return {key: float(value) for key, value in record.items() if key != "step" and value is not None}
 
 
 def reason(error: BaseException, uri: str = "") -> str:
-    """The beginning of an error's text; libraries append requests and tracebacks."""
+    """The start of an error's text; libraries append requests and tracebacks."""
     text = " ".join(str(error).partition("[SQL")[0].split()) or type(error).__name__
     text = without_credentials(text)
     password = urlsplit(uri).password

@@ -1,4 +1,4 @@
-"""Runs in MLflow: a server, or a SQLite file."""
+"""Runs in MLflow: on a server, or in a SQLite file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MlflowTracker:
     def __init__(self, uri: str, project: str) -> None:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-        # MLflow's own seven tries of two minutes each would hold a run up that long, at every request.
+        # MLflow's default of seven tries of two minutes each would hold up a run that long at every request.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self.shown = without_credentials(uri)
@@ -51,17 +51,17 @@ class MlflowTracker:
             _check_answers(uri)
         else:
             raise ConfigError(
-                f"tracking.mlflow={self.shown} is no address that runs can be tracked at: write sqlite:///mlflow.db or "
-                f"http://server:5000"
+                f"tracking.mlflow={self.shown} is not an address where runs can be tracked: write sqlite:///mlflow.db "
+                f"or http://server:5000"
             )
-        for chatty in ("mlflow", "alembic"):  # what they would print with a traceback is raised as well
+        for chatty in ("mlflow", "alembic"):  # errors that they would print with a traceback are also raised
             logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
         from mlflow import MlflowClient
 
         self._uri = uri
-        with self.asking(ConfigError, "does not open"):
-            # Without the second address MLflow would look for models in a new mlflow.db of the working directory.
+        with self.errors_as(ConfigError, "does not open"):
+            # Without the second address MLflow would look for models in a new mlflow.db in the working directory.
             self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             self._experiment = self._find_experiment(project, artifacts)
 
@@ -73,7 +73,7 @@ class MlflowTracker:
             try:
                 return str(self.client.create_experiment(project, artifact_location=artifacts))
             except MlflowException:
-                found = self.client.get_experiment_by_name(project)  # somebody else was quicker
+                found = self.client.get_experiment_by_name(project)  # another process was faster
                 if found is None:
                     raise
         if found.lifecycle_stage != "active":
@@ -88,7 +88,9 @@ class MlflowTracker:
     ) -> MlflowRun:
         from mlflow.entities import Param, RunTag
 
-        with self.asking(ConfigError if id else StorageError, f"has no run {id}" if id else "takes no new run"):
+        with self.errors_as(
+            ConfigError if id else StorageError, f"has no run {id}" if id else "does not accept a new run"
+        ):
             if id is None:
                 tags = {} if parent is None else {"mlflow.parentRunId": parent.id}
                 run = self.client.create_run(self._experiment, run_name=name, tags=tags)
@@ -98,15 +100,15 @@ class MlflowTracker:
         tracked = MlflowRun(self, run.info.run_id)
         known = run.data.params
         texts = [Param(key, _param(value)) for key, value in flatten(params).items() if key not in known]
-        with self.asking(StorageError, "takes no parameters"):
+        with self.errors_as(StorageError, "does not accept parameters"):
             for part in _parts(texts, PARAMS_PER_REQUEST):
                 self.client.log_batch(tracked.id, params=part)
             self.client.log_batch(tracked.id, tags=[RunTag(STATUS, "running")])
         return tracked
 
     @contextmanager
-    def asking(self, kind: type[CraftError], refused: str) -> Iterator[None]:
-        """Errors of MLflow as one line without passwords."""
+    def errors_as(self, kind: type[CraftError], refused: str) -> Iterator[None]:
+        """Raise errors of MLflow as one line without passwords."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -116,7 +118,7 @@ class MlflowTracker:
 
 
 class MlflowRun:
-    """A run by its id; MLflow's run of the process is left alone, so that several can be open."""
+    """A run by its id; MLflow's active run of the process is not used, so that several can be open."""
 
     def __init__(self, tracker: MlflowTracker, id: str) -> None:
         self.id = id
@@ -124,7 +126,7 @@ class MlflowRun:
 
     def reached(self) -> int:
         client = self._tracker.client
-        with self._tracker.asking(StorageError, "does not tell what it holds"):
+        with self._tracker.errors_as(StorageError, "does not return its metrics"):
             keys = client.get_run(self.id).data.metrics
             return max((entry.step for key in keys for entry in client.get_metric_history(self.id, key)), default=0)
 
@@ -135,19 +137,19 @@ class MlflowRun:
         metrics = [
             Metric(key, value, now, record["step"]) for record in records for key, value in numbers(record).items()
         ]
-        with self._tracker.asking(StorageError, "takes no numbers"):
+        with self._tracker.errors_as(StorageError, "does not accept metrics"):
             for part in _parts(metrics, METRICS_PER_REQUEST):
                 self._tracker.client.log_batch(self.id, metrics=part)
 
     def end(self, status: Status) -> None:
         ended = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status]
-        with self._tracker.asking(StorageError, "takes no end of a run"):
+        with self._tracker.errors_as(StorageError, "does not accept the end of a run"):
             self._tracker.client.set_tag(self.id, STATUS, status)
             self._tracker.client.set_terminated(self.id, ended)
 
 
 def _check_sqlite(file: Path) -> None:
-    """MLflow itself would try for a minute and leave a traceback."""
+    """Check what MLflow itself would retry for a minute and then report with a traceback."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("ab+") as stream:
@@ -158,18 +160,18 @@ def _check_sqlite(file: Path) -> None:
             f"tracking.mlflow: {file} cannot be written ({error.strerror}): choose another file"
         ) from None
     if head not in (b"", b"SQLite format 3\0"):
-        raise ConfigError(f"tracking.mlflow: {file} is no SQLite database: choose another file")
+        raise ConfigError(f"tracking.mlflow: {file} is not a SQLite database: choose another file")
 
 
 def _check_answers(uri: str) -> None:
-    """Any answer is one: what the server says to us is seen at the first question."""
+    """Accept any answer: whether the server lets us in shows at the first request."""
     import requests
 
     try:
         requests.get(uri, timeout=ANSWER_S, allow_redirects=False)
     except (requests.RequestException, ValueError) as error:
         raise ConfigError(
-            f"no tracking server answers at {without_credentials(uri)} ({type(error).__name__}): start it, or mend or "
+            f"no tracking server answers at {without_credentials(uri)} ({type(error).__name__}): start it, or fix or "
             f"remove tracking.mlflow"
         ) from None
 

@@ -1,4 +1,4 @@
-"""An observer of a run that logs to trackers what it is told."""
+"""An observer of a run that logs its events to trackers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class TrackingObserver:
-    """Logs what it is told to tracked runs, and passes everything on to another observer. Ends the runs on leaving.
+    """Logs each event to tracked runs, passes everything on to another observer, and ends the tracked runs on exit.
 
-    A tracker that stops working costs its own numbers, not the training: it is told once and dropped.
+    A tracker that stops working loses its metrics but does not stop the training: it is reported once and dropped.
     """
 
     def __init__(self, inner: Observer, runs: Sequence[TrackedRun]) -> None:
@@ -39,7 +39,7 @@ class TrackingObserver:
         self._log([record])
 
     def done(self, result: dict[str, Any]) -> None:
-        """The numbers of the result are logged at its last step as `result/...`."""
+        """Log the numbers of the result at its last step as `result/...`."""
         self.inner.done(result)
         numbers = {
             "result/" + key.replace(".", "/"): value
@@ -59,7 +59,7 @@ class TrackingObserver:
             yield
         except StorageError as error:
             self._runs.remove(run)
-            self.inner.note(f"{error.message}; the run goes on without it, the run folder has all numbers")
+            self.inner.note(f"{error.message}; the run continues without it, the run folder has all metrics")
 
     def __enter__(self) -> Self:
         return self

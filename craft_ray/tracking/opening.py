@@ -13,13 +13,13 @@ from craft_ray.tracking.wandb import WandbTracker
 
 
 def open_trackers(config: TrackingConfig, folder: StoragePath) -> list[Tracker]:
-    """The trackers that `config` asks for; none where all is off.
+    """The trackers that `config` asks for; none where all are off.
 
     Args:
         folder: where Weights & Biases keeps its files.
 
     Raises:
-        ConfigError: a package is missing, a server does not answer or does not let us in.
+        ConfigError: a package is missing, or a server does not answer or refuses access.
     """
     trackers: list[Tracker] = []
     if config.mlflow is not None:

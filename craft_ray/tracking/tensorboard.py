@@ -1,4 +1,4 @@
-"""The numbers of a run as TensorBoard events."""
+"""The metrics of a run as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class TensorBoardObserver:
         self.inner.steps(records)
 
     def validated(self, record: Record) -> None:
-        self._write([record], purge=record["step"] + 1)  # the step itself was logged before the look
+        self._write([record], purge=record["step"] + 1)  # the step itself was logged before the validation
         self.inner.validated(record)
 
     def _write(self, records: Sequence[Record], purge: int) -> None:
         if self._folder is None:
             return
         if self._writer is None:
-            # A resumed run writes some steps again; what stands there from before is purged.
+            # A resumed run writes some steps again; their earlier events are purged.
             self._writer = SummaryWriter(str(self._folder), purge_step=purge)
         for record in records:
             for key, value in record.items():

@@ -1,4 +1,4 @@
-"""What a tracker must offer: a place where the numbers of a run go beside its folder.
+"""The interface of a tracker, which stores the metrics of a run in addition to its folder.
 
 Only the driver opens trackers: one process writes MLflow's SQLite file, and credentials stay out of the workers.
 """
@@ -17,50 +17,50 @@ STATUS = "craft.status"
 
 
 class TrackedRun(Protocol):
-    """One run of a tracker, to which numbers go until it is ended."""
+    """One run of a tracker, which receives metrics until it is ended."""
 
     id: str
-    """With which a later process goes on with the same run."""
+    """A later process continues the same run by this id."""
 
     def reached(self) -> int:
-        """The last step that the tracker holds; 0 where there is none, or nobody to ask (W&B offline).
+        """The last step that the tracker has; 0 where it has none or cannot be asked (W&B offline).
 
         Raises:
             StorageError: the tracker does not answer.
         """
 
     def log(self, records: Sequence[Record]) -> None:
-        """Add the numbers of some steps, each a record with its `step`. None is left out.
+        """Log the metrics of some steps, each a record with its `step`. Values that are None are skipped.
 
         Raises:
-            StorageError: the tracker does not take them.
+            StorageError: the tracker does not accept them.
         """
 
     def end(self, status: Status) -> None:
-        """`stopped` is what a scheduler or a person ended early, `failed` what an error ended.
+        """End the run: `stopped` if a scheduler or a person ended it early, `failed` if an error did.
 
         Raises:
-            StorageError: the tracker does not take it.
+            StorageError: the tracker does not accept it.
         """
 
 
 class Tracker(Protocol):
-    """A place where runs are tracked. Several runs can be open at once."""
+    """A service or file that runs are tracked in. Several runs can be open at once."""
 
     name: str
 
     def start(
         self, name: str, params: Mapping[str, Any], parent: TrackedRun | None = None, id: str | None = None
     ) -> TrackedRun:
-        """A new run, below `parent` where one is given; or the run `id`, to go on with.
+        """Start a new run, below `parent` where one is given; or continue the run `id`.
 
-        A run of MLflow that goes on keeps the parameters that it has; further ones are added. Steps that a lost process
-        had logged after its last checkpoint appear twice.
+        A continued run of MLflow keeps its parameters; further ones are added. Steps that a lost process logged after
+        its last checkpoint appear twice.
 
         Args:
-            params: sections become dotted keys; passwords in addresses are struck out.
+            params: sections become dotted keys; passwords in addresses are removed.
 
         Raises:
-            ConfigError: MLflow has no run `id`. (Weights & Biases begins one with that id.)
-            StorageError: the tracker does not take it.
+            ConfigError: MLflow has no run `id`. (Weights & Biases starts one with that id.)
+            StorageError: the tracker does not accept it.
         """

@@ -21,9 +21,9 @@ UPLOAD_S = 60
 
 
 class WandbTracker:
-    """Runs in a project of Weights & Biases. The children of a run are the group that is named after its id.
+    """Runs in a project of Weights & Biases. The children of a run form the group that is named after its id.
 
-    Offline runs lie in `folder/wandb`, for `wandb sync`. An offline run that goes on has one folder for each process.
+    Offline runs are in `folder/wandb`, for `wandb sync`. A resumed offline run has one folder for each process.
     """
 
     name = "wandb"
@@ -37,8 +37,8 @@ class WandbTracker:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{folder} cannot be made ({error.strerror}): choose another folder") from None
-        if not os.access(folder, os.W_OK):  # wandb would go to the folder for temporary files
+            raise ConfigError(f"{folder} cannot be created ({error.strerror}): choose another folder") from None
+        if not os.access(folder, os.W_OK):  # wandb would fall back to the directory for temporary files
             raise ConfigError(f"{folder} cannot be written: choose another folder")
         self._mode = mode
         self._project = project
@@ -68,7 +68,7 @@ class WandbTracker:
             known = wandb.login(verify=True, prompt=False)
         except wandb.Error as error:
             raise ConfigError(
-                f"Weights & Biases does not let us in ({reason(error)}): mend WANDB_API_KEY or the network, or set "
+                f"Weights & Biases refuses the login ({reason(error)}): fix WANDB_API_KEY or the network, or set "
                 f"tracking.wandb=offline"
             ) from None
         if not known:
@@ -93,12 +93,12 @@ class WandbTracker:
                 allow_val_change=True,
                 mode=self._mode,
                 reinit="create_new",
-                resume="allow" if self._mode == "online" else None,  # offline there is nobody to ask
+                resume="allow" if self._mode == "online" else None,  # there is no server to ask offline
                 settings=self._settings,
             )
         except (wandb.Error, OSError) as error:
-            raise StorageError(f"Weights & Biases takes no run {name} ({reason(error)})") from None
-        # The step of the record is the axis. W&B's own one drops what is logged after a later step.
+            raise StorageError(f"Weights & Biases does not accept the run {name} ({reason(error)})") from None
+        # The record's step is the axis. W&B's own step drops values that are logged after a later step.
         run.define_metric("*", step_metric="step")
         return WandbRun(run)
 
@@ -119,7 +119,7 @@ class WandbRun:
                 if measured := numbers(record):
                     self._run.log({"step": record["step"], **measured})
         except (wandb.Error, OSError) as error:
-            raise StorageError(f"Weights & Biases takes no numbers ({reason(error)})") from None
+            raise StorageError(f"Weights & Biases does not accept metrics ({reason(error)})") from None
 
     def end(self, status: Status) -> None:
         import wandb
@@ -129,6 +129,6 @@ class WandbRun:
             self._run.finish(exit_code=1 if status == "failed" else 0)
         except (wandb.Error, OSError) as error:
             raise StorageError(
-                f"the run {self.id} was not handed to Weights & Biases in full ({reason(error)}): send it with "
+                f"the run {self.id} was not sent to Weights & Biases in full ({reason(error)}): send it with "
                 f"wandb sync {Path(self._run.dir).parent}"
             ) from None

@@ -218,7 +218,7 @@ def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) ->
         try:
             for row in _dataset(config, plan, left, actors).iter_rows():
                 if row["error"]:
-                    raise CraftError.told(row["error"], row["exit_code"])
+                    raise CraftError.from_message(row["error"], row["exit_code"])
                 deaths = 0
                 yield row["name"], len(left.pop(row["name"]))
         except LOST_PROCESS_ERRORS as error:

@@ -173,8 +173,8 @@ def outcome(info: JobDetails, entrypoint: str) -> int:
     if code is None:
         raise CraftError(f"the job {info.submission_id} failed: {first_line(info.message)}")
     if code == NOT_FOUND:
-        raise CraftError.told(
-            f"the cluster does not find the command ({entrypoint}): it is searched on the PATH of the head's "
+        raise CraftError.from_message(
+            f"the cluster does not find the command ({entrypoint}): it is looked for on the PATH of the head's "
             f"`ray start`; install craft-ray there, or start Ray with its environment activated",
             NOT_FOUND,
         )

@@ -231,7 +231,7 @@ def run_on_trainer(runs: Sequence[PlannedRun], supervised: bool = False) -> None
             signal.signal(signal.SIGINT, interrupt)  # `fit` on the main thread leaves its own handler behind
         remove_tree(scratch)
     if outcome is not None and outcome["error"] is not None:
-        raise CraftError.told(**outcome["error"])
+        raise CraftError.from_message(**outcome["error"])
 
 
 def is_loss(failure: BaseException) -> bool:

@@ -260,7 +260,7 @@ def test_go_on_starts_a_new_run_and_resumes_a_started_one(tmp_path: Path) -> Non
     keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_REGION": "nowhere"}
     code, said = go_on("train", "s3://bucket/a", "run.yaml", **keys, AWS_ENDPOINT_URL="http://127.0.0.1:9")
     assert code == 1, "a store that does not answer does not mean a new run"
-    assert said.startswith("go_on.sh: s3://bucket/a/config.yaml could not be looked at")
+    assert said.startswith("go_on.sh: s3://bucket/a/config.yaml could not be accessed")
     assert said.count("\n") == 0
 
 

@@ -1,4 +1,4 @@
-"""Every key can be set from a file and from the command line; what cannot mean anything is said in one line."""
+"""Every key can be set in a file and on the command line; a setting that is not valid is reported in one line."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ LEROBOT = {
     "rename": {"observation.a": "observation.b"},
 }  # fmt: skip
 INSTEAD = ("columns.answer_index",)
-"""Keys in whose place another stands in this list."""
-TOLD = ("path", "format", "metric", "rollout.env", "rollout.task")
-"""Keys without which a section is none, or is of another kind."""
+"""Keys that another key of this list replaces."""
+REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task")
+"""Keys without which a section is not valid, or is of another kind."""
 
 
 def scored(data: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +145,9 @@ def test_every_key_can_be_overridden(minimal: Path) -> None:
 
 
 def test_the_list_of_keys_is_complete_and_changes_each(minimal: Path) -> None:
-    """Guards the test above: a key that is new must be added to it, with a value that is not the default."""
-    told = [f"{k}={v}" for k, v in EVERY.items() if k.endswith(TOLD)]
-    config = load_config(minimal, [*told, "objective.maximize=new/score"])
+    """Guards the test above: each new key must be added to it, with a value that is not the default."""
+    required = [f"{k}={v}" for k, v in EVERY.items() if k.endswith(REQUIRED)]
+    config = load_config(minimal, [*required, "objective.maximize=new/score"])
 
     def leaves(section: Section, prefix: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -159,7 +159,7 @@ def test_the_list_of_keys_is_complete_and_changes_each(minimal: Path) -> None:
     defaults = leaves(config)
     defaults = {key: value for key, value in defaults.items() if not key.endswith(INSTEAD)}
     assert defaults.keys() == EVERY.keys()
-    same = [key for key, value in defaults.items() if value == EVERY[key] and not key.endswith(TOLD)]
+    same = [key for key, value in defaults.items() if value == EVERY[key] and not key.endswith(REQUIRED)]
     assert same == []
 
 
@@ -181,7 +181,7 @@ def test_the_list_of_keys_is_complete_and_changes_each(minimal: Path) -> None:
         ("name=", "name", None),
     ],
 )
-def test_how_overrides_are_written(override: str, key: str, value: Any, minimal: Path) -> None:
+def test_the_syntax_of_overrides(override: str, key: str, value: Any, minimal: Path) -> None:
     if value is None and key == "name":
         assert "name: " in refusal(minimal, override)
     else:
@@ -265,7 +265,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("name=12", "name"),
     ],
 )
-def test_a_value_that_cannot_be(override: str, key: str, minimal: Path) -> None:
+def test_a_value_that_is_not_valid(override: str, key: str, minimal: Path) -> None:
     message = refusal(minimal, override)
     assert message.startswith(f"{minimal}: {key}")
     assert message.removeprefix(f"{minimal}: {key}")[0] in ": "
@@ -304,11 +304,11 @@ def test_a_value_that_cannot_be(override: str, key: str, minimal: Path) -> None:
         (["workers.resources_per_worker.GPU=0.5"], "workers: resources_per_worker takes 0.5 GPU, which use_gpu=false"),
         (
             ["workers.use_gpu=true", "workers.resources_per_worker.GPU=0"],
-            "workers: resources_per_worker takes 0 GPU: name a part of one, or whole ones",
+            "workers: resources_per_worker takes 0 GPU: specify a fraction of one, or a whole number",
         ),
         (
             ["workers.use_gpu=true", "workers.resources_per_worker.GPU=1.5"],
-            "workers: resources_per_worker takes 1.5 GPU: name a part of one, or whole ones",
+            "workers: resources_per_worker takes 1.5 GPU: specify a fraction of one, or a whole number",
         ),
     ],
 )
@@ -326,7 +326,7 @@ def test_a_number_of_workers_is_a_range(minimal: Path) -> None:
         assert parse_config(yaml.safe_load(dump_config(config)), "again") == config
 
 
-def test_a_baseline_does_not_mind_the_anchors(minimal: Path) -> None:
+def test_a_baseline_ignores_the_anchors(minimal: Path) -> None:
     overrides = ["craft.anchor_batch_size=9", "workers.num_workers=2", "craft.enabled=false"]
     assert load_config(minimal, overrides).arm == "baseline"
 
@@ -384,7 +384,9 @@ def test_an_unknown_key_comes_with_a_guess(override: str, said: str, minimal: Pa
         ("{path: org/data, split: train, stride: 1, episodes: null}", AutoData),
     ],
 )
-def test_the_kind_of_a_source_is_told_by_format_ending_or_keys(data: str, kind: type[Section], minimal: Path) -> None:
+def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
+    data: str, kind: type[Section], minimal: Path
+) -> None:
     config = load_config(minimal, [f"task={data}"])
     assert type(config.task) is kind
     again = parse_config(yaml.safe_load(dump_config(config)), "again")
@@ -444,14 +446,14 @@ def test_a_kind_has_no_other_kinds_attributes(minimal: Path) -> None:
     assert not hasattr(config.evaluation.new, "data")
 
 
-def test_another_path_is_of_another_kind(minimal: Path) -> None:
+def test_another_path_makes_another_kind(minimal: Path) -> None:
     config = load_config(minimal, ["task.path=rows.jsonl"])
     assert type(config.changed({"task.path": "rows.parquet"}).task) is ParquetData
     assert type(config.changed({"task.path": "org/robot", "task.episodes": "0-3"}).task) is LeRobotData
 
 
 def test_a_config_that_was_written_with_the_keys_of_all_kinds_still_loads(minimal: Path) -> None:
-    """As every run folder and plan holds one that was written while a source was one section with all keys."""
+    """Run folders and plans from the time when a source was one section with all keys have such configs."""
     columns = {"id": None, "image": None, "prompt": "prompt", "response": None, "choices": None}
     every = {
         "format": "auto", "split": "train", "revision": None, "columns": columns, "limit": None, "episodes": None,
@@ -488,26 +490,26 @@ def test_a_config_that_was_written_with_the_keys_of_all_kinds_still_loads(minima
     assert "episodes" not in config.task.model_dump()
 
 
-def test_the_settings_that_a_teachers_score_is_kept_by_are_what_they_were() -> None:
-    """Scores that lie in run folders are found by them."""
+def test_the_settings_that_identify_a_teachers_score_have_not_changed() -> None:
+    """Scores in existing run folders are found by them."""
     data, rollout = {"path": "a.jsonl"}, {"env": "e", "task": "t"}
     assert eval_set(data=data, max_new_tokens=3).decisive == {"metric": "exact_match", "max_new_tokens": 3}
     assert eval_set(metric="success", rollout=rollout).decisive == {"metric": "success", "max_new_tokens": 16}
 
 
-def test_two_mistakes_are_told_at_once(minimal: Path) -> None:
+def test_two_mistakes_are_reported_at_once(minimal: Path) -> None:
     message = refusal(minimal, "train.steps=0", "craft.lamda_lr=3")
     assert "train.steps" in message
     assert "did you mean craft.lambda_lr?" in message
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "", "train.steps=[1"])
-def test_what_is_no_override(override: str, minimal: Path) -> None:
+def test_text_that_is_not_an_override(override: str, minimal: Path) -> None:
     assert f"'{override}'" in refusal(minimal, override)
 
 
 def test_a_value_has_no_keys(minimal: Path) -> None:
-    assert refusal(minimal, "model.path.deeper=1") == "model.path.deeper: path is no section"
+    assert refusal(minimal, "model.path.deeper=1") == "model.path.deeper: path is not a section"
 
 
 @pytest.mark.parametrize(
@@ -516,14 +518,14 @@ def test_a_value_has_no_keys(minimal: Path) -> None:
         (b"", "holds NoneType"),
         (b"- 1\n- 2\n", "holds list"),
         (b"just words", "holds str"),
-        (b"model: {path: [\n", "is no YAML"),
-        (b"a: b: c\n", "is no YAML"),
-        (b"\xff\xfe\x00\x01", "is no YAML"),
+        (b"model: {path: [\n", "is not valid YAML"),
+        (b"a: b: c\n", "is not valid YAML"),
+        (b"\xff\xfe\x00\x01", "is not valid YAML"),
         (b"seed: 1\n", "model is missing; task is missing; train is missing"),
         (b"model: {}\ntask: {path: a}\ntrain: {steps: 1}\n", "model.path is missing"),
     ],
 )
-def test_a_file_that_is_no_config(content: bytes, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_config(content: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
     message = refusal(path)
@@ -532,7 +534,7 @@ def test_a_file_that_is_no_config(content: bytes, said: str, tmp_path: Path) -> 
 
 
 def test_a_file_that_does_not_open(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "no.yaml") == f"no config at {tmp_path / 'no.yaml'}: name a YAML file"
+    assert refusal(tmp_path / "no.yaml") == f"no config at {tmp_path / 'no.yaml'}: specify a YAML file"
     assert f"the config {tmp_path} does not open" in refusal(tmp_path)
 
 
@@ -655,7 +657,7 @@ def test_relative_paths_become_absolute(minimal: Path, tmp_path: Path, monkeypat
 
 
 def path_fields(section: Any, key: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Every field of an experiment that is text: its key (with all kinds of a section), its name and its type."""
+    """Every text field of an experiment: its key (with all kinds of a section), its name and its type."""
     for name in section.model_fields:
         hint = typing.get_type_hints(section, include_extras=True)[name]
         for part in parts(hint):
@@ -666,7 +668,7 @@ def path_fields(section: Any, key: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def parts(hint: Any) -> Iterator[Any]:
-    """What a type is made of. Of one that is annotated: of what it is, not of the annotations."""
+    """The parts of a type. The annotations of an annotated type are skipped."""
     inner = typing.get_args(hint)
     if not inner:
         yield hint
@@ -679,7 +681,7 @@ NO_PATHS = {
     "positions", "resources_per_worker", "env", "task", "arms", "token_ce", "variants", "maximize", "minimize",
     "subject_to", "project",
 }  # fmt: skip
-"""Text that names no file. A new field is added here, or its type makes it absolute."""
+"""Text fields that are not paths. A new field is added here, or its type makes it absolute."""
 
 
 def test_every_path_becomes_absolute_by_its_type(tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_a_position_outside_the_choices(value: Any, tmp_path: Path) -> None:
     ("columns", "expected"),
     [
         ({"answer_index": "i", "choices": "c", "response": "r"}, "response 'r' and answer_index 'i' both say"),
-        ({"answer_index": "i"}, "answer_index 'i' counts choices: name their column under choices"),
+        ({"answer_index": "i"}, "answer_index 'i' is an index into choices: specify choices"),
     ],
 )
 def test_a_position_needs_choices_and_excludes_a_response(columns: dict[str, str], expected: str) -> None:

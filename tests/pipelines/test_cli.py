@@ -204,7 +204,7 @@ def test_compare_and_report_make_one_file_with_all_arms(command: Command, config
         (["train", "CONFIG", "craft.retention_freq=0"], 2, "craft.retention_freq"),
         (["train", "CONFIG", "nonsense"], 2, "write key=value"),
         (["train"], 2, "no config given"),
-        (["train", "--resume", "."], 2, "is no run directory"),
+        (["train", "--resume", "."], 2, "is not a run directory"),
         (["train", "CONFIG", "model.path=/nowhere"], 2, "/nowhere"),
         (["train", "CONFIG", "task.path=/nowhere.jsonl"], 2, "there is no data at /nowhere.jsonl"),
         (["train", "CONFIG", "craft.anchor_cache_dir=/nowhere"], 4, "there is no anchor cache in /nowhere"),

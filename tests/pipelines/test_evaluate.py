@@ -220,8 +220,8 @@ def test_models_with_the_same_name_are_labelled_by_their_paths(tmp_path: Path) -
         (["--checkpoint", "WORLD"], "is neither a run, nor a checkpoint of one, nor a model folder"),
         (["--checkpoint", "RUN", "--checkpoint", "RUN"], "step_000006/model twice"),
         (["--out", "scores.txt"], "--out is scores.txt: give a .json file"),
-        (["evaluation.old.data.columns.response=choices"], "both say what is right: name one of them"),
-        (["evaluation.old.data.columns.choices=null"], "answer_index 'answer_index' counts choices"),
+        (["evaluation.old.data.columns.response=choices"], "both give the answer: specify only one"),
+        (["evaluation.old.data.columns.choices=null"], "answer_index 'answer_index' is an index into choices"),
         (["evaluation.old.data.columns.answer_index=right"], "answer_index is 'right', but"),
     ],
 )
@@ -240,7 +240,7 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str, command: Comman
             "row 3: column 'answer_index' holds 4; the position of the right one among its 4 choices",
         ),
         ({"choices": ["7"], "answer_index": 0}, "sample 00000003 has the one choice '7'"),
-        ({"choices": ["7", "7"], "answer_index": 0}, "sample 00000003: its response '7' stands more than once"),
+        ({"choices": ["7", "7"], "answer_index": 0}, "sample 00000003: its response '7' appears more than once"),
         ({"image_path": "none.png"}, "row 3"),
     ],
 )

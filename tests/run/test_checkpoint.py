@@ -1,4 +1,4 @@
-"""What a checkpoint holds is what it was: earlier ones load, and nothing is lost on the way."""
+"""Checkpoints: the format of earlier versions, and that saving and loading lose nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caches, runs and sweeps kept in an object store: the same numbers as on a disk, and never half of anything."""
+"""Caches, runs and sweeps in an object store: the same numbers as on a disk, and never anything incomplete."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.sweeps import validated
 
 @pytest.fixture
 def bucket(object_store: ObjectPath, tmp_path: Path) -> ObjectPath:
-    """A folder of this test alone."""
+    """A folder of this test only."""
     return object_store / tmp_path.name
 
 
@@ -49,15 +49,15 @@ def stored(object_store: ObjectPath, digits: Digits) -> ObjectPath:
 
 
 def in_store(stored: ObjectPath, digits: Digits) -> Experiment:
-    """The experiment of `Digits.experiment`, every place of it in the store."""
-    places = {
+    """The experiment of `Digits.experiment` with all paths in the store."""
+    paths = {
         "model.path": f"{stored}/model",
         "task.path": f"{stored}/data/new_train.parquet",
         "anchors.source.path": f"{stored}/data/anchors.parquet",
         "craft.anchor_cache_dir": f"{stored}/anchors",
         "output_dir": f"{stored}/runs",
     }
-    return digits.experiment(Path("/nowhere"), places)
+    return digits.experiment(Path("/nowhere"), paths)
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +68,21 @@ def on_disk(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Experim
     return config
 
 
-def begun(config: Experiment, path: StoragePath) -> RunFolder:
+def started(config: Experiment, path: StoragePath) -> RunFolder:
     folder = RunFolder(path)
     folder.begin(config, ["test"])
     return folder
 
 
 def trained(config: Experiment, path: StoragePath) -> RunFolder:
-    folder = begun(config, path)
-    go_on(config, folder)
+    folder = started(config, path)
+    resume(config, folder)
     return folder
 
 
-def go_on(config: Experiment, folder: RunFolder) -> None:
-    with mirrored_folder(folder) as copy:
-        train(config, copy, OneWorker(), NullObserver())
+def resume(config: Experiment, folder: RunFolder) -> None:
+    with mirrored_folder(folder) as mirror:
+        train(config, mirror, OneWorker(), NullObserver())
 
 
 def weights(folder: RunFolder) -> dict[str, bytes]:
@@ -151,19 +151,19 @@ def test_a_run_is_the_same_in_both(
     assert (bucket / "scores.jsonl").exists()
 
 
-def test_a_run_that_was_lost_goes_on_from_its_last_whole_checkpoint(
+def test_a_run_that_was_lost_resumes_from_its_last_complete_checkpoint(
     stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path
 ) -> None:
     here = trained(on_disk, tmp_path / "run")
     config = in_store(stored, digits)
-    folder = begun(config, bucket / "run")
-    with mirrored_folder(folder) as copy:
-        Run(config, copy, OneWorker(), NullObserver()).loop(until=5)
+    folder = started(config, bucket / "run")
+    with mirrored_folder(folder) as mirror:
+        Run(config, mirror, OneWorker(), NullObserver()).loop(until=5)
     assert len(folder.read_metrics()) == 5
-    # What a process that was killed while it sent a checkpoint leaves: files of it, and the pointer to the one before.
+    # A process that was killed while it pushed a checkpoint leaves files of it, and the pointer to the previous one.
     (bucket / "run" / "checkpoints" / "step_000005" / "model" / "config.json").write_bytes(b"{")
     assert last_checkpoint(folder.checkpoints) == bucket / "run" / "checkpoints" / "step_000004"
-    go_on(config, folder)
+    resume(config, folder)
     assert measured(folder) == measured(here)
     assert weights(folder) == weights(here)
 
@@ -171,12 +171,12 @@ def test_a_run_that_was_lost_goes_on_from_its_last_whole_checkpoint(
 def test_a_pointer_follows_its_checkpoint_and_the_result_everything(
     stored: ObjectPath, bucket: ObjectPath, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each moment, what is in the store is whole."""
+    """The content of the store is complete at each moment."""
     config = in_store(stored, digits).changed(digits.scored())
-    folder = begun(config, bucket / "run")
+    folder = started(config, bucket / "run")
     upload, write = ObjectPath.upload, ObjectPath.write_bytes
 
-    def whole() -> None:
+    def check_complete() -> None:
         last = last_checkpoint(folder.checkpoints)
         if last is not None:
             weights(folder)
@@ -189,19 +189,19 @@ def test_a_pointer_follows_its_checkpoint_and_the_result_everything(
 
     def uploaded(self: ObjectPath, source: Path) -> None:
         upload(self, source)
-        whole()
+        check_complete()
 
     def written(self: ObjectPath, data: bytes) -> None:
         write(self, data)
-        whole()
+        check_complete()
 
     monkeypatch.setattr(ObjectPath, "upload", uploaded)
     monkeypatch.setattr(ObjectPath, "write_bytes", written)
-    go_on(config, folder)
+    resume(config, folder)
     assert folder.finished() is not None
 
 
-def test_a_run_that_is_finished_is_not_begun_again(stored: ObjectPath, bucket: ObjectPath, digits: Digits) -> None:
+def test_a_run_that_is_finished_is_not_started_again(stored: ObjectPath, bucket: ObjectPath, digits: Digits) -> None:
     config = in_store(stored, digits).changed({"output_dir": str(bucket), "train.steps": 2})
     run = plan_run(config)
     train_run(run)
@@ -257,13 +257,13 @@ def test_a_sweep_is_the_same_in_both(
         assert sweep(folder, plan, say=lambda _: None)
         return folder
 
-    def told(folder: SweepFolder) -> list[list[Record]]:
+    def reports(folder: SweepFolder) -> list[list[Record]]:
         timed = ("seconds", "metrics")
         return [[{k: v for k, v in r.items() if k not in timed} for r in t.reports()] for t in folder.trials()]
 
     here = swept(on_disk, tmp_path / "sweep")
     there = swept(in_store(stored, digits), bucket / "sweep")
-    assert told(there) == told(here)
+    assert reports(there) == reports(here)
     assert [trial.outcome().status for trial in there.trials()] == ["finished"] * 3
     names = {entry.name for entry in (bucket / "sweep").iterdir()}
     assert {"sweep.yaml", "trials.parquet", "best.yaml", "report.html", "trials"} <= names
@@ -274,4 +274,4 @@ def test_a_sweep_is_the_same_in_both(
     sweep(folder, plan, say=lambda _: None)
     assert [trial.outcome().status for trial in folder.trials()] == ["finished"] * 4
     after = {info.path: info.mtime for info in (bucket / "sweep" / "trials").listing() if info.is_file}
-    assert before.items() <= after.items(), "what had ended was not run again"
+    assert before.items() <= after.items(), "finished trials were not run again"

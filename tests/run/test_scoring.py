@@ -1,4 +1,4 @@
-"""Scores with known answers, the same however many workers share the work."""
+"""Scores with known answers, which do not depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def score(model: Model, asked: tuple[Source, EvalSet]) -> Score:
 
 
 def answers(model: Model, prompts: Sequence[str], most: int) -> list[str]:
-    """What the model says, by transformers' own forward passes."""
+    """The model's answers, by transformers' own forward passes."""
     found = []
     for prompt in prompts:
         ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]  # type: ignore[attr-defined]
@@ -67,7 +67,7 @@ def answers(model: Model, prompts: Sequence[str], most: int) -> list[str]:
 
 
 def log_likelihood(model: Model, prompt: str, response: str) -> tuple[float, int]:
-    """Of a response and its end token, one sequence at a time."""
+    """The log-likelihood of a response and its end token, one sequence at a time."""
     tokenizer = model.tokenizer  # type: ignore[attr-defined]
     prompt_ids = tokenizer(prompt)["input_ids"]
     suffix = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -81,7 +81,7 @@ def log_likelihood(model: Model, prompt: str, response: str) -> tuple[float, int
 
 
 def test_exact_match_counts_equal_answers(text: Model, tmp_path: Path) -> None:
-    """The model is asked what it will say; every second reference is made wrong, white space around it is not."""
+    """The references are the model's own answers; every second one is made wrong, white space around it is not."""
     said = answers(text, TEXTS, 4)
     rows = [
         {"id": str(i), "prompt": prompt, "response": f" {answer.strip()}\n" if i % 2 else f"{answer} not"}
@@ -112,7 +112,7 @@ def test_choice_is_the_likeliest(text: Model, tmp_path: Path) -> None:
 
 
 def leaning(model: Model, token: str, by: float) -> Model:
-    """Made to say `token` with a logit of `by`, and everything else with one of 0, whatever it reads."""
+    """The model changed to give `token` a logit of `by` and all others 0, whatever it reads."""
     head = model.module.get_output_embeddings()  # type: ignore[operator]
     (index,) = model.tokenizer(token, add_special_tokens=False)["input_ids"]  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_the_margin_of_a_model_that_leans_to_one_choice(text_model: Path, tmp_pa
 
 
 def test_margins_are_those_of_one_sequence_at_a_time(text: Model, tmp_path: Path) -> None:
-    """Prompts, choices and their numbers are of all lengths; a pass holds the choices of several samples."""
+    """Prompts and choices have many lengths, samples many numbers of choices; a pass has choices of several samples."""
     options = [["a", "bc", "Z"], ["yes", "no"], ["x", "yyyy", "z", "w"], ["1", "22 and more"], [" ", "."]]
     rows = [
         {"prompt": prompt, "choices": choices, "answer_index": i % len(choices)}
@@ -219,7 +219,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(text_model: Path, 
 
 
 def test_digits_read_from_images(reader: Model, digits: Digits) -> None:
-    """An untrained reader; that the answers are scored against the images' own labels shows in its records."""
+    """The reader is untrained; its records show that answers are scored against the images' own labels."""
     columns = Columns(id="id", image="image", prompt="prompt", response="response", choices="choices")
     data = data_config(path=str(digits.data / "old_val.parquet"), columns=columns, limit=40)
     for metric in ("exact_match", "choice"):
@@ -232,7 +232,7 @@ def test_digits_read_from_images(reader: Model, digits: Digits) -> None:
     assert {record["prediction"] for record in result.records} <= set("0123456789")
 
 
-def test_the_mode_of_the_model_stays(text: Model, tmp_path: Path) -> None:
+def test_the_mode_of_the_model_is_restored(text: Model, tmp_path: Path) -> None:
     asked = questions(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}], "perplexity")
     for training in (True, False):
         text.module.train(training)
@@ -246,7 +246,7 @@ def test_the_mode_of_the_model_stays(text: Model, tmp_path: Path) -> None:
 
 @dataclass
 class Share:
-    """One of several workers, each a thread, that put what they have on one table."""
+    """One of several workers, each a thread, that exchange values through a shared table."""
 
     rank: int
     world_size: int
@@ -266,7 +266,7 @@ class Share:
 @pytest.mark.parametrize("metric", ["exact_match", "perplexity"])
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_several_workers_give_the_score_of_one(metric: str, count: int, text_model: Path, tmp_path: Path) -> None:
-    """Also where they do not share evenly, and where some have nothing to do."""
+    """Also if their shares differ in size, and if some have nothing to do."""
     models = [load_model(ModelConfig(path=str(text_model)), "fp32") for _ in range(count)]
     said = answers(models[0], TEXTS, 3)
     rows = [
@@ -331,17 +331,17 @@ def test_a_metric_needs_its_columns(metric: Any, columns: dict[str, str], said: 
         open_eval_set(make_set(data=data, metric=metric), "evaluation.new")
 
 
-def test_a_response_that_is_no_choice(text: Model, tmp_path: Path) -> None:
+def test_a_response_that_is_not_a_choice(text: Model, tmp_path: Path) -> None:
     rows = [{"id": "q1", "prompt": "a", "response": "c", "choices": ["a", "b"]}]
-    with pytest.raises(DataError, match=r"sample q1: its response 'c' is none of its choices \['a', 'b'\]"):
+    with pytest.raises(DataError, match=r"sample q1: its response 'c' is not one of its choices \['a', 'b'\]"):
         score(text, questions(tmp_path / "a.jsonl", rows, "choice"))
 
 
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        (["a"], "sample q1 has the one choice 'a': add a wrong one"),
-        (["a", "b", "a"], r"sample q1: its response 'a' stands more than once among its choices \['a', 'b', 'a'\]"),
+        (["a"], "sample q1 has only the choice 'a': add a wrong one"),
+        (["a", "b", "a"], r"sample q1: its response 'a' appears more than once among its choices \['a', 'b', 'a'\]"),
     ],
 )
 def test_choices_among_which_nothing_is_decided(choices: list[str], said: str, text: Model, tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_choices_among_which_nothing_is_decided(choices: list[str], said: str, t
 
 
 def test_perplexity_of_nothing(text_model: Path, tmp_path: Path) -> None:
-    """An empty response, or a single token that nothing stands before."""
+    """An empty response, or a single token with nothing before it."""
     model = load_model(ModelConfig(path=str(text_model), append_eos=False), "fp32")
     with pytest.raises(DataError, match="sample q1 has an empty response"):
         score(model, questions(tmp_path / "a.jsonl", [{"id": "q1", "prompt": "a", "response": ""}], "perplexity"))

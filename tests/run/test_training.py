@@ -1,4 +1,4 @@
-"""The run as a whole, in this process: what it equals, how it resumes, what it leaves behind, how it fails."""
+"""The run as a whole, in this process: its numbers, how it resumes, which files it writes, and how it fails."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def carry_out(config: Experiment, path: Path) -> RunFolder:
+def trained(config: Experiment, path: Path) -> RunFolder:
     folder = RunFolder(path)
     folder.begin(config, ["test"])
     train(config, folder, OneWorker(), NullObserver())
@@ -67,7 +67,7 @@ def measured(folder: RunFolder) -> list[dict]:
 
 def test_baseline_equals_a_plain_adamw_loop_bit_for_bit(digits: Digits, cached: Path, tmp_path: Path) -> None:
     config = digits.experiment(cached, {"craft.enabled": False})
-    ours = weights(carry_out(config, tmp_path / "run"))
+    ours = weights(trained(config, tmp_path / "run"))
 
     model = load_model(config.model, "fp32")
     source = open_source(config.task, "task")
@@ -97,11 +97,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     changes: dict, digits: Digits, cached: Path, tmp_path: Path
 ) -> None:
     config = digits.experiment(cached, {"train.steps": 7, **changes})
-    whole = carry_out(config, tmp_path / "whole")
+    whole = trained(config, tmp_path / "whole")
 
     cut = RunFolder(tmp_path / "cut")
     cut.begin(config, ["test"])
-    Run(config, cut, OneWorker(), NullObserver()).loop(until=5)  # past the checkpoint at 4: step 5 is done again
+    Run(config, cut, OneWorker(), NullObserver()).loop(until=5)  # past the checkpoint at 4: step 5 is repeated
     assert len(cut.read_metrics()) == 5
     train(config, cut, OneWorker(), NullObserver())
 
@@ -140,18 +140,18 @@ def test_the_teachers_score_belongs_to_its_preprocessing_and_moves_with_the_run(
     config = parse_config(tree, "test")
     before = {}
     for eos in (True, False):
-        folder = carry_out(config.changed({"model.append_eos": eos}), tmp_path / "runs" / f"eos-{eos}")
+        folder = trained(config.changed({"model.append_eos": eos}), tmp_path / "runs" / f"eos-{eos}")
         before[eos] = folder.finished()["old"]["before"]
     assert before[True] != before[False]
 
-    begun = RunFolder(tmp_path / "runs" / "begun")
-    begun.begin(config, ["test"])
-    run = Run(config, begun, OneWorker(), NullObserver())
+    started = RunFolder(tmp_path / "runs" / "started")
+    started.begin(config, ["test"])
+    run = Run(config, started, OneWorker(), NullObserver())
     run.held_out.score_teacher()
     run.loop(until=3)
     moved = RunFolder(tmp_path / "elsewhere" / "moved")
     moved.path.parent.mkdir()
-    begun.path.rename(moved.path)
+    started.path.rename(moved.path)
     train(config, moved, OneWorker(), NullObserver())
     assert moved.finished()["old"]["before"] == before[True]
 
@@ -165,12 +165,12 @@ def test_pruning_keeps_the_newest_checkpoint_beyond_a_million_steps(
     assert last_checkpoint(tmp_path / "checkpoints").name == "step_1000000"
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == ["step_1000000", "step_999999"]
     shutil.rmtree(tmp_path / "checkpoints" / "step_1000000")
-    with pytest.raises(StorageError, match="which is gone"):
+    with pytest.raises(StorageError, match="which is missing"):
         last_checkpoint(tmp_path / "checkpoints")
 
 
-def test_surgery_fires_and_the_log_says_so(digits: Digits, cached: Path, tmp_path: Path) -> None:
-    records = measured(carry_out(digits.experiment(cached), tmp_path / "run"))
+def test_the_projection_fires_and_the_log_says_so(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    records = measured(trained(digits.experiment(cached), tmp_path / "run"))
     assert records[0]["craft/grad_cos"] is None, "an untouched student has no retention gradient to compare"
     assert records[0]["craft/conflict"] is False
     assert any(record["craft/conflict"] for record in records)
@@ -180,7 +180,7 @@ def test_surgery_fires_and_the_log_says_so(digits: Digits, cached: Path, tmp_pat
 
 def test_what_a_run_leaves_behind(digits: Digits, cached: Path, tmp_path: Path) -> None:
     config = digits.experiment(cached, {**digits.scored(), "train.keep_checkpoints": 2})
-    folder = carry_out(config, tmp_path / "run")
+    folder = trained(config, tmp_path / "run")
     assert folder.config() == config
     assert sorted(p.name for p in folder.checkpoints.glob("step_*")) == ["step_000004", "step_000006"]
     assert (folder.checkpoints / "last").resolve().name == "step_000006"
@@ -207,8 +207,8 @@ def test_what_a_run_leaves_behind(digits: Digits, cached: Path, tmp_path: Path) 
 
 def test_accumulation_minimises_the_same_loss(digits: Digits, cached: Path, tmp_path: Path) -> None:
     changes = {"train.steps": 2}
-    one = carry_out(digits.experiment(cached, changes), tmp_path / "one")
-    two = carry_out(digits.experiment(cached, {**changes, "train.accumulate": 4}), tmp_path / "two")
+    one = trained(digits.experiment(cached, changes), tmp_path / "one")
+    two = trained(digits.experiment(cached, {**changes, "train.accumulate": 4}), tmp_path / "two")
     for a, b in zip(measured(one), measured(two), strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
@@ -217,13 +217,13 @@ def test_accumulation_minimises_the_same_loss(digits: Digits, cached: Path, tmp_
 def test_bf16_starts_within_the_tolerance_of_bf16(digits: Digits, tmp_path: Path) -> None:
     config = digits.experiment(tmp_path, {"train.precision": "bf16", "train.steps": 2})
     build(config, say=lambda _: None)
-    records = measured(carry_out(config, tmp_path / "run"))
+    records = measured(trained(config, tmp_path / "run"))
     assert records[0]["craft/retention_loss"] < 1e-2
     assert all(math.isfinite(record["train/loss"]) for record in records)
 
 
 def test_the_console_line_has_the_documented_form(digits: Digits, cached: Path, tmp_path: Path) -> None:
-    folder = carry_out(digits.experiment(cached), tmp_path / "run")
+    folder = trained(digits.experiment(cached), tmp_path / "run")
     line = console_line(folder.read_metrics()[2], 6, "hidden")
     number = r"-?\d+\.\d{3}"
     small = rf"({number}|\d\.\d\de-\d\d)"
@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
     assert not folder.checkpoints.exists(), "the second step's weights are not finite, and must not be saved"
 
 
-def test_craft_without_a_cache_is_no_baseline(digits: Digits, tmp_path: Path) -> None:
+def test_craft_without_a_cache_is_not_a_baseline(digits: Digits, tmp_path: Path) -> None:
     config = digits.experiment(tmp_path, {"craft.anchor_cache_dir": None})
     with pytest.raises(ConfigError, match=r"craft\.anchor_cache_dir names no cache"):
         train(config, RunFolder(tmp_path / "run"), OneWorker(), NullObserver())
@@ -294,15 +294,15 @@ def test_a_full_disk_damages_no_checkpoint(digits: Digits, cached: Path, tmp_pat
     assert "earlier checkpoints are untouched" in output.stdout
     folder = RunFolder(tmp_path / "run")
     assert [p.name for p in folder.checkpoints.iterdir() if p.name != "last"] == ["step_000002"]
-    train(config, folder, OneWorker(), NullObserver())  # with room again it goes on
+    train(config, folder, OneWorker(), NullObserver())  # with free space again it resumes
     assert folder.finished()["steps"] == 6
 
 
-# --- looks at the validation data ---------------------------------------------------------------------------------
+# --- validation ---------------------------------------------------------------------------------------------------
 
 
-def looked_at(data: Path, every: int, **changes: Any) -> dict[str, Any]:
-    """Changes that look at both skills, by a number that the last bit of a weight changes and by generated answers."""
+def validating(data: Path, every: int, **changes: Any) -> dict[str, Any]:
+    """Changes that validate both skills: a score that changes with the last bit of a weight, and generated answers."""
     sets = {
         f"validation.{skill}": {
             "data": {"path": str(data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": 24},
@@ -315,30 +315,34 @@ def looked_at(data: Path, every: int, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def watched(digits: Digits, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run that went undisturbed and was looked at after each step. Read only."""
-    config = digits.experiment(cached, looked_at(digits.data, 1))
-    return carry_out(config, tmp_path_factory.mktemp("watched") / "run")
+def validated_run(digits: Digits, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """An uninterrupted run with a validation after each step. Read only."""
+    config = digits.experiment(cached, validating(digits.data, 1))
+    return trained(config, tmp_path_factory.mktemp("validated") / "run")
 
 
-def test_looking_changes_nothing(watched: RunFolder, digits: Digits, cached: Path, tmp_path: Path) -> None:
-    blind = carry_out(digits.experiment(cached, {"train.log_every": 4}), tmp_path / "run")
-    assert measured(watched) == measured(blind)
-    ours, theirs = weights(watched), weights(blind)
+def test_validation_does_not_change_the_training(
+    validated_run: RunFolder, digits: Digits, cached: Path, tmp_path: Path
+) -> None:
+    blind = trained(digits.experiment(cached, {"train.log_every": 4}), tmp_path / "run")
+    assert measured(validated_run) == measured(blind)
+    ours, theirs = weights(validated_run), weights(blind)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not blind.validation.exists()
-    assert [look["step"] for look in watched.read_validation()] == [1, 2, 3, 4, 5, 6]
+    assert [validation["step"] for validation in validated_run.read_validation()] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [6]), (4, [4, 6]), (9, [6])])
-def test_when_a_run_is_looked_at(every: int, steps: list[int], digits: Digits, cached: Path, tmp_path: Path) -> None:
-    config = digits.experiment(cached, looked_at(digits.data, every))
-    folder = carry_out(config, tmp_path / "run")
-    looks = folder.read_validation()
-    assert [look["step"] for look in looks] == steps
+def test_when_a_run_is_validated(every: int, steps: list[int], digits: Digits, cached: Path, tmp_path: Path) -> None:
+    config = digits.experiment(cached, validating(digits.data, every))
+    folder = trained(config, tmp_path / "run")
+    validations = folder.read_validation()
+    assert [validation["step"] for validation in validations] == steps
     expected = ["step", "old/score", "old/ratio", "new/score", "new/ratio"]
-    assert all(list(look) == [*expected, "heldout/retention_loss", "heldout/violation"] for look in looks)
-    last, result = looks[-1], folder.finished()
+    assert all(
+        list(validation) == [*expected, "heldout/retention_loss", "heldout/violation"] for validation in validations
+    )
+    last, result = validations[-1], folder.finished()
     assert last["heldout/retention_loss"] == result["retention_loss"]
     assert last["heldout/violation"] == result["violation"]
     teacher = json.loads((folder.path / "teacher_validation_old.json").read_text())["score"]["value"]
@@ -352,41 +356,45 @@ def test_when_a_run_is_looked_at(every: int, steps: list[int], digits: Digits, c
         *((2, 2, 4, True), (2, 2, 6, True), (0, 2, 4, True)),
     ],
 )
-def test_a_resumed_run_has_each_look_once(
+def test_a_resumed_run_has_each_validation_once(
     checkpoint_every: int,
     every: int,
     closed_at: int,
     lost: bool,
-    watched: RunFolder,
+    validated_run: RunFolder,
     digits: Digits,
     cached: Path,
     tmp_path: Path,
 ) -> None:
     """
     Args:
-        lost: the process went while it wrote the look down, after the checkpoint of the same step where there is one.
+        lost: the process was lost while it wrote the validation, after the checkpoint of the same step if there is one.
     """
     changes = {"train.checkpoint_every": checkpoint_every, "train.keep_checkpoints": 1 if checkpoint_every else 0}
-    config = digits.experiment(cached, looked_at(digits.data, every, **changes))
+    config = digits.experiment(cached, validating(digits.data, every, **changes))
     cut = RunFolder(tmp_path / "run")
     cut.begin(config, ["test"])
-    with closing(training(config, cut, OneWorker(), NullObserver())) as looks:
-        while next(looks)["step"] < closed_at:
+    with closing(training(config, cut, OneWorker(), NullObserver())) as validations:
+        while next(validations)["step"] < closed_at:
             pass
     if lost:
         lines = cut.validation.read_text().splitlines(keepends=True)
         cut.validation.write_text("".join(lines[:-1]) + lines[-1][:20])
     train(config, cut, OneWorker(), NullObserver())
-    assert cut.read_validation() == [look for look in watched.read_validation() if look["step"] % every == 0]
-    assert measured(cut) == measured(watched)
+    assert cut.read_validation() == [
+        validation for validation in validated_run.read_validation() if validation["step"] % every == 0
+    ]
+    assert measured(cut) == measured(validated_run)
 
 
-def test_a_run_that_was_lost_after_its_last_look_is_concluded(digits: Digits, cached: Path, tmp_path: Path) -> None:
-    config = digits.experiment(cached, looked_at(digits.data, 3))
+def test_a_run_that_was_lost_after_its_last_validation_is_concluded(
+    digits: Digits, cached: Path, tmp_path: Path
+) -> None:
+    config = digits.experiment(cached, validating(digits.data, 3))
     folder = RunFolder(tmp_path / "run")
     folder.begin(config, ["test"])
-    with closing(training(config, folder, OneWorker(), NullObserver())) as looks:
-        assert [next(looks)["step"], next(looks)["step"]] == [3, 6]
+    with closing(training(config, folder, OneWorker(), NullObserver())) as validations:
+        assert [next(validations)["step"], next(validations)["step"]] == [3, 6]
     assert folder.finished() is None
     seen = folder.read_validation()
     train(config, folder, OneWorker(), NullObserver())
@@ -394,37 +402,39 @@ def test_a_run_that_was_lost_after_its_last_look_is_concluded(digits: Digits, ca
     assert folder.read_validation() == seen
 
 
-def test_a_run_that_is_closed_at_a_look_is_left_open_for_others(digits: Digits, cached: Path, tmp_path: Path) -> None:
-    config = digits.experiment(cached, looked_at(digits.data, 2))
+def test_a_run_that_is_closed_at_a_validation_is_left_open_for_others(
+    digits: Digits, cached: Path, tmp_path: Path
+) -> None:
+    config = digits.experiment(cached, validating(digits.data, 2))
     folder = RunFolder(tmp_path / "run")
     folder.begin(config, ["test"])
-    with closing(training(config, folder, OneWorker(), NullObserver())) as looks:
-        assert next(looks)["step"] == 2
-    assert [record["step"] for record in folder.read_metrics()] == [1, 2], "the log is complete up to the look"
+    with closing(training(config, folder, OneWorker(), NullObserver())) as validations:
+        assert next(validations)["step"] == 2
+    assert [record["step"] for record in folder.read_metrics()] == [1, 2], "the log is complete up to the validation"
     with (folder.path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is still held
 
 
 def test_validation_is_in_tensorboard_beside_the_steps(digits: Digits, cached: Path, tmp_path: Path) -> None:
-    config = digits.experiment(cached, looked_at(digits.data, 2))
+    config = digits.experiment(cached, validating(digits.data, 2))
     folder = RunFolder(tmp_path / "run")
     folder.begin(config, ["test"])
     with TensorBoardObserver(folder.path / "tensorboard", NullObserver(), enabled=True) as observer:
         train(config, folder, OneWorker(), observer)
     events = EventAccumulator(str(folder.path / "tensorboard")).Reload()
-    looks = folder.read_validation()
+    validations = folder.read_validation()
     for key in ("old/score", "old/ratio", "new/score", "heldout/retention_loss", "heldout/violation"):
         found = [(event.step, event.value) for event in events.Scalars(key)]
-        assert found == [(look["step"], pytest.approx(look[key])) for look in looks]
+        assert found == [(validation["step"], pytest.approx(validation[key])) for validation in validations]
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_line_of_a_look() -> None:
-    look = {
+def test_the_line_of_a_validation() -> None:
+    validation = {
         "step": 25, "old/score": 0.875, "old/ratio": 0.9512, "new/score": 0.5, "new/ratio": None,
         "heldout/retention_loss": 0.0123456, "heldout/violation": 0.0,
     }  # fmt: skip
-    assert validation_line(look, 150) == (
+    assert validation_line(validation, 150) == (
         "Step 25/150 | validation | old 0.875 (95.1% of the teacher's) | new 0.500 | held-out L_ret=0.01235"
     )
     assert validation_line({"step": 2, "new/score": 1.0, "new/ratio": 2.0}, 4) == (
@@ -438,15 +448,15 @@ def test_a_run_that_keeps_no_checkpoints_leaves_none(
 ) -> None:
     changes = {"train.keep_checkpoints": 0, "train.checkpoint_every": checkpoint_every}
     config = digits.experiment(cached, changes)
-    folder = carry_out(config, tmp_path / "run")
+    folder = trained(config, tmp_path / "run")
     assert not folder.checkpoints.exists()
     assert folder.finished()["steps"] == 6
 
 
-def test_runs_of_one_process_share_what_is_preprocessed(
+def test_runs_of_one_process_share_preprocessed_samples(
     cached: Path, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And their numbers do not depend on it."""
+    """Their numbers do not depend on the sharing."""
     config = digits.experiment(cached, digits.scored())
     made: list[str] = []
     preprocess = VisionLanguageModel.preprocess
@@ -468,4 +478,4 @@ def test_runs_of_one_process_share_what_is_preprocessed(
     other = config.changed({"model.append_eos": False, "craft": {"enabled": False}, "evaluation": {}})
     before = len(made)
     list(training(other, RunFolder(tmp_path / "other" / "run"), OneWorker(), NullObserver(), features))
-    assert len(made) > before, "another way to read the same data has features of its own"
+    assert len(made) > before, "another way to read the same data has other features"

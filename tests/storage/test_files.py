@@ -1,4 +1,4 @@
-"""Files of a disk or mount that several nodes write to."""
+"""Files on a disk or mount that several nodes write to."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from craft_ray.storage import files
 from craft_ray.storage.files import clear_leftovers, is_temporary, new_file, new_folder, replace_link
 
 
-def test_two_that_write_at_once_do_not_meet(tmp_path: Path) -> None:
-    """On two nodes they may have the same process number; here they even are one process."""
+def test_two_concurrent_writers_do_not_collide(tmp_path: Path) -> None:
+    """On two nodes they may have the same process number; here they are even the same process."""
     with new_file(tmp_path / "file") as first, new_file(tmp_path / "file") as second:
         first.write_text("first")
         second.write_text("second")
-    assert (tmp_path / "file").read_text() == "first", "who ends last has the last word"
+    assert (tmp_path / "file").read_text() == "first", "the last writer to finish wins"
 
     with new_folder(tmp_path / "folder") as first, new_folder(tmp_path / "folder") as second:
         (first / "a").write_text("first")
@@ -27,7 +27,7 @@ def test_two_that_write_at_once_do_not_meet(tmp_path: Path) -> None:
 
 @pytest.fixture
 def leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What processes leave that are killed at the last moment, of each way to write, beside what is complete."""
+    """The leftovers of processes killed at the last moment, for each way to write, beside complete files."""
     for name in ("a", "a.b", "step_000001"):
         with new_folder(tmp_path / name) as folder:
             (folder / "content").write_text("complete")
@@ -47,7 +47,7 @@ def leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_leftovers_of_one_name_are_cleared_and_of_no_other(leftovers: Path) -> None:
+def test_only_leftovers_of_one_name_are_cleared(leftovers: Path) -> None:
     before = set(leftovers.iterdir())
     clear_leftovers(leftovers, of="a")
     gone = before - set(leftovers.iterdir())
@@ -55,7 +55,7 @@ def test_leftovers_of_one_name_are_cleared_and_of_no_other(leftovers: Path) -> N
     assert all(is_temporary(path, "a") and not path.name.startswith(".a.b.") for path in gone)
 
 
-def test_all_leftovers_are_cleared_and_what_is_complete_stays(leftovers: Path) -> None:
+def test_all_leftovers_are_cleared_and_complete_files_stay(leftovers: Path) -> None:
     assert sum(is_temporary(path) for path in leftovers.iterdir()) == 5
     clear_leftovers(leftovers)
     assert {path.name for path in leftovers.iterdir()} == {"a", "a.b", "step_000001", ".lock", ".tmp", "mine.tmp"}

@@ -1,4 +1,4 @@
-"""A place in an object store: what it is called, what is there, and that nobody meets half of anything."""
+"""Paths in an object store: their names, their content, and that no reader sees half of anything."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import pytest
 from craft_ray.config import parse_config
 from craft_ray.errors import ConfigError, StorageError
 from craft_ray.storage.files import append_text, checksum, new_file, new_folder, write_atomically
-from craft_ray.storage.node_cache import at_hand
+from craft_ray.storage.node_cache import local_copy
 from craft_ray.storage.paths import ObjectPath, copy_tree, remove_tree, storage_path
 
 LARGE = 12 << 20
-"""Bytes that are sent in several parts."""
+"""A size that is sent in several parts."""
 
 
 @pytest.fixture
 def bucket(object_store: ObjectPath, tmp_path: Path) -> ObjectPath:
-    """A folder of this test alone."""
+    """A folder of this test only."""
     return object_store / tmp_path.name
 
 
-def test_names_behave_as_those_of_a_path() -> None:
+def test_names_behave_like_those_of_a_path() -> None:
     ours, theirs = ObjectPath("s3://bucket/a/b.tar/step_01.json"), Path("/bucket/a/b.tar/step_01.json")
     assert str(ours) == f"s3:/{theirs}"
     assert (ours.name, ours.suffix) == (theirs.name, theirs.suffix)
@@ -41,7 +41,7 @@ def test_names_behave_as_those_of_a_path() -> None:
     assert storage_path("a/b") == Path("a/b")
 
 
-def test_no_function_of_the_system_mistakes_it_for_a_file() -> None:
+def test_no_system_function_mistakes_it_for_a_file() -> None:
     with pytest.raises(TypeError, match="in an object store"):
         open(ObjectPath("s3://bucket/a"))  # noqa: SIM115
 
@@ -94,10 +94,10 @@ def test_a_tree_goes_there_and_back(bucket: ObjectPath, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("after", [b"{}", b'{"longer": "than before"}', b"four", None])
-def test_what_is_read_was_there_at_one_moment(
+def test_a_read_returns_the_content_of_one_moment(
     bucket: ObjectPath, after: bytes | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process replaces or deletes the object between its size and its content."""
+    """Another process replaces or deletes the object between the reads of its size and its content."""
     path, opened, opening = bucket / "changing", [], ObjectPath.open_input
     path.write_bytes(b"size")
 
@@ -116,7 +116,7 @@ def test_what_is_read_was_there_at_one_moment(
         assert path.read_bytes() == after
 
 
-def test_what_never_stands_still_is_not_read_for_ever(bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_that_keeps_changing_is_not_read_forever(bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
     path, opening = bucket / "changing", ObjectPath.open_input
     path.write_bytes(b"")
 
@@ -130,7 +130,7 @@ def test_what_never_stands_still_is_not_read_for_ever(bucket: ObjectPath, monkey
         path.read_bytes()
 
 
-def test_an_error_on_the_way_leaves_what_was_there(bucket: ObjectPath) -> None:
+def test_an_error_while_writing_leaves_the_old_object(bucket: ObjectPath) -> None:
     write_atomically(bucket / "file", "old")
     with pytest.raises(ZeroDivisionError), new_file(bucket / "file") as temporary:  # noqa: PT012
         temporary.write_text("new")
@@ -176,7 +176,7 @@ def test_an_upload_that_is_killed_leaves_no_object(bucket: ObjectPath) -> None:
     assert not (bucket / "half").exists()
 
 
-def test_what_grows_is_not_written_to_a_store() -> None:
+def test_a_file_that_grows_is_not_written_to_a_store() -> None:
     with pytest.raises(AssertionError, match="cannot grow"):
         append_text(ObjectPath("s3://bucket/log"), "line")
 
@@ -198,51 +198,51 @@ def test_a_store_that_cannot_be_used_is_one_line(bucket: ObjectPath, monkeypatch
 def test_an_input_is_copied_once_and_again_when_it_changes(bucket: ObjectPath) -> None:
     write_atomically(bucket / "in" / "a.jsonl", "1")
     write_atomically(bucket / "in" / "b.txt", "2")
-    file = at_hand(str(bucket / "in" / "a.jsonl"), "task.path")
+    file = local_copy(str(bucket / "in" / "a.jsonl"), "task.path")
     assert Path(file).name == "a.jsonl"
     assert Path(file).read_text() == "1"
-    assert at_hand(str(bucket / "in" / "a.jsonl"), "task.path") == file
-    folder = Path(at_hand(str(bucket / "in"), "task.path"))
+    assert local_copy(str(bucket / "in" / "a.jsonl"), "task.path") == file
+    folder = Path(local_copy(str(bucket / "in"), "task.path"))
     assert sorted(entry.name for entry in folder.iterdir()) == ["a.jsonl", "b.txt"]
-    pattern = Path(at_hand(str(bucket / "in" / "*.txt"), "task.path"))
+    pattern = Path(local_copy(str(bucket / "in" / "*.txt"), "task.path"))
     assert [entry.name for entry in pattern.parent.glob(pattern.name)] == ["b.txt"]
     time.sleep(1.1)  # the store's times are whole seconds
     write_atomically(bucket / "in" / "a.jsonl", "3")
-    assert Path(at_hand(str(bucket / "in" / "a.jsonl"), "task.path")).read_text() == "3"
+    assert Path(local_copy(str(bucket / "in" / "a.jsonl"), "task.path")).read_text() == "3"
     with pytest.raises(ConfigError, match=r"task.path: there is nothing at s3://.*/none"):
-        at_hand(str(bucket / "none"), "task.path")
+        local_copy(str(bucket / "none"), "task.path")
 
 
-def test_the_last_checkpoint_is_found_by_the_name_that_it_has_on_a_disk(bucket: ObjectPath) -> None:
+def test_the_last_checkpoint_is_found_by_its_name_on_a_disk(bucket: ObjectPath) -> None:
     write_atomically(bucket / "checkpoints" / "step_000002" / "model" / "config.json", "{}")
     write_atomically(bucket / "checkpoints" / "last", "step_000002")
-    found = Path(at_hand(str(bucket / "checkpoints" / "last" / "model"), "model.path"))
+    found = Path(local_copy(str(bucket / "checkpoints" / "last" / "model"), "model.path"))
     assert (found / "config.json").read_text() == "{}"
 
 
 TREE = {"model": {"path": "m"}, "task": {"path": "t.jsonl"}, "train": {"steps": 1}}
 
 
-def test_places_of_a_config_stay_as_they_are(tmp_path: Path) -> None:
-    places = {"output_dir": "s3://b/runs/", "craft": {"anchor_cache_dir": "s3://b/anchors"}}
-    config = parse_config(TREE | places, "test", tmp_path)
+def test_object_paths_in_a_config_stay_as_they_are(tmp_path: Path) -> None:
+    paths = {"output_dir": "s3://b/runs/", "craft": {"anchor_cache_dir": "s3://b/anchors"}}
+    config = parse_config(TREE | paths, "test", tmp_path)
     assert config.output_dir == "s3://b/runs"
     assert config.craft.anchor_cache_dir == "s3://b/anchors"
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("text", "message"),
     [
-        ("gs://b/runs", "output_dir: 'gs://b/runs' is no place that is known: name a path .* or s3://BUCKET/KEY"),
-        ("s3://", "has to be s3://BUCKET/KEY alone"),
+        ("gs://b/runs", "output_dir: 'gs://b/runs' has an unknown scheme: specify a path .* or s3://BUCKET/KEY"),
+        ("s3://", "has to be s3://BUCKET/KEY only"),
         (
             "s3://key:geheim@b/runs",
-            "'b/runs' has to be s3://BUCKET/KEY alone: credentials, .* come from the environment",
+            "'b/runs' has to be s3://BUCKET/KEY only: credentials, .* come from the environment",
         ),
-        ("s3://b/runs?endpoint_override=x", "has to be s3://BUCKET/KEY alone"),
+        ("s3://b/runs?endpoint_override=x", "has to be s3://BUCKET/KEY only"),
     ],
 )
-def test_a_place_that_is_none_is_refused(place: str, message: str) -> None:
+def test_a_path_that_is_not_valid_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as found:
-        parse_config(TREE | {"output_dir": place}, "test")
+        parse_config(TREE | {"output_dir": text}, "test")
     assert "geheim" not in found.value.message

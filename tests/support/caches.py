@@ -38,7 +38,7 @@ def text_experiment(model: Path, source: Path, folder: Path, changes: Mapping[st
 
 
 def prompts(path: Path, lengths: Sequence[int]) -> Path:
-    """JSON lines of texts with so many words."""
+    """JSON lines of texts with the given numbers of words."""
     rows = [{"id": f"a{i}", "prompt": " ".join((WORDS * 9)[i % 7 : i % 7 + n])} for i, n in enumerate(lengths)]
     return json_lines(path, rows)
 

@@ -1,4 +1,4 @@
-"""Real Ray clusters on this machine for tests: with a token, of one node or several, and nothing left behind."""
+"""Real Ray clusters on this machine for tests: with a token, with one node or several; they leave no processes."""
 
 from __future__ import annotations
 
@@ -26,43 +26,43 @@ RAY = """
 import time
 from ray._private import services
 from ray.scripts.scripts import main
-ask, begun = services.get_node, time.monotonic()
+ask, started = services.get_node, time.monotonic()
 def patient(*arguments):
     while True:
         try:
             return ask(*arguments)
         except RuntimeError:
-            if time.monotonic() - begun > 240:
+            if time.monotonic() - started > 240:
                 raise
 services.get_node = patient
 main()
 """
-"""Ray's command. It gives a node thirty seconds to start, which is too little on a busy machine."""
+"""Ray's command, patched: it gives a node thirty seconds to start, which is too short on a busy machine."""
 MARK = "CRAFT_RAY_TEST_NODE"
 AGENTS = ("dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent", "metrics-export")
-"""With ports of its own choice a node dies unless they are all open within seconds."""
+"""A node that chooses its own ports dies unless they are all open within seconds."""
 
 
 @dataclass
 class Cluster:
-    """A running cluster; `environment` is a user's who may use it."""
+    """A running cluster; `environment` is that of a user who may use it."""
 
     address: str
     dashboard: str
     token: Path
     environment: dict[str, str]
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    """By a mark that is in the environment of their processes."""
+    """Its nodes' marks, which are in the environment of their processes."""
 
     def ask(self, path: str, method: str = "GET") -> dict[str, Any]:
-        """What the dashboard answers, which is much quicker than Ray's own commands."""
+        """The dashboard's answer, which is much faster than Ray's own commands."""
         headers = {"Authorization": f"Bearer {self.token.read_text()}"}
         answer = requests.request(method, f"{self.dashboard}/api/{path}", headers=headers, timeout=60)
         answer.raise_for_status()
         return answer.json()
 
     def alive(self) -> int:
-        """Nodes that the dashboard tells of; 0 while it does not answer."""
+        """The number of nodes that the dashboard reports; 0 while it does not answer."""
         try:
             rows = self.ask("v0/nodes")["data"]["result"]["result"]
         except (requests.RequestException, TypeError):
@@ -70,13 +70,13 @@ class Cluster:
         return sum(row["state"] == "ALIVE" for row in rows)
 
     def command(self, *arguments: str | Path, **changes: str | None) -> subprocess.Popen[str]:
-        """`craft-ray ARGUMENTS` of this user, with `changes` to the environment (None: not set)."""
+        """`craft-ray ARGUMENTS` run by this user, with `changes` to the environment (None: not set)."""
         return self._popen([str(BIN / "craft-ray"), *map(str, arguments)], changes)
 
     def python(self, program: str, *arguments: str | Path, **changes: str | None) -> subprocess.Popen[str]:
         """A program that joins the cluster."""
-        told = {"RAY_ADDRESS": self.address} | changes
-        return self._popen([sys.executable, "-c", program, *map(str, arguments)], told)
+        environment = {"RAY_ADDRESS": self.address} | changes
+        return self._popen([sys.executable, "-c", program, *map(str, arguments)], environment)
 
     def _popen(self, command: list[str], changes: Mapping[str, str | None]) -> subprocess.Popen[str]:
         environment = {k: v for k, v in (self.environment | dict(changes)).items() if v is not None}
@@ -93,9 +93,9 @@ def cluster(
     """A cluster with a token, a node for each number of `cpus`; the first is the head.
 
     Args:
-        folder: for the token and what the nodes print.
-        environment: what the nodes have beside this process's environment.
-        hidden: the nodes (not the head) that see another, empty folder in place of this one; needs the right to mount.
+        folder: for the token and the output of the nodes.
+        environment: variables of the nodes in addition to this process's environment.
+        hidden: the nodes (not the head) that see an empty folder instead of this one; needs permission to mount.
     """
     gcs, dashboard, client, *metrics = free_ports(5)
     token = folder / "token"
@@ -106,7 +106,7 @@ def cluster(
     patience = {"RAY_agent_register_timeout_ms": str(int(1000 * PATIENCE_S))}
     ports = dict(zip(("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"), map(str, metrics), strict=True))
     found = Cluster(f"{HOST}:{gcs}", f"http://{HOST}:{dashboard}", token, user)
-    # The path of a socket is short, so this folder is not below the test's.
+    # The path of a socket must be short, so this folder is not below the test's.
     with tempfile.TemporaryDirectory(prefix="crt-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
         try:
             for index, count in enumerate(cpus):
@@ -149,7 +149,7 @@ def _start(found: Cluster, command: list[str], environment: dict[str, str], log:
 
 
 def _stop(found: Cluster) -> list[str]:
-    """End every process of the cluster; the ones that did not go by themselves."""
+    """Stop every process of the cluster; return those that did not stop by themselves."""
     ours = {p for node in found.nodes.values() for p in _with_children(node.pid)}
     for node in reversed(found.nodes.values()):
         node.terminate()
@@ -185,7 +185,7 @@ def _with_children(pid: int) -> list[psutil.Process]:
 def _environment(process: psutil.Process) -> dict[str, str]:
     try:
         return process.environ()
-    except psutil.Error:  # gone meanwhile, or another user's
+    except psutil.Error:  # it has ended meanwhile, or is another user's
         return {}
 
 

@@ -1,4 +1,4 @@
-"""Sections of several kinds from their keys, as they stand in a file."""
+"""Sections of several kinds, made from their keys as in a file."""
 
 from __future__ import annotations
 

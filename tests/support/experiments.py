@@ -22,7 +22,7 @@ class Digits:
     data: Path
 
     def experiment(self, folder: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
-        """A few steps on the digits, everything below `folder`, in this process."""
+        """A few steps on the digits in this process, with all files below `folder`."""
         return parse_config(self._tree(folder), "test").changed(changes or {})
 
     def scored(self, limit: int = 24) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Digits:
                 "anchor_cache_dir": str(folder / "anchors"),
                 "anchor_batch_size": 8,
                 "epsilon_start": 0.001,
-                "conflict_threshold": 0.5,  # surgery fires at nearly every step
+                "conflict_threshold": 0.5,  # the projection fires at nearly every step
             },
             "train": {"steps": 6, "batch_size": 8, "learning_rate": 2e-3, "warmup_steps": 2, "checkpoint_every": 2},
             "workers": {"num_workers": 0},

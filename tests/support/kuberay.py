@@ -1,6 +1,6 @@
-"""The fields of ray.io/v1 (KubeRay 1.7) that the manifests of cluster/kuberay use, and what the operator asks of them.
+"""The fields of ray.io/v1 (KubeRay 1.7) that the manifests of cluster/kuberay use, and the operator's rules for them.
 
-A field that is not written down here is refused: nothing but a live cluster would tell of a misspelt one.
+A field that is not listed here is refused: only a live cluster would otherwise report a misspelt one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Resources(Strict):
 
     @model_validator(mode="after")
     def guaranteed(self) -> Resources:
-        assert self.requests == self.limits, "Ray takes its resources from the limits: less requested means eviction"
+        assert self.requests == self.limits, "Ray takes its resources from the limits: lower requests lead to eviction"
         assert {"cpu", "memory"} <= set(self.limits)
         return self
 
@@ -97,7 +97,7 @@ class Volume(Strict):
     @model_validator(mode="after")
     def one_kind(self) -> Volume:
         kinds = [self.emptyDir, self.configMap, self.persistentVolumeClaim]
-        assert sum(kind is not None for kind in kinds) == 1, f"the volume {self.name} is of no kind, or of several"
+        assert sum(kind is not None for kind in kinds) == 1, f"the volume {self.name} has no kind, or several"
         return self
 
 
@@ -113,7 +113,7 @@ class Toleration(Strict):
 
 class Pod(Strict):
     restartPolicy: Literal["Never"]
-    """The second autoscaler takes a restarted pod for the node that it was."""
+    """The second autoscaler mistakes a restarted pod for the node that it was before."""
     securityContext: SecurityContext
     tolerations: list[Toleration] = []
     containers: Annotated[list[Container], Field(min_length=1)]
@@ -184,7 +184,7 @@ class JobSpec(Strict):
 
     @model_validator(mode="after")
     def plain_words(self) -> JobSpec:
-        """The operator pastes the entrypoint into a shell's line, and Ray quotes its words once more."""
+        """The operator pastes the entrypoint into a shell command line, and Ray quotes its words again."""
         assert re.fullmatch(r"[\w./:= -]+", self.entrypoint), self.entrypoint
         return self
 

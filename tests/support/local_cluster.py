@@ -25,7 +25,7 @@ def exported(out: str) -> dict[str, str]:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The processes whose environment has the mark of this cluster."""
+    """The processes with this cluster's mark in their environment."""
     found = []
     for process in psutil.process_iter():
         try:

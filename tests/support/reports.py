@@ -1,4 +1,4 @@
-"""Run folders that are made up, as runs leave them, and the page that is written of them."""
+"""Fabricated run folders, in the form that runs leave them, and the page that is written about them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def write_run(
     mode: str | None = None,
     **craft: Any,
 ) -> RunFolder:
-    """A finished run with the scores `(before, after)` and the held-out retention loss that are given."""
+    """A finished run with the given scores `(before, after)` and the given held-out retention loss."""
     config = config_of(arm, seed, folder, metric, mode, **craft)
     run = RunFolder(folder / f"{config.name}-{arm}-seed{seed}")
     run.begin(config, ["craft-ray", "train"])
@@ -148,13 +148,13 @@ def outcome(row: int, right: bool, metric: str) -> dict[str, Any]:
 def report(runs: Sequence[RunFolder], folder: Path, title: str = "A title") -> tuple[dict[str, Any], str]:
     """The report's numbers and its page, read back from the disk."""
     target = folder / "report"
-    told = write_report(runs, target, title=title, command="craft-ray compare run.yaml")
-    assert json.loads((target / "result.json").read_text()) == told
-    return told, (target / "report.html").read_text()
+    result = write_report(runs, target, title=title, command="craft-ray compare run.yaml")
+    assert json.loads((target / "result.json").read_text()) == result
+    return result, (target / "report.html").read_text()
 
 
 class Page(HTMLParser):
-    """What a page refers to and says: attributes that load or link, elements, and its visible text."""
+    """The content of a page: attributes that load or link, elements, and its visible text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def small_size(width: int = 32, depth: int = 2) -> PaliGemmaSize:
 
 
 def smooth_chunks(count: int = 64, length: int = 8, dimensions: int = 4, seed: int = 0) -> NDArray[np.float32]:
-    """[N, T, D] actions in [-1, 1] that move little from one step to the next, as a robot's do."""
+    """[N, T, D] actions in [-1, 1] that change little from one step to the next, as a robot's do."""
     steps = np.random.default_rng(seed).normal(size=(count, length, dimensions)) * 0.2
     return np.tanh(np.cumsum(steps, axis=1)).astype(np.float32)
 
@@ -58,7 +58,7 @@ def small_policy(
 
     Args:
         cameras: their names, or how many: `camera0`, ...
-        tasks: what its prompts have room for.
+        tasks: the tasks that its prompts have room for.
     """
     names = [f"camera{i}" for i in range(cameras)] if isinstance(cameras, int) else cameras
     pictures = {f"observation.images.{name}": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)) for name in names}
@@ -98,11 +98,11 @@ def write_dataset(
     """A LeRobotDataset with `observation.images.{camera}`, `observation.state` and `action`, all from the seed.
 
     Args:
-        root: a folder that is not there yet.
-        frames: of each episode; several numbers are taken in turn.
+        root: a folder that does not exist yet.
+        frames: number in each episode; several numbers are used in turn.
         size: of a picture: its side, or height and width.
-        task: what is done; several are taken in turn.
-        file_mb: size above which another file is begun.
+        task: the task of the episodes; several are used in turn.
+        file_mb: size above which a new file is started.
     """
     features: dict[str, Any] = {
         "observation.state": {"dtype": "float32", "shape": (state,), "names": [f"joint{i}" for i in range(state)]},

@@ -29,7 +29,7 @@ def running_store() -> Iterator[ObjectPath]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    told = {
+    environment = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "a-secret-of-tests",
@@ -37,7 +37,7 @@ def running_store() -> Iterator[ObjectPath]:
     }
     try:
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in told.items():
+            for name, value in environment.items():
                 patch.setenv(name, value)
             _wait(endpoint)
             request = urllib.request.Request(f"{endpoint}/{BUCKET}", method="PUT")

@@ -31,13 +31,13 @@ PINNED: dict[str, Any] = {
 
 
 def craft_config(**settings: Any) -> CraftConfig:
-    """Settings that stay when a default changes."""
+    """Settings that do not follow a change of a default."""
     return CraftConfig(**PINNED | settings)
 
 
 @dataclass(frozen=True)
 class Terms:
-    """A micro-batch of which only the number of terms matters."""
+    """A micro-batch in which only the number of terms matters."""
 
     count: int = 1
 
@@ -78,7 +78,7 @@ def named(parameters: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
 def linear_loss(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], value: float = 1.0
 ) -> Callable[[Any], Tensor]:
-    """A loss of this value and these gradients; None where it does not reach the parameter."""
+    """A loss with this value and these gradients; None where it does not reach the parameter."""
 
     def loss(_: Any) -> Tensor:
         pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
@@ -90,7 +90,7 @@ def linear_loss(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did: the gradient it gave to the optimiser, parameter by parameter."""
+    """The outcome of a step: the gradient of each parameter that it gave to the optimiser."""
 
     gradients: list[Tensor | None]
     metrics: StepMetrics

@@ -150,7 +150,7 @@ def test_a_bound_is_read(text: str, expected: tuple[bool, float]) -> None:
 
 @pytest.mark.parametrize("text", ["0.95", "> 0.95", "== 1", ">= ", ">= nan", ">= inf", ">= 95%", ">= 0.9 and <= 1", ""])
 def test_what_is_no_bound_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"objective.subject_to.old/ratio: .* is no bound: write '>= 0.95'"):
+    with pytest.raises(ConfigError, match=r"objective.subject_to.old/ratio: .* is not a bound: write '>= 0.95'"):
         experiment({"maximize": "new/score", "subject_to": {"old/ratio": text}})
 
 
@@ -226,7 +226,7 @@ def test_what_cannot_be_searched_for_is_refused(
 
 @pytest.mark.parametrize("goal", [{}, {"maximize": "new/score", "minimize": "train/loss"}])
 def test_an_objective_has_one_metric(goal: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="name one metric, either under maximize or under minimize"):
+    with pytest.raises(ConfigError, match="specify one metric, either under maximize or under minimize"):
         experiment(goal)
 
 

@@ -1,4 +1,4 @@
-"""Numbers arrive at real trackers: MLflow on a SQLite file, Weights & Biases offline. Off, nothing is imported."""
+"""Metrics reach real trackers: MLflow on a SQLite file, Weights & Biases offline. If both are off, none is imported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PARAMS = {"craft": {"lambda_lr": 0.1, "layers": (-2, -1), "epsilon_end": None}, 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    """One database for all tests: making its tables takes most of the time."""
+    """One database for all tests: creating its tables takes most of the time."""
     folder = tmp_path_factory.mktemp("mlflow") / "new"
     return TrackingConfig(mlflow=f"{SQLITE}{folder / 'runs.db'}", project="test")
 
@@ -65,7 +65,7 @@ def elsewhere(program: str, *arguments: str, **environment: str) -> subprocess.C
 
 @contextmanager
 def server(status: int) -> Iterator[tuple[str, list[str]]]:
-    """A server that answers everything with one status; and what it was asked."""
+    """A server that answers every request with one status; and the requests."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -131,7 +131,7 @@ from pathlib import Path
 from craft_ray.config import TrackingConfig
 from craft_ray.tracking import open_trackers
 (tracker,) = open_trackers(TrackingConfig(mlflow="sqlite:///kept/my runs.db"), Path("."))
-run = tracker.start("begun", {"seed": 0})
+run = tracker.start("started", {"seed": 0})
 run.log([{"step": 1, "x": 1.0}])
 run.end("stopped")
 tracker.client.log_text(run.id, "text", "note.txt")
@@ -139,26 +139,26 @@ print(run.id)
 """
 
 
-def test_another_process_goes_on_with_a_run_and_all_lies_beside_the_database(tmp_path: Path) -> None:
+def test_another_process_continues_a_run_and_all_files_are_beside_the_database(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", BEGIN], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    begun = done.stdout.strip()
+    started = done.stdout.strip()
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]  # no mlruns, no second database
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"my runs.db", "my runs-artifacts"}
     assert len(list((tmp_path / "kept" / "my runs-artifacts").glob("*/artifacts/note.txt"))) == 1
 
     config = TrackingConfig(mlflow=f"{SQLITE}{tmp_path}/kept/my runs.db")
-    run = only(config, tmp_path).start("begun", {"seed": 1, "further": "x"}, id=begun)
-    assert run.id == begun
-    going_on = client(config).get_run(begun)
-    assert (going_on.info.status, going_on.data.tags[STATUS]) == ("RUNNING", "running")
+    run = only(config, tmp_path).start("started", {"seed": 1, "further": "x"}, id=started)
+    assert run.id == started
+    resumed = client(config).get_run(started)
+    assert (resumed.info.status, resumed.data.tags[STATUS]) == ("RUNNING", "running")
     run.log([{"step": 2, "x": 2.0}])
     run.end("finished")
-    assert client(config).get_run(begun).info.status == "FINISHED"
-    assert client(config).get_run(begun).data.params == {"seed": "0", "further": "x"}
-    assert history(config, begun, "x") == [(1, 1.0), (2, 2.0)]
+    assert client(config).get_run(started).info.status == "FINISHED"
+    assert client(config).get_run(started).data.params == {"seed": "0", "further": "x"}
+    assert history(config, started, "x") == [(1, 1.0), (2, 2.0)]
     with pytest.raises(ConfigError, match="has no run 0123"):
-        only(config, tmp_path).start("begun", {}, id="0123")
+        only(config, tmp_path).start("started", {}, id="0123")
 
 
 def test_many_and_long_parameters_and_odd_numbers_fit(database: TrackingConfig, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_many_and_long_parameters_and_odd_numbers_fit(database: TrackingConfig, 
     assert len(history(database, run.id, "a")) == 500
 
 
-def test_a_database_without_its_tables_is_told_once(
+def test_a_database_without_its_tables_is_reported_once(
     tmp_path: Path, database: TrackingConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert database.mlflow is not None
@@ -184,36 +184,36 @@ def test_a_database_without_its_tables_is_told_once(
     run = only(database.model_copy(update={"mlflow": f"{SQLITE}{mine}"}), tmp_path).start("run", {})
     with closing(sqlite3.connect(mine)) as connection:
         connection.execute("drop table runs")
-    inner = Told()
+    inner = RecordingObserver()
     with TrackingObserver(inner, [run]) as observer:
         observer.steps([{"step": 1, "x": 1.0}])
         observer.steps([{"step": 2, "x": 1.0}])
     assert inner.notes == [
-        f"MLflow at {SQLITE}{mine} takes no numbers ((sqlite3.OperationalError) no such table: runs); the run goes on "
-        f"without it, the run folder has all numbers"
+        f"MLflow at {SQLITE}{mine} does not accept metrics ((sqlite3.OperationalError) no such table: runs); the run "
+        f"continues without it, the run folder has all metrics"
     ]
     assert capfd.readouterr() == ("", "")
 
 
 def unchecked(uri: str) -> TrackingConfig:
-    """A config with a password, which its own check refuses."""
+    """A config with a password, which its validator would refuse."""
     return TrackingConfig.model_construct(mlflow=uri, wandb="off", project="craft-ray")
 
 
-def test_a_password_is_refused_in_a_config_that_is_written_down() -> None:
+def test_a_password_is_refused_in_a_config_that_is_saved() -> None:
     with pytest.raises(ValidationError, match="set MLFLOW_TRACKING_USERNAME"):
         TrackingConfig(mlflow="http://me:s3cret@host")
 
 
-def test_what_cannot_be_a_database_is_told(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_a_database_is_reported(tmp_path: Path) -> None:
     text = tmp_path / "text.db"
     text.write_text("this is no database, but quite long")
     for uri, said in [
-        (f"{SQLITE}{text}", f"{text} is no SQLite database"),
+        (f"{SQLITE}{text}", f"{text} is not a SQLite database"),
         (f"{SQLITE}{text}/runs.db", "cannot be written"),
         (f"{SQLITE}{tmp_path}", "Is a directory"),
-        ("mlruns", "tracking.mlflow=mlruns is no address"),
-        ("mysql://me:s3cret@host/db", "mysql://***@host/db is no address"),
+        ("mlruns", "tracking.mlflow=mlruns is not an address"),
+        ("mysql://me:s3cret@host/db", "mysql://***@host/db is not an address"),
     ]:
         with pytest.raises(ConfigError) as caught:
             open_trackers(unchecked(uri), tmp_path)
@@ -221,7 +221,7 @@ def test_what_cannot_be_a_database_is_told(tmp_path: Path) -> None:
         assert "s3cret" not in caught.value.message
 
 
-def test_an_experiment_that_was_deleted_is_told(database: TrackingConfig, tmp_path: Path) -> None:
+def test_an_experiment_that_was_deleted_is_reported(database: TrackingConfig, tmp_path: Path) -> None:
     config = database.model_copy(update={"project": "deleted"})
     open_trackers(config, tmp_path)
     client(config).delete_experiment(client(config).get_experiment_by_name("deleted").experiment_id)
@@ -229,7 +229,7 @@ def test_an_experiment_that_was_deleted_is_told(database: TrackingConfig, tmp_pa
         open_trackers(config, tmp_path)
 
 
-def test_a_server_that_does_not_answer_is_told_without_the_password(tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_is_reported_without_the_password(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         open_trackers(unchecked(f"http://me:s3%40cret@127.0.0.1:{unused_port()}"), tmp_path)
     assert "no tracking server answers at http://***@127.0.0.1:" in caught.value.message
@@ -282,7 +282,7 @@ def offline_run(path: Path) -> list[Any]:
     return records
 
 
-def test_offline_runs_lie_in_the_folder_and_nothing_is_sent(tmp_path: Path) -> None:
+def test_offline_runs_are_in_the_folder_and_nothing_is_sent(tmp_path: Path) -> None:
     folder, home = tmp_path / "runs", tmp_path / "home"
     home.mkdir()
     with server(200) as (address, asked):
@@ -314,7 +314,7 @@ def test_offline_runs_lie_in_the_folder_and_nothing_is_sent(tmp_path: Path) -> N
         assert secret not in everything
 
 
-def test_online_without_a_key_is_told_even_on_a_terminal(tmp_path: Path) -> None:
+def test_online_without_a_key_is_reported_even_on_a_terminal(tmp_path: Path) -> None:
     program = (
         "from pathlib import Path; from craft_ray.config import TrackingConfig\n"
         "from craft_ray.errors import ConfigError; from craft_ray.tracking import open_trackers\n"
@@ -333,7 +333,7 @@ def test_online_without_a_key_is_told_even_on_a_terminal(tmp_path: Path) -> None
     with server(401) as (address, _):
         refused = elsewhere(program, WANDB_API_KEY="k" * 40, WANDB_BASE_URL=f"http://{address}", HOME=str(tmp_path))
     assert (refused.stdout.count("\n"), refused.stderr) == (1, "")
-    assert f"Weights & Biases does not let us in (Failed to authenticate with http://{address}" in refused.stdout
+    assert f"Weights & Biases refuses the login (Failed to authenticate with http://{address}" in refused.stdout
     assert "kkkk" not in refused.stdout
 
 
@@ -371,7 +371,7 @@ def test_a_missing_package_is_one_line(
 
 
 def test_a_folder_of_runs_does_not_pass_for_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without W&B, its folder in the working directory would be imported in its place."""
+    """If W&B is not installed, its folder in the working directory would be imported instead."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
@@ -380,32 +380,32 @@ def test_a_folder_of_runs_does_not_pass_for_the_package(tmp_path: Path, monkeypa
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
 
 
-def test_passwords_are_struck_out_of_parameters() -> None:
+def test_passwords_are_removed_from_parameters() -> None:
     found = flatten({"a": {"uri": "https://me:p@ss@host:1/x", "list": ["s3://k:v@b"]}, "empty": {}, "b": 1})
     assert found == {"a.uri": "https://***@host:1/x", "a.list": ["s3://***@b"], "empty": {}, "b": 1}
     assert without_credentials("sqlite:////a/b.db and me@home.org") == "sqlite:////a/b.db and me@home.org"
 
 
-class Told(NullObserver):
+class RecordingObserver(NullObserver):
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.told: list[Any] = []
+        self.events: list[Any] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
     def steps(self, records: Sequence[Record]) -> None:
-        self.told.append(records)
+        self.events.append(records)
 
     def validated(self, record: Record) -> None:
-        self.told.append(record)
+        self.events.append(record)
 
     def done(self, result: dict[str, Any]) -> None:
-        self.told.append(result)
+        self.events.append(result)
 
 
-class Remembering:
-    id = "remembering"
+class RecordingRun:
+    id = "recording"
 
     def __init__(self, fails: bool = False) -> None:
         self.records: list[Record] = []
@@ -424,25 +424,25 @@ class Remembering:
         self.ended.append(status)
 
 
-def test_the_observer_logs_all_and_passes_all_on() -> None:
-    inner, run = Told(), Remembering()
+def test_the_observer_logs_all_events_and_passes_them_on() -> None:
+    inner, run = RecordingObserver(), RecordingRun()
     steps: list[Record] = [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 0.5}]
-    look: Record = {"step": 2, "new/score": 0.75}
+    validation: Record = {"step": 2, "new/score": 0.75}
     result = {"name": "x", "steps": 2, "feasible": True, "new": {"metric": "choice", "after": 0.5, "before": None}}
     with TrackingObserver(inner, [run]) as observer:
         observer.note("hello")
         observer.steps(steps)
-        observer.validated(look)
+        observer.validated(validation)
         observer.done(result)
         assert run.ended == []
     assert run.ended == ["finished"]
     assert run.records == [
         *steps,
-        look,
+        validation,
         {"step": 2, "result/steps": 2, "result/feasible": True, "result/new/after": 0.5},
     ]
     assert inner.notes == ["hello"]
-    assert inner.told == [steps, look, result]
+    assert inner.events == [steps, validation, result]
 
 
 @pytest.mark.parametrize(
@@ -450,17 +450,17 @@ def test_the_observer_logs_all_and_passes_all_on() -> None:
     [(Interrupted("x"), "stopped"), (KeyboardInterrupt(), "stopped"), (ValueError("x"), "failed")],
 )
 def test_the_observer_says_how_a_run_ended(error: BaseException, status: Status) -> None:
-    run = Remembering()
-    with pytest.raises(type(error)), TrackingObserver(Told(), [run]):
+    run = RecordingRun()
+    with pytest.raises(type(error)), TrackingObserver(RecordingObserver(), [run]):
         raise error
     assert run.ended == [status]
 
 
-def test_a_tracker_that_fails_is_told_once_and_costs_nothing_else() -> None:
-    inner, gone, well = Told(), Remembering(fails=True), Remembering()
+def test_a_tracker_that_fails_is_reported_once_and_costs_nothing_else() -> None:
+    inner, gone, well = RecordingObserver(), RecordingRun(fails=True), RecordingRun()
     with TrackingObserver(inner, [gone, well]) as observer:
         observer.steps([{"step": 1, "x": 1.0}])
         observer.steps([{"step": 2, "x": 1.0}])
-    assert inner.notes == ["the tracker is gone; the run goes on without it, the run folder has all numbers"]
+    assert inner.notes == ["the tracker is gone; the run continues without it, the run folder has all metrics"]
     assert [record["step"] for record in well.records] == [1, 2]
     assert (gone.ended, well.ended) == ([], ["finished"])

@@ -1,4 +1,4 @@
-"""Run folders that are made up, as runs leave them, and the page that is written of them."""
+"""Made-up run folders, as runs leave them, and the page that is written from them."""
 
 from __future__ import annotations
 
@@ -146,11 +146,11 @@ def outcome(row: int, right: bool, metric: str) -> dict[str, Any]:
 
 
 def report(runs: Sequence[RunFolder], folder: Path, title: str = "A title") -> tuple[dict[str, Any], str]:
-    """The report's numbers and its page, read back from the disk."""
+    """The report's numbers and its page, read back from disk."""
     target = folder / "report"
-    told = write_report(runs, target, title=title, command="craft-ray compare run.yaml")
-    assert json.loads((target / "result.json").read_text()) == told
-    return told, (target / "report.html").read_text()
+    content = write_report(runs, target, title=title, command="craft-ray compare run.yaml")
+    assert json.loads((target / "result.json").read_text()) == content
+    return content, (target / "report.html").read_text()
 
 
 class Page(HTMLParser):

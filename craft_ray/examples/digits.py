@@ -37,7 +37,7 @@ TEXT_WIDTH = 64
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 WORDS = ["which", "digit", "is", "this", "?"]
 
-# Images in each split, of scikit-learn's 1797.
+# Images in the splits, out of scikit-learn's 1797; the rest are for training.
 VALIDATION_SIZE = 300
 TEST_SIZE = 397
 SPLIT_SEED = 0

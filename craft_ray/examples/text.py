@@ -1,7 +1,7 @@
 """A language model that reads English documentation and then learns Python source.
 
 Everything comes from the interpreter itself, so the example needs no network: the old skill is
-the prose of `pydoc_data.topics`, the new one the source of a fixed list of standard-library
+the prose of `pydoc_data.topics`, the new skill the source of a fixed list of standard-library
 modules. The same interpreter always gives the same model folder and the same data files.
 """
 
@@ -19,13 +19,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# The width and its initial scale decide how far a minute on one core gets: with the usual 0.02 it learns slower.
+# The width and its initial scale decide how far a minute on one core gets: with the usual 0.02 it learns more slowly.
 WIDTH: Final = 96
 
 CHUNK_BYTES: Final = 128
 ANCHORS: Final = 512
 
-# Cut from one list of sections, ten at a time: nearly all for training, one for each kind of check.
+# One list of sections is split ten at a time: eight for training, one each for validation and test.
 SECTION_BYTES: Final = 2048
 SPLIT_CYCLE: Final = (*["train"] * 4, "val", *["train"] * 4, "test")
 

@@ -1,8 +1,8 @@
 """How the arms are named and drawn: one colour and one marker each, everywhere in the report.
 
-The colours are of Okabe and Ito's set, which people with any colour vision can tell apart
-(https://jfly.uni-koeln.de/color/), but for the brown, which is darker than all of them; the markers tell the arms apart
-in print.
+The colours are from Okabe and Ito's set, which people with any colour vision can distinguish
+(https://jfly.uni-koeln.de/color/), except for the brown, which is darker than all of them; the markers distinguish the
+arms in print.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from craft_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """Name, colour (hex) and marker of an arm: for matplotlib, and as a path of SVG within 6 of the origin."""
+    """Name, colour (hex) and marker of an arm; the marker for matplotlib, and as an SVG path within 6 of the origin."""
 
     label: str
     color: str
@@ -39,7 +39,7 @@ assert len(VARIANTS) == MOST_VARIANTS
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
-    """Each arm once: baseline, token_ce, hidden, and then the variants as they come."""
+    """Each arm once: baseline, token_ce, hidden, then the variants in the given order."""
     found = list(dict.fromkeys(arms))
     return [arm for arm in ARMS if arm in found] + [arm for arm in found if arm not in ARMS]
 
@@ -48,14 +48,14 @@ def styles_of(arms: Iterable[str]) -> dict[str, ArmStyle]:
     """How each of these arms is drawn, in the report's order.
 
     Raises:
-        ConfigError: there are more variants than can be told apart.
+        ConfigError: there are more variants than a report can distinguish.
     """
     order = in_order(arms)
     variants = [arm for arm in order if arm not in ARMS]
     if len(variants) > MOST_VARIANTS:
         raise ConfigError(
-            f"the runs are of the variants {', '.join(variants)}, and a report tells {MOST_VARIANTS} apart: report "
-            f"fewer of them together"
+            f"the runs are of the variants {', '.join(variants)}, but a report can distinguish {MOST_VARIANTS}: "
+            f"report fewer of them together"
         )
-    own = {arm: ArmStyle(f"CRaFT {arm}", *look) for arm, look in zip(variants, VARIANTS, strict=False)}
+    own = {arm: ArmStyle(f"CRaFT {arm}", *drawn) for arm, drawn in zip(variants, VARIANTS, strict=False)}
     return {arm: (ARMS | own)[arm] for arm in order}

@@ -1,7 +1,7 @@
 """Held-out samples of the old skill on which a CRaFT arm and plain fine-tuning differ.
 
-For answers: those that plain fine-tuning got wrong and CRaFT right, in the order of the data. For perplexity: those
-whose loss per token differs most. What was chosen out of how many stands beside them, and so does the opposite case.
+For answers: those that plain fine-tuning got wrong and CRaFT got right, in the order of the data. For perplexity: those
+whose loss per token differs most. A note says how many were chosen out of how many, and how many show the opposite.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from craft_ray.run.metrics import Record
 
 MOST_ANSWERS, MOST_TEXTS = 12, 6
 LONGEST_TEXT = 320
-"""Characters of a text that are shown."""
+"""Characters shown of a text."""
 LARGEST_IMAGE = 320
 """Pixels along the longer side; a larger image is shrunk to it."""
 PIXEL_ART = 96
@@ -40,7 +40,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Example:
-    """One sample: what was asked, what was right, and `who: what it answered` for teacher, plain and CRaFT."""
+    """One sample: its prompt, its correct response, and `(name, answer)` for the teacher, plain and CRaFT."""
 
     id: str
     prompt: str
@@ -61,8 +61,8 @@ class Examples:
 
 
 def examples(runs: Sequence[FinishedRun]) -> Examples | None:
-    """None where there is no pair of plain fine-tuning and CRaFT of one seed with predictions of the old skill.
-    Episodes are none: craft_ray.report.rollouts shows those."""
+    """None if no seed has both plain fine-tuning and CRaFT with predictions of the old skill, and for episodes, which
+    craft_ray.report.rollouts shows."""
     pair = _pair(runs)
     if pair is None:
         return None
@@ -120,7 +120,7 @@ def _answers(predictions: _Predictions) -> tuple[list[str], str]:
         f"Seed {predictions.seed}: of {len(predictions.ids)} held-out samples of the old skill, plain fine-tuning got "
         f"{len(kept)} wrong that {predictions.craft_label} got right, and {len(lost)} the other way round. "
     )
-    return shown, note + (f"The first {len(shown)} of the {len(kept)}, in the order of the data." if shown else "")
+    return shown, note + (f"Shown are the first {len(shown)} of the {len(kept)}, in data order." if shown else "")
 
 
 def _texts(predictions: _Predictions) -> tuple[list[str], str]:
@@ -131,10 +131,10 @@ def _texts(predictions: _Predictions) -> tuple[list[str], str]:
     shown = better[:MOST_TEXTS]
     note = (
         f"Seed {predictions.seed}: of {len(predictions.ids)} held-out samples of the old skill, {len(better)} are "
-        f"likelier under {predictions.craft_label} than under plain fine-tuning. "
+        f"more likely under {predictions.craft_label} than under plain fine-tuning. "
     )
     return shown, note + (
-        f"The {len(shown)} that differ most, with the loss of each model in nats per token." if shown else ""
+        f"Shown are the {len(shown)} that differ most, with the loss of each model in nats per token." if shown else ""
     )
 
 
@@ -150,7 +150,7 @@ def _outcome(record: Record) -> str:
 def _samples(
     eval_set: SampleEvalSet, ids: Sequence[str], predictions: _Predictions
 ) -> tuple[dict[str, Sample], str | None]:
-    """The samples from where the run read them, and what is to be told if they are not there any more."""
+    """The samples, from where the run read them, and the problem to report if they are no longer there."""
     if not ids:
         return {}, None
     try:
@@ -161,14 +161,14 @@ def _samples(
     for id_ in ids:
         if id_ not in found or not _same(found[id_], predictions.craft[id_]):
             return {}, (
-                f"{source.name} has changed since the runs were scored (sample {id_} is gone or another one), so no "
-                f"sample of it is shown."
+                f"{source.name} has changed since the runs were scored (sample {id_} is missing or different), so "
+                f"none of its samples are shown."
             )
     return found, None
 
 
 def _same(sample: Sample, record: Record) -> bool:
-    """Whether a sample is still the one that was scored. A record of perplexity has the id alone to tell."""
+    """Whether a sample is still the one that was scored. A perplexity record has only the id to compare."""
     return "nll" in record or (sample.prompt, str(sample.response).strip()) == (record["prompt"], record["response"])
 
 

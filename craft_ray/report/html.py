@@ -1,4 +1,4 @@
-"""The report of finished runs: `report.html`, which needs nothing but itself, and the same numbers as `result.json`."""
+"""The report of finished runs: a self-contained `report.html`, and the same numbers as `result.json`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def write_report(runs: Sequence[RunFolder], target: StoragePath, *, title: str, 
 
     Args:
         title: the heading.
-        command: what makes this report, and its runs where it ran them, again.
+        command: what reproduces this report, and its runs if it ran them.
 
     Raises:
-        ConfigError: a run is not finished, or the runs do not compare.
+        ConfigError: a run is not finished, or the runs are not comparable.
         StorageError: the files could not be written.
     """
     if any(target.absolute() == folder.path.absolute() for folder in runs):
@@ -57,8 +57,8 @@ def write_report(runs: Sequence[RunFolder], target: StoragePath, *, title: str, 
 
 
 def environments(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
-    """What the runs ran on, one entry for each that differs: the names of its `runs`, and their env.json without the
-    command. Runs whose folder came without one have `packages: null`."""
+    """What the runs ran on, one entry per distinct environment: the names of its `runs`, and their env.json without the
+    command. Runs whose folder has no env.json have `packages: null`."""
     found: list[dict[str, Any]] = []
     for run in runs:
         recorded = {"packages": None} if run.environment is None else run.environment
@@ -72,7 +72,7 @@ def environments(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
 
 def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the template shows, beside the numbers themselves."""
+    """What the template shows in addition to the numbers."""
     arms = {arm: [run for run in runs if run.arm == arm] for arm in summary}
     constrained = {arm: chosen for arm, chosen in arms.items() if arm != "baseline"}
     plain = {run.seed: run.result for run in runs if run.arm == "baseline"}
@@ -80,7 +80,7 @@ def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> di
     def after_interval(arm: str, skill: str) -> list[float] | None:
         alone = len(arms[arm]) == 1
         interval: list[float] | None = summary[arm][f"{skill}_after_interval"]
-        return wording.spread(arms[arm][0].result[skill], "after") if alone else interval
+        return wording.success_interval(arms[arm][0].result[skill], "after") if alone else interval
 
     return {
         "runs": runs,
@@ -89,9 +89,9 @@ def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> di
         "configs": {arm: dump_config(chosen[0].config) for arm, chosen in arms.items()},
         "headline": wording.headline(runs, summary),
         "metrics": wording.METRICS,
-        "of_whom": wording.of_whom,
-        "counted": wording.counted,
-        "spread": wording.spread,
+        "relative_to": wording.relative_to,
+        "sample_count": wording.sample_count,
+        "success_interval": wording.success_interval,
         "after_interval": after_interval,
         "loss_unit": wording.loss_unit,
         "judged_on": wording.judged_on,
@@ -100,7 +100,7 @@ def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> di
         "new_ratio": lambda run: new_ratio(run.result, plain.get(run.seed)),
         "pareto": pareto_plot(runs),
         "retention_plots": {
-            arm: retention_plot(chosen, _measured_alike(chosen[0], runs))
+            arm: retention_plot(chosen, _plain_with_same_loss(chosen[0], runs))
             for arm, chosen in constrained.items()
             if _has(chosen, "craft/retention_loss")
         },
@@ -116,8 +116,8 @@ def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> di
     }
 
 
-def _measured_alike(run: FinishedRun, runs: Sequence[FinishedRun]) -> list[FinishedRun]:
-    """Runs of plain fine-tuning whose retention loss is the one of `run`, so that both fit on one axis."""
+def _plain_with_same_loss(run: FinishedRun, runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """Plain fine-tuning runs with the same retention loss as `run`, so that both fit on one axis."""
 
     def measure(of: FinishedRun) -> tuple[Any, ...]:
         craft = of.config.craft
@@ -134,6 +134,6 @@ def _has(runs: Sequence[FinishedRun], key: str) -> bool:
 
 
 def _conflicts(runs: Sequence[FinishedRun]) -> float | None:
-    """Part of the retention steps in which the gradients were in conflict."""
+    """Share of the retention steps in which the gradients were in conflict."""
     judged: list[Record] = [r for run in runs for r in run.metrics if r["craft/conflict"] is not None]
     return statistics.fmean(record["craft/conflict"] for record in judged) if judged else None

@@ -1,4 +1,4 @@
-"""Templates of the pages: escaped, strict about names, with numbers as a reader sees them."""
+"""Templates of the pages: escaped, strict about names, with numbers formatted for a reader."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def template(name: str) -> Template:
         percent=wording.percent,
         number=wording.number,
         score_of=wording.score_of,
-        percent_interval=lambda bounds: wording.between(bounds, wording.percent),
-        score_interval=lambda bounds, metric: wording.between(bounds, lambda value: wording.score_of(value, metric)),
+        percent_interval=lambda bounds: wording.interval(bounds, wording.percent),
+        score_interval=lambda bounds, metric: wording.interval(bounds, lambda value: wording.score_of(value, metric)),
     )
     return environment.get_template(name)

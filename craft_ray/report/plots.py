@@ -1,4 +1,4 @@
-"""The three pictures of the report: retention loss over its budget, old skill against new, gradients' angle."""
+"""The three plots of the report: retention loss against its budget, old skill against new, angle between gradients."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from craft_ray.run.scoring import HIGHER_IS_BETTER, ratio
 from craft_ray.statistics import mean_interval
 
 DECADES_BELOW = 3
-"""L_ret begins at the cache's rounding, which would leave the budget a thin strip at the top of a log axis."""
+"""L_ret starts at the cache's rounding error, which would leave the budget a thin strip at the top of a log axis."""
 
 LEGEND_LINE = 0.2
-"""Inches that a line of the legend takes."""
+"""Height of a line of the legend in inches."""
 
 
 def retention_plot(runs: Sequence[FinishedRun], plain: Sequence[FinishedRun]) -> Markup:
-    """L_ret against epsilon, lambda below, of one arm over the steps.
+    """L_ret against epsilon, and lambda below, over the steps of one arm.
 
     Args:
-        runs: of one arm with CRaFT, one line each.
-        plain: plain fine-tuning that was measured by the same retention loss; only its end is known.
+        runs: the runs of one arm with CRaFT, one line each.
+        plain: plain fine-tuning runs measured with the same retention loss; only the final value is known.
     """
     style = runs[0].style
     with new_figure(4.5, 4.5) as figure:
@@ -71,7 +71,7 @@ def retention_plot(runs: Sequence[FinishedRun], plain: Sequence[FinishedRun]) ->
 
 
 def cosine_plot(runs: Sequence[FinishedRun]) -> Markup:
-    """Cosine between task gradient and retention gradient of one arm over the steps."""
+    """Cosine between task and retention gradient over the steps of one arm."""
     style, threshold = runs[0].style, runs[0].config.craft.conflict_threshold
     with new_figure(4.5, 2.5) as figure:
         axes = figure.subplots()
@@ -97,7 +97,7 @@ def cosine_plot(runs: Sequence[FinishedRun]) -> Markup:
 
 @dataclass(frozen=True)
 class Axis:
-    """What is drawn along one direction: of a run, and of the teacher (None where it has no such number)."""
+    """What is drawn along one axis: a number of each run, and the teacher's (None where it has no such number)."""
 
     label: str
     of: Callable[[FinishedRun], float | None]
@@ -107,7 +107,7 @@ class Axis:
 
 
 def pareto_plot(runs: Sequence[FinishedRun]) -> Markup | None:
-    """Old skill against new: each run a small mark, each arm's mean a large one. None where a score is missing."""
+    """Old skill against new: a small mark for each run, a large one for each arm's mean. None if a score is missing."""
     if any(run.result[skill]["after"] is None for run in runs for skill in ("old", "new")):
         return None
     across, up = new_axis(runs), old_axis(runs)
@@ -140,7 +140,7 @@ def pareto_plot(runs: Sequence[FinishedRun]) -> Markup | None:
 
 
 def new_axis(runs: Sequence[FinishedRun]) -> Axis:
-    """The new skill relative to plain fine-tuning of the same seed; the score itself where a seed has none."""
+    """The new skill relative to plain fine-tuning of the same seed; the score itself if a seed has no plain run."""
     plain = {run.seed: run.result for run in runs if run.arm == "baseline"}
     metric = runs[0].result["new"]["metric"]
     ratios = [new_ratio(run.result, plain.get(run.seed)) for run in runs]

@@ -15,7 +15,7 @@ TEACHER = "Teacher, before"
 
 @dataclass(frozen=True)
 class Strip:
-    """One episode of one model: whose (`arm`: None for the teacher's), how it ended, and its PNG as a data URI."""
+    """One episode of one model: its `arm` (None for the teacher), how it ended, and its PNG as a data URI."""
 
     arm: str | None
     label: str
@@ -42,7 +42,7 @@ class Rollouts:
 
 
 def rollouts(runs: Sequence[FinishedRun]) -> list[Rollouts]:
-    """The skills of which the first seed's runs kept films. The others are left out."""
+    """The skills for which the first seed's runs kept films. The others are left out."""
     seed = min(run.seed for run in runs)
     found = (_of_skill([run for run in runs if run.seed == seed], skill) for skill in ("old", "new"))
     return [chosen for chosen in found if chosen is not None]
@@ -63,12 +63,12 @@ def _of_skill(runs: Sequence[FinishedRun], skill: str) -> Rollouts | None:
     filmed = [id_ for id_ in rows[0].records if all("film" in row.records.get(id_, {}) for row in rows)]
     if not filmed:
         return None
-    telling = [id_ for id_ in filmed if _kept_what_plain_lost(rows, id_)]
-    chosen = [*telling, *(id_ for id_ in filmed if id_ not in telling)][:MOST_EPISODES]
+    differing = [id_ for id_ in filmed if _kept_what_plain_lost(rows, id_)]
+    chosen = [*differing, *(id_ for id_ in filmed if id_ not in differing)][:MOST_EPISODES]
     note = f"Seed {runs[0].seed}, {len(chosen)} of the {len(filmed)} filmed episodes"
     if {row.arm for row in rows} > {None, "baseline"}:
         note += (
-            f": first those in which plain fine-tuning failed and a CRaFT arm succeeded ({len(telling)} of "
+            f": first those in which plain fine-tuning failed and a CRaFT arm succeeded ({len(differing)} of "
             f"{len(filmed)}), then the others in their order"
         )
     return Rollouts(skill, f"{note}.", tuple(_episode(rows, id_) for id_ in chosen))

@@ -1,4 +1,4 @@
-"""The runs of a report, read from their folders, and the check that they may stand side by side."""
+"""The runs of a report, read from their folders, and the check that they are comparable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from craft_ray.storage.paths import StoragePath
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """All that a run left behind, but its weights."""
+    """Everything that a run left behind except its weights."""
 
     folder: RunFolder
     config: Experiment
@@ -25,9 +25,9 @@ class FinishedRun:
     """Its result.json, with the `path` of its folder."""
     metrics: list[Record]
     environment: dict[str, Any] | None
-    """Its env.json; None where the folder came without it."""
+    """Its env.json; None if the folder has none."""
     teacher: str | None
-    """Hash of the weights that it started from; None where the folder came without it."""
+    """Hash of the weights that it started from; None if the folder does not record it."""
     style: ArmStyle
     """How its arm is drawn."""
 
@@ -70,7 +70,7 @@ def _read(folder: RunFolder, config: Experiment, style: ArmStyle) -> FinishedRun
     result = folder.finished()
     if result is None:
         raise ConfigError(
-            f"{folder.path} is no finished run, it has no result.json: go on with train --resume {folder.path}"
+            f"{folder.path} is not a finished run, it has no result.json: resume it with train --resume {folder.path}"
         )
     teacher = _json(folder.path / "teacher.json")
     return FinishedRun(
@@ -96,11 +96,11 @@ def _scored(skill: str, part: str) -> Callable[[FinishedRun], Any]:
 
 
 def _check_same(runs: Sequence[FinishedRun], what: str, of: Callable[[FinishedRun], Any]) -> None:
-    """Raise where two runs have different ones. A run that has none is no contradiction."""
+    """Raise if two runs have different values. A run without a value contradicts no other."""
     having = [run for run in runs if of(run) is not None]
     for run in having[1:]:
         if of(run) != of(having[0]):
             raise ConfigError(
-                f"the runs do not compare: the {what} is {of(having[0])} in {having[0].folder.path}, but {of(run)} in "
-                f"{run.folder.path}"
+                f"the runs are not comparable: the {what} is {of(having[0])} in {having[0].folder.path}, but {of(run)} "
+                f"in {run.folder.path}"
             )

@@ -11,9 +11,9 @@ from craft_ray.errors import ConfigError
 from craft_ray.report.runs import FinishedRun
 
 WHERE = ("seed", "name", "variant", "output_dir", "compare", "workers")
-"""Keys and sections that tell runs apart or say where they ran; they do not decide an arm's numbers."""
+"""Keys and sections that distinguish runs or say where they ran; they do not decide an arm's numbers."""
 LOCATIONS = ("path", "anchor_cache_dir")
-"""Last parts of keys that name a place. What is at the place is compared by its fingerprint."""
+"""Last parts of keys that name a location. What is at the location is compared by its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def _check_one_arm(first: FinishedRun, run: FinishedRun) -> None:
             continue
         if ours.get(key) != theirs.get(key):
             raise ConfigError(
-                f"the {run.arm} runs do not compare: {key} is {ours.get(key)} in {first.folder.path}, but "
-                f"{theirs.get(key)} in {run.folder.path}; over seeds nothing else may differ"
+                f"the {run.arm} runs are not comparable: {key} is {ours.get(key)} in {first.folder.path}, but "
+                f"{theirs.get(key)} in {run.folder.path}; runs of one arm may differ only in their seed"
             )
 
 

@@ -1,10 +1,10 @@
-"""The comparison in numbers: what each arm kept of the old skill and reached of the new one, over seeds.
+"""The comparison in numbers: how much of the old skill each arm kept and of the new one it reached, over seeds.
 
     old ratio = the student's old score / the teacher's
     new ratio = the student's new score / plain fine-tuning's of the same seed
 
-Perplexities enter inverted, so 1 is always "as good", and more is better. A mean is given only where every run of the
-arm has the number: a mean over some of the seeds would stand beside others as if it were over all.
+Perplexities are inverted, so 1 always means "as good", and more is better. A mean is given only where every run of the
+arm has the number: a mean over some of the seeds would look like a mean over all of them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _budget(runs: Sequence[Result]) -> float | None:
 
 
 def _check_seeds(results: Sequence[Result]) -> None:
-    """Two runs of one seed are not independent, and an interval over them would claim it."""
+    """Two runs of one seed are not independent, but an interval over them would claim that they are."""
     seen: dict[tuple[str, int], str] = {}
     for result in results:
         key = (result["arm"], result["seed"])

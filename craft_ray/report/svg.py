@@ -1,4 +1,4 @@
-"""Matplotlib figures as SVG inside the page: its fonts, its ink, light or dark, nothing loaded from outside."""
+"""Matplotlib figures as SVG in the page's fonts and colours, light or dark, with nothing loaded from outside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 INK, PAPER = "#101418", "#fdfdfb"
-"""Stand for the page's own colours of text and background, and are replaced by them."""
+"""Placeholders for the page's text and background colours, which replace them."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -59,8 +59,8 @@ def inline_svg(figure: Figure, prefix: str, description: str, titles: Mapping[st
 
     Args:
         prefix: put before every id, which must be unique in the page.
-        description: what readers hear who do not see it.
-        titles: by `gid` of an artist, what is shown when a pointer rests on it.
+        description: what a screen reader says.
+        titles: the tooltip of an artist, by its `gid`.
     """
     buffer = io.StringIO()
     figure.savefig(
@@ -74,6 +74,6 @@ def inline_svg(figure: Figure, prefix: str, description: str, titles: Mapping[st
     text = text.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
     for gid, title in (titles or {}).items():
         text = text.replace(f'<g id="{prefix}-{gid}">', f'<g id="{prefix}-{gid}"><title>{escape(title)}</title>')
-    # Sized by the page, not by points.
+    # The page sets the size, not the figure.
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1))

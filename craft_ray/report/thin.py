@@ -12,14 +12,14 @@ MOST_POINTS = 400
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve over steps. Where it was thinned, a point is the mean of its bin and low and high are its extremes."""
+    """A curve over steps. Where it was thinned, a point is the mean of its bin, and low and high are the extremes."""
 
     steps: np.ndarray
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
     bin_size: int
-    """Values in a point; 1 where nothing was thinned."""
+    """Values per point; 1 where nothing was thinned."""
 
 
 def curve(steps: Sequence[int], values: Sequence[float | None], most: int = MOST_POINTS) -> Curve:

@@ -14,7 +14,7 @@ NONE = "–"
 
 METRICS = {
     "exact_match": "exact match",
-    "choice": "right choice",
+    "choice": "correct choice",
     "perplexity": "perplexity ↓",
     "success": "success rate",
 }
@@ -46,8 +46,8 @@ def score_of(value: float | None, metric: str) -> str:
     return percent(value) if HIGHER_IS_BETTER[metric] else number(value)
 
 
-def between(bounds: Sequence[float] | None, form: Callable[[float], str]) -> str | None:
-    """An interval, its unit once: `[97.7, 99.1] %`. None stays None."""
+def interval(bounds: Sequence[float] | None, form: Callable[[float], str]) -> str | None:
+    """An interval with its unit once: `[97.7, 99.1] %`. None stays None."""
     if bounds is None:
         return None
     low, high = (form(bound) for bound in bounds)
@@ -55,20 +55,20 @@ def between(bounds: Sequence[float] | None, form: Callable[[float], str]) -> str
     return f"[{low.removesuffix(unit)}, {high.removesuffix(unit)}]{unit}"
 
 
-def of_whom(whose: str, metric: str) -> str:
-    """What a relative score is relative to: `of the teacher's`, of episodes `of the teacher's success`."""
+def relative_to(whose: str, metric: str) -> str:
+    """What a relative score is relative to: `of the teacher's`, for episodes `of the teacher's success`."""
     return f"of {whose}{' success' if metric == 'success' else ''}"
 
 
-def counted(samples: int, skill: str, metric: str) -> str:
+def sample_count(samples: int, skill: str, metric: str) -> str:
     """What a skill was scored on: `20 held-out samples of the old skill`, or `n = 20 episodes of the old skill`."""
     if metric == "success":
         return f"n = {samples} episodes of the {skill} skill"
     return f"{samples} held-out samples of the {skill} skill"
 
 
-def spread(score: dict[str, Any], when: str) -> list[float] | None:
-    """Wilson's interval of a success rate of one run (`before` or `after`). None for what is no part of episodes."""
+def success_interval(score: dict[str, Any], when: str) -> list[float] | None:
+    """Wilson's interval for the success rate of one run (`before` or `after`). None for other metrics."""
     if score[when] is None or score["metric"] != "success":
         return None
     return rate_interval(score[when], score["samples"])
@@ -81,12 +81,12 @@ def loss_unit(run: FinishedRun) -> str:
 
 
 def workers_of(run: FinishedRun) -> str:
-    """The processes of a run."""
+    """The worker processes of a run."""
     workers = run.config.workers
-    place = "on a GPU" if workers.use_gpu else "on processors"
+    device = "on a GPU" if workers.use_gpu else "on the CPU"
     if workers.num_workers == 0:
-        return f"in one process, {place}"
-    return f"{workers.count} of {workers.threads} thread(s), {place}"
+        return f"in one process, {device}"
+    return f"{workers.count} of {workers.threads} thread(s) each, {device}"
 
 
 def judged_on(run: FinishedRun) -> str | None:
@@ -97,7 +97,7 @@ def judged_on(run: FinishedRun) -> str | None:
 
 
 def headline(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> list[str]:
-    """What came out, a plain sentence for each arm."""
+    """The outcome, in a plain sentence for each arm."""
     return [_sentence(next(run for run in runs if run.arm == arm), numbers) for arm, numbers in summary.items()]
 
 

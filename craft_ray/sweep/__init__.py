@@ -1,1 +1,1 @@
-"""Searching the method's knobs under a retention target: everything of a sweep but its processes."""
+"""Searching the method's knobs under a retention target: everything about a sweep except its processes."""

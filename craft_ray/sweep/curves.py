@@ -1,4 +1,4 @@
-"""How trials went over their steps: retention loss over its budget, and the metrics of the objective at each look."""
+"""Trials over their steps: retention loss against its budget, and the objective's metrics at each validation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from craft_ray.report.svg import INK, inline_svg, new_figure
 from craft_ray.report.thin import Curve, curve
 from craft_ray.run.metrics import Record
-from craft_ray.sweep.plots import BEST, DASHED, WITHIN, format_axis, legend, look, title_of
+from craft_ray.sweep.plots import BEST, DASHED, WITHIN, format_axis, legend, style_of, title_of
 from craft_ray.sweep.results import SweepResult, TrialResult
 from craft_ray.sweep.trials import TrialFolder, seeds
 from craft_ray.sweep.wording import Metric, objective_in, status
 
 MOST_CURVES = 8
-"""Trials beside the best."""
+"""Trials in addition to the best."""
 NEXT_BEST = 4
 DECADES_BELOW = 2
-"""The loss begins at rounding; so far under the smallest budget the axis ends."""
+"""The loss starts at rounding error; the axis ends this far below the smallest budget."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RetentionCurve:
 
 
 def retention_curves(result: SweepResult) -> list[RetentionCurve]:
-    """Of the best trial and at most MOST_CURVES others, those that have a retention loss."""
+    """The curves of the best trial and at most MOST_CURVES others, of those that have a retention loss."""
     found = []
     for trial in _interesting(result):
         records = _records(result, trial)
@@ -50,7 +50,7 @@ def retention_curves(result: SweepResult) -> list[RetentionCurve]:
 
 
 def retention_plots(result: SweepResult, curves: Sequence[RetentionCurve]) -> list[tuple[str, Markup]]:
-    """A picture for each trial, all on the same axes, with a heading."""
+    """A heading and a plot for each trial, all with the same axes."""
     low, high = _limits(curves)
     last = max(float(each.loss.steps[-1]) for each in curves)
     return [
@@ -62,11 +62,11 @@ def retention_plots(result: SweepResult, curves: Sequence[RetentionCurve]) -> li
     ]
 
 
-def progress_plot(result: SweepResult, metric: Metric, place: int) -> Markup | None:
-    """A metric at each look of each trial. None where no trial has it.
+def progress_plot(result: SweepResult, metric: Metric, index: int) -> Markup | None:
+    """A metric at each validation of each trial. None if no trial has it.
 
     Args:
-        place: a number that no other such picture in the page has.
+        index: a number that no other such plot on the page has.
     """
     drawn = [trial for trial in result.trials if any(metric.of(report) is not None for report in trial.reports)]
     if not drawn:
@@ -76,7 +76,7 @@ def progress_plot(result: SweepResult, metric: Metric, place: int) -> Markup | N
         axes = figure.subplots()
         for trial in drawn:
             known = [(report["step"], value) for report in trial.reports if (value := metric.of(report)) is not None]
-            style, end = look(result, trial), "o" if trial.finished else "x"
+            style, end = style_of(result, trial), "o" if trial.finished else "x"
             alpha = style.alpha if trial is result.best else style.alpha * crowd
             axes.plot(
                 *zip(*known, strict=True), color=style.color, alpha=alpha, linewidth=style.width, zorder=style.order,
@@ -92,7 +92,7 @@ def progress_plot(result: SweepResult, metric: Metric, place: int) -> Markup | N
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         format_axis(axes.yaxis, metric)
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
-        return inline_svg(figure, f"progress-{place}", f"{metric.label} of each trial over its steps")
+        return inline_svg(figure, f"progress-{index}", f"{metric.label} of each trial over its steps")
 
 
 def _retention_plot(result: SweepResult, each: RetentionCurve, limits: tuple[float, float], last: float) -> Markup:
@@ -115,7 +115,7 @@ def _retention_plot(result: SweepResult, each: RetentionCurve, limits: tuple[flo
 
 
 def _interesting(result: SweepResult) -> Iterator[TrialResult]:
-    """The best and those after it, then the least violating, then those that were stopped late, then the rest."""
+    """The best trials, then the least violating, then those that were stopped late, then the rest."""
     ranking = result.ranking
     within = [trial for trial in ranking if trial.feasible]
     beyond = [trial for trial in ranking if not trial.feasible]
@@ -136,7 +136,7 @@ def _records(result: SweepResult, trial: TrialResult) -> list[Record]:
 
 
 def _positive(value: float | None) -> float | None:
-    """What a log axis can show."""
+    """The value if a log axis can show it."""
     return value if value is not None and math.isfinite(value) and value > 0 else None
 
 

@@ -1,4 +1,4 @@
-"""The report of a sweep: `report.html`, which needs nothing but itself."""
+"""The report of a sweep: a self-contained `report.html`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCHEDULERS = {
     "asha": "successive halving (asha)",
     "median": "median stopping",
     "pbt": "population based training (pbt)",
-    "none": "none, every trial runs to its end",
+    "none": "none, every trial runs to completion",
 }
 ORDER = {"finished": 0, "stopped": 1, "open": 2, "failed": 3}
 
@@ -43,10 +43,10 @@ class Row:
 
 
 def write_sweep_report(result: SweepResult, folder: SweepFolder, command: str) -> None:
-    """Write `report.html` into the folder of a sweep, whatever has become of its trials.
+    """Write `report.html` into the folder of a sweep, whatever happened to its trials.
 
     Args:
-        command: what made this report, shown where it is not the command that began the sweep.
+        command: what wrote this report; shown if it is not the command that started the sweep.
 
     Raises:
         StorageError: the file could not be written.
@@ -57,9 +57,9 @@ def write_sweep_report(result: SweepResult, folder: SweepFolder, command: str) -
         headline=wording.headline(result),
         settings=_settings(result),
         facts=_facts(result),
-        **_pictures(result),
+        **_plots(result),
         **_table(result),
-        **_again(result, folder, command),
+        **_reproduction(result, folder, command),
     )
     write_atomically(folder.path / "report.html", page)
 
@@ -67,7 +67,7 @@ def write_sweep_report(result: SweepResult, folder: SweepFolder, command: str) -
 def table_rows(result: SweepResult) -> list[Row]:
     """All trials: those that finished by rank, then the stopped ones by steps reached and score, the failed ones
     last."""
-    rank = {trial.number: place for place, trial in enumerate(result.ranking, 1)}
+    rank = {trial.number: position for position, trial in enumerate(result.ranking, 1)}
     metrics = wording.metrics_of(result.plan.config)
 
     def order(trial: TrialResult) -> tuple[float, ...]:
@@ -87,7 +87,7 @@ def table_rows(result: SweepResult) -> list[Row]:
 
 
 def _settings(result: SweepResult) -> list[tuple[str, str]]:
-    """What the first of the ranking was set to."""
+    """The setting of the best trial."""
     best = result.best
     return [] if best is None else [(knob, wording.shown(value)) for knob, value in best.params.items()]
 
@@ -104,23 +104,23 @@ def _facts(result: SweepResult) -> list[tuple[str, str]]:
         facts.append(("Within the bounds", f"{within} of {count['finished']} finished"))
     facts += [
         ("Seeds per setting", str(sweep.repeat)),
-        ("Time", f"{seconds:.0f} s over all trials; what ran side by side counts each"),
+        ("Time", f"{seconds:.0f} s summed over all trials, also those that ran in parallel"),
         ("Sampler", SAMPLERS[sweep.sampler]),
         ("Stops trials early" if sweep.scheduler != "pbt" else "Scheduler", SCHEDULERS[sweep.scheduler]),
     ]
     return facts
 
 
-def _pictures(result: SweepResult) -> dict[str, Any]:
+def _plots(result: SweepResult) -> dict[str, Any]:
     metrics = wording.metrics_of(result.plan.config)
     found = importance(result, [metric.key for metric in metrics])
     curves = retention_curves(result)
-    progress = [progress_plot(result, metric, place) for place, metric in enumerate(metrics)]
+    progress = [progress_plot(result, metric, index) for index, metric in enumerate(metrics)]
     drawn = pareto_metrics(result)
     return {
         "pareto": pareto_plot(result),
         "pareto_names": drawn,
-        "unpictured": sum(
+        "not_drawn": sum(
             trial.last is not None and any(metric.of(trial.last) is None for metric in drawn or ())
             for trial in result.trials
         ),
@@ -142,12 +142,12 @@ def _table(result: SweepResult) -> dict[str, Any]:
     }
 
 
-def _again(result: SweepResult, folder: SweepFolder, command: str) -> dict[str, Any]:
-    began = shlex.join(result.plan.command)
+def _reproduction(result: SweepResult, folder: SweepFolder, command: str) -> dict[str, Any]:
+    started_with = shlex.join(result.plan.command)
     best = shlex.quote(str(folder.path / "best.yaml"))
     return {
-        "began": began,
-        "command": command if command != began else None,
+        "started_with": started_with,
+        "command": command if command != started_with else None,
         "train": None if result.best is None else f"craft-ray train {best}",
         "space": yaml.safe_dump(dict(result.plan.space.source), sort_keys=False, allow_unicode=True),
         "config": dump_config(result.plan.config),

@@ -1,11 +1,11 @@
-"""How far each knob goes along with each metric of the objective, over the trials of a sweep.
+"""How strongly each knob is associated with each metric of the objective, over the trials of a sweep.
 
-What is compared. All trials that reported at one look: the latest that at least half of the trials with a report, and
-at least MINIMUM of them, have reached. Metrics of different looks are never mixed, so that a trial which was stopped
-early is not taken for a bad one. A knob with a condition is compared over the trials that have it.
+What is compared. All trials that reported at one validation: the latest that at least half of the trials with a
+report, and at least MINIMUM of them, have reached. Metrics of different validations are never mixed, so that a trial
+that was stopped early does not count as a bad one. A knob with a condition is compared over the trials that have it.
 
-What is computed. Values become ranks, equal ones share their mean rank: a sweep has few trials, and ranks ask neither
-for a straight line nor for the scale of a knob. The share is the adjusted R^2 of a least-squares fit to the metric's
+What is computed. Values become ranks, and equal values share their mean rank: a sweep has few trials, and ranks need
+neither a straight line nor the scale of a knob. The share is the adjusted R^2 of a least-squares fit to the metric's
 ranks, from 0 (nothing) to 1 (the knob fixes the order of the trials):
 
     share = max(0, 1 - (1 - R^2) (n - 1) / (n - p))
@@ -13,15 +13,15 @@ ranks, from 0 (nothing) to 1 (the knob fixes the order of the trials):
     numbers    R^2 = rho^2, the correlation of the ranks of knob and metric, squared;       p = 2
     choices    R^2 = eta^2, sum over groups of n_g (mean_g - mean)^2 / sum (r - mean)^2;    p = number of groups
 
-Without the adjustment chance alone would give a knob 1 / (n - 1), and a choice among k values (k - 1) / (n - 1). For
-choices this is epsilon^2.
+Without the adjustment, chance alone would give a knob 1 / (n - 1), and a choice among k values (k - 1) / (n - 1). For
+choices, this is epsilon^2.
 
-What chance does. `chance` is the share that is passed in one of twenty random pairings of the same values: the mean of
-a share is not what misleads with six trials, its spread is. A share that does not pass it says little.
+What chance does. `chance` is the share that one in twenty random pairings of the same values exceeds: with six trials
+it is not the mean of a share that misleads, but its spread. A share that does not exceed it says little.
 
-It is an association, not a cause, one knob at a time: a best value in the middle of a range is not seen (the ranks go
-up and down again), nor are knobs that matter together; a scheduler that stops trials, or a sampler that learns, makes
-knobs go along with one another.
+It is an association, not a cause, and covers one knob at a time: a best value in the middle of a range is not seen (the
+ranks go up and down again), nor are knobs that matter together; a scheduler that stops trials, or a sampler that
+learns, makes knobs correlate with one another.
 
     rho        Spearman, 1904, "The proof and measurement of association between two things"
     eta^2      Fisher, 1925, "Statistical Methods for Research Workers"; of ranks: Kruskal and Wallis, 1952, "Use of
@@ -54,14 +54,14 @@ CHANCE = 0.95
 
 @dataclass(frozen=True)
 class Association:
-    """How far a knob goes along with a metric."""
+    """How strongly a knob is associated with a metric."""
 
     trials: int
-    """That have both."""
+    """Trials that have both."""
     share: float | None
-    """From 0 to 1; None where it cannot be told."""
+    """From 0 to 1; None where it cannot be computed."""
     chance: float | None
-    """What random pairings of the same values pass in one of twenty; None with `share`."""
+    """What one in twenty random pairings of the same values exceeds; None if `share` is."""
     reason: str | None = None
     """Why there is no share."""
 
@@ -71,15 +71,15 @@ class Importance:
     """The associations of all knobs, by knob and metric."""
 
     step: int
-    """Of the look, over all seeds."""
+    """The step of the validation, over all seeds."""
     trials: int
-    """That reported then."""
+    """Trials that reported at this step."""
     of: dict[str, dict[str, Association]]
 
 
 def importance(result: SweepResult, metrics: Sequence[str]) -> Importance | None:
-    """The association of each knob with each of `metrics`. None where no look was reached by enough trials."""
-    step = common_look(result)
+    """The association of each knob with each of `metrics`. None if no validation was reached by enough trials."""
+    step = common_step(result)
     if step is None:
         return None
     reports = [report for trial in result.trials for report in trial.reports if report["step"] == step]
@@ -93,7 +93,7 @@ def importance(result: SweepResult, metrics: Sequence[str]) -> Importance | None
     )
 
 
-def common_look(result: SweepResult) -> int | None:
+def common_step(result: SweepResult) -> int | None:
     """The latest step at which half of the trials that reported at all, and no fewer than MINIMUM, did so."""
     reporting = sum(bool(trial.reports) for trial in result.trials)
     counts = Counter(step for trial in result.trials for step in {report["step"] for report in trial.reports})
@@ -107,7 +107,7 @@ def is_numeric(cases: Sequence[Distribution]) -> bool:
 
 
 def association(values: Sequence[Any], metric: Sequence[float], numeric: bool) -> Association:
-    """How far `values` of a knob go along with those of a metric, trial by trial."""
+    """How strongly the `values` of a knob are associated with those of a metric, trial by trial."""
     n = len(values)
     if n < MINIMUM:
         return Association(n, None, None, "too few trials")
@@ -119,7 +119,7 @@ def association(values: Sequence[Any], metric: Sequence[float], numeric: bool) -
     if p == 1:
         return Association(n, None, None, "the value is the same in all")
     if p >= n:
-        return Association(n, None, None, "each trial has a value of its own")
+        return Association(n, None, None, "each trial has a different value")
     rng = np.random.default_rng(0)
     pairings = np.stack([ranks, *(rng.permutation(ranks) for _ in range(PAIRINGS))])
     shares = _shares(pairings, design, p)
@@ -128,8 +128,8 @@ def association(values: Sequence[Any], metric: Sequence[float], numeric: bool) -
 
 def ranked(values: Sequence[float]) -> np.ndarray:
     """Ranks from 1; equal values share the mean of theirs."""
-    _, place, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def _of_reports(knob: str, cases: Sequence[Distribution], metric: str, reports: Sequence[Report]) -> Association:
@@ -138,7 +138,7 @@ def _of_reports(knob: str, cases: Sequence[Distribution], metric: str, reports: 
 
 
 def _params(report: Report) -> Params:
-    """The setting at the time: population based training changes it on the way."""
+    """The setting at the time: population based training changes it during training."""
     params: Params = report["params"]
     return params
 
@@ -149,7 +149,7 @@ def _has(report: Report, knob: str, metric: str) -> bool:
 
 
 def _line(values: Sequence[float]) -> np.ndarray:
-    """The ranks of numbers as one column of length 1 and mean 0; no column where they do not differ."""
+    """The ranks of numbers as one column of length 1 and mean 0; no column if they do not differ."""
     centred = ranked(values) - (len(values) + 1) / 2
     length = np.linalg.norm(centred)
     return (centred / length)[:, None] if length else np.empty((len(values), 0))

@@ -1,11 +1,11 @@
 """The objective of a sweep: one metric to maximise or minimise, within bounds on others.
 
-A tuner ranks by one number, and without care a setting that broke the bound wins. So the number is made of both:
+A tuner ranks by one number, and a setting that breaks a bound must not win. So the number combines both:
 
     score = 1/2 + f(x) / 2 in (0, 1)    within all bounds, f(x) = x / (1 + |x|), x the metric (negated to minimise)
     score = -sum of violations < 0      otherwise
 
-Every setting within the bounds is above every other one; among those the metric decides, and among the others the
+Every setting within the bounds is above every other one; among the former the metric decides, and among the latter the
 size of the violation, relative to the bound.
 """
 
@@ -31,14 +31,14 @@ STEPS = (*FIELDS, "train/lr", "craft/epsilon", "perf/step_s", "perf/data_s")
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a setting stands against an objective."""
+    """How a setting compares with an objective."""
 
     value: float
-    """Of the metric, the mean over seeds."""
+    """The metric's mean over seeds."""
     reached: dict[str, float]
-    """Of each bounded metric what is held against the bound: the value, or over seeds the mean's confidence bound."""
+    """For each bounded metric, what is compared with it: the value, or over seeds the mean's confidence bound."""
     violations: dict[str, float]
-    """Of each bound, relative to its size; 0 where it is kept."""
+    """For each bound, relative to its size; 0 where it is kept."""
     score: float
     """The one number that orders settings; more is better."""
 
@@ -71,7 +71,7 @@ def judge(objective: ObjectiveConfig, runs: Sequence[Mapping[str, Any]]) -> Verd
 
 
 def parse_bound(text: str) -> tuple[bool, float]:
-    """`>= 0.95` as (True, 0.95): whether it is a least value, and the limit."""
+    """`>= 0.95` as (True, 0.95): whether it is a lower bound, and the limit."""
     match = BOUND.fullmatch(text)
     assert match is not None, "checked by the config"
     return match[1] == ">=", float(match[2])
@@ -81,7 +81,7 @@ def objective_of(config: Experiment) -> ObjectiveConfig:
     """The objective, checked against what the config measures.
 
     Raises:
-        ConfigError: there is none, or it names what is not measured or would search for the worst.
+        ConfigError: there is none, or it names a metric that is not measured, or it would search for the worst.
     """
     objective = config.objective
     if objective is None:
@@ -101,7 +101,7 @@ def objective_of(config: Experiment) -> ObjectiveConfig:
 
 
 def more_is_better(metric: str, config: Experiment) -> bool | None:
-    """Whether a metric is wanted high or low; None where that depends on what it is looked at for."""
+    """Whether a higher value of a metric is better; None where that depends on its use."""
     skill, _, number = metric.partition("/")
     if metric in SCORES:
         return number == "ratio" or HIGHER_IS_BETTER[_eval_set(config, skill).metric]
@@ -110,17 +110,17 @@ def more_is_better(metric: str, config: Experiment) -> bool | None:
 
 def _wrong_way(metric: str, better: bool) -> str:
     if better:
-        return f"objective: of {metric} more is better: maximize it, or bound it with >="
+        return f"objective: higher {metric} is better: maximize it, or bound it with >="
     if metric in SCORES:
         return (
             f"objective: {metric} is a perplexity, where lower is better: minimize it, bound it with <=, or use "
             f"{metric.partition('/')[0]}/ratio, where higher is better"
         )
-    return f"objective: of {metric} less is better: minimize it, or bound it with <="
+    return f"objective: lower {metric} is better: minimize it, or bound it with <="
 
 
 def means(records: Iterable[Record]) -> Record:
-    """The mean of each metric over steps, leaving out the steps that have none."""
+    """The mean of each metric over the steps that have a value."""
     columns: dict[str, list[float]] = {metric: [] for metric in STEPS}
     for record in records:
         for metric, values in columns.items():

@@ -15,16 +15,16 @@ from matplotlib.lines import Line2D
 from craft_ray.report.svg import INK, PAPER, inline_svg, new_figure
 from craft_ray.report.wording import NONE
 from craft_ray.sweep.importance import is_numeric
-from craft_ray.sweep.plots import DASHED, legend, look
+from craft_ray.sweep.plots import DASHED, legend, style_of
 from craft_ray.sweep.results import SweepResult, TrialResult
 from craft_ray.sweep.space import Distribution
 from craft_ray.sweep.wording import Metric, metrics_of, short_names, shown, tooltip
 
 MISSING = -0.13
-"""Height of what has no value."""
+"""Height at which a missing value is drawn."""
 MOST_TICKS = 10
 LONGEST = 13
-"""Letters in a line above an axis."""
+"""Characters in a line above an axis."""
 INCHES = 1.0
 """From axis to axis."""
 
@@ -42,10 +42,10 @@ class Axis:
 
 
 def parallel_plot(result: SweepResult) -> tuple[Markup, int] | None:
-    """The picture, and its number of axes. None where no trial has reported."""
+    """The plot and its number of axes. None if no trial has reported."""
     trials = sorted(
         (trial for trial in result.trials if trial.last is not None),
-        key=lambda trial: (look(result, trial).order, _score(trial)),
+        key=lambda trial: (style_of(result, trial).order, _score(trial)),
     )
     if not trials:
         return None
@@ -54,9 +54,9 @@ def parallel_plot(result: SweepResult) -> tuple[Markup, int] | None:
         canvas = figure.subplots()
         _draw_axes(canvas, axes)
         strength = _strengths(result, trials)
-        for place, trial in enumerate(trials):
-            style = look(result, trial)
-            heights = [axis.heights[place] for axis in axes]
+        for index, trial in enumerate(trials):
+            style = style_of(result, trial)
+            heights = [axis.heights[index] for axis in axes]
             canvas.plot(
                 range(len(axes)), [MISSING if height is None else height for height in heights], color=style.color,
                 alpha=style.alpha * strength[trial.number], linewidth=style.width, zorder=style.order,
@@ -85,7 +85,7 @@ def knob_axis(label: str, cases: Sequence[Distribution], values: Sequence[tuple[
     """The axis of a knob: a range of numbers, or listed values at even distances.
 
     Args:
-        values: of each trial, `(value,)`, or `()` where it has none.
+        values: for each trial `(value,)`, or `()` if it has none.
     """
     if not is_numeric(cases) or all(case.options for case in cases):
         return _listed(label, cases, values)
@@ -97,7 +97,7 @@ def knob_axis(label: str, cases: Sequence[Distribution], values: Sequence[tuple[
 
 
 def metric_axis(metric: Metric, values: Sequence[float | None]) -> Axis:
-    """The axis of a metric, the better end on top, with its bound in sight."""
+    """The axis of a metric, with the better end at the top and the bound within the range."""
     known = [value for value in (*values, metric.limit) if value is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     heights, ticks = _range(low, high, False, not metric.higher, metric.form)
@@ -121,25 +121,25 @@ def _listed(label: str, cases: Sequence[Distribution], values: Sequence[tuple[An
     distinct = {json.dumps(option): option for option in options}
     if is_numeric(cases):
         distinct = dict(sorted(distinct.items(), key=lambda item: item[1]))
-    place = {name: (0.5 if len(distinct) == 1 else i / (len(distinct) - 1)) for i, name in enumerate(distinct)}
-    named = [(place[name], _short(shown(option))) for name, option in distinct.items()]
+    heights = {name: (0.5 if len(distinct) == 1 else i / (len(distinct) - 1)) for i, name in enumerate(distinct)}
+    named = [(heights[name], _short(shown(option))) for name, option in distinct.items()]
     ticks = named[:: -(-len(named) // MOST_TICKS)]
-    return Axis(label, ticks, [place[json.dumps(value[0])] if value else None for value in values])
+    return Axis(label, ticks, [heights[json.dumps(value[0])] if value else None for value in values])
 
 
 def _range(
     low: float, high: float, logarithmic: bool, inverted: bool, form: Callable[[float], str]
 ) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
-    """How high a number stands between two others, and marks at the ends and in the middle."""
-    way: Callable[[float], float] = math.log if logarithmic else float
-    back: Callable[[float], float] = math.exp if logarithmic else float
-    start, span = way(low), way(high) - way(low)
+    """The height of a number between two others, and ticks at the ends and in the middle."""
+    scale: Callable[[float], float] = math.log if logarithmic else float
+    unscale: Callable[[float], float] = math.exp if logarithmic else float
+    start, span = scale(low), scale(high) - scale(low)
 
     def height(number: float) -> float:
-        part = (way(number) - start) / span if span else 0.5
+        part = (scale(number) - start) / span if span else 0.5
         return 1 - part if inverted else part
 
-    marks = [low, back(start + span / 2), high] if span else [low]
+    marks = [low, unscale(start + span / 2), high] if span else [low]
     return height, [(height(number), form(number)) for number in marks]
 
 
@@ -154,7 +154,7 @@ def _score(trial: TrialResult) -> float:
 def _strengths(result: SweepResult, trials: Sequence[TrialResult]) -> dict[int, float]:
     """The better a trial within the bounds, the stronger its line."""
     within = sorted((trial for trial in trials if trial.feasible), key=_score)
-    strength = {trial.number: 0.45 + 0.55 * (place + 1) / len(within) for place, trial in enumerate(within)}
+    strength = {trial.number: 0.45 + 0.55 * (position + 1) / len(within) for position, trial in enumerate(within)}
     crowd = min(1.0, (40 / len(trials)) ** 0.5)
     faded = {trial.number: crowd for trial in trials if not trial.feasible}
     alone = {result.best.number: 1.0} if result.best is not None else {}

@@ -1,4 +1,4 @@
-"""Pictures over the trials of a sweep: old skill against new, and how far each knob goes along with each metric."""
+"""Plots of the trials of a sweep: old skill against new, and the association of each knob with each metric."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from craft_ray.sweep.results import SweepResult, TrialResult
 from craft_ray.sweep.wording import Metric, metric_of, metrics_of, short_names, tooltip
 
 BEST, WITHIN = "#d55e00", "#0f82c4"
-"""The best trial, and those within the bounds; the others are in the ink of the page, pale."""
+"""The best trial, and those within the bounds; the others are pale, in the page's text colour."""
 SERIES = ("#0f82c4", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
 DASHED = (0, (5, 2))
 MOST_LABELLED = 12
 CROWDED = (0.07, 0.055)
-"""Labels that are nearer, in parts of the axes, would cover each other."""
+"""Labels closer than this, as fractions of the axes, would overlap."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a trial is drawn, in every picture."""
+class TrialStyle:
+    """How a trial is drawn in every plot."""
 
     color: str
     alpha: float
@@ -36,12 +36,12 @@ class Look:
     order: int
 
 
-def look(result: SweepResult, trial: TrialResult) -> Look:
+def style_of(result: SweepResult, trial: TrialResult) -> TrialStyle:
     """The first of the ranking in its own colour on top, those within the bounds in colour, unfinished ones thin."""
     if trial is result.best:
-        return Look(BEST, 1.0, 2.4, 6)
+        return TrialStyle(BEST, 1.0, 2.4, 6)
     color, alpha = (WITHIN, 0.85) if trial.feasible else (INK, 0.4)
-    return Look(color, alpha, 1.3, 4) if trial.finished else Look(color, alpha * 0.7, 0.8, 3)
+    return TrialStyle(color, alpha, 1.3, 4) if trial.finished else TrialStyle(color, alpha * 0.7, 0.8, 3)
 
 
 def title_of(result: SweepResult, trial: TrialResult) -> str:
@@ -52,18 +52,18 @@ def title_of(result: SweepResult, trial: TrialResult) -> str:
 
 
 def legend(result: SweepResult, lines: bool) -> list[Line2D]:
-    """An entry for each kind of trial that there is, as lines or as marks."""
+    """An entry for each kind of trial that occurs, as lines or as marks."""
     bounded = any(metric.limit is not None for metric in metrics_of(result.plan.config))
     rest = [trial for trial in result.trials if trial.last is not None and trial is not result.best]
     handles = []
     if result.best is not None:
-        handles.append(_entry(title_of(result, result.best), look(result, result.best), lines, star(result.best)))
+        handles.append(_entry(title_of(result, result.best), style_of(result, result.best), lines, star(result.best)))
     for feasible, finished in ((True, True), (False, True), (True, False), (False, False)):
         kind = [trial for trial in rest if trial.feasible is feasible and trial.finished is finished]
         if kind:
             words = [] if finished else ["not finished"]
             words += ["within the bounds" if feasible else "not within the bounds"] if bounded else []
-            handles.append(_entry(", ".join(words) or "finished", look(result, kind[0]), lines, mark(kind[0])))
+            handles.append(_entry(", ".join(words) or "finished", style_of(result, kind[0]), lines, mark(kind[0])))
     return handles
 
 
@@ -86,18 +86,18 @@ def format_axis(axis: Any, metric: Metric) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
 
 
-def _entry(label: str, like: Look, lines: bool, marked: dict[str, Any]) -> Line2D:
+def _entry(label: str, style: TrialStyle, lines: bool, marked: dict[str, Any]) -> Line2D:
     if lines:
-        return Line2D([], [], color=like.color, alpha=like.alpha, linewidth=like.width, label=label)
-    return Line2D([], [], color=like.color, alpha=like.alpha, linestyle="none", label=label, **marked)
+        return Line2D([], [], color=style.color, alpha=style.alpha, linewidth=style.width, label=label)
+    return Line2D([], [], color=style.color, alpha=style.alpha, linestyle="none", label=label, **marked)
 
 
 # -- old skill against new
 
 
 def pareto_metrics(result: SweepResult) -> tuple[Metric, Metric] | None:
-    """What is drawn across and up: new skill and old where both were measured, preferably as the objective has them;
-    otherwise the objective's metric and the first bounded one. None where there are no two."""
+    """What is drawn across and up: new and old skill where both were measured, preferably as in the objective;
+    otherwise the objective's metric and the first bounded one. None if there are not two."""
     config = result.plan.config
     own = [metric.key for metric in metrics_of(config)]
     old, new = ([key for key in own if key.startswith(f"{skill}/")] for skill in ("old", "new"))
@@ -109,10 +109,10 @@ def pareto_metrics(result: SweepResult) -> tuple[Metric, Metric] | None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]], higher: tuple[bool, bool]) -> list[int]:
-    """The points that no other is at least as good as in both directions and better in one, worst across first.
+    """The points that no other point dominates (as good in both directions, better in one), worst across first.
 
     Args:
-        higher: whether more is better, of each direction.
+        higher: whether more is better, for each direction.
     """
     signed = [tuple(value if more else -value for value, more in zip(point, higher, strict=True)) for point in points]
     front: list[int] = []
@@ -123,7 +123,7 @@ def pareto_front(points: Sequence[tuple[float, float]], higher: tuple[bool, bool
 
 
 def pareto_plot(result: SweepResult) -> Markup | None:
-    """Every trial where it stood at its last report. None where no two metrics can be set against each other."""
+    """Every trial at its last report. None if no two metrics can be plotted against each other."""
     chosen = pareto_metrics(result)
     if chosen is None:
         return None
@@ -152,7 +152,7 @@ def pareto_plot(result: SweepResult) -> Markup | None:
             axes.plot(*steps, drawstyle="steps-pre", color=WITHIN, linewidth=1, alpha=0.7, zorder=2)
             handles.append(Line2D([], [], color=WITHIN, linewidth=1, alpha=0.7, label="front of the finished trials"))
         for trial in shown:
-            style, marked = look(result, trial), star(trial) if trial is result.best else mark(trial)
+            style, marked = style_of(result, trial), star(trial) if trial is result.best else mark(trial)
             axes.plot(
                 *points[trial.number], color=style.color, alpha=style.alpha, zorder=style.order, clip_on=False,
                 gid=f"trial-{trial.number}", linestyle="none", **marked,
@@ -176,7 +176,7 @@ def pareto_plot(result: SweepResult) -> Markup | None:
 
 
 def _skill(result: SweepResult, skill: str) -> str:
-    """The metric of a skill where more is better: its score, or the ratio where the score is a perplexity."""
+    """The metric of a skill for which more is better: its score, or the ratio if the score is a perplexity."""
     data = result.plan.config.validation
     scored = data.old if skill == "old" else data.new
     return f"{skill}/ratio" if scored is not None and not HIGHER_IS_BETTER[scored.metric] else f"{skill}/score"
@@ -188,12 +188,12 @@ def _first_measured(result: SweepResult, keys: Sequence[str], other: str | None 
 
 
 def _label(axes: Axes, points: dict[int, tuple[float, float]], wanted: Sequence[int]) -> None:
-    """Numbers beside the points, the first wanted first, leaving out what would cover another."""
+    """Label points with trial numbers in the order of `wanted`, leaving out labels that would overlap."""
     placed: list[Any] = []
     for number in dict.fromkeys(number for number in wanted if number in points):
-        place = axes.transAxes.inverted().transform(axes.transData.transform(points[number]))
-        if all(abs(place[0] - x) > CROWDED[0] or abs(place[1] - y) > CROWDED[1] for x, y in placed):
-            placed.append(place)
+        position = axes.transAxes.inverted().transform(axes.transData.transform(points[number]))
+        if all(abs(position[0] - x) > CROWDED[0] or abs(position[1] - y) > CROWDED[1] for x, y in placed):
+            placed.append(position)
             axes.annotate(
                 str(number), points[number], xytext=(6, 5), textcoords="offset points", fontsize=8, zorder=7, alpha=0.85
             )
@@ -203,31 +203,31 @@ def _label(axes: Axes, points: dict[int, tuple[float, float]], wanted: Sequence[
 
 
 def importance_plot(found: Importance, metrics: Sequence[Metric]) -> Markup:
-    """A bar for each knob and metric; a mark where chance would be taken for something."""
+    """A bar for each knob and metric, with a mark at the share that chance can reach."""
     names = short_names(list(found.of))
     thick = 0.8 / len(metrics)
     with new_figure(5.6, 0.75 + 0.17 * len(metrics) + len(names) * (0.2 + 0.17 * len(metrics))) as figure:
         axes = figure.subplots()
         for row, by_metric in enumerate(found.of.values()):
-            for place, metric in enumerate(metrics):
-                height = row + (place - (len(metrics) - 1) / 2) * thick
-                _bar(axes, height, 0.82 * thick, by_metric[metric.key], SERIES[place % len(SERIES)])
+            for index, metric in enumerate(metrics):
+                height = row + (index - (len(metrics) - 1) / 2) * thick
+                _bar(axes, height, 0.82 * thick, by_metric[metric.key], SERIES[index % len(SERIES)])
         axes.set_yticks(range(len(names)), list(names.values()))
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, 1)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("share of the order of the trials that goes along with the knob")
+        axes.set_xlabel("share of the order of the trials that the knob accounts for")
         handles = [
-            Line2D([], [], color=SERIES[place % len(SERIES)], linewidth=5, label=metric.label)
-            for place, metric in enumerate(metrics)
+            Line2D([], [], color=SERIES[index % len(SERIES)], linewidth=5, label=metric.label)
+            for index, metric in enumerate(metrics)
         ]
         handles.append(
             Line2D([], [], color=INK, marker="|", markersize=9, markeredgewidth=1.4, linestyle="none",
-                   label="what chance passes in 1 of 20")
+                   label="exceeded by chance in 1 of 20")
         )  # fmt: skip
         figure.legend(handles=handles, loc="outside upper left", ncols=1)
-        return inline_svg(figure, "importance", "how far each knob goes along with each metric of the objective")
+        return inline_svg(figure, "importance", "association of each knob with each metric of the objective")
 
 
 def _bar(axes: Axes, height: float, thick: float, found: Association, color: str) -> None:

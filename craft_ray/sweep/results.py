@@ -1,4 +1,4 @@
-"""What came out of a sweep: every trial ranked, as a table and as a config to train again."""
+"""The results of a sweep: all trials, ranked, as a table, and the best as a config to train again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from craft_ray.sweep.trials import Outcome, Plan, Report, SweepFolder, seeds
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A trial that has begun, and where it stands."""
+    """A trial that has started, and its state."""
 
     number: int
     params: Params
@@ -41,7 +41,7 @@ class TrialResult:
 
     @property
     def feasible(self) -> bool | None:
-        """Whether it is within all bounds; None before its first report."""
+        """Whether it is within all bounds; None before the first report."""
         return None if self.last is None else bool(self.last["feasible"])
 
 
@@ -55,14 +55,14 @@ class SweepResult:
 
     @property
     def ranking(self) -> list[TrialResult]:
-        """The trials that ran to their end, best first: those within the bounds by the metric, then the others, the
+        """The trials that ran to completion, best first: those within the bounds by the metric, then the others, the
         least violating first. A trial that was stopped early has no rank: its numbers are of an unfinished run."""
         done = [(trial, trial.last) for trial in self.trials if trial.finished]
         return [trial for trial, last in sorted(done, key=lambda pair: -pair[1]["score"] if pair[1] else 0.0)]
 
     @property
     def best(self) -> TrialResult | None:
-        """The first of the ranking. Look at its `feasible`."""
+        """The first of the ranking. Check its `feasible`."""
         return next(iter(self.ranking), None)
 
     def config(self, trial: TrialResult) -> Experiment:
@@ -81,17 +81,17 @@ def read_results(folder: SweepFolder) -> SweepResult:
 
 
 def write_results(result: SweepResult, folder: SweepFolder) -> None:
-    """Write `trials.parquet` and, where a trial was finished, `best.yaml`.
+    """Write `trials.parquet` and, if a trial finished, `best.yaml`.
 
     Raises:
-        CraftError: every trial failed; the message is the first one's.
+        CraftError: no trial finished; the message gives the reason of the first that failed.
     """
     _write_table(result, folder.path / "trials.parquet")
     best = result.best
     if best is None:
         failed = next((trial for trial in result.trials if trial.outcome.status == "failed"), None)
-        reason = "none was finished" if failed is None else f"trial {failed.number}: {failed.outcome.reason}"
-        raise CraftError(f"no trial of the sweep {folder.path} came to its end ({reason})")
+        reason = "all are stopped or open" if failed is None else f"trial {failed.number}: {failed.outcome.reason}"
+        raise CraftError(f"no trial of the sweep {folder.path} finished ({reason})")
     write_atomically(folder.path / "best.yaml", _heading(result, best) + dump_config(result.config(best)))
 
 
@@ -111,8 +111,8 @@ def _heading(result: SweepResult, best: TrialResult) -> str:
         lines.append(f"These are means over {last['seeds']} seeds, of which this config is the first.")
     if result.plan.config.sweep.scheduler == "pbt":
         run = RunFolder(best.path / f"seed{seeds(result.plan.config, best.params)[0]}")
-        lines.append("Population based training may have changed settings on the way; these are the last ones. What it")
-        lines.append(f"trained is in {run.checkpoints / LAST / 'model'}.")
+        lines.append("Population based training may have changed settings during training; these are the last ones.")
+        lines.append(f"The model that it trained is in {run.checkpoints / LAST / 'model'}.")
     return "".join(f"# {line}\n" for line in lines)
 
 
@@ -129,8 +129,8 @@ REPORT = {
 
 
 def _write_table(result: SweepResult, path: StoragePath) -> None:
-    """One row a trial. Knobs are columns `param:KEY`; the numbers of each look are in the list `reports`."""
-    rank = {trial.number: place for place, trial in enumerate(result.ranking, 1)}
+    """One row per trial. Knobs are columns `param:KEY`; the numbers of each validation are in the list `reports`."""
+    rank = {trial.number: position for position, trial in enumerate(result.ranking, 1)}
     rows = [_row(result, trial, rank.get(trial.number)) for trial in result.trials]
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in PLAIN.items()}
     columns["reports"] = pa.array([row["reports"] for row in rows], pa.list_(pa.struct(REPORT.items())))
@@ -164,7 +164,7 @@ def _row(result: SweepResult, trial: TrialResult, rank: int | None) -> dict[str,
 
 
 def _config_or_none(result: SweepResult, trial: TrialResult) -> str | None:
-    """None for a trial that failed because its setting is no config."""
+    """None for a trial that failed because its setting is not a valid config."""
     try:
         return dump_config(result.config(trial))
     except ConfigError:
@@ -172,7 +172,7 @@ def _config_or_none(result: SweepResult, trial: TrialResult) -> str | None:
 
 
 def _column(values: Sequence[Any]) -> tuple[list[Any], pa.DataType]:
-    """Values of one knob as a column: numbers, truth values and text as they are, what is mixed or listed as JSON."""
+    """Values of one knob as a column: numbers, booleans and text as they are, mixed or listed values as JSON."""
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {int, float} and kinds != {int}:
         return [None if value is None else float(value) for value in values], pa.float64()

@@ -4,8 +4,8 @@
     craft.epsilon_schedule: {choice: [constant, cosine]}
     craft.epsilon_end: {uniform: [0.02, 0.05], when: {craft.epsilon_schedule: cosine}}
 
-A knob may have a list of distributions, each with its own `when`; the first whose condition holds is drawn from, and
-where none holds the knob keeps the config's value.
+A knob may have a list of distributions, each with a `when`; the first whose condition holds is drawn from, and
+if none holds, the knob keeps the config's value.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECTIONS = ("craft", "train")
 KNOBS = ("task.limit", "seed")
 PINNED = ("craft.anchor_cache_dir", "train.precision", "train.checkpoint_every", "train.keep_checkpoints")
 DIGITS = 4
-"""Significant digits of a drawn number: what a person would write. More, where the range is narrow."""
+"""Significant digits of a drawn number, as a person would write it. More where the range is narrow."""
 MOST_CORNERS = 1024
 CHECKED_DRAWS = 256
 RESAMPLING = 0.25
@@ -64,7 +64,7 @@ class Distribution:
         return self.rounded(rng.uniform(low, high))
 
     def rounded(self, value: float) -> float:
-        """A value as it is used: few digits, or a multiple of the quantum, and never outside of the range."""
+        """A value as it is used: few digits, or a multiple of the quantum, and never outside the range."""
         low, high = self.numbers[:2]
         if self.kind == "quniform":
             quantum = Decimal(repr(self.numbers[2]))
@@ -75,7 +75,7 @@ class Distribution:
         return min(max(value, low), high)
 
     def corners(self) -> tuple[Any, ...]:
-        """The extreme values, or all where they are listed."""
+        """The extreme values, or all values if they are listed."""
         if self.options:
             return self.options
         low, high = self.numbers[:2]
@@ -95,7 +95,7 @@ class Space:
     """As it was written."""
 
     def grid(self) -> list[Params]:
-        """The points of the grid; one empty point where no knob has one."""
+        """The points of the grid; one empty point if no knob has a grid."""
         keys = [key for key, cases in self.knobs.items() if cases[0].kind == "grid"]
         options = [self.knobs[key][0].options for key in keys]
         return [dict(zip(keys, point, strict=True)) for point in itertools.product(*options)]
@@ -104,7 +104,7 @@ class Space:
         """Values for the knobs in order, each by `pick`.
 
         Args:
-            pick: of the knob, of a name for its distribution (unlike others of the same knob), and of that.
+            pick: from the knob, a name for its distribution (unique within the knob), and the distribution.
         """
         params: Params = {}
 
@@ -126,8 +126,8 @@ class Space:
         return self.choose(base, lambda key, _, case: point[key] if case.kind == "grid" else case.draw(rng))
 
     def near(self, base: Experiment, params: Params, rng: np.random.Generator) -> Params:
-        """A setting beside `params`: each knob is drawn anew with a chance of one in four, else a number is made a
-        fifth less or a quarter more, within its range, and a choice is kept.
+        """A setting near `params`: each knob is drawn again with a probability of one in four; otherwise a number
+        becomes a fifth smaller or a quarter larger, within its range, and a choice is kept.
 
         Jaderberg et al., 2017, "Population Based Training of Neural Networks" (explore: perturb and resample).
         """
@@ -138,36 +138,36 @@ class Space:
             if case.options:
                 return params[key] if params[key] in case.options else case.draw(rng)
             if type(params[key]) not in (int, float):
-                return case.draw(rng)  # of another distribution of this knob
+                return case.draw(rng)  # from another distribution of this knob
             value = case.rounded(params[key] * rng.choice(PERTURBATIONS))
             return min(round(value), int(case.numbers[1]) - 1) if case.kind == "randint" else value
 
         return self.choose(base, pick)
 
     def corners(self, base: Experiment) -> Iterator[Params]:
-        """Settings at the extremes of the space: all of them where they are few, otherwise each pair of knobs at all
-        of its extremes, with the others at their first, and as many again at random."""
+        """Settings at the extremes of the space: all of them if they are few; otherwise each pair of knobs at all its
+        extremes, with the others at their first, and MOST_CORNERS more at random."""
         cases = {(key, number): case for key, many in self.knobs.items() for number, case in enumerate(many)}
-        options = {place: case.corners() for place, case in cases.items()}
-        places = list(options)
-        first = {place: values[0] for place, values in options.items()}
+        options = {slot: case.corners() for slot, case in cases.items()}
+        slots = list(options)
+        first = {slot: values[0] for slot, values in options.items()}
         full = math.prod(len(values) for values in options.values())
         if full <= MOST_CORNERS:
-            chosen = [dict(zip(places, values, strict=True)) for values in itertools.product(*options.values())]
+            chosen = [dict(zip(slots, values, strict=True)) for values in itertools.product(*options.values())]
         else:
             chosen = [
                 {**first, one: a, other: b}
-                for one, other in itertools.combinations(places, 2)
+                for one, other in itertools.combinations(slots, 2)
                 for a in options[one]
                 for b in options[other]
             ]
             rng = np.random.default_rng(0)
             for _ in range(MOST_CORNERS):
-                chosen.append({place: values[int(rng.integers(len(values)))] for place, values in options.items()})
+                chosen.append({slot: values[int(rng.integers(len(values)))] for slot, values in options.items()})
         seen = set()
         for values in chosen:
-            at = {id(cases[place]): value for place, value in values.items()}
-            params = self.choose(base, lambda _, __, case: at[id(case)])  # noqa: B023 - used before the next turn
+            at = {id(cases[slot]): value for slot, value in values.items()}
+            params = self.choose(base, lambda _, __, case: at[id(case)])  # noqa: B023 - used within this iteration
             if str(params) not in seen:
                 seen.add(str(params))
                 yield params
@@ -177,34 +177,34 @@ def load_space(source: str | Path) -> Space:
     """The space in a YAML file, or a shipped one by its name (`craft`, `ablation`, `smoke`).
 
     Raises:
-        ConfigError: it is missing, empty, or a knob or distribution is not what it should be.
+        ConfigError: it is missing or empty, or a knob or distribution is invalid.
     """
     path = Path(source)
-    own = shipped("search_spaces") / f"{source}.yaml"
-    if not path.is_file() and len(path.parts) == 1 and not path.suffix and own.is_file():
-        text, name = own.read_text(), f"search_spaces/{source}.yaml"
+    ours = shipped("search_spaces") / f"{source}.yaml"
+    if not path.is_file() and len(path.parts) == 1 and not path.suffix and ours.is_file():
+        text, name = ours.read_text(), f"search_spaces/{source}.yaml"
     else:
         try:
             text, name = path.read_text(), str(source)
         except OSError as error:
             raise ConfigError(
-                f"no search space at {source} ({error.strerror}): name a YAML file, or one of {', '.join(SHIPPED)}"
+                f"no search space at {source} ({error.strerror}): specify a YAML file, or one of {', '.join(SHIPPED)}"
             ) from None
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{source} is no YAML: {error}") from None
+            raise ConfigError(f"{source} is not YAML: {error}") from None
     try:
         tree = read_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is no YAML: {error}") from None
+        raise ConfigError(f"{name} is not YAML: {error}") from None
     return parse_space(tree, name)
 
 
 def parse_space(tree: Any, name: str) -> Space:
-    """A mapping of dotted keys to distributions as a space. See the head of this module for its form."""
+    """A mapping of dotted keys to distributions as a space. See the top of this module for the format."""
     if tree is not None and not isinstance(tree, dict):
-        raise ConfigError(f"{name} holds {type(tree).__name__}, a space is a mapping of knobs to distributions")
+        raise ConfigError(f"{name} holds {type(tree).__name__}, but a space is a mapping of knobs to distributions")
     if not tree:
-        raise ConfigError(f"{name} is an empty space: name knobs, e.g. 'craft.lambda_lr: {{loguniform: [0.01, 1.0]}}'")
+        raise ConfigError(f"{name} is an empty space: add knobs, e.g. 'craft.lambda_lr: {{loguniform: [0.01, 1.0]}}'")
     knobs: dict[str, tuple[Distribution, ...]] = {}
     for key, entry in tree.items():
         where = f"{name}: {key}"
@@ -212,7 +212,7 @@ def parse_space(tree: Any, name: str) -> Space:
         if not (key in KNOBS or (section in SECTIONS and separator)) or key in PINNED:
             raise ConfigError(
                 f"{where} cannot be searched: all trials share one teacher, one anchor cache, one evaluation and one "
-                f"way of saving; knobs are keys of craft and train (but {', '.join(PINNED)}), task.limit and seed"
+                f"way of saving; knobs are keys of craft and train (except {', '.join(PINNED)}), task.limit and seed"
             )
         entries = entry if isinstance(entry, list) else [entry]
         if not entries:
@@ -231,8 +231,8 @@ def parse_space(tree: Any, name: str) -> Space:
 
 
 def check_space(space: Space, base: Experiment, allowed: Callable[[Experiment], None]) -> None:
-    """Refuse a space that can draw what the config, or `allowed`, does not accept: at its extremes, and among its
-    first draws, for whole numbers and what has to divide are wrong between extremes that are right.
+    """Refuse a space that can draw what the config, or `allowed`, does not accept: at its extremes and among its first
+    draws, because whole numbers and divisors can be wrong between extremes that are right.
 
     Raises:
         ConfigError: naming the space, the values and what is wrong with them.
@@ -240,15 +240,15 @@ def check_space(space: Space, base: Experiment, allowed: Callable[[Experiment], 
     for key, cases in space.knobs.items():
         try:
             _get(base, key)
-        except KeyError:  # said here, for a knob whose condition never holds is not drawn below
+        except KeyError:  # checked here, because a knob whose condition never holds is not drawn below
             changed(base, {key: cases[0].corners()[0]}, space.name, allowed)
         for case in cases:
             for condition, values in case.when:
                 _check_condition(space, base, key, condition, values)
     if all(_never(space, base, cases) for cases in space.knobs.values()):
         raise ConfigError(
-            f"{space.name} searches nothing: each of its knobs depends on what the config is not and the space does "
-            f"not search"
+            f"{space.name} searches nothing: each of its knobs has a condition that the config does not meet and the "
+            f"space does not search"
         )
     for params in space.corners(base):
         changed(base, params, space.name, allowed)
@@ -260,7 +260,7 @@ def changed(base: Experiment, params: Params, name: str, allowed: Callable[[Expe
     """The config of a setting.
 
     Raises:
-        ConfigError: the space `name` drew what a config does not allow.
+        ConfigError: the space `name` drew values that a config does not allow.
     """
     drawn = ", ".join(f"{key}={value}" for key, value in params.items())
     try:
@@ -268,12 +268,12 @@ def changed(base: Experiment, params: Params, name: str, allowed: Callable[[Expe
         allowed(config)
     except CraftError as error:
         reason = error.message.removeprefix("command line: ")
-        raise type(error)(f"{name} can draw what does not go together: {reason} (drawn: {drawn})") from None
+        raise type(error)(f"{name} can draw an invalid setting: {reason} (drawn: {drawn})") from None
     return config
 
 
 def _never(space: Space, base: Experiment, cases: tuple[Distribution, ...]) -> bool:
-    """Whether a knob is not drawn, whatever the others are."""
+    """Whether a knob is never drawn, whatever the others are."""
     return all(
         any(key not in space.knobs and _get(base, key) not in values for key, values in case.when) for case in cases
     )
@@ -288,12 +288,12 @@ def _is_number(text: str) -> bool:
 
 
 def _check_condition(space: Space, base: Experiment, key: str, condition: str, values: tuple[Any, ...]) -> None:
-    """Refuse a condition that can never hold: its knob would keep the config's value, and nobody would notice."""
+    """Refuse a condition that can never hold: its knob would silently keep the config's value."""
     where = f"{space.name}: {key} depends on {condition}"
     try:
         found = _get(base, condition)
     except KeyError:
-        raise ConfigError(f"{where}, which is no key of a config") from None
+        raise ConfigError(f"{where}, which is not a key of the config") from None
     cases = space.knobs.get(condition, ())
     for value in values:
         if cases and all(case.options for case in cases):
@@ -304,12 +304,12 @@ def _check_condition(space: Space, base: Experiment, key: str, condition: str, v
         try:
             valid = _get(base.changed({condition: value}), condition) == value
         except ConfigError as error:
-            # What does not go together with other keys of this config is still a value.
+            # A value that conflicts with other keys of this config is still a valid value.
             valid = not error.message.startswith(f"command line: {condition}:")
         if not valid:
             raise ConfigError(
                 f"{where} being {value!r}, which it never is (it is {found!r}; a number is 1.0e-3, not 1e-3, and a "
-                f"list as a value stands in a list)"
+                f"list as a value is written inside a list)"
             )
 
 
@@ -320,7 +320,7 @@ def _distribution(entry: Any, where: str) -> Distribution:
     if len(kinds) != 1 or kinds[0] not in KINDS:
         near = difflib.get_close_matches(str(kinds[0]) if kinds else "", KINDS, 1)
         guess = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{where} has {kinds or 'no distribution'}: name one of {', '.join(KINDS)}{guess}")
+        raise ConfigError(f"{where} has {kinds or 'no distribution'}: specify one of {', '.join(KINDS)}{guess}")
     kind, values = kinds[0], entry[kinds[0]]
     when = entry.get("when", {})
     if not isinstance(when, dict):

@@ -1,12 +1,12 @@
-"""A sweep on disk: its plan, and a folder for each trial that holds what it was asked, what it reported, how it ended.
+"""A sweep on disk: its plan, and a folder for each trial with its setting, its reports and its outcome.
 
-Everything that comes out of a sweep is read from here, and a sweep that is resumed knows from here what is done. A
-trial is one setting; it trains one run for each seed, one after the other, each in a folder of its own.
+All results of a sweep are read from here, and a resumed sweep finds out here what is done. A trial is one setting; it
+trains one run for each seed, one after the other, each in a separate folder.
 
     sweep.yaml                 the config and the space, as they were at the start
     trials/0003/params.json    the setting
-    trials/0003/reports.jsonl  a line at each look at the validation data
-    trials/0003/outcome.json   finished, stopped or failed, and why; an open trial has none
+    trials/0003/reports.jsonl  a line for each validation
+    trials/0003/outcome.json   finished, stopped or failed, and why; missing while a trial is open
     trials/0003/seed0/         a run folder
 """
 
@@ -27,9 +27,9 @@ from craft_ray.sweep.space import Params, Space, parse_space
 
 Status = Literal["open", "finished", "stopped", "failed"]
 Report = dict[str, Any]
-"""`step`: steps over all seeds so far; `seeds`: runs that the numbers are of; `metrics`: their means; `params`;
+"""`step`: steps over all seeds so far; `seeds`: runs that the numbers cover; `metrics`: their means; `params`;
 `value`, `reached`, `violations`, `feasible`, `score`: the verdict (craft_ray.sweep.objective); `seconds`: since the
-trial began."""
+trial started."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TrialFolder:
         write_atomically(self.path / "params.json", json.dumps(params))
 
     def params(self) -> Params | None:
-        """The setting; None before the trial was begun."""
+        """The setting; None before the trial has started."""
         path = self.path / "params.json"
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -59,11 +59,11 @@ class TrialFolder:
         return read_records(self.path / "reports.jsonl")
 
     def add_report(self, report: Report) -> None:
-        """Append a report; those of its step or later are replaced by it."""
+        """Append a report; it replaces those of its step or later."""
         self._keep_reports([known for known in self.reports() if known["step"] < report["step"]] + [report])
 
     def drop_reports_after(self, step: int) -> None:
-        """Forget what another way than the trial's present one reported."""
+        """Remove the reports after a step, when the trial returns to it."""
         self._keep_reports([known for known in self.reports() if known["step"] <= step])
 
     def _keep_reports(self, reports: list[Report]) -> None:
@@ -74,16 +74,17 @@ class TrialFolder:
         return Outcome(**json.loads(path.read_text())) if path.exists() else Outcome("open")
 
     def end(self, status: Status, reason: str | None = None) -> None:
-        """Say how the trial ended. What was said first stays."""
+        """Record how the trial ended. The first record stays."""
         if self.outcome().status == "open":
             write_atomically(self.path / "outcome.json", json.dumps({"status": status, "reason": reason}))
 
-    def told_error(self) -> str | None:
-        """What the last attempt ended with, if it could still tell."""
+    def read_error(self) -> str | None:
+        """The error that ended the last attempt, if the attempt could still record it."""
         path = self.path / "error.txt"
         return path.read_text() if path.exists() else None
 
-    def tell_error(self, message: str | None) -> None:
+    def write_error(self, message: str | None) -> None:
+        """Record the error that ends an attempt; None removes the record."""
         if message is None:
             (self.path / "error.txt").unlink(missing_ok=True)
         else:
@@ -95,7 +96,7 @@ class TrialFolder:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is searched, and the command that asked for it."""
+    """What is searched, and the command that started it."""
 
     config: Experiment
     space: Space
@@ -110,19 +111,20 @@ class SweepFolder:
         self.plan = path / "sweep.yaml"
         self.scratch = path / ".ray"
         self.new = False
-        """Whether this process began it."""
+        """Whether this process started it."""
 
     def begin(self, plan: Plan) -> None:
-        """Write what is searched.
+        """Write the plan.
 
         Raises:
-            ConfigError: there is a sweep in the folder.
+            ConfigError: the folder already holds a sweep.
         """
         if self.plan.exists():
             raise ConfigError(
-                f"there is a sweep in {self.path}: go on with --resume {self.path}, or choose another folder (--out)"
+                f"{self.path} already holds a sweep: resume it with --resume {self.path}, or choose another folder "
+                f"(--out)"
             )
-        # What a killed process left half-written has a name with a dot, as the lock does.
+        # Half-written files of a killed process have names that start with a dot, as the lock does.
         if self.path.exists() and not all(entry.name.startswith(".") for entry in self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty and holds no sweep: choose another folder (--out)")
         self.write(plan)
@@ -137,19 +139,21 @@ class SweepFolder:
         write_atomically(self.plan, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
     def load(self) -> Plan:
-        """What is searched.
+        """Read the plan.
 
         Raises:
             ConfigError: there is no sweep in the folder.
         """
         if not self.plan.exists():
-            raise ConfigError(f"{self.path} holds no sweep (no sweep.yaml): name the folder of a sweep that was begun")
+            raise ConfigError(
+                f"{self.path} holds no sweep (no sweep.yaml): specify the folder of a sweep that was started"
+            )
         tree = yaml.safe_load(self.plan.read_text())
         config = parse_config(tree["config"], str(self.plan))
         return Plan(config, parse_space(tree["space"]["knobs"], tree["space"]["name"]), tree["command"])
 
     def assign(self, trial_id: str, number: int) -> None:
-        """Tell the process that Tune calls `trial_id` which trial it is."""
+        """Record which trial Tune's `trial_id` is."""
         write_atomically(self.scratch / "ids" / trial_id, str(number))
 
     def trial_of(self, trial_id: str) -> TrialFolder:
@@ -159,22 +163,22 @@ class SweepFolder:
         return TrialFolder(self.path / "trials" / f"{number:04d}")
 
     def trials(self) -> list[TrialFolder]:
-        """The trials that have begun, by number."""
+        """The trials that have started, by number."""
         folders = [TrialFolder(path) for path in (self.path / "trials").glob("[0-9]*")]
         return sorted((trial for trial in folders if trial.params() is not None), key=lambda trial: trial.number)
 
 
 def trial_config(base: Experiment, params: Params, trial: TrialFolder, seed: int) -> Experiment:
-    """The config of one run of a trial: looked at on validation data alone, and saved only where it has to be.
+    """The config of one run of a trial: scored on validation data alone, and saved only where that is needed.
 
-    A checkpoint is kept where the config asks for them, so that a lost trial goes on, and where pbt copies them.
+    A checkpoint is kept if the config asks for checkpoints, so that a lost trial resumes, and for pbt, which copies it.
     """
     own: dict[str, Any] = {
         "seed": seed,
         "output_dir": str(trial.path),
         "evaluation": {"old": None, "new": None},
         "train.keep_checkpoints": 1 if base.train.checkpoint_every else 0,
-        # Said in full: a run without validation data would not stop for a look at its end.
+        # Set explicitly: a run without validation data would not validate at its end.
         "validation.every": base.validation.every or params.get("train.steps", base.train.steps),
     }
     if base.sweep.scheduler == "pbt":

@@ -1,4 +1,4 @@
-"""A sweep in words: its metrics by name and unit, and what came out of it."""
+"""A sweep in words: its metrics by name and unit, and its outcome."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from craft_ray.sweep.trials import Report
 
 PROSE = {
     "exact_match": "exact match",
-    "choice": "right choices",
+    "choice": "correct choices",
     "perplexity": "perplexity",
 }
 HELDOUT = {
@@ -47,7 +47,7 @@ class Metric:
 
     @property
     def named(self) -> str:
-        """The label, with the key that the config has."""
+        """The label, with the config's key."""
         return self.key if self.label == self.key else f"{self.label} ({self.key})"
 
     @property
@@ -59,28 +59,28 @@ class Metric:
         return percent(value) if self.percent else number(value)
 
     def of(self, report: Report | None) -> float | None:
-        """The number in a report. None where it has none that could be drawn."""
+        """The number in a report; None where it is missing or not finite."""
         value = None if report is None else report["metrics"].get(self.key)
         return value if value is not None and math.isfinite(value) else None
 
 
 def objective_in(config: Experiment) -> ObjectiveConfig:
-    """The objective of a config that a sweep was begun with."""
-    assert config.objective is not None, "a sweep does not begin without one"
+    """The objective of a config that a sweep was started with."""
+    assert config.objective is not None, "a sweep does not start without one"
     return config.objective
 
 
 def metric_of(config: Experiment, key: str) -> Metric:
-    """A metric in the terms of the objective, whether it is part of it or not."""
+    """A metric as the objective wants it, whether it is part of the objective or not."""
     objective = objective_in(config)
     bound = objective.subject_to.get(key)
     least, limit = (True, None) if bound is None else parse_bound(bound)
-    label, of_hundred, higher = _described(config, key)
+    label, as_percent, higher = _described(config, key)
     if key == objective.metric:
         higher = objective.maximize is not None
     elif bound is not None:
         higher = least
-    return Metric(key, label, of_hundred, higher, limit if least else None, None if least else limit)
+    return Metric(key, label, as_percent, higher, limit if least else None, None if least else limit)
 
 
 def metrics_of(config: Experiment) -> list[Metric]:
@@ -90,7 +90,7 @@ def metrics_of(config: Experiment) -> list[Metric]:
 
 
 def _described(config: Experiment, key: str) -> tuple[str, bool, bool]:
-    """Label, whether it is a part of one, whether more is better."""
+    """The label, whether it is a fraction of one, and whether more is better."""
     if key not in SCORES:
         return HELDOUT.get(key, key), False, False
     skill, _, kind = key.partition("/")
@@ -115,18 +115,18 @@ def knob_value(trial: TrialResult, knob: str) -> str:
 
 
 def short_names(knobs: Sequence[str]) -> dict[str, str]:
-    """Knobs by the last part of their keys, where it is theirs alone."""
+    """Knobs by the last part of their keys, where it is unique."""
     ends = {knob: knob.rpartition(".")[2] for knob in knobs}
     often = Counter(ends.values())
     return {knob: end if often[end] == 1 else knob for knob, end in ends.items()}
 
 
 def headline(result: SweepResult) -> list[str]:
-    """What was searched for and what came out, in sentences."""
+    """What was searched for and what was found, in sentences."""
     return [_searched(metrics_of(result.plan.config)), *_found(result)]
 
 
-def standing(result: SweepResult, report: Report | None) -> str:
+def numbers_in(result: SweepResult, report: Report | None) -> str:
     """The numbers of a report."""
     parts = (f"{metric.label} {metric.form(metric.of(report))}" for metric in metrics_of(result.plan.config))
     return ", ".join(parts)
@@ -137,7 +137,7 @@ def tooltip(result: SweepResult, trial: TrialResult) -> str:
     return "\n".join(
         [
             f"trial {trial.number}, {status(trial)}",
-            standing(result, trial.last),
+            numbers_in(result, trial.last),
             *(f"{name} {shown(value)}" for name, value in trial.params.items()),
         ]
     )
@@ -150,12 +150,12 @@ def status(trial: TrialResult) -> str:
 
 
 def violation(report: Report) -> float:
-    """Of all bounds together, each relative to its size."""
+    """The sum over all bounds, each relative to its size."""
     return math.fsum(report["violations"].values())
 
 
 def shortfalls(result: SweepResult, report: Report) -> list[str]:
-    """How each bound that was not kept was missed."""
+    """By how much each broken bound was missed."""
     return [
         _shortfall(metric, objective_in(result.plan.config).confidence, report)
         for metric in metrics_of(result.plan.config)
@@ -191,17 +191,17 @@ def _found(result: SweepResult) -> list[str]:
         return _unfinished(result)
     assert best.last is not None, "a trial that finished has reported its end"
     if best.feasible:
-        return [f"Trial {best.number} is best: {standing(result, best.last)}."]
+        return [f"Trial {best.number} is best: {numbers_in(result, best.last)}."]
     return [
         f"NO finished trial is within the bounds. The least violating is trial {best.number}: "
-        f"{standing(result, best.last)}.",
+        f"{numbers_in(result, best.last)}.",
         *(f"Its {words}." for words in shortfalls(result, best.last)),
     ]
 
 
 def _unfinished(result: SweepResult) -> list[str]:
     if not result.trials:
-        return ["No trial has begun."]
+        return ["No trial has started."]
     failed = [trial for trial in result.trials if trial.outcome.status == "failed"]
     if len(failed) == len(result.trials):
         count = "The only trial" if len(failed) == 1 else f"All {len(failed)} trials"
@@ -212,5 +212,5 @@ def _unfinished(result: SweepResult) -> list[str]:
     furthest, last = max(reporting, key=lambda pair: (pair[1]["step"], pair[1]["score"]))
     return [
         f"No trial has finished, so none is ranked. The one that got furthest is trial {furthest.number}, "
-        f"{status(furthest)}: {standing(result, last)}."
+        f"{status(furthest)}: {numbers_in(result, last)}."
     ]

@@ -1,4 +1,4 @@
-"""The report: its numbers against hand-computed ones, and a page that stands alone, whatever a run lacks."""
+"""The report: its numbers against hand-computed ones, and a self-contained page, whatever a run lacks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.reports import EVIL, Page, data_file, report, write_run
 
 @pytest.fixture(scope="module")
 def three_arms(tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
-    """Plain fine-tuning and both CRaFT arms on seeds 0, 1, 2. Shared: do not write into it."""
+    """Plain fine-tuning and both CRaFT arms on seeds 0, 1, 2. Shared: do not write into them."""
     tmp_path = tmp_path_factory.mktemp("arms")
     data_file(tmp_path)
     runs = []
@@ -69,10 +69,10 @@ def test_perplexity_ratios_are_inverted(tmp_path: Path) -> None:
     data_file(tmp_path)
     plain = write_run(tmp_path, "baseline", 0, old=(2.0, 8.0), new=(9.0, 3.0), metric="perplexity")
     hidden = write_run(tmp_path, "hidden", 0, old=(2.0, 2.5), new=(9.0, 4.0), metric="perplexity")
-    told, text = report([plain, hidden], tmp_path)
-    assert told["summary"]["baseline"]["old_ratio"] == 0.25
-    assert told["summary"]["hidden"]["old_ratio"] == 0.8
-    assert told["summary"]["hidden"]["new_ratio"] == 0.75
+    content, text = report([plain, hidden], tmp_path)
+    assert content["summary"]["baseline"]["old_ratio"] == 0.25
+    assert content["summary"]["hidden"]["old_ratio"] == 0.8
+    assert content["summary"]["hidden"]["new_ratio"] == 0.75
     page = Page(text)
     assert "took the old skill's perplexity from 2.00 to 2.50" in page.text
     assert "inverse perplexity" in page.text
@@ -85,7 +85,7 @@ def test_no_plain_run_no_new_ratio(tmp_path: Path) -> None:
     plain = read_runs([write_run(tmp_path, "baseline", 0)])
     assert summarize([run.result for run in runs])["hidden"]["new_ratio"] is None
     summary = summarize([run.result for run in runs + plain])
-    # seed 1 has no plain run, and a mean over seed 0 would stand as one over both
+    # seed 1 has no plain run, and a mean over seed 0 would look like one over both
     assert summary["hidden"]["new_ratio"] is None
     assert summary["hidden"]["old_ratio"] == 0.5
 
@@ -93,18 +93,18 @@ def test_no_plain_run_no_new_ratio(tmp_path: Path) -> None:
 def test_teacher_without_the_skill(tmp_path: Path) -> None:
     data_file(tmp_path)
     run = write_run(tmp_path, "hidden", 0, old=(0.0, 0.3))
-    told, text = report([run], tmp_path)
-    assert told["summary"]["hidden"]["old_ratio"] is None
+    content, text = report([run], tmp_path)
+    assert content["summary"]["hidden"]["old_ratio"] is None
     assert "scores 30.0 % on the old skill, the teacher 0 %" in Page(text).text
 
 
 # -- the page
 
 
-def test_page_says_the_numbers_of_the_result(three_arms_report: tuple[dict[str, Any], str]) -> None:
-    told, text = three_arms_report
+def test_page_shows_the_numbers_of_the_result(three_arms_report: tuple[dict[str, Any], str]) -> None:
+    content, text = three_arms_report
     page = Page(text)
-    for numbers in told["summary"].values():
+    for numbers in content["summary"].values():
         for key in ("old_after", "old_ratio", "new_after", "new_ratio"):
             assert f"{100 * numbers[key]:.1f} %" in page.text
             low, high = numbers[f"{key}_interval"]
@@ -112,19 +112,19 @@ def test_page_says_the_numbers_of_the_result(three_arms_report: tuple[dict[str, 
         assert f"{numbers['feasible']} of 3" in page.text
     assert "CRaFT hidden kept 95.0 % of the old skill" in page.text
     assert "budget met on held-out anchors in 2 of 3 runs" in page.text
-    assert len(told["runs"]) == 9
-    assert all(Path(run["path"]).name in page.text for run in told["runs"])
-    assert told["command"] in page.text
-    assert told["environment"][0]["packages"]["torch"] in page.text
+    assert len(content["runs"]) == 9
+    assert all(Path(run["path"]).name in page.text for run in content["runs"])
+    assert content["command"] in page.text
+    assert content["environment"][0]["packages"]["torch"] in page.text
     assert "feedc0de" in page.text
     assert "cafe" in page.text
     assert "craft.epsilon_start" in page.text
 
 
-def test_page_stands_alone(three_arms_report: tuple[dict[str, Any], str]) -> None:
+def test_page_is_self_contained(three_arms_report: tuple[dict[str, Any], str]) -> None:
     text = three_arms_report[1]
     page = Page(text)
-    assert page.references, "it has pictures"
+    assert page.references, "it has images"
     assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert not re.search(r"@import|url\((?!#)", text)
@@ -140,13 +140,13 @@ def test_pictures_are_those_that_plain_lost(three_arms_report: tuple[dict[str, A
     assert "got 17 wrong that CRaFT hidden got right, and 0 the other way round" in page.text
 
 
-def test_what_users_give_is_escaped(three_arms_report: tuple[dict[str, Any], str]) -> None:
+def test_user_text_is_escaped(three_arms_report: tuple[dict[str, Any], str]) -> None:
     page = Page(three_arms_report[1])
     assert "script" not in page.tags
     assert page.text.count(EVIL) > 10, "title, prompts and predictions are shown as they are"
 
 
-def test_samples_that_are_gone_or_changed_are_told(tmp_path: Path) -> None:
+def test_samples_that_are_gone_or_changed_are_reported(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path, "baseline", 0), write_run(tmp_path, "hidden", 0)])
     for rows, problem in ((0, "could not be read again"), (5, "has changed since the runs were scored")):
         if rows:
@@ -194,7 +194,7 @@ def without_environment(folder: Path) -> RunFolder:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (without_evaluation, "made without an evaluation"),
+        (without_evaluation, "trained without an evaluation"),
         (without_anchors, "no retention budget was judged"),
         (with_nothing, "trained for 12 steps, without an evaluation"),
         (with_gaps, "cosine of the gradients"),
@@ -203,16 +203,16 @@ def without_environment(folder: Path) -> RunFolder:
         (without_environment, "The environment was not recorded"),
     ],
 )
-def test_single_run_with_pieces_missing(make: Callable[[Path], RunFolder], says: str, tmp_path: Path) -> None:
-    told, text = report([make(tmp_path)], tmp_path)
+def test_single_run_with_missing_parts(make: Callable[[Path], RunFolder], says: str, tmp_path: Path) -> None:
+    content, text = report([make(tmp_path)], tmp_path)
     page = Page(text)
     assert says in page.text
     assert "One seed" in page.text or "without an evaluation" in page.text
-    assert all(numbers["old_ratio_interval"] is None for numbers in told["summary"].values())
+    assert all(numbers["old_ratio_interval"] is None for numbers in content["summary"].values())
     assert "None" not in page.text.replace("null", "")
 
 
-def test_budget_judged_on_training_anchors_is_called_so(tmp_path: Path) -> None:
+def test_budget_judged_on_training_anchors_is_labelled_so(tmp_path: Path) -> None:
     run = write_run(tmp_path, "hidden", 0, anchor_holdout=0.0)
     run.write_result({**run.finished(), "heldout_anchors": 0})  # type: ignore[dict-item]
     text = Page(report([run], tmp_path)[1]).text
@@ -230,10 +230,10 @@ def test_long_curves_are_thinned_with_their_extremes() -> None:
     assert len(curve([1, 2], [None, None]).mean) == 0
 
 
-# -- what does not compare is refused
+# -- runs that are not comparable are refused
 
 
-def test_runs_that_do_not_compare_are_refused(tmp_path: Path) -> None:
+def test_runs_that_are_not_comparable_are_refused(tmp_path: Path) -> None:
     hidden = write_run(tmp_path / "a", "hidden", 0)
     for other, complaint in (
         (write_run(tmp_path / "b", "hidden", 0), "both hidden runs of seed 0"),

@@ -1,4 +1,4 @@
-"""What the report says of success in a simulator, and how it shows episodes and variants."""
+"""What the report says about success in a simulator, and how it shows episodes and variants."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def episodes(succeeded: Sequence[bool]) -> list[dict[str, Any]]:
 def rolled_out(
     folder: Path, arm: str, seed: int, old: Sequence[bool], mode: str | None = None, **craft: Any
 ) -> RunFolder:
-    """A run whose old skill came out like this, under a teacher that always succeeded; 20 episodes count."""
+    """A run with this outcome on the old skill, with a teacher that always succeeded; scored on 20 episodes."""
     after = sum(old) / len(old)
     run = write_run(
         folder, arm, seed, (0.8, after), (0.0, 0.5), metric="success", predictions=False, mode=mode, **craft
@@ -56,7 +56,7 @@ def rolled_out(
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[RunFolder]:
-    """Plain fine-tuning, hidden and two variants. Of the filmed episodes, 1 and 3 tell."""
+    """Plain fine-tuning, hidden and two variants. Filmed episodes 1 and 3 differ."""
     prefix = {"mode": "hidden", "positions": ["text_last"], "epsilon_start": 0.5}
     return [
         rolled_out(tmp_path, "prefix", 0, [True, False, True, True, True], **prefix),  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def runs(tmp_path: Path) -> list[RunFolder]:
     ]
 
 
-def test_success_is_told_with_its_episodes_and_wilsons_intervals(runs: list[RunFolder], tmp_path: Path) -> None:
+def test_success_is_shown_with_its_episodes_and_wilsons_intervals(runs: list[RunFolder], tmp_path: Path) -> None:
     text = Page(report(runs, tmp_path)[1]).text
     assert "success rate" in text
     assert "n = 20 episodes of the old skill, n = 20 episodes of the new skill" in text
@@ -78,7 +78,7 @@ def test_success_is_told_with_its_episodes_and_wilsons_intervals(runs: list[RunF
     assert "held-out samples" not in text
 
 
-def test_episodes_stand_side_by_side_and_those_that_tell_come_first(runs: list[RunFolder]) -> None:
+def test_episodes_are_side_by_side_and_those_that_differ_come_first(runs: list[RunFolder]) -> None:
     (old,) = rollouts(read_runs(runs))
     assert old.skill == "old"
     assert [episode.id for episode in old.episodes] == ["episode 1", "episode 3", "episode 0"]
@@ -112,7 +112,7 @@ def test_only_the_first_seed_is_shown(runs: list[RunFolder], tmp_path: Path) -> 
     assert "Wilson's 95 % intervals" in Page(report([late, *runs], tmp_path)[1]).text
 
 
-def test_episodes_are_no_examples(runs: list[RunFolder]) -> None:
+def test_episodes_are_not_examples(runs: list[RunFolder]) -> None:
     assert examples(read_runs(runs)) is None
 
 
@@ -131,35 +131,35 @@ def test_without_films_there_is_no_section(tmp_path: Path) -> None:
 # -- variants
 
 
-def test_variants_are_arms_with_a_look_of_their_own(runs: list[RunFolder], tmp_path: Path) -> None:
-    told, text = report(runs, tmp_path)
-    assert list(told["summary"]) == ["baseline", "hidden", "prefix", "near"]
-    assert told["summary"]["prefix"]["new_ratio"] == 1.0
-    assert told["summary"]["prefix"]["epsilon"] == 0.5
+def test_variants_are_arms_with_a_distinct_style(runs: list[RunFolder], tmp_path: Path) -> None:
+    content, text = report(runs, tmp_path)
+    assert list(content["summary"]) == ["baseline", "hidden", "prefix", "near"]
+    assert content["summary"]["prefix"]["new_ratio"] == 1.0
+    assert content["summary"]["prefix"]["epsilon"] == 0.5
     text_of = Page(text).text
     assert "CRaFT prefix kept 100.0 %" in text_of
     assert "CRaFT near kept 25.0 %" in text_of
     assert "craft.positions" in text_of
     assert "hidden in relative squared error" in text_of
     assert "near in nats per token" in text_of
-    looks = {run.arm: run.style for run in read_runs(runs)}
-    assert (looks["prefix"].color, looks["near"].color) == (VARIANTS[0][0], VARIANTS[1][0])
-    assert all(text.count(style.path) > 3 for style in looks.values())
+    styles = {run.arm: run.style for run in read_runs(runs)}
+    assert (styles["prefix"].color, styles["near"].color) == (VARIANTS[0][0], VARIANTS[1][0])
+    assert all(text.count(style.path) > 3 for style in styles.values())
 
 
 def test_no_two_arms_look_alike() -> None:
-    looks = [(style.color, style.marker, style.path) for style in ARMS.values()] + list(VARIANTS)
-    for part in zip(*looks, strict=True):
-        assert len(set(part)) == len(looks)
+    styles = [(style.color, style.marker, style.path) for style in ARMS.values()] + list(VARIANTS)
+    for part in zip(*styles, strict=True):
+        assert len(set(part)) == len(styles)
 
 
-def test_more_variants_than_can_be_told_apart_are_refused(tmp_path: Path) -> None:
+def test_more_variants_than_can_be_distinguished_are_refused(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, name, 0, mode="hidden") for name in "abcde"]
-    with pytest.raises(ConfigError, match="a, b, c, d, e, and a report tells 4 apart"):
+    with pytest.raises(ConfigError, match="a, b, c, d, e, but a report can distinguish 4"):
         report(runs, tmp_path)
 
 
 def test_runs_of_one_variant_differ_in_their_seed_alone(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(seed), "near", seed, mode="hidden", epsilon_start=0.1 + seed) for seed in range(2)]
-    with pytest.raises(ConfigError, match="the near runs do not compare"):
+    with pytest.raises(ConfigError, match="the near runs are not comparable"):
         report(runs, tmp_path)

@@ -1,4 +1,4 @@
-"""Fabricated run folders, in the form that runs leave them, and the page that is written about them."""
+"""Made-up run folders, as runs leave them, and the page that is written from them."""
 
 from __future__ import annotations
 
@@ -146,11 +146,11 @@ def outcome(row: int, right: bool, metric: str) -> dict[str, Any]:
 
 
 def report(runs: Sequence[RunFolder], folder: Path, title: str = "A title") -> tuple[dict[str, Any], str]:
-    """The report's numbers and its page, read back from the disk."""
+    """The report's numbers and its page, read back from disk."""
     target = folder / "report"
-    result = write_report(runs, target, title=title, command="craft-ray compare run.yaml")
-    assert json.loads((target / "result.json").read_text()) == result
-    return result, (target / "report.html").read_text()
+    content = write_report(runs, target, title=title, command="craft-ray compare run.yaml")
+    assert json.loads((target / "result.json").read_text()) == content
+    return content, (target / "report.html").read_text()
 
 
 class Page(HTMLParser):

@@ -1,4 +1,4 @@
-"""The validation of sweeps in tests, and the parts of two sweeps that have to be equal."""
+"""The metrics of sweeps in tests, and what must be equal in two sweeps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ BOUNDS = {"heldout/violation": "<= 1000", "old/ratio": ">= 0.001"}
 
 
 def validated(data: Path, limit: int = 24) -> dict[str, Any]:
-    """Changes that validate both skills every other step, with an objective that is met. The metric is perplexity: it
-    changes within a few steps, and with the last bit of a weight."""
+    """Changes that validate both skills every other step, with an objective whose bounds are kept. The metric is
+    perplexity, which changes within a few steps and with the last bit of a weight."""
     sets = {
         f"validation.{skill}": {
             "data": {"path": str(data / f"{skill}_val.parquet"), "columns": ANSWERED, "limit": limit},
@@ -27,13 +27,13 @@ def validated(data: Path, limit: int = 24) -> dict[str, Any]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """The inode, size and time of every file below a folder, except locks."""
+    """Every file below a folder except locks: its inode, its size, and when it was written."""
     stats = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*") if path.name != ".lock"}
     return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def untimed(found: Sequence[Report]) -> list[dict[str, Any]]:
-    """Reports without times."""
+    """Reports without measured times."""
     return [
         {
             **{key: value for key, value in report.items() if key not in ("seconds", "done", "metrics")},

@@ -1,5 +1,5 @@
-"""A setting within the bounds beats every one that is not, whatever the metric says; and the bounds are kept by the
-confidence bound of the mean, not by luck."""
+"""A setting within the bounds beats every one that is not, whatever its metric; and over seeds the confidence bound of
+the mean must be within the bounds."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_among_those_within_the_bounds_the_metric_decides(direction: str, sign: 
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
-def test_among_those_that_are_not_the_least_violating_is_first(direction: str) -> None:
+def test_among_those_outside_the_bounds_the_least_violating_is_first(direction: str) -> None:
     rng = random.Random(2)
     asked = objective(direction)
     for _ in range(CASES):
@@ -149,7 +149,7 @@ def test_a_bound_is_read(text: str, expected: tuple[bool, float]) -> None:
 
 
 @pytest.mark.parametrize("text", ["0.95", "> 0.95", "== 1", ">= ", ">= nan", ">= inf", ">= 95%", ">= 0.9 and <= 1", ""])
-def test_what_is_no_bound_is_refused(text: str) -> None:
+def test_an_invalid_bound_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"objective.subject_to.old/ratio: .* is not a bound: write '>= 0.95'"):
         experiment({"maximize": "new/score", "subject_to": {"old/ratio": text}})
 
@@ -204,11 +204,19 @@ def test_what_is_measured_can_be_searched_for(goal: dict[str, Any]) -> None:
         (BOUNDED, {"validation.new": None}, r"score of the new skill needs data: add validation.new"),
         ({"maximize": "old/score"}, {}, r"old/score is a perplexity, .*minimize it.*or use old/ratio"),
         ({"maximize": "new/score", "subject_to": {"old/score": ">= 9"}}, {}, r"old/score is a perplexity"),
-        ({"minimize": "new/score"}, {}, r"of new/score more is better: maximize it"),
-        ({"minimize": "old/ratio"}, {}, r"of old/ratio more is better: maximize it"),
-        ({"maximize": "train/loss"}, {}, r"of train/loss less is better: minimize it"),
-        ({"maximize": "new/score", "subject_to": {"old/ratio": "<= 0.95"}}, {}, r"more is better: .* bound it with >="),
-        ({"maximize": "new/score", "subject_to": {"heldout/violation": ">= 0"}}, {}, r"less is better: .*with <="),
+        ({"minimize": "new/score"}, {}, r"higher new/score is better: maximize it"),
+        ({"minimize": "old/ratio"}, {}, r"higher old/ratio is better: maximize it"),
+        ({"maximize": "train/loss"}, {}, r"lower train/loss is better: minimize it"),
+        (
+            {"maximize": "new/score", "subject_to": {"old/ratio": "<= 0.95"}},
+            {},
+            r"higher old/ratio is better: .* bound it with >=",
+        ),
+        (
+            {"maximize": "new/score", "subject_to": {"heldout/violation": ">= 0"}},
+            {},
+            r"lower heldout/violation is better: .*with <=",
+        ),
         (
             {"minimize": "heldout/violation"},
             {"craft.anchor_cache_dir": None, "craft.enabled": False},
@@ -231,7 +239,7 @@ def test_an_objective_has_one_metric(goal: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("run", [{"new/score": 1.0}, {"new/score": 1.0, "old/ratio": None}])
-def test_a_metric_without_a_value_is_said(run: dict[str, Any]) -> None:
+def test_a_metric_without_a_value_is_reported(run: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"objective: old/ratio has no value \(the teacher's own score is 0\)"):
         judge(objective(), [{"new/score": 1.0, "old/ratio": 1.0}, run])
     with pytest.raises(DataError, match=r"objective: craft/grad_cos has no value \(it was not measured"):
@@ -256,7 +264,7 @@ def test_means_leave_out_the_steps_that_have_no_value() -> None:
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 @pytest.mark.parametrize("metric", ["new/score", "old/ratio"])
-def test_what_is_not_finite_is_no_verdict(metric: str, wrong: float) -> None:
+def test_a_metric_that_is_not_finite_gives_no_verdict(metric: str, wrong: float) -> None:
     measured = {"new/score": 0.9, "old/ratio": 1.0, metric: wrong}
     with pytest.raises(DataError, match=rf"{metric} is (nan|inf): it must be finite"):
         judge(objective(old_ratio=">= 0.8"), [measured])

@@ -1,4 +1,4 @@
-"""The report of a sweep: known answers, and a page that stands alone whatever became of the trials."""
+"""The report of a sweep: known answers, and a self-contained page, whatever happened to the trials."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from craft_ray.config import Experiment
 from craft_ray.run.folder import RunFolder
 from craft_ray.sweep.html import table_rows, write_sweep_report
-from craft_ray.sweep.importance import association, common_look, importance, ranked
+from craft_ray.sweep.importance import association, common_step, importance, ranked
 from craft_ray.sweep.objective import judge
 from craft_ray.sweep.parallel import axes_of, broken
 from craft_ray.sweep.plots import pareto_front, pareto_metrics
@@ -62,7 +62,7 @@ def config_of(objective: Mapping[str, Any] = BOUNDED, metric: str = "exact_match
 
 
 class MadeUp:
-    """A sweep whose trials say what they are told."""
+    """A sweep whose trials report the given numbers."""
 
     def __init__(self, path: Path, config: Experiment | None = None, space: Mapping[str, Any] = SPACE) -> None:
         self.folder = SweepFolder(path / "sweep")
@@ -75,19 +75,19 @@ class MadeUp:
     def add(
         self,
         params: Mapping[str, Any],
-        looks: Sequence[Mapping[str, float]],
+        validations: Sequence[Mapping[str, float]],
         status: Status = "finished",
         reason: str | None = None,
         seeds: Sequence[Sequence[Mapping[str, float]]] = (),
         logged: bool = True,
     ) -> None:
-        """A trial with these metrics at its looks, and on further `seeds` at their ends."""
+        """A trial with these metrics at its validations, and on further `seeds` at their ends."""
         trial = self.folder.trial(self.count)
         self.count += 1
         trial.begin(dict(params))
         assert self.plan.config.objective is not None
-        ends = [([look], (place + 1) * EVERY) for place, look in enumerate(looks)]
-        ends += [(list(runs), (place + 2) * STEPS) for place, runs in enumerate(seeds)]
+        ends = [([record], (index + 1) * EVERY) for index, record in enumerate(validations)]
+        ends += [(list(runs), (index + 2) * STEPS) for index, runs in enumerate(seeds)]
         for runs, step in ends:
             verdict = judge(self.plan.config.objective, runs)
             means = {key: sum(run[key] for run in runs) / len(runs) for key in runs[0]}
@@ -100,8 +100,8 @@ class MadeUp:
             )  # fmt: skip
         if status != "open":
             trial.end(status, reason)
-        if logged and looks:
-            write_log(trial.run(0), len(looks) * EVERY)
+        if logged and validations:
+            write_log(trial.run(0), len(validations) * EVERY)
 
     def result(self) -> SweepResult:
         return read_results(self.folder)
@@ -125,9 +125,9 @@ def numbers(new: float, old: float) -> dict[str, float]:
     return {"new/score": new, "old/ratio": old}
 
 
-def going(new: float, old: float, looks: int = STEPS // EVERY) -> list[dict[str, float]]:
-    """Looks that end at these numbers."""
-    return [numbers(new * (place + 1) / looks, old) for place in range(looks)]
+def rising(new: float, old: float, count: int = STEPS // EVERY) -> list[dict[str, float]]:
+    """Validations that end at these numbers."""
+    return [numbers(new * (index + 1) / count, old) for index in range(count)]
 
 
 def setting(number: int) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Page(HTMLParser):
         self.shown.append(data)
 
 
-def standing_alone(text: str) -> Page:
+def self_contained(text: str) -> Page:
     """The page, once it is certain that it loads nothing and refers only to itself."""
     page = Page(text)
     assert all(reference.startswith("#") for reference in page.references)
@@ -224,29 +224,31 @@ def test_two_groups_by_hand() -> None:
         (["x"] * 4, [1, 2, 3, 4], False, "the value is the same in all"),
         ([1, 2, 3, 4], [7, 7, 7, 7], True, "the metric is the same in all"),
         ([1, 2, 3], [1, 2, 3], True, "too few trials"),
-        (["a", "b", "c", "d"], [1, 2, 3, 4], False, "each trial has a value of its own"),
+        (["a", "b", "c", "d"], [1, 2, 3, 4], False, "each trial has a different value"),
     ],
 )
-def test_what_cannot_be_told_is_not(values: list[Any], metric: list[float], numeric: bool, reason: str) -> None:
+def test_a_share_that_cannot_be_computed_is_none(
+    values: list[Any], metric: list[float], numeric: bool, reason: str
+) -> None:
     found = association(values, metric, numeric)
     assert (found.share, found.chance, found.reason) == (None, None, reason)
 
 
-def test_chance_shrinks_with_trials_and_is_passed_by_one_in_twenty() -> None:
+def test_chance_shrinks_with_trials_and_one_in_twenty_exceeds_it() -> None:
     marks = [association(list(range(n)), [math.sin(99 * i) for i in range(n)], True).chance for n in (5, 10, 40)]
     assert marks[0] > marks[1] > marks[2] > 0.05  # type: ignore[operator]
     # of the 120 orders of 5 trials, 10 have |rho| of 0.9 or more; the 5 % point is that value's share
     assert marks[0] == pytest.approx(1 - (1 - 0.81) * 4 / 3)
 
 
-def test_importance_compares_one_look_and_the_trials_that_have_the_knob(tmp_path: Path) -> None:
+def test_importance_compares_one_validation_and_the_trials_that_have_the_knob(tmp_path: Path) -> None:
     sweep = MadeUp(tmp_path)
     for number in range(10):  # 10 at step 25, 6 at 50, 3 at 100
-        looks = 4 if number < 3 else 2 if number < 6 else 1
-        sweep.add(setting(number), going(0.1 * number, 0.9, looks), "finished" if looks == 4 else "stopped")
+        count = 4 if number < 3 else 2 if number < 6 else 1
+        sweep.add(setting(number), rising(0.1 * number, 0.9, count), "finished" if count == 4 else "stopped")
     sweep.add(setting(0), [], "failed", "no memory")
     result = sweep.result()
-    assert common_look(result) == 50
+    assert common_step(result) == 50
     found = importance(result, ["new/score", "old/ratio"])
     assert found is not None
     assert (found.step, found.trials) == (50, 6)
@@ -258,7 +260,7 @@ def test_importance_compares_one_look_and_the_trials_that_have_the_knob(tmp_path
 def test_importance_follows_what_the_metric_follows(tmp_path: Path) -> None:
     sweep = MadeUp(tmp_path)
     for number in range(8):
-        sweep.add(setting(number), going(0.1 * number, 0.9 + 0.01 * (number % 2)))
+        sweep.add(setting(number), rising(0.1 * number, 0.9 + 0.01 * (number % 2)))
     found = importance(sweep.result(), ["new/score", "old/ratio"])
     assert found is not None
     assert found.of["craft.lambda_lr"]["new/score"].share == pytest.approx(1)
@@ -290,7 +292,9 @@ def test_front_by_hand() -> None:
         ({"maximize": "new/score"}, "exact_match", ("new/score", "old/ratio")),
     ],
 )
-def test_what_is_set_against_what(objective: Any, metric: str, axes: tuple[str, str], tmp_path: Path) -> None:
+def test_which_metrics_are_plotted_against_each_other(
+    objective: Any, metric: str, axes: tuple[str, str], tmp_path: Path
+) -> None:
     sweep = MadeUp(tmp_path, config_of(objective, metric))
     sweep.add(setting(0), [{"new/score": 0.5, "new/ratio": 2.0, "old/ratio": 0.9, "train/loss": 1.0}])
     chosen = pareto_metrics(sweep.result())
@@ -300,11 +304,11 @@ def test_what_is_set_against_what(objective: Any, metric: str, axes: tuple[str, 
 
 def test_axes_of_knobs_and_metrics(tmp_path: Path) -> None:
     sweep = MadeUp(tmp_path, space=EVERYTHING)
-    sweep.add(full_setting(0), going(0.2, 0.9))
-    sweep.add(full_setting(1) | {"craft.lambda_lr": 0.1}, going(0.6, 1.0))
+    sweep.add(full_setting(0), rising(0.2, 0.9))
+    sweep.add(full_setting(1) | {"craft.lambda_lr": 0.1}, rising(0.6, 1.0))
     result = sweep.result()
     axes = {axis.label: axis for axis in axes_of(result, result.trials)}
-    assert axes["lambda_lr"].heights == pytest.approx([0, 0.5]), "a log axis: 0.1 is half way from 0.01 to 1"
+    assert axes["lambda_lr"].heights == pytest.approx([0, 0.5]), "a log axis: 0.1 is halfway from 0.01 to 1"
     assert axes["epsilon_end"].heights == [None, pytest.approx(1 / 30)]
     assert axes["positions"].ticks == [(0, '["suffix"]'), (1, '["text_last"]')]
     assert axes["use_grad_projection"].heights == [0, 1]
@@ -317,8 +321,8 @@ def test_axes_of_knobs_and_metrics(tmp_path: Path) -> None:
 
 def test_headline_of_a_best_within_the_bounds(tmp_path: Path) -> None:
     sweep = MadeUp(tmp_path)
-    sweep.add(setting(0), going(0.9, 0.90))
-    sweep.add(setting(1), going(0.8, 0.97))
+    sweep.add(setting(0), rising(0.9, 0.90))
+    sweep.add(setting(1), rising(0.8, 0.97))
     assert headline(sweep.result()) == [
         "Searched for the highest exact match on the new skill (new/score), with old skill relative to the teacher's "
         "(old/ratio) ≥ 95.0 %.",
@@ -328,13 +332,13 @@ def test_headline_of_a_best_within_the_bounds(tmp_path: Path) -> None:
 
 def test_headline_where_no_trial_is_within_the_bounds(tmp_path: Path) -> None:
     sweep = MadeUp(tmp_path)
-    sweep.add(setting(0), going(0.9, 0.50))
-    sweep.add(setting(1), going(0.8, 0.90))
-    sweep.add(setting(2), going(0.8, 0.99, 1), "stopped")
+    sweep.add(setting(0), rising(0.9, 0.50))
+    sweep.add(setting(1), rising(0.8, 0.90))
+    sweep.add(setting(2), rising(0.8, 0.99, 1), "stopped")
     _, found, missed = headline(sweep.result())
     assert found.startswith("NO finished trial is within the bounds. The least violating is trial 1:")
     assert missed == "Its old skill relative to the teacher's is 90.0 % and misses ≥ 95.0 % by 5.00 percentage points."
-    page = standing_alone(sweep.page())
+    page = self_contained(sweep.page())
     assert "2 finished, 1 stopped early, 0 failed" in page.text
     assert "least violating, trial 1" in page.text
     assert "best, trial" not in page.text
@@ -348,29 +352,29 @@ def test_headline_without_bounds(tmp_path: Path) -> None:
         "Searched for the lowest train/loss, without bounds.",
         "Trial 1 is best: train/loss 0.250.",
     ]
-    page = standing_alone(sweep.page())
-    assert "against" not in page.text, "one metric makes no picture of two"
+    page = self_contained(sweep.page())
+    assert "against" not in page.text, "one metric is not plotted against another"
     assert "within the bounds" not in page.text.lower()
 
 
 def test_headline_of_several_seeds_names_the_confidence_bound(tmp_path: Path) -> None:
     sweep = MadeUp(tmp_path, config_of(repeat=2))
     runs = [numbers(0.8, 0.95), numbers(0.8, 0.97)]
-    sweep.add(setting(0), going(0.8, 0.95), seeds=[runs])
+    sweep.add(setting(0), rising(0.8, 0.95), seeds=[runs])
     missed = headline(sweep.result())[2]
     # mean 0.96, s / sqrt(2) = 0.01, t of one degree of freedom at 95 % = 6.314: 0.96 - 0.06314 = 0.8969
     assert "is 96.0 % in the mean of 2 seeds, and its 95 % confidence bound, 89.7 %, misses ≥ 95.0 % by 5.31" in missed
-    assert "Steps run over the 2 seeds" in standing_alone(sweep.page()).text
+    assert "Steps continue over the 2 seeds" in self_contained(sweep.page()).text
 
 
 def test_order_of_the_table(tmp_path: Path) -> None:
     sweep = MadeUp(tmp_path)
     sweep.add(setting(0), [], "failed", "no memory")
-    sweep.add(setting(1), going(0.5, 0.99, 1), "stopped")
-    sweep.add(setting(2), going(0.9, 0.50))
-    sweep.add(setting(3), going(0.5, 0.98, 2), "stopped")
-    sweep.add(setting(4), going(0.6, 0.97))
-    sweep.add(setting(5), going(0.5, 0.40, 2), "stopped")
+    sweep.add(setting(1), rising(0.5, 0.99, 1), "stopped")
+    sweep.add(setting(2), rising(0.9, 0.50))
+    sweep.add(setting(3), rising(0.5, 0.98, 2), "stopped")
+    sweep.add(setting(4), rising(0.6, 0.97))
+    sweep.add(setting(5), rising(0.5, 0.40, 2), "stopped")
     rows = table_rows(sweep.result())
     assert [(row.rank, row.trial.number) for row in rows] == [
         (1, 4), (2, 2), (None, 3), (None, 5), (None, 1), (None, 0),
@@ -385,32 +389,32 @@ def test_order_of_the_table(tmp_path: Path) -> None:
 def test_a_full_page(tmp_path: Path) -> None:
     sweep = MadeUp(tmp_path, space=EVERYTHING)
     for number in range(12):
-        looks = 4 if number % 3 == 0 else 2
+        count = 4 if number % 3 == 0 else 2
         sweep.add(
-            full_setting(number), going(0.05 * number, 1.0 - 0.01 * number, looks),
-            "finished" if looks == 4 else "stopped",
+            full_setting(number), rising(0.05 * number, 1.0 - 0.01 * number, count),
+            "finished" if count == 4 else "stopped",
         )  # fmt: skip
     sweep.add(full_setting(12), [], "failed", EVIL)
     text = sweep.page(command=EVIL)
-    page = standing_alone(text)
+    page = self_contained(text)
     assert page.text.count(EVIL) == 2, "the reason and the command, as they are"
     for words in (
-        "Old skill against new", "What each knob goes along with", "Settings and what they gave", "Over the steps",
+        "Old skill against new", "Association of knobs and metrics", "Settings and their results", "Over the steps",
         "Retention loss and its budget", "All trials", "4 finished, 8 stopped early, 1 failed", "craft-ray train",
         "craft-ray sweep 'a b.yaml'", "loguniform:", "keep_checkpoints: 2", "validation data, on which",
         "Trial 3 is best", "best, trial 3", "successive halving",
     ):  # fmt: skip
         assert words in page.text
     assert page.ids.count("pareto-trial-3") == 1
-    assert "<title>trial 3, finished" in text, "a pointer on a point tells its trial"
+    assert "<title>trial 3, finished" in text, "the tooltip of a point names its trial"
 
 
 def empty(sweep: MadeUp) -> str:
-    return "No trial has begun."
+    return "No trial has started."
 
 
 def one(sweep: MadeUp) -> str:
-    sweep.add(setting(1), going(0.5, 0.99))
+    sweep.add(setting(1), rising(0.5, 0.99))
     return "Trial 0 is best"
 
 
@@ -421,8 +425,8 @@ def only_failed(sweep: MadeUp) -> str:
 
 
 def only_stopped(sweep: MadeUp) -> str:
-    sweep.add(setting(0), going(0.5, 0.9, 1), "stopped")
-    sweep.add(setting(1), going(0.5, 0.9, 3), "stopped")
+    sweep.add(setting(0), rising(0.5, 0.9, 1), "stopped")
+    sweep.add(setting(1), rising(0.5, 0.9, 3), "stopped")
     sweep.add(setting(2), [], "failed", "no memory")
     return "No trial has finished, so none is ranked. The one that got furthest is trial 1, stopped early at step 75"
 
@@ -433,8 +437,8 @@ def only_open(sweep: MadeUp) -> str:
 
 
 def failed_halfway(sweep: MadeUp) -> str:
-    sweep.add(setting(0), going(0.5, 0.99))
-    sweep.add(setting(1), going(0.5, 0.99, 2), "failed", "the task loss is nan at step 60")
+    sweep.add(setting(0), rising(0.5, 0.99))
+    sweep.add(setting(1), rising(0.5, 0.99, 2), "failed", "the task loss is nan at step 60")
     return "the task loss is nan at step 60"
 
 
@@ -448,19 +452,19 @@ def gaps(sweep: MadeUp) -> str:
 
 
 def without_logs(sweep: MadeUp) -> str:
-    sweep.add(setting(0), going(0.5, 0.99), logged=False)
-    sweep.add(setting(1), going(0.5, 0.99, 1), "stopped", logged=False)
+    sweep.add(setting(0), rising(0.5, 0.99), logged=False)
+    sweep.add(setting(1), rising(0.5, 0.99, 1), "stopped", logged=False)
     return "Trial 0 is best"
 
 
 @pytest.mark.parametrize(
     "fill", [empty, one, only_failed, only_stopped, only_open, failed_halfway, gaps, without_logs]
 )  # fmt: skip
-def test_whatever_became_of_the_trials(fill: Any, tmp_path: Path) -> None:
+def test_whatever_happened_to_the_trials(fill: Any, tmp_path: Path) -> None:
     sweep = MadeUp(tmp_path)
     says = fill(sweep)
     text = sweep.page()
-    page = Page(text) if fill is failed_halfway else standing_alone(text)
+    page = Page(text) if fill is failed_halfway else self_contained(text)
     assert says in page.text
     assert ("Too few trials" in page.text) == (fill not in (empty, gaps))
     assert ("Retention loss and its budget" in page.text) == (fill in (one, only_stopped, failed_halfway))
@@ -476,7 +480,7 @@ def test_whatever_became_of_the_trials(fill: Any, tmp_path: Path) -> None:
             "exact_match",
             "with retention loss on held-out anchors (heldout/retention_loss) ≤ 0.500 and train/grad_norm ≤ 2.00",
         ),
-        ({"maximize": "new/score", "subject_to": {"new/score": ">= 0.1"}}, "choice", "highest right choices on the"),
+        ({"maximize": "new/score", "subject_to": {"new/score": ">= 0.1"}}, "choice", "highest correct choices on the"),
         ({"maximize": "old/ratio", "subject_to": {"new/ratio": ">= 0"}}, "exact_match", "(new/ratio) ≥ 0.0 %"),
     ],
 )
@@ -484,31 +488,31 @@ def test_other_objectives(objective: Any, metric: str, says: str, tmp_path: Path
     sweep = MadeUp(tmp_path, config_of(objective, metric))
     skills = ("old", "new") if "heldout" not in str(objective) else ()
     for number in range(5):
-        looks = [
+        validations = [
             {f"{skill}/{kind}": 0.1 * number + 3 * (kind == "score" and metric == "perplexity") for skill in skills
              for kind in ("score", "ratio")}
-            | {"train/loss": 1.0 / place, "heldout/retention_loss": 0.1 * number, "train/grad_norm": 1.0 + number}
-            for place in range(1, 5)
+            | {"train/loss": 1.0 / index, "heldout/retention_loss": 0.1 * number, "train/grad_norm": 1.0 + number}
+            for index in range(1, 5)
         ]  # fmt: skip
-        sweep.add(setting(number), looks, logged=False)
-    assert says in standing_alone(sweep.page()).text
+        sweep.add(setting(number), validations, logged=False)
+    assert says in self_contained(sweep.page()).text
 
 
 def test_population_based_training_shows_its_last_settings(tmp_path: Path) -> None:
     sweep = MadeUp(tmp_path, config_of(scheduler="pbt"))
     for number in range(4):
-        sweep.add(setting(number), going(0.1 * number, 0.99), logged=False)
+        sweep.add(setting(number), rising(0.1 * number, 0.99), logged=False)
     sweep.folder.trial(3).begin({"craft.lambda_lr": 0.777, "craft.epsilon_schedule": "constant"})
-    page = standing_alone(sweep.page())
+    page = self_contained(sweep.page())
     assert "0.777" in page.text
-    assert "changed settings on the way" in page.text
+    assert "changed settings during training" in page.text
 
 
 def test_many_trials_and_long_logs_stay_small(tmp_path: Path) -> None:
     sweep = MadeUp(tmp_path, config_of(scheduler="none"))
     for number in range(80):
-        sweep.add(setting(number % 17), going(0.004 * number, 0.9 + 0.001 * (number % 100)), logged=False)
+        sweep.add(setting(number % 17), rising(0.004 * number, 0.9 + 0.001 * (number % 100)), logged=False)
     write_log(sweep.folder.trial(79).run(0), 20_000)
     text = sweep.page()
-    standing_alone(text)
+    self_contained(text)
     assert len(text) < 1_500_000

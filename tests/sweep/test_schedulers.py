@@ -1,4 +1,4 @@
-"""What schedulers and samplers are told, and what they make of it. Without processes of Ray."""
+"""What schedulers and samplers get, and what they decide. Without Ray processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plan(knobs: dict[str, Any] | None = None, **changes: Any) -> Plan:
 
 
 def decisions(scores: dict[str, list[float]]) -> dict[str, list[str]]:
-    """What the rule says to trials that report in turn at steps 10, 20, ..."""
+    """The rule's decisions on trials that report in turn at steps 10, 20, ..."""
     rule = MedianNow(time_attr="step", metric="score", mode="max", grace_period=20, min_samples_required=2)
     trials = {name: Trial("none", trial_id=name, stub=True) for name in scores}
     controller: Any = SimpleNamespace(get_live_trials=list)
@@ -55,32 +55,32 @@ def decisions(scores: dict[str, list[float]]) -> dict[str, list[str]]:
     return said
 
 
-def test_a_trial_that_lost_the_old_skill_is_stopped_however_well_it_began() -> None:
+def test_a_trial_that_lost_the_old_skill_is_stopped_however_well_it_started() -> None:
     said = decisions({"a": [0.6, 0.6, 0.6], "b": [0.62, 0.62, 0.62], "c": [0.9, -0.5, -0.9]})
     assert said["c"][0] == TrialScheduler.CONTINUE
     assert said["c"][1] == TrialScheduler.STOP
     assert said["a"][:2] == [TrialScheduler.CONTINUE] * 2
 
 
-def test_a_trial_above_the_median_goes_on() -> None:
+def test_a_trial_above_the_median_continues() -> None:
     said = decisions({"a": [0.6, 0.6], "b": [0.62, 0.62], "c": [-0.5, 0.9]})
     assert said["c"][1] == TrialScheduler.CONTINUE
 
 
-# --- what does not go together ------------------------------------------------------------------------------------
+# --- combinations that are refused --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "knobs", "words"),
     [
-        ({"validation__every": 0}, None, "acts at the looks of validation.every, which is 0 of 100 steps: set it to"),
-        ({"validation__every": 100}, None, "which is 100 of 100 steps"),
+        ({"validation__every": 0}, None, "acts at each validation, and validation.every is 0 of 100 steps: set it to"),
+        ({"validation__every": 100}, None, "validation.every is 100 of 100 steps"),
         ({"sweep__grace": 5}, None, "sweep.grace 5 times validation.every 20 is not less than a run's 100 steps"),
         ({"sweep__grace": 5, "sweep__scheduler": "median"}, None, "scheduler median would never act"),
-        ({"sweep__scheduler": "pbt", "sweep__repeat": 2}, None, "it has no repeat"),
+        ({"sweep__scheduler": "pbt", "sweep__repeat": 2}, None, "leave sweep.repeat out"),
         ({"sweep__scheduler": "pbt", "sweep__sampler": "tpe"}, None, "draws its settings itself"),
         ({"sweep__scheduler": "pbt", "sweep__parallel": 1}, None, "leave sweep.parallel out"),
-        ({"sweep__scheduler": "pbt"}, {"seed": {"randint": [0, 9]}}, "cannot change seed on the way"),
+        ({"sweep__scheduler": "pbt"}, {"seed": {"randint": [0, 9]}}, "cannot change seed during training"),
         ({"sweep__scheduler": "pbt"}, {"craft.enabled": {"choice": [True, False]}}, "cannot change craft.enabled"),
         ({"sweep__scheduler": "pbt"}, {"craft.lambda_lr": {"grid": [0.1, 0.2]}}, "cannot change a grid"),
         ({"sweep__scheduler": "pbt", "workers__num_workers": 2}, None, "set workers.num_workers to 1"),
@@ -107,10 +107,10 @@ def test_a_searched_length_is_the_schedulers_length() -> None:
     assert longest(plan({"train.steps": {"choice": [50, 300]}})) == 300
 
 
-# --- what a sampler is told ---------------------------------------------------------------------------------------
+# --- what a sampler is given ---------------------------------------------------------------------------------------
 
 
-def begun(config: Experiment, folder: Path, asked: Plan) -> tuple[SweepFolder, PlannedSearch, TpeSampler]:
+def start_search(config: Experiment, folder: Path, asked: Plan) -> tuple[SweepFolder, PlannedSearch, TpeSampler]:
     sampler = sampler_of(asked)
     assert isinstance(sampler, TpeSampler)
     sweep = SweepFolder(folder)
@@ -121,10 +121,10 @@ def report(step: int, value: float, violation: float) -> dict[str, Any]:
     return {"step": step, "value": value, "violations": {"old/ratio": violation}}
 
 
-def test_tpe_is_told_violations_and_which_trials_were_stopped(tmp_path: Path) -> None:
-    """Tune calls both a finished and a stopped trial done."""
+def test_tpe_gets_violations_and_which_trials_were_stopped(tmp_path: Path) -> None:
+    """Tune calls both finished and stopped trials done."""
     asked = plan(sweep__sampler="tpe", sweep__samples=3)
-    sweep, search, sampler = begun(asked.config, tmp_path / "sweep", asked)
+    sweep, search, sampler = start_search(asked.config, tmp_path / "sweep", asked)
     for number, (status, step, violation) in enumerate(
         [("finished", 100, 0.0), ("stopped", 20, 0.5), ("failed", None, None)]
     ):
@@ -134,18 +134,18 @@ def test_tpe_is_told_violations_and_which_trials_were_stopped(tmp_path: Path) ->
             trial.add_report(report(step, 0.5 + number / 10, violation))
         trial.end(status)  # type: ignore[arg-type]
         search.on_trial_complete(f"id{number}", {"done": True}, error=status == "failed")
-    told = sampler._study.trials
-    assert [trial.state.name for trial in told] == ["COMPLETE", "PRUNED", "FAIL"]
-    assert told[0].value == 0.5
-    assert told[1].intermediate_values == {20: 0.6}
-    assert told[0].constraints == {"old/ratio": 0.0}
-    assert told[1].constraints == {"old/ratio": 0.5}
+    known = sampler._study.trials
+    assert [trial.state.name for trial in known] == ["COMPLETE", "PRUNED", "FAIL"]
+    assert known[0].value == 0.5
+    assert known[1].intermediate_values == {20: 0.6}
+    assert known[0].constraints == {"old/ratio": 0.0}
+    assert known[1].constraints == {"old/ratio": 0.5}
 
-    again, resumed, other = begun(asked.config, tmp_path / "sweep", asked)
+    again, resumed, other = start_search(asked.config, tmp_path / "sweep", asked)
     for number in (0, 1):
         resumed.suggest(f"new{number}")
         resumed.on_trial_complete(f"new{number}", {"done": True})
     assert [trial.state.name for trial in other._study.trials] == ["COMPLETE", "PRUNED"]
-    for before, after in zip(told, other._study.trials, strict=False):  # settings have four digits
+    for before, after in zip(known, other._study.trials, strict=False):  # settings have four digits
         assert after.params == pytest.approx(before.params, rel=1e-3)
     assert [trial.params() for trial in again.trials()] == [trial.params() for trial in sweep.trials()]

@@ -1,4 +1,4 @@
-"""What is drawn is within its range and a config; what cannot be is refused in one line before anything starts."""
+"""What is drawn is in its range and a valid config; an invalid space is refused in one line before anything starts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def settings(space: Space, base: Experiment, count: int = DRAWS, seed: int = 0) 
 
 
 def refusal(path: Path, text: str, base: Experiment | None = None) -> str:
-    """The one line in which a file is refused: when it is read, or against a config."""
+    """The one line with which a file is refused: when it is read, or checked against a config."""
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
         check_space(load_space(path), base or experiment(), anything)
@@ -79,7 +79,7 @@ def test_a_shipped_space_is_the_same_by_name_and_by_path_and_fits_a_config(path:
                 found = getattr(found, part)
             assert (list(found) if isinstance(found, tuple) else found) == value
     first = settings(by_name, base, 300)
-    assert {key for params in first for key in params} == set(by_name.knobs), "every knob is drawn now and then"
+    assert {key for params in first for key in params} == set(by_name.knobs), "every knob is drawn sometimes"
 
 
 def test_a_file_of_the_working_directory_comes_before_a_shipped_space(
@@ -110,7 +110,7 @@ def test_a_file_of_the_working_directory_comes_before_a_shipped_space(
 def test_numbers_are_short_and_never_out_of_their_range(kind: str, low: float, high: float) -> None:
     values = drawn(Distribution(kind, (low, high)))
     assert all(low <= value <= high for value in values)
-    assert len(set(values)) > 50, "a narrow range is drawn from, not only its ends"
+    assert len(set(values)) > 50, "a narrow range is drawn from throughout, not only at its ends"
     inside = [value for value in values if low < value < high]
     if high > 2 * low:
         assert all(float(f"{value:.4g}") == value for value in inside)
@@ -130,7 +130,7 @@ def test_a_uniform_range_may_be_negative() -> None:
     ("text", "expected"),
     [
         ("[0, 100, 25]", [0, 25, 50, 75, 100]),
-        ("[1, 10, 3]", [3, 6, 9]),  # the ends are no multiples
+        ("[1, 10, 3]", [3, 6, 9]),  # the ends are not multiples
         ("[8, 64, 8]", [8, 16, 24, 32, 40, 48, 56, 64]),
         ("[0.1, 0.5, 0.1]", [0.1, 0.2, 0.3, 0.4, 0.5]),  # 3 * 0.1 is not 0.3 in binary
         ("[-0.3, 0.1, 0.2]", [-0.2, 0.0]),
@@ -282,7 +282,7 @@ def test_without_a_grid_there_is_one_point() -> None:
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
-def test_a_setting_beside_another_is_one_of_the_space(path: Path) -> None:
+def test_a_setting_near_another_belongs_to_the_space(path: Path) -> None:
     space, base, rng = load_space(path), experiment(), np.random.default_rng(0)
     params = space.draw(base, 0, 0)
     for _ in range(DRAWS // 2):
@@ -309,7 +309,7 @@ def _assert_member(space: Space, base: Experiment, params: Params) -> None:
     assert space.choose(base, check) == params
 
 
-def test_a_setting_beside_another_where_the_knob_has_another_distribution() -> None:
+def test_a_setting_near_another_if_the_knob_has_another_distribution() -> None:
     space = space_of(
         "craft.loss_type: {choice: [relative_mse, cosine, l1]}\n"
         "train.max_grad_norm:\n"
@@ -327,14 +327,14 @@ def test_a_setting_beside_another_where_the_knob_has_another_distribution() -> N
         _assert_member(space, base, params)
 
 
-def test_beside_is_a_fifth_less_or_a_quarter_more_or_drawn_anew() -> None:
+def test_near_is_a_fifth_less_or_a_quarter_more_or_drawn_again() -> None:
     space, rng = space_of("craft.lambda_lr: {uniform: [0, 1000]}"), np.random.default_rng(0)
     near = [space.near(experiment(), {"craft.lambda_lr": 100.0}, rng)["craft.lambda_lr"] for _ in range(DRAWS)]
     for factor in (0.8, 1.25):
         assert near.count(100 * factor) / DRAWS == pytest.approx(0.375, abs=0.05)
-    anew = [value for value in near if value not in (80.0, 125.0)]
-    assert len(anew) / DRAWS == pytest.approx(0.25, abs=0.05)
-    assert max(anew) > 900
+    redrawn = [value for value in near if value not in (80.0, 125.0)]
+    assert len(redrawn) / DRAWS == pytest.approx(0.25, abs=0.05)
+    assert max(redrawn) > 900
 
 
 # --- refused before anything starts -------------------------------------------------------------------------------
@@ -384,8 +384,8 @@ KINDS = "uniform, loguniform, quniform, randint, choice, grid"
         ("craft.lambda_lr: [{grid: [1]}, {choice: [2]}]", ["craft.lambda_lr", "a grid has no condition"]),
         ("craft.lambda_lr: [{choice: [1]}, {choice: [2], when: {seed: 0}}]", ["craft.lambda_lr", "never drawn"]),
         ("craft.lambda_lr: {choice: [1], when: [seed]}", ["craft.lambda_lr", "when is ['seed']", "mapping"]),
-        ("craft.lambda_lr: {choice: [1], when: {craft.nope: 1}}", ["craft.lambda_lr", "craft.nope", "no key"]),
-        ("craft.lambda_lr: {choice: [1], when: {1: 1}}", ["craft.lambda_lr", "depends on 1", "no key"]),
+        ("craft.lambda_lr: {choice: [1], when: {craft.nope: 1}}", ["craft.lambda_lr", "craft.nope", "not a key"]),
+        ("craft.lambda_lr: {choice: [1], when: {1: 1}}", ["craft.lambda_lr", "depends on 1", "not a key"]),
         ("craft.lambda_lr: {choice: [1], when: {craft.lambda_lr: 1}}", ["put craft.lambda_lr above it"]),
         (
             "craft.lambda_lr: {choice: [1], when: {craft.lambda_max: 2}}\ncraft.lambda_max: {choice: [2]}",
@@ -407,7 +407,7 @@ KINDS = "uniform, loguniform, quniform, randint, choice, grid"
         ("{}", ["empty space"]),
         ("- craft.lambda_lr", ["holds list", "mapping"]),
         ("craft.lambda_lr", ["holds str", "mapping"]),
-        ("craft: [", ["is no YAML"]),
+        ("craft: [", ["is not YAML"]),
         (
             "craft.lambda_lr: {choice: [1]}\nseed: {choice: [1]}\ncraft.lambda_lr: {choice: [2]}",
             ["craft.lambda_lr", "twice", "line 3"],
@@ -415,7 +415,7 @@ KINDS = "uniform, loguniform, quniform, randint, choice, grid"
         ("craft.lambda_lr: {choice: [1], choice: [2]}", ["choice", "twice"]),
     ],
 )
-def test_what_is_no_space_is_refused_in_one_line(text: str, parts: list[str], tmp_path: Path) -> None:
+def test_an_invalid_space_is_refused_in_one_line(text: str, parts: list[str], tmp_path: Path) -> None:
     message = refusal(tmp_path / "space.yaml", text)
     for part in parts:
         assert part in message, message
@@ -436,13 +436,13 @@ def test_what_all_trials_share_cannot_be_searched(key: str, tmp_path: Path) -> N
     assert "knobs are keys of craft and train" in message
 
 
-def test_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no search space at nowhere \(No such file.*\): name a YAML file"):
+def test_a_missing_file_and_one_that_is_not_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no search space at nowhere \(No such file.*\): specify a YAML file"):
         load_space("nowhere")
-    with pytest.raises(ConfigError, match="name a YAML file"):
+    with pytest.raises(ConfigError, match="specify a YAML file"):
         load_space(tmp_path)
     (tmp_path / "space.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"space.yaml is no YAML"):
+    with pytest.raises(ConfigError, match=r"space.yaml is not YAML"):
         load_space(tmp_path / "space.yaml")
 
 
@@ -476,7 +476,7 @@ SCHEDULED = "craft.epsilon_schedule: {choice: [linear]}\n"
         ("craft.initial_lambda: {uniform: [0, 8]}", {"compare__token_ce": {"lambda_max": 5.0}}, "above lambda_max 5.0"),
     ],
 )
-def test_what_can_be_drawn_has_to_be_a_config(
+def test_what_can_be_drawn_must_be_a_valid_config(
     text: str, changes: dict[str, Any], reason: str | None, tmp_path: Path
 ) -> None:
     base = experiment(**changes)

@@ -1,5 +1,5 @@
-"""Sweeps on real Ray: killed anywhere and carried on, failing, stopped early, on several workers. No trial is lost or
-run twice, nothing that a trial held is kept, and no sweep hangs."""
+"""Sweeps on real Ray: killed anywhere and resumed, failing, stopped early, on several workers. No trial is lost or run
+twice, all resources of a trial are freed, and no sweep hangs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from craft_pipelines import cli
 from craft_pipelines.anchors import build
 from craft_pipelines.session import capacity, join
 from craft_pipelines.sweep.driver import concurrency, plan_sweep, resume_sweep, search, sweep
-from craft_pipelines.sweep.runs import Looks, on_trainer
+from craft_pipelines.sweep.runs import RunTrial, on_trainer
 from craft_pipelines.sweep.tracking import SweepTracking
 from craft_pipelines.train import plan_run, run_name, train_run
 
@@ -41,7 +41,7 @@ from tests.support.sweeps import snapshot, untimed, validated
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 PATIENCE_S = 300
-"""A machine with other work takes ten times as long, a sweep that hangs for ever."""
+"""A busy machine takes ten times as long, and a sweep that hangs takes forever."""
 
 Knobs = dict[str, Any]
 
@@ -52,7 +52,7 @@ FORGETFUL = 100
 """A bound on the violation that a small learning rate keeps, and a large one does not."""
 UNBOUND: dict[str, Any] = {"objective.subject_to": {}}
 PROCESS = ("ray::CraftTrial", "ray::ResourceTrainable")
-"""Titles of a process that carries a trial: idle, and in a call, where it has the name of Tune's wrapper."""
+"""Titles of a process that runs a trial: idle, and in a call, where it has the name of Tune's wrapper."""
 
 
 def grid(*rates: float) -> Knobs:
@@ -61,7 +61,7 @@ def grid(*rates: float) -> Knobs:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The sweeps of this process share a cluster that begins and ends with this module."""
+    """The sweeps of this process share a cluster that starts and stops with this module."""
     ray.shutdown()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRAFT_RAY_CACHE", str(tmp_path_factory.mktemp("expanded")))
@@ -108,7 +108,7 @@ def swept(config: Experiment, knobs: Knobs, path: Path, changes: Mapping[str, An
 
 @pytest.fixture(scope="module")
 def plain(base: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    """Four trials, undisturbed. Read only."""
+    """Four undisturbed trials. Do not write into them."""
     assert base.craft.anchor_cache_dir is not None
     cache = Path(base.craft.anchor_cache_dir)
     before = snapshot(cache)
@@ -148,7 +148,7 @@ def here(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
 
 
 def one_line(err: str) -> str:
-    """The one line of a mistake. What the processes of Ray say is not ours."""
+    """The one line of a mistake. The output of Ray's processes does not count."""
     lines = [line for line in err.splitlines() if line.startswith("craft-ray: ")]
     assert len(lines) == 1, err
     assert "Traceback" not in err
@@ -163,7 +163,7 @@ def wait_until(condition: Callable[[], object], seconds: float = PATIENCE_S) -> 
 
 
 def below(process: psutil.Process, titles: tuple[str, ...] = ("",)) -> list[psutil.Process]:
-    """The processes below one, of certain titles."""
+    """The descendants of a process that have one of these titles."""
     found = []
     for child in process.children(recursive=True):
         try:
@@ -176,7 +176,7 @@ def below(process: psutil.Process, titles: tuple[str, ...] = ("",)) -> list[psut
 
 @contextmanager
 def killing_the_process_of(trial: TrialFolder) -> Iterator[list[int]]:
-    """Kill the process that carries a trial, once, when it has reported."""
+    """Kill the process that runs a trial, once, when it has reported."""
     killed: list[int] = []
 
     def kill() -> None:
@@ -234,18 +234,18 @@ def test_the_best_config_trains_to_the_numbers_of_its_trial(plain: Swept, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "looks",
+    "run_trial",
     [
         pytest.param(None, id="in the trial's process"),
         pytest.param(on_trainer, id="in Ray Train's local mode", marks=pytest.mark.slow),
     ],
 )
-def test_a_sweep_without_workers_comes_to_the_same(
-    looks: Looks | None, base: Experiment, plain: Swept, tmp_path: Path
+def test_a_sweep_without_workers_has_the_same_results(
+    run_trial: RunTrial | None, base: Experiment, plain: Swept, tmp_path: Path
 ) -> None:
     changes = {"workers.num_workers": 0, "sweep.samples": 1}
     folder, plan = plan_sweep(base.changed(changes), parse_space(DRAWN, "space.yaml"), tmp_path / "sweep")
-    search(folder, plan, SweepTracking(folder, plan, print), looks=looks)
+    search(folder, plan, SweepTracking(folder, plan, print), run_trial=run_trial)
     assert folder.trial(0).outcome().status == "finished"
     assert untimed(folder.trial(0).reports()) == untimed(plain.trial(0).reports())
 
@@ -287,22 +287,22 @@ def test_the_median_rule_stops_what_is_worse_than_most(base: Experiment, tmp_pat
 
 
 @pytest.mark.slow
-def test_population_based_training_goes_on_from_a_better_trials_weights(base: Experiment, tmp_path: Path) -> None:
+def test_population_based_training_continues_from_a_better_trials_weights(base: Experiment, tmp_path: Path) -> None:
     knobs: Knobs = {RATE: {"loguniform": [1e-5, 4e-3]}}
     # More trials than processors: they take turns.
     cpus = os.cpu_count() or 1
     changes = {**UNBOUND, "train.steps": 10, "sweep": {"samples": cpus + 1, "scheduler": "pbt"}}
     done = swept(base, knobs, tmp_path / "sweep", changes)
     assert done.statuses() == ["finished"] * (cpus + 1)
-    at_looks = [[report["params"][RATE] for report in trial.reports()] for trial in done.folder.trials()]
-    assert any(len(set(rates)) > 1 for rates in at_looks), at_looks
+    at_validations = [[report["params"][RATE] for report in trial.reports()] for trial in done.folder.trials()]
+    assert any(len(set(rates)) > 1 for rates in at_validations), at_validations
     for trial in done.folder.trials():
         assert [report["step"] for report in trial.reports()] == [2, 4, 6, 8, 10]
         assert (trial.run(0).checkpoints / "last" / "model").is_dir()
 
 
 @pytest.mark.slow
-def test_tpe_draws_the_same_for_a_seed_and_goes_on_where_it_was_ended(base: Experiment, tmp_path: Path) -> None:
+def test_tpe_draws_the_same_for_a_seed_and_resumes_where_it_was_stopped(base: Experiment, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     changes = {"sweep": {"samples": 4, "sampler": "tpe", "scheduler": "none", "parallel": 1}}
     first, second = (swept(base, DRAWN, tmp_path / name, changes) for name in ("first", "second"))
@@ -349,7 +349,7 @@ def test_a_sweep_whose_trials_all_fail_is_one_line(
 
 
 @pytest.mark.slow
-def test_a_trial_whose_process_is_killed_comes_to_the_same(base: Experiment, plain: Swept, tmp_path: Path) -> None:
+def test_a_trial_whose_process_is_killed_has_the_same_results(base: Experiment, plain: Swept, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "sweep")
     with killing_the_process_of(folder.trial(0)) as killed:
         done = swept(base, DRAWN, folder.path, {"sweep.samples": 2, "sweep.parallel": 1})
@@ -384,17 +384,19 @@ def test_a_worker_that_the_cluster_cannot_hold_is_refused_before_any_trial(
 
 
 @pytest.mark.slow
-def test_a_sweep_is_resumed_as_it_began_or_with_more_samples(base: Experiment, plain: Swept, tmp_path: Path) -> None:
+def test_a_sweep_is_resumed_as_it_was_started_or_with_more_samples(
+    base: Experiment, plain: Swept, tmp_path: Path
+) -> None:
     path = tmp_path / "sweep"
     shutil.copytree(plain.folder.path, path)
     config, space = base.changed({"sweep.samples": 4}), parse_space(DRAWN, "space.yaml")
-    with pytest.raises(ConfigError, match=r"began with another config \(train.steps was 6, is 8\)"):
+    with pytest.raises(ConfigError, match=r"was started with another config \(train.steps was 6, is 8\)"):
         resume_sweep(path, config.changed({"train.steps": 8}), None, None)
-    with pytest.raises(ConfigError, match="began with the space space"):
+    with pytest.raises(ConfigError, match="was started with the space space"):
         resume_sweep(path, config, parse_space(grid(GOOD), "space.yaml"), None)
-    with pytest.raises(ConfigError, match="began with 4 samples: --samples may only add"):
+    with pytest.raises(ConfigError, match="was started with 4 samples: --samples may only add"):
         resume_sweep(path, config, space, 3)
-    with pytest.raises(ConfigError, match="that it began with: only tracking"):
+    with pytest.raises(ConfigError, match="that it was started with: only tracking"):
         resume_sweep(path, changes={"craft.lambda_lr": 0.5})
     assert resume_sweep(path, changes={"sweep.parallel": 1})[1].config.sweep.parallel == 1
     resume_sweep(path, changes={"sweep.parallel": None})
@@ -403,21 +405,21 @@ def test_a_sweep_is_resumed_as_it_began_or_with_more_samples(base: Experiment, p
     said: list[str] = []
     sweep(*resume_sweep(path, None, None, 5), say=said.append)
     after = SweepFolder(path).trials()
-    assert [numbers(trial) for trial in after][:4] == before, "what has ended is not touched"
+    assert [numbers(trial) for trial in after][:4] == before, "trials that have ended are not touched"
     assert [trial.params() for trial in after][:4] == [trial.params() for trial in plain.folder.trials()]
     assert [row["trial"] for row in table(SweepFolder(path))] == [0, 1, 2, 3, 4]
     assert sum("finished after" in line for line in said) == 1
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_names_how_it_goes_on_and_does(base: Experiment, plain: Swept, tmp_path: Path) -> None:
+def test_an_interrupted_sweep_says_how_to_resume_it_and_resumes(base: Experiment, plain: Swept, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "sweep")
     run, space = written(tmp_path, base.changed({"sweep.samples": 4}), DRAWN)
     process = command(run, "--space", space, "--out", folder.path)
     wait_until(lambda: any(trial.reports() for trial in folder.trials()))
     with pytest.raises(ConfigError) as refused:
         sweep(*resume_sweep(folder.path, None, None, None))
-    assert "another process carries the sweep" in refused.value.message
+    assert "another process is running the sweep" in refused.value.message
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, err
@@ -432,7 +434,7 @@ def test_an_interrupted_sweep_names_how_it_goes_on_and_does(base: Experiment, pl
 
 @dataclass(frozen=True)
 class Killed:
-    """A sweep that was killed several times, and how the numbers of ended trials were after each time and at last."""
+    """A sweep that was killed several times, and the numbers of ended trials after each time and at the end."""
 
     folder: SweepFolder
     ended: list[dict[int, dict[str, tuple[int, int, int]]]]
@@ -443,7 +445,7 @@ class Killed:
 
 @pytest.fixture(scope="module")
 def killed(base: Experiment, plain: Swept, tmp_path_factory: pytest.TempPathFactory) -> Killed:
-    """After its first report, in the middle, and when all trials had ended but nothing was written of them."""
+    """After its first report, in the middle, and when all trials had ended but no results were written."""
     home = tmp_path_factory.mktemp("killed")
     folder, tracker = SweepFolder(home / "sweep"), f"sqlite:///{home / 'runs.db'}"
     changes = {"sweep": {"samples": 6, "scheduler": "asha"}, "tracking.mlflow": tracker}
@@ -461,14 +463,14 @@ def killed(base: Experiment, plain: Swept, tmp_path_factory: pytest.TempPathFact
     arguments: tuple[str | Path, ...] = (run, "--space", space, "--out", folder.path)
     for moment in moments:
         process = command(*arguments)
-        wait_until(lambda: moment() or process.poll() is not None)  # noqa: B023 - used before the next turn
+        wait_until(lambda: moment() or process.poll() is not None)  # noqa: B023 - used within this iteration
         assert process.poll() is None, process.communicate()
         processes = below(psutil.Process(process.pid))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         assert not (folder.path / "trials.parquet").exists()
         _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S)
-        assert not alive, "what a killed sweep had started ends by itself"
+        assert not alive, "the processes of a killed sweep end by themselves"
         ended.append(over())
         arguments = ("--resume", folder.path)
     last = command(*arguments)
@@ -526,7 +528,7 @@ def halves(base: Experiment) -> Experiment:
 
 
 OF_THE_CLUSTER = {"_AutoscalingCoordinatorActor"}
-"""Actors that Ray Train starts once a cluster; they take nothing."""
+"""Actors that Ray Train starts once per cluster; they take no resources."""
 
 
 def alive() -> set[str]:
@@ -538,7 +540,7 @@ def alive() -> set[str]:
 
 
 def held() -> list[str]:
-    """What is taken of the cluster: processors, placement groups, actors."""
+    """What is in use on the cluster: CPUs, placement groups, actors."""
     taken = ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0)
     groups = [group["state"] for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
     return [f"{taken:g} CPU"] * bool(taken) + groups + sorted(alive() - OF_THE_CLUSTER)
@@ -546,7 +548,7 @@ def held() -> list[str]:
 
 @pytest.fixture(scope="module")
 def two_workers(base: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Swept, list[int]]:
-    """Three trials of two workers each, asked to run all at once. The first is killed, the second is stopped early."""
+    """Three trials of two workers each, all meant to run at once. The first is killed, the second is stopped early."""
     join(dashboard=True)
     config = halves(base).changed({**UNBOUND, "sweep": {"samples": 1, "scheduler": "asha", "parallel": 50}})
     folder = SweepFolder(tmp_path_factory.mktemp("workers") / "sweep")
@@ -568,7 +570,7 @@ def test_trials_of_several_workers_end_though_one_is_killed_one_is_stopped_and_a
 
 
 @pytest.mark.slow
-def test_what_trials_of_several_workers_held_is_free_again(two_workers: tuple[Swept, list[int]]) -> None:
+def test_resources_of_trials_of_several_workers_are_freed(two_workers: tuple[Swept, list[int]]) -> None:
     for _ in range(PATIENCE_S):
         if not held():
             break
@@ -588,7 +590,7 @@ def test_more_workers_than_the_cluster_holds_are_refused_before_any_trial(base: 
 
 
 def listening(port: int) -> set[str]:
-    """The addresses that processes below this one listen to at a port."""
+    """The addresses at which descendants of this process listen on a port."""
     found = set()
     for process in below(psutil.Process()):
         try:
@@ -618,7 +620,7 @@ def test_a_cluster_has_a_dashboard_where_it_is_needed_on_the_loopback_interface_
 
 @ray.remote(num_cpus=0)
 class Inquirer:
-    """Asks after the actors of its cluster, as what watches over the workers of Ray Train does."""
+    """Lists the actors of its cluster, as the process that watches the workers of Ray Train does."""
 
     def actors(self) -> list[str]:
         from ray.util.state import list_actors

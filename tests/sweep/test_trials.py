@@ -1,4 +1,4 @@
-"""Trials in this process: look by look, interrupted anywhere and carried on to the same numbers, and what is left."""
+"""Trials in this process: their reports, interrupted anywhere and resumed to the same numbers, and what is left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from craft_pipelines.anchors import build
-from craft_pipelines.sweep.runs import Looks, in_process
+from craft_pipelines.sweep.runs import RunTrial, in_process
 from craft_pipelines.sweep.tracking import SweepTracking
 from craft_pipelines.sweep.trial import TRIAL, CraftTrial, reports
 
@@ -56,7 +56,7 @@ def base(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Experiment
     return config
 
 
-def begun(config: Experiment, path: Path, params: Params | None = None) -> tuple[SweepFolder, Plan, TrialFolder]:
+def start_sweep(config: Experiment, path: Path, params: Params | None = None) -> tuple[SweepFolder, Plan, TrialFolder]:
     """A sweep with one trial that has not run yet."""
     folder, plan = SweepFolder(path), Plan(config, parse_space(KNOBS, "space.yaml"), ["test"])
     folder.begin(plan)
@@ -67,8 +67,8 @@ def begun(config: Experiment, path: Path, params: Params | None = None) -> tuple
 
 @pytest.fixture(scope="module")
 def whole(base: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepFolder, list[Report]]:
-    """A sweep whose one trial ran undisturbed, and what it reported. Read only."""
-    folder, plan, trial = begun(base, tmp_path_factory.mktemp("whole") / "sweep")
+    """A sweep whose one trial ran undisturbed, and its reports. Do not write into it."""
+    folder, plan, trial = start_sweep(base, tmp_path_factory.mktemp("whole") / "sweep")
     assert base.craft.anchor_cache_dir is not None
     before = snapshot(Path(base.craft.anchor_cache_dir))
     found = list(reports(trial, plan, in_process))
@@ -79,7 +79,7 @@ def whole(base: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[S
 # --- a trial ------------------------------------------------------------------------------------------------------
 
 
-def test_a_trial_reports_at_each_look(whole: tuple[SweepFolder, list[Report]]) -> None:
+def test_a_trial_reports_at_each_validation(whole: tuple[SweepFolder, list[Report]]) -> None:
     folder, found = whole
     trial = folder.trial(0)
     assert [(report["step"], report["done"], report["seeds"]) for report in found] == [
@@ -88,20 +88,20 @@ def test_a_trial_reports_at_each_look(whole: tuple[SweepFolder, list[Report]]) -
     assert trial.outcome().status == "finished"
     assert [report | {"done": report["step"] == 6} for report in trial.reports()] == found
     run = trial.run(0)
-    metrics, looks = run.read_metrics(), run.read_validation()
-    for report, look in zip(found, looks, strict=True):
+    metrics, validations = run.read_metrics(), run.read_validation()
+    for report, record in zip(found, validations, strict=True):
         assert report["params"] == PARAMS
-        expected = {key: value for key, value in look.items() if key != "step" and value is not None}
+        expected = {key: value for key, value in record.items() if key != "step" and value is not None}
         assert {key: report["metrics"][key] for key in expected} == expected
-        since = [record for record in metrics if look["step"] - 2 < record["step"] <= look["step"]]
+        since = [step for step in metrics if record["step"] - 2 < step["step"] <= record["step"]]
         for key in ("train/loss", "craft/lambda", "train/lr"):
-            assert report["metrics"][key] == pytest.approx(statistics.fmean(record[key] for record in since))
-        assert report["value"] == look["new/ratio"]
+            assert report["metrics"][key] == pytest.approx(statistics.fmean(step[key] for step in since))
+        assert report["value"] == record["new/ratio"]
         assert report["feasible"] is True
     assert [report["seconds"] for report in found] == sorted(report["seconds"] for report in found)
 
 
-def test_a_trial_saves_nothing_looks_at_validation_data_alone_and_copies_no_anchors(
+def test_a_trial_saves_nothing_is_scored_on_validation_data_alone_and_copies_no_anchors(
     base: Experiment, whole: tuple[SweepFolder, list[Report]]
 ) -> None:
     folder, _ = whole
@@ -129,18 +129,18 @@ def test_a_trial_that_has_ended_is_read_from_its_folder(whole: tuple[SweepFolder
     assert snapshot(folder.path) == before
 
 
-@pytest.mark.parametrize(("checkpoint_every", "looks"), [(0, 1), (2, 1), (2, 2), (3, 2)])
-def test_an_interrupted_trial_goes_on_to_the_same_numbers(
-    checkpoint_every: int, looks: int, base: Experiment, whole: tuple[SweepFolder, list[Report]], tmp_path: Path
+@pytest.mark.parametrize(("checkpoint_every", "validations"), [(0, 1), (2, 1), (2, 2), (3, 2)])
+def test_an_interrupted_trial_resumes_to_the_same_numbers(
+    checkpoint_every: int, validations: int, base: Experiment, whole: tuple[SweepFolder, list[Report]], tmp_path: Path
 ) -> None:
     config = base.changed({"train.checkpoint_every": checkpoint_every})
-    _, plan, trial = begun(config, tmp_path / "sweep")
+    _, plan, trial = start_sweep(config, tmp_path / "sweep")
     with closing(reports(trial, plan, in_process)) as stream:
-        first = [next(stream) for _ in range(looks)]
+        first = [next(stream) for _ in range(validations)]
     assert trial.outcome().status == "open"
     assert trial.run(0).finished() is None
     kept = [path.name for path in trial.run(0).checkpoints.glob("step_*")]
-    at = checkpoint_every and 2 * looks // checkpoint_every * checkpoint_every
+    at = checkpoint_every and 2 * validations // checkpoint_every * checkpoint_every
     assert kept == ([f"step_{at:06d}"] if at else []), "saved only where the config asks for it"
 
     again = list(reports(trial, plan, in_process))
@@ -148,8 +148,8 @@ def test_an_interrupted_trial_goes_on_to_the_same_numbers(
     assert untimed(again) == untimed(whole[1])
     assert untimed(trial.reports()) == untimed(whole[1])
     if at:
-        told = [{"done": False, **report} for report in again]
-        assert told[: at // 2] == first[: at // 2], "what was reported is not measured again"
+        repeated = [{"done": False, **report} for report in again]
+        assert repeated[: at // 2] == first[: at // 2], "what was reported is not measured again"
     assert trial.run(0).read_validation() == whole[0].trial(0).run(0).read_validation()
     assert [record["step"] for record in trial.run(0).read_metrics()] == [1, 2, 3, 4, 5, 6]
     assert trial.outcome().status == "finished"
@@ -157,15 +157,15 @@ def test_an_interrupted_trial_goes_on_to_the_same_numbers(
 
 
 @pytest.mark.parametrize("checkpoint_every", [0, 2])
-def test_a_trial_that_was_lost_after_its_last_look_goes_on(
+def test_a_trial_that_was_lost_after_its_last_validation_resumes(
     checkpoint_every: int, base: Experiment, whole: tuple[SweepFolder, list[Report]], tmp_path: Path
 ) -> None:
     config = base.changed({"train.checkpoint_every": checkpoint_every})
-    _, plan, trial = begun(config, tmp_path / "sweep")
+    _, plan, trial = start_sweep(config, tmp_path / "sweep")
     own = trial_config(config, PARAMS, trial, seed=0)
     trial.run(0).begin(own, ["test"])
-    with closing(training(own, trial.run(0), OneWorker(), NullObserver())) as looks:
-        assert [next(looks)["step"] for _ in range(3)] == [2, 4, 6]
+    with closing(training(own, trial.run(0), OneWorker(), NullObserver())) as validations:
+        assert [next(validations)["step"] for _ in range(3)] == [2, 4, 6]
     assert trial.run(0).finished() is None, "lost before it was concluded"
     found = list(reports(trial, plan, in_process))
     assert found[-1]["done"]
@@ -173,19 +173,19 @@ def test_a_trial_that_was_lost_after_its_last_look_goes_on(
     assert trial.outcome().status == "finished"
 
 
-def process(folder: SweepFolder, looks: Looks) -> CraftTrial:
-    """What Tune runs the first trial in."""
+def process(folder: SweepFolder, run_trial: RunTrial) -> CraftTrial:
+    """The process in which Tune runs the first trial."""
 
     class Process(CraftTrial):
         def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
-            super().setup(config, sweep=str(folder.path), looks=looks)
+            super().setup(config, sweep=str(folder.path), run_trial=run_trial)
 
     folder.assign("default", 0)  # Tune's name for a trial that has no other
     return Process({TRIAL: 0})
 
 
-def test_a_trial_that_runs_out_of_memory_tells_it_in_a_line(base: Experiment, tmp_path: Path) -> None:
-    folder, _, trial = begun(base.changed({"objective.subject_to": {}}), tmp_path / "sweep")
+def test_a_trial_that_runs_out_of_memory_reports_it_in_one_line(base: Experiment, tmp_path: Path) -> None:
+    folder, _, trial = start_sweep(base.changed({"objective.subject_to": {}}), tmp_path / "sweep")
 
     def exhausted(config: Experiment, run: RunFolder) -> Generator[Record]:
         yield {"step": 2, "new/ratio": 0.5}
@@ -195,16 +195,16 @@ def test_a_trial_that_runs_out_of_memory_tells_it_in_a_line(base: Experiment, tm
     assert crashing.step()["value"] == 0.5
     with pytest.raises(RuntimeError):
         crashing.step()
-    told = trial.told_error()
-    assert told is not None
-    assert "allocate" in told
-    assert "\n" not in told
-    assert trial.outcome().status == "open", "whether it is tried again is not its own decision"
+    reason = trial.read_error()
+    assert reason is not None
+    assert "allocate" in reason
+    assert "\n" not in reason
+    assert trial.outcome().status == "open", "the trial itself does not decide whether it is tried again"
     assert [report["step"] for report in trial.reports()] == [2]
 
 
 class Lost(Exception):
-    """The process, at that moment."""
+    """The process is lost at this moment."""
 
 
 @pytest.mark.parametrize(
@@ -215,18 +215,18 @@ class Lost(Exception):
         ((TrialFolder, "end"), 6),
     ],
 )
-def test_population_based_training_goes_on_wherever_it_was_lost(
+def test_population_based_training_resumes_wherever_it_was_lost(
     moment: tuple[type, str], step: int, base: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the checkpoint and the look, the look and its report, the last report and the end."""
-    folder, plan, trial = begun(base.changed({"sweep.scheduler": "pbt"}), tmp_path / "sweep")
-    own = getattr(*moment)
+    """Between the checkpoint and the validation, the validation and its report, the last report and the end."""
+    folder, plan, trial = start_sweep(base.changed({"sweep.scheduler": "pbt"}), tmp_path / "sweep")
+    original = getattr(*moment)
 
     def lost(self: Any, *arguments: Any) -> Any:
         checkpoint = last_checkpoint(trial.run(0).checkpoints)
         if checkpoint is not None and checkpoint_step(checkpoint) == step:
             raise Lost
-        return own(self, *arguments)
+        return original(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(*moment, lost)
@@ -245,7 +245,7 @@ def test_seeds_are_kept_apart_and_a_setting_is_their_mean(
 ) -> None:
     bounds = {"heldout/retention_loss": "<= 1000", **BOUNDS}
     config = base.changed({"sweep.repeat": 2, "objective.subject_to": bounds})
-    _, plan, trial = begun(config, tmp_path / "sweep")
+    _, plan, trial = start_sweep(config, tmp_path / "sweep")
     with closing(reports(trial, plan, in_process)) as stream:
         assert [next(stream)["step"] for _ in range(3)] == [2, 4, 6]
     first = snapshot(trial.path / "seed0")
@@ -253,7 +253,7 @@ def test_seeds_are_kept_apart_and_a_setting_is_their_mean(
     assert not (trial.path / "seed1").exists()
 
     found = list(reports(trial, plan, in_process))
-    assert snapshot(trial.path / "seed0") == first, "the seed that was done is not run again"
+    assert snapshot(trial.path / "seed0") == first, "the completed seed is not run again"
     assert [(report["step"], report["seeds"], report["done"]) for report in found] == [
         (2, 1, False), (4, 1, False), (6, 1, False), (12, 2, True),
     ]  # fmt: skip
@@ -266,9 +266,9 @@ def test_seeds_are_kept_apart_and_a_setting_is_their_mean(
     assert runs[0].read_metrics()[1]["train/loss"] != runs[1].read_metrics()[1]["train/loss"]
     last = [run.read_validation()[-1] for run in runs]
     for key in ("new/score", "old/ratio", "heldout/retention_loss"):
-        assert found[-1]["metrics"][key] == pytest.approx(statistics.mean(look[key] for look in last))
+        assert found[-1]["metrics"][key] == pytest.approx(statistics.mean(record[key] for record in last))
 
-    losses = [look["heldout/retention_loss"] for look in last]
+    losses = [record["heldout/retention_loss"] for record in last]
     bound = mean_bound(losses, 0.95, lower=False)
     assert bound > max(losses), "with two seeds the bound is far from the mean"
     for limit, kept in ((bound * 1.001, True), (bound * 0.999, False), (max(losses) * 1.001, False)):
@@ -283,17 +283,17 @@ def test_seeds_are_kept_apart_and_a_setting_is_their_mean(
 
 def test_the_teacher_is_scored_once_for_all_trials(base: Experiment, tmp_path: Path) -> None:
     config = base.changed({"train.steps": 2})
-    folder, plan, trial = begun(config, tmp_path / "sweep")
+    folder, plan, trial = start_sweep(config, tmp_path / "sweep")
     list(reports(trial, plan, in_process))
     shared = {path.name: path.stat() for path in (folder.path / "trials").glob(".teacher-score-*.json")}
     assert len(shared) == 2, "one for each skill"
 
-    # What the file says is believed: a second trial takes the score from it instead of measuring.
+    # A second trial takes the score from the file instead of measuring it.
     for name in shared:
         path = folder.path / "trials" / name
-        told = json.loads(path.read_text())
-        told["score"]["value"] = 0.125
-        path.write_text(json.dumps(told))
+        stored = json.loads(path.read_text())
+        stored["score"]["value"] = 0.125
+        path.write_text(json.dumps(stored))
     other = folder.trial(1)
     other.begin({**PARAMS, "craft.lambda_lr": 0.1})
     found = list(reports(other, plan, in_process))
@@ -302,22 +302,22 @@ def test_the_teacher_is_scored_once_for_all_trials(base: Experiment, tmp_path: P
 
 
 @pytest.mark.parametrize("metric", ["train/loss", "heldout/retention_loss"])
-def test_a_sweep_needs_no_validation_data_for_what_is_measured_without(
+def test_a_sweep_needs_no_validation_data_for_metrics_that_are_measured_without_it(
     metric: str, base: Experiment, tmp_path: Path
 ) -> None:
     without = {"validation": {"old": None, "new": None, "every": 0}, "train.steps": 2}
     config = base.changed({**without, "objective": {"minimize": metric}})
-    _, plan, trial = begun(config, tmp_path / "sweep")
+    _, plan, trial = start_sweep(config, tmp_path / "sweep")
     (report,) = reports(trial, plan, in_process)
     assert report["done"]
     assert report["step"] == 2
     assert report["value"] == report["metrics"][metric]
 
 
-def test_an_objective_without_a_value_fails_the_trial_and_says_why(base: Experiment, tmp_path: Path) -> None:
+def test_an_objective_without_a_value_fails_the_trial_with_its_reason(base: Experiment, tmp_path: Path) -> None:
     objective = {"maximize": "craft/grad_cos"}
     config = base.changed({"objective": objective, "craft.enabled": False, "train.steps": 2})
-    _, plan, trial = begun(config, tmp_path / "sweep")
+    _, plan, trial = start_sweep(config, tmp_path / "sweep")
     with pytest.raises(CraftError, match=r"objective: craft/grad_cos has no value"):
         list(reports(trial, plan, in_process))
 
@@ -338,12 +338,14 @@ def report_of(step: int, value: float = 0.5, **metrics: float) -> Report:
     }  # fmt: skip
 
 
-def test_a_sweep_is_begun_once_and_read_back_as_it_was(base: Experiment, tmp_path: Path) -> None:
-    folder, plan, _ = begun(base, tmp_path / "sweep")
-    with pytest.raises(ConfigError, match=r"there is a sweep in .*: go on with --resume .*, or choose another folder"):
+def test_a_sweep_is_started_once_and_read_back_unchanged(base: Experiment, tmp_path: Path) -> None:
+    folder, plan, _ = start_sweep(base, tmp_path / "sweep")
+    with pytest.raises(
+        ConfigError, match=r"already holds a sweep: resume it with --resume .*, or choose another folder"
+    ):
         folder.begin(plan)
     assert folder.load() == plan
-    assert list(folder.load().space.knobs) == list(KNOBS), "in the order of the file: conditions look upwards"
+    assert list(folder.load().space.knobs) == list(KNOBS), "in the order of the file: conditions refer upwards"
     with pytest.raises(ConfigError, match="is not empty and holds no sweep"):
         SweepFolder(tmp_path).begin(plan)
     with pytest.raises(ConfigError, match="holds no sweep"):
@@ -353,7 +355,7 @@ def test_a_sweep_is_begun_once_and_read_back_as_it_was(base: Experiment, tmp_pat
     SweepFolder(tmp_path / "killed").begin(plan)
 
 
-def test_trials_are_numbered_and_only_those_that_have_begun_count(tmp_path: Path) -> None:
+def test_trials_are_numbered_and_only_those_that_have_started_count(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
     assert folder.trials() == []
     for number in (10_000, 2, 9_999, 11):
@@ -366,7 +368,7 @@ def test_trials_are_numbered_and_only_those_that_have_begun_count(tmp_path: Path
     assert folder.trial_of("abc_00001").path == folder.trial(11).path
 
 
-def test_what_was_said_first_of_the_outcome_stays(tmp_path: Path) -> None:
+def test_the_first_recorded_outcome_stays(tmp_path: Path) -> None:
     trial = SweepFolder(tmp_path).trial(3)
     assert trial.outcome().status == "open"
     trial.end("finished")
@@ -376,7 +378,7 @@ def test_what_was_said_first_of_the_outcome_stays(tmp_path: Path) -> None:
     assert trial.outcome().reason is None
 
 
-def test_going_back_drops_the_reports_that_come_again(tmp_path: Path) -> None:
+def test_going_back_drops_the_reports_that_are_repeated(tmp_path: Path) -> None:
     trial = SweepFolder(tmp_path).trial(0)
     assert trial.reports() == []
     for step in (2, 4, 6):
@@ -424,19 +426,19 @@ def sweep(base: Experiment, tmp_path: Path) -> SweepFolder:
     return folder
 
 
-def told(
-    folder: SweepFolder, number: int, status: str | None, looks: Sequence[tuple[float, float]], **params: Any
+def add_trial(
+    folder: SweepFolder, number: int, status: str | None, scores: Sequence[tuple[float, float]], **params: Any
 ) -> None:
-    """A trial on disk that saw (new/score, old/ratio) at its looks."""
+    """A trial on disk with these (new/score, old/ratio) at its validations."""
     trial = folder.trial(number)
     setting = SETTING | {key.replace("__", "."): value for key, value in params.items()}
     trial.begin(setting)
     objective = folder.load().config.objective
     assert objective is not None
-    for place, (new, old) in enumerate(looks, 1):
+    for index, (new, old) in enumerate(scores, 1):
         metrics = {"new/score": new, "old/ratio": old}
         found = judge(objective, [metrics])
-        report = report_of(2 * place, new) | {"params": setting, "metrics": metrics, "seconds": 1.5 * place}
+        report = report_of(2 * index, new) | {"params": setting, "metrics": metrics, "seconds": 1.5 * index}
         trial.add_report(report | asdict(found) | {"feasible": found.feasible})
     if status is not None:
         trial.end(status, "the loss is nan" if status == "failed" else None)  # type: ignore[arg-type]
@@ -445,13 +447,15 @@ def told(
 @pytest.fixture
 def ended(sweep: SweepFolder) -> SweepFolder:
     """Trials that ended in every way."""
-    told(sweep, 0, "finished", [(0.5, 1.0), (0.6, 0.95)])
-    told(sweep, 1, "finished", [(0.9, 1.0), (0.95, 0.5)], craft__retention_freq=1)  # best metric, bound broken most
-    told(sweep, 2, "stopped", [(0.99, 1.0)], craft__use_grad_projection=True, craft__conflict_threshold=0.25)
-    told(sweep, 3, "failed", [], craft__layers=[-2, -1])
-    told(sweep, 4, "finished", [(0.1, 1.0), (0.8, 0.9)], train__max_grad_norm=1)
-    told(sweep, 5, "finished", [(0.7, 0.89)], train__max_grad_norm=0.5)
-    told(sweep, 6, None, [(0.3, 1.0)])
+    add_trial(sweep, 0, "finished", [(0.5, 1.0), (0.6, 0.95)])
+    add_trial(
+        sweep, 1, "finished", [(0.9, 1.0), (0.95, 0.5)], craft__retention_freq=1
+    )  # best metric, bound broken most
+    add_trial(sweep, 2, "stopped", [(0.99, 1.0)], craft__use_grad_projection=True, craft__conflict_threshold=0.25)
+    add_trial(sweep, 3, "failed", [], craft__layers=[-2, -1])
+    add_trial(sweep, 4, "finished", [(0.1, 1.0), (0.8, 0.9)], train__max_grad_norm=1)
+    add_trial(sweep, 5, "finished", [(0.7, 0.89)], train__max_grad_norm=0.5)
+    add_trial(sweep, 6, None, [(0.3, 1.0)])
     return sweep
 
 
@@ -468,9 +472,9 @@ def test_the_ranking(ended: SweepFolder) -> None:
 
 
 def test_where_none_is_within_the_bounds_the_least_violating_is_best(sweep: SweepFolder) -> None:
-    told(sweep, 0, "finished", [(0.99, 0.3)])
-    told(sweep, 1, "finished", [(0.01, 0.8)])
-    told(sweep, 2, "stopped", [(0.9, 1.0)])
+    add_trial(sweep, 0, "finished", [(0.99, 0.3)])
+    add_trial(sweep, 1, "finished", [(0.01, 0.8)])
+    add_trial(sweep, 2, "stopped", [(0.9, 1.0)])
     best = read_results(sweep).best
     assert best is not None
     assert (best.number, best.feasible) == (1, False)
@@ -504,7 +508,7 @@ def test_the_table_has_every_trial_in_the_types_of_its_knobs(ended: SweepFolder)
     assert [row["param:craft.conflict_threshold"] for row in rows] == [None, None, 0.25, None, None, None, None]
     assert json.loads(rows[3]["param:craft.layers"]) == [-2, -1]
     assert rows[3]["reason"] == "the loss is nan"
-    assert [(look["step"], look["value"]) for look in rows[4]["reports"]] == [(2, 0.1), (4, 0.8)]
+    assert [(report["step"], report["value"]) for report in rows[4]["reports"]] == [(2, 0.1), (4, 0.8)]
     assert dict(rows[4]["reports"][0]["metrics"]) == {"new/score": 0.1, "old/ratio": 1.0}
     assert rows[1]["violation"] == pytest.approx(0.4 / 0.9)
     assert rows[3]["reports"] == []
@@ -529,28 +533,28 @@ def test_polars_and_duckdb_read_the_table(ended: SweepFolder) -> None:
     assert rows == [(4, 0.25, 0.9), (0, 0.25, 0.95)]
 
 
-def test_a_setting_that_is_no_config_is_in_the_table_all_the_same(sweep: SweepFolder) -> None:
-    told(sweep, 0, "finished", [(0.5, 1.0)])
-    told(sweep, 1, "failed", [], craft__retention_freq=1.5)
+def test_a_setting_that_is_not_a_valid_config_is_still_in_the_table(sweep: SweepFolder) -> None:
+    add_trial(sweep, 0, "finished", [(0.5, 1.0)])
+    add_trial(sweep, 1, "failed", [], craft__retention_freq=1.5)
     write_results(read_results(sweep), sweep)
     configs = pq.read_table(sweep.path / "trials.parquet")["config"].to_pylist()
     assert configs[1] is None
     assert "retention_freq: 2" in configs[0]
 
 
-def test_a_sweep_whose_trials_all_failed_says_the_first_reason_and_leaves_its_table(sweep: SweepFolder) -> None:
-    told(sweep, 0, "stopped", [(0.5, 1.0)])
-    told(sweep, 1, "failed", [])
-    told(sweep, 2, "failed", [])
-    with pytest.raises(CraftError, match=r"no trial of the sweep .* came to its end \(trial 1: the loss is nan\)"):
+def test_a_sweep_whose_trials_all_failed_gives_the_first_reason_and_leaves_its_table(sweep: SweepFolder) -> None:
+    add_trial(sweep, 0, "stopped", [(0.5, 1.0)])
+    add_trial(sweep, 1, "failed", [])
+    add_trial(sweep, 2, "failed", [])
+    with pytest.raises(CraftError, match=r"no trial of the sweep .* finished \(trial 1: the loss is nan\)"):
         write_results(read_results(sweep), sweep)
     assert len(pq.read_table(sweep.path / "trials.parquet")) == 3
     assert not (sweep.path / "best.yaml").exists()
 
 
-def test_a_sweep_without_an_end_says_so(sweep: SweepFolder) -> None:
-    told(sweep, 0, "stopped", [(0.5, 1.0)])
-    with pytest.raises(CraftError, match=r"came to its end \(none was finished\)"):
+def test_a_sweep_without_a_finished_trial_says_so(sweep: SweepFolder) -> None:
+    add_trial(sweep, 0, "stopped", [(0.5, 1.0)])
+    with pytest.raises(CraftError, match=r"finished \(all are stopped or open\)"):
         write_results(read_results(sweep), sweep)
 
 
@@ -571,16 +575,14 @@ def test_training_the_best_again_gives_its_numbers_bit_for_bit(
     assert _untimed_metrics(again) == _untimed_metrics(trial)
     result = again.finished()
     assert result is not None
-    assert result["new"]["after"] is not None, "the evaluation data, which the sweep has not seen, is scored now"
+    assert result["new"]["after"] is not None, "the evaluation data, which the sweep has not used, is scored now"
 
 
 def _untimed_metrics(folder: RunFolder) -> list[Mapping[str, Any]]:
     return [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in folder.read_metrics()]
 
 
-def test_a_driver_killed_before_it_noted_down_what_it_logged_logs_nothing_twice(
-    base: Experiment, tmp_path: Path
-) -> None:
+def test_a_driver_killed_before_it_recorded_what_it_logged_logs_nothing_twice(base: Experiment, tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     database = f"sqlite:///{tmp_path / 'runs.db'}"
     folder = SweepFolder(tmp_path / "sweep")
@@ -591,11 +593,11 @@ def test_a_driver_killed_before_it_noted_down_what_it_logged_logs_nothing_twice(
     tracking = SweepTracking(folder, plan, say=pytest.fail)
     notes = folder.path / "tracking-mlflow.json"
     for step in (2, 4):
-        noted = notes.read_text() if notes.exists() else None
+        recorded = notes.read_text() if notes.exists() else None
         trial.add_report({"step": step, "metrics": {"new/ratio": step / 10}, "score": 0.0, "feasible": True})
         tracking.sync(trial)
-    assert noted is not None
-    notes.write_text(noted)  # as if the driver had died between the log of step 4 and its note
+    assert recorded is not None
+    notes.write_text(recorded)  # as if the driver had died between logging step 4 and recording it
     trial.end("finished")
     SweepTracking(folder, plan, say=pytest.fail).sync(trial)
     client = mlflow.MlflowClient(tracking_uri=database, registry_uri=database)

@@ -1,4 +1,4 @@
-"""What Tune tells of the trials: kept on disk, said in a line."""
+"""What Tune reports about the trials: recorded on disk, and printed in a line each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 class TrialLog(Callback):
-    """Writes how trials end, and says it. A trial that ended before an interruption is passed over in silence."""
+    """Records how trials end, and prints it. A trial that ended before an interruption is skipped silently."""
 
     def __init__(self, folder: SweepFolder, plan: Plan, count: int, tracking: SweepTracking, say: Say) -> None:
         self._folder = folder
@@ -40,12 +40,12 @@ class TrialLog(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         ours = self._folder.trial_of(trial.trial_id)
-        ours.end("stopped")  # unless the trial itself has said that it is finished
-        self._tell(ours)
+        ours.end("stopped")  # unless the trial itself has recorded that it is finished
+        self._announce(ours)
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Tune tries a trial once more than it may crash, so that it can be lost with its node at any time. One that
-        has crashed too often finds that it has ended, and fails for good."""
+        """Tune tries a trial once more than it may crash, so that it can be lost with its node at any time. A trial
+        that has crashed too often finds that it has ended, and fails for good."""
         ours = self._folder.trial_of(trial.trial_id)
         if lost_with_its_node(ours, trial):
             trial.max_failures += 1
@@ -55,14 +55,14 @@ class TrialLog(Callback):
             ours.end("failed", reason(ours, trial))
         else:
             self._say(f"trial {ours.number}: {reason(ours, trial)}; it is tried again")
-        ours.tell_error(None)
+        ours.write_error(None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         ours = self._folder.trial_of(trial.trial_id)
         ours.end("failed", reason(ours, trial))
-        self._tell(ours)
+        self._announce(ours)
 
-    def _tell(self, trial: TrialFolder) -> None:
+    def _announce(self, trial: TrialFolder) -> None:
         if trial.number in self._ended:
             return
         self._ended.add(trial.number)
@@ -71,18 +71,18 @@ class TrialLog(Callback):
 
 
 def trial_line(plan: Plan, trial: TrialFolder) -> str:
-    """A trial that has ended: how, with which setting, and where it stood."""
+    """A trial that has ended: how, its numbers, and its setting."""
     outcome, params, found = trial.outcome(), trial.params() or {}, trial.reports()
     knobs = " ".join(f"{key.removeprefix('craft.')}={shown(value)}" for key, value in params.items())
     if outcome.status == "failed":
         return f"trial {trial.number} failed: {outcome.reason} | {knobs}"
     last = found[-1]
     how = "finished" if outcome.status == "finished" else f"stopped at step {last['step']}"
-    return f"trial {trial.number} {how} after {last['seconds']:.0f} s: {standing(plan, last)} | {knobs}"
+    return f"trial {trial.number} {how} after {last['seconds']:.0f} s: {numbers_in(plan, last)} | {knobs}"
 
 
 def conclusion(result: SweepResult, folder: SweepFolder) -> list[str]:
-    """What came out of a sweep, in words."""
+    """The result of a sweep, in words."""
     best = result.best
     assert best is not None, "a sweep without a finished trial is an error"
     assert best.last is not None
@@ -92,15 +92,16 @@ def conclusion(result: SweepResult, folder: SweepFolder) -> list[str]:
     objective = result.plan.config.objective
     if objective is not None and objective.subject_to:
         lines[0] += f"; {feasible} of the finished are within the bounds"
-    where = f"{standing(result.plan, best.last)} on validation data"
+    where = f"{numbers_in(result.plan, best.last)} on validation data"
     if best.feasible:
         lines.append(f"best: trial {best.number}, {where}")
     else:
         lines.append(f"NO trial is within the bounds; the least violating is trial {best.number}: {where}")
         if count["stopped"]:
             lines.append(
-                f"{count['stopped']} were stopped early and might have come back, for retention often dips before λ "
-                f"has risen: look further with sweep.grace={2 * result.plan.config.sweep.grace} or sweep.scheduler=none"
+                f"{count['stopped']} were stopped early and might have recovered, because retention often dips before "
+                f"λ has risen: search further with sweep.grace={2 * result.plan.config.sweep.grace} or "
+                f"sweep.scheduler=none"
             )
     lines += [f"  {key}={shown(value)}" for key, value in best.params.items()]
     caution = "" if best.feasible else " (it breaks a bound)"
@@ -109,8 +110,8 @@ def conclusion(result: SweepResult, folder: SweepFolder) -> list[str]:
     return lines
 
 
-def standing(plan: Plan, report: Report) -> str:
-    """A report in the terms of the objective."""
+def numbers_in(plan: Plan, report: Report) -> str:
+    """The numbers of a report that the objective is about."""
     objective = plan.config.objective
     assert objective is not None
     parts = [f"{objective.metric} {report['value']:.4g}"]
@@ -125,15 +126,15 @@ def standing(plan: Plan, report: Report) -> str:
 
 def lost_with_its_node(ours: TrialFolder, trial: Trial) -> bool:
     """Whether the last attempt ended because a node was lost."""
-    if ours.told_error() is not None or trial.pickled_error_file is None:
+    if ours.read_error() is not None or trial.pickled_error_file is None:
         return False
     return node_was_lost(pickle.loads(Path(trial.pickled_error_file).read_bytes()))  # which this process wrote
 
 
 def reason(ours: TrialFolder, trial: Trial) -> str:
-    """Why an attempt failed, in one line: what it told itself, else what Ray saw of its process."""
-    told = ours.told_error()
-    if told is not None:
-        return told
+    """Why an attempt failed, in one line: the error that it recorded, else what Ray saw of its process."""
+    recorded = ours.read_error()
+    if recorded is not None:
+        return recorded
     seen = Path(trial.error_file).read_text().split() if trial.error_file else []
     return f"its process was lost ({' '.join(seen)[-300:]})"

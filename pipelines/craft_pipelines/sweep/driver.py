@@ -1,4 +1,4 @@
-"""`craft-ray sweep`: trials on Ray Tune over one anchor cache, and what came out of them."""
+"""`craft-ray sweep`: trials on Ray Tune over one anchor cache, and their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from craft_pipelines.outputs import check_kept
 from craft_pipelines.session import capacity, join
 from craft_pipelines.storage_check import check_shared
 from craft_pipelines.sweep.console import Say, TrialLog, conclusion
-from craft_pipelines.sweep.runs import Looks, in_process, on_trainer
+from craft_pipelines.sweep.runs import RunTrial, in_process, on_trainer
 from craft_pipelines.sweep.schedulers import check_scheduler, scheduler_of
 from craft_pipelines.sweep.search import PlannedSearch, begin_population, open_trials, sampler_of, trial_count
 from craft_pipelines.sweep.tracking import SweepTracking
@@ -40,12 +40,12 @@ from craft_ray.sweep.results import read_results, write_results
 from craft_ray.sweep.space import Space, check_space
 from craft_ray.sweep.trials import Plan, SweepFolder
 
-FREE = ("tracking.", "sweep.parallel", "sweep.max_failures", "workers.max_failures")
-"""What decides no number of a sweep."""
+CHANGEABLE = ("tracking.", "sweep.parallel", "sweep.max_failures", "workers.max_failures")
+"""Keys that change no number of a sweep."""
 
 TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run folder has its own log and events
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interruption ends the command, as in every stage
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interruption ends the command, as in every other stage
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # what a resumed sweep needs is in the trials' folders
     "RAY_AIR_NEW_OUTPUT": "0",  # the other one prints tables at verbose=0 too
 }
@@ -55,7 +55,7 @@ def plan_sweep(config: Experiment, space: Space, path: StoragePath | None) -> tu
     """A new sweep, checked as far as it can be before a process starts.
 
     Raises:
-        CraftError: the objective, the space, the scheduler or the data do not fit; or a sweep is in the folder.
+        CraftError: the objective, the space, the scheduler or the data do not fit; or the folder holds a sweep.
     """
     plan = Plan(config, space, command_line())
     check_plan(plan)
@@ -72,65 +72,64 @@ def resume_sweep(
     samples: int | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> tuple[SweepFolder, Plan]:
-    """A sweep that has begun, to go on with its open trials; with `samples`, with another number of them.
+    """A sweep that has started, to resume its open trials; with `samples`, with another number of them.
 
     Args:
-        changes: dotted keys of what decides no number and may be another now: tracking.*, sweep.parallel and
-            max_failures.
+        changes: new values, by dotted key, for what changes no number: tracking.*, sweep.parallel and max_failures.
 
     Raises:
-        ConfigError: there is none, or it began with another config or space.
+        ConfigError: there is none, or it was started with another config or space.
     """
     folder = SweepFolder(path)
     plan = folder.load()
-    begun = plan.config.sweep.samples
-    if samples is not None and samples < begun:
-        raise ConfigError(f"the sweep {path} began with {begun} samples: --samples may only add to them")
-    fixed = [key for key in changes or {} if not key.startswith(FREE)]
+    planned = plan.config.sweep.samples
+    if samples is not None and samples < planned:
+        raise ConfigError(f"the sweep {path} was started with {planned} samples: --samples may only add to them")
+    fixed = [key for key in changes or {} if not key.startswith(CHANGEABLE)]
     if fixed:
         raise ConfigError(
-            f"a sweep is resumed with the {fixed[0]} that it began with: only {', '.join(FREE)} may change"
+            f"a sweep is resumed with the {fixed[0]} that it was started with: only {', '.join(CHANGEABLE)} may change"
         )
     if config is not None:
-        asked = config.changed({"sweep.samples": begun, **(changes or {})})
+        asked = config.changed({"sweep.samples": planned, **(changes or {})})
         difference = next(differences(plan.config.model_dump(), asked.model_dump()), None)
         if difference is not None:
             raise ConfigError(
-                f"the sweep {path} began with another config ({difference}): resume it with its own, --resume {path} "
-                f"alone"
+                f"the sweep {path} was started with another config ({difference}): resume it with its own, --resume "
+                f"{path} alone"
             )
     if space is not None and space.source != plan.space.source:
         raise ConfigError(
-            f"the sweep {path} began with the space {plan.space.name}, {space.name} is another: resume it with its "
-            f"own, --resume {path} alone"
+            f"the sweep {path} was started with the space {plan.space.name}, and {space.name} is another: resume it "
+            f"with its own, --resume {path} alone"
         )
-    plan = replace(plan, config=plan.config.changed({"sweep.samples": samples or begun, **(changes or {})}))
+    plan = replace(plan, config=plan.config.changed({"sweep.samples": samples or planned, **(changes or {})}))
     check_plan(plan)
-    with only_sweep(folder):
+    with sweep_lock(folder):
         folder.write(plan)
     return folder, plan
 
 
 def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
-    """Try the settings of a plan, those that have ended excepted, and write what came out.
+    """Try the settings of a plan that have not ended, and write the results.
 
     Returns:
         Whether a finished trial is within all bounds.
 
     Raises:
-        CraftError: the cache or the cluster does not allow it, or no trial came to its end.
+        CraftError: the cache or the cluster does not allow it, or no trial finished.
     """
     config = plan.config
-    with only_sweep(folder), _advice(folder):
+    with sweep_lock(folder), _resume_advice(folder):
         tracking = SweepTracking(folder, plan, say)
         for skill, eval_set in eval_sets(config, "validation"):
             if any(_inputs(eval_set) == _inputs(other) for _, other in eval_sets(config, "evaluation")):
-                say(f"validation.{skill} is the data of evaluation: what is chosen on it will score too well on it")
+                say(f"validation.{skill} is also the evaluation data: a setting chosen on it will score too well on it")
         if open_trials(folder, plan):
             join(dashboard=config.workers.most > 1)
             concurrency(config)
             check_shared(folder.path, "output_dir, or --out,")
-            if not _cache_is_there(config) and config.anchors is not None:
+            if not _cache_is_ready(config) and config.anchors is not None:
                 build(config)
             check_inputs(config)
             check_cache(plan)
@@ -139,7 +138,7 @@ def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
             except BaseException:
                 tracking.end("stopped")
                 raise
-        remove_tree(folder.scratch)  # of a sweep that was killed when its trials had ended
+        remove_tree(folder.scratch)  # left by a sweep that was killed after its trials had ended
         for trial in folder.trials():
             tracking.sync(trial)  # it may have been killed between the end of a trial and its log
         result = read_results(folder)
@@ -162,15 +161,15 @@ def _inputs(eval_set: EvalSet) -> DataConfig | RolloutConfig:
 
 
 @contextmanager
-def _advice(folder: SweepFolder) -> Iterator[None]:
-    """How an interrupted sweep goes on. A mistake before the first trial leaves no plan behind, so that the same
+def _resume_advice(folder: SweepFolder) -> Iterator[None]:
+    """Say how to resume an interrupted sweep. A mistake before the first trial leaves no plan behind, so that the same
     command can be given again."""
     try:
         yield
     except (Interrupted, SystemError) as error:
         if isinstance(error, SystemError) and not isinstance(error.__cause__, Interrupted):
-            raise  # Ray wraps what a signal raises while it waits
-        raise Interrupted(f"interrupted: go on with craft-ray sweep --resume {folder.path}") from None
+            raise  # Ray wraps the error that a signal raises while it waits
+        raise Interrupted(f"interrupted: resume with craft-ray sweep --resume {folder.path}") from None
     except Exception:
         if folder.new and not folder.trials():
             folder.plan.unlink()
@@ -178,19 +177,19 @@ def _advice(folder: SweepFolder) -> Iterator[None]:
 
 
 @contextmanager
-def only_sweep(folder: SweepFolder) -> Iterator[None]:
-    """One process carries a sweep.
+def sweep_lock(folder: SweepFolder) -> Iterator[None]:
+    """Only one process runs a sweep.
 
     Raises:
-        ConfigError: another one does.
+        ConfigError: another process runs it.
     """
-    refusal = ConfigError(f"another process carries the sweep {folder.path}: wait until it is done, or end it")
+    refusal = ConfigError(f"another process is running the sweep {folder.path}: wait until it is done, or end it")
     with exclusive_lock(folder.path / ".lock", refusal):
         yield
 
 
 def check_plan(plan: Plan) -> None:
-    """Everything that can be told before a process starts.
+    """Check everything that can be checked before a process starts.
 
     Raises:
         CraftError: the objective, the space, the scheduler or the data do not fit.
@@ -198,7 +197,7 @@ def check_plan(plan: Plan) -> None:
     config = plan.config
     if config.workers.elastic:
         raise ConfigError(
-            f"workers.num_workers is {config.workers.count}, but the trials of a sweep are compared and have one "
+            f"workers.num_workers is {config.workers.count}, but the trials of a sweep are compared and need one "
             f"number: set e.g. workers.num_workers={config.workers.least}"
         )
     objective_of(config)
@@ -207,36 +206,36 @@ def check_plan(plan: Plan) -> None:
     for skill, eval_set in eval_sets(config, "validation"):
         open_eval_set(eval_set, f"validation.{skill}")
     check_space(plan.space, config, lambda _: None)
-    if _cache_is_there(config):
+    if _cache_is_ready(config):
         check_cache(plan)
 
 
-def _cache_is_there(config: Experiment) -> bool:
-    """Whether trials have the cache that they are to read, if they are to read one."""
+def _cache_is_ready(config: Experiment) -> bool:
+    """Whether the cache that trials read is complete, if they read one."""
     return config.craft.anchor_cache_dir is None or is_complete(storage_path(config.craft.anchor_cache_dir))
 
 
 def check_cache(plan: Plan) -> None:
-    """Refuse a space that anchors what the cache does not hold."""
+    """Refuse a space whose settings need what the cache does not hold."""
     if plan.config.craft.anchor_cache_dir is None:
         return
     cache = storage_path(plan.config.craft.anchor_cache_dir)
     identity = read_manifest(cache).identity
 
-    def held(config: Experiment) -> None:
+    def cached(config: Experiment) -> None:
         if config.craft.enabled:
             select(cache, identity, config)
 
-    check_space(plan.space, plan.config, held)
+    check_space(plan.space, plan.config, cached)
 
 
 def search(
-    folder: SweepFolder, plan: Plan, tracking: SweepTracking, say: Say = print, looks: Looks | None = None
+    folder: SweepFolder, plan: Plan, tracking: SweepTracking, say: Say = print, run_trial: RunTrial | None = None
 ) -> None:
     """Run the trials that are open.
 
     Args:
-        looks: how a run of a trial is carried out; on a trainer for several workers, otherwise in the trial's process.
+        run_trial: what runs a trial's config; by default a trainer for several workers, otherwise the trial's process.
     """
     config = plan.config
     multi = config.workers.most > 1
@@ -245,16 +244,16 @@ def search(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial has its line in the trial log
     remove_tree(folder.scratch)
     trainable = tune.with_parameters(
-        CraftTrial, sweep=str(folder.path), looks=looks or (on_trainer if multi else in_process)
+        CraftTrial, sweep=str(folder.path), run_trial=run_trial or (on_trainer if multi else in_process)
     )
-    # The workers of a trainer are placed by Ray Train; what watches them takes nothing that a worker needs.
+    # Ray Train places the workers of a trainer; the process that watches them takes nothing that a worker needs.
     bundle = {"memory": 1.0} if multi else resources(config.workers)
-    which = _population(folder, plan) if config.sweep.scheduler == "pbt" else _one_after_another(folder, plan)
+    how = _population(folder, plan) if config.sweep.scheduler == "pbt" else _sampled(folder, plan)
     tuner = Tuner(
         tune.with_resources(trainable, PlacementGroupFactory([bundle])),
-        param_space=which.pop("param_space"),
+        param_space=how.pop("param_space"),
         tune_config=TuneConfig(
-            metric="score", mode="max", scheduler=scheduler_of(folder, plan), reuse_actors=not multi, **which
+            metric="score", mode="max", scheduler=scheduler_of(folder, plan), reuse_actors=not multi, **how
         ),
         run_config=RunConfig(
             name=folder.path.name,
@@ -271,8 +270,8 @@ def search(
         remove_tree(folder.scratch)
 
 
-def _one_after_another(folder: SweepFolder, plan: Plan) -> dict[str, Any]:
-    """What Tune is told where a sampler proposes the trials."""
+def _sampled(folder: SweepFolder, plan: Plan) -> dict[str, Any]:
+    """Tune's arguments where a sampler proposes the trials."""
     return {
         "param_space": {},
         "search_alg": PlannedSearch(folder, plan, sampler_of(plan)),
@@ -282,10 +281,10 @@ def _one_after_another(folder: SweepFolder, plan: Plan) -> dict[str, Any]:
 
 
 def _population(folder: SweepFolder, plan: Plan) -> dict[str, Any]:
-    """What Tune is told of a population. It is there from the start and takes turns: who is not there yet cannot be
-    learnt from."""
+    """Tune's arguments for a population. All its trials exist from the start and take turns: nothing can be learnt from
+    a trial that does not exist yet."""
 
-    def name(trial: Trial) -> str:  # the first that Tune asks of a trial
+    def name(trial: Trial) -> str:  # the first call that Tune makes for a trial
         folder.assign(trial.trial_id, trial.config[TRIAL])
         return str(trial)
 
@@ -293,7 +292,7 @@ def _population(folder: SweepFolder, plan: Plan) -> dict[str, Any]:
 
 
 def concurrency(config: Experiment) -> int:
-    """Trials that the cluster holds at once.
+    """The number of trials that the cluster holds at once.
 
     Raises:
         ConfigError: it does not hold one.

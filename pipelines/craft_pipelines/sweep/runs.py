@@ -1,6 +1,6 @@
-"""One run of a trial as a stream of looks at the validation data: in this process, or on the workers of a trainer.
+"""One run of a trial as a stream of validation records: in this process, or on the workers of a trainer.
 
-Whoever takes the next look lets the run go on; whoever closes the stream ends it, and its resources are free.
+Taking the next record lets the run continue; closing the stream ends it and frees its resources.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from craft_ray.tracking.tensorboard import TensorBoardObserver
 from craft_ray.workers import OneWorker
 
 FEATURES = FeatureCache()
-"""Preprocessed samples outlive a trial: the next one of this process reads the same."""
-Looks = Callable[[Experiment, RunFolder], Generator[Record]]
+"""Preprocessed samples outlive a trial: the next trial in this process reads the same ones."""
+RunTrial = Callable[[Experiment, RunFolder], Generator[Record]]
+"""Runs a config in a folder, and yields its validation records."""
 
 
 def in_process(config: Experiment, folder: RunFolder) -> Generator[Record]:
-    """Train here, on the graphics processor where the config asks for one."""
+    """Train in this process, on the GPU if the config asks for one."""
     torch.set_num_threads(config.workers.threads)
     workers = OneWorker(torch.device("cuda" if config.workers.use_gpu else "cpu"))
     with (
@@ -44,46 +45,46 @@ def in_process(config: Experiment, folder: RunFolder) -> Generator[Record]:
 
 
 def on_trainer(config: Experiment, folder: RunFolder) -> Generator[Record]:
-    """Train on workers of a TorchTrainer. They wait after each validation for the stop signal, so a run that is ended
-    there gives its workers back by itself, and needs nobody to find and kill them."""
+    """Train on workers of a TorchTrainer. After each validation they wait for the stop signal, so a run that is ended
+    there frees its workers by itself, and no process has to find and kill them."""
     if folder.finished() is not None:
         yield from folder.read_validation()
         return
-    seen = _begin_again(folder)
+    seen = _drop_unsaved(folder)
     failures: list[BaseException] = []
 
-    def carry_out() -> None:
+    def run_trainer() -> None:
         try:
             run_on_trainer([PlannedRun(config, folder)], supervised=True)
         except BaseException as error:  # raised again by the thread that watches
             failures.append(error)
 
-    word = StopSignal(folder.path)
-    word.clear()
-    thread = threading.Thread(target=carry_out, daemon=True)
+    stop_signal = StopSignal(folder.path)
+    stop_signal.clear()
+    thread = threading.Thread(target=run_trainer, daemon=True)
     thread.start()
     try:
         while True:
-            running = thread.is_alive()  # asked first: whatever it wrote is then read below
-            for look in folder.read_validation():
-                if look["step"] > seen:
-                    seen = look["step"]
-                    yield look
-                    word.send(seen, proceed=True)
+            running = thread.is_alive()  # checked first, so that everything it wrote is read below
+            for record in folder.read_validation():
+                if record["step"] > seen:
+                    seen = record["step"]
+                    yield record
+                    stop_signal.send(seen, proceed=True)
             if failures:
                 raise failures[0]
             if not running:
                 return
-            time.sleep(word.poll_s)
+            time.sleep(stop_signal.poll_s)
     finally:
-        word.send(seen, proceed=False)
+        stop_signal.send(seen, proceed=False)
         thread.join()
-        word.clear()
+        stop_signal.clear()
 
 
-def _begin_again(folder: RunFolder) -> int:
-    """Forget what a lost run wrote after its last checkpoint; the step of the last look that stays."""
+def _drop_unsaved(folder: RunFolder) -> int:
+    """Drop what a lost run wrote after its last checkpoint; return the step of the last validation that stays."""
     checkpoint = last_checkpoint(folder.checkpoints)
     if folder.read_validation():
         folder.keep_metrics_until(0 if checkpoint is None else checkpoint_step(checkpoint))
-    return max((look["step"] for look in folder.read_validation()), default=0)
+    return max((record["step"] for record in folder.read_validation()), default=0)

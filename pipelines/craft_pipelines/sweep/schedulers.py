@@ -1,4 +1,4 @@
-"""Which trials go on: Ray Tune's schedulers, told of the score that respects the bounds."""
+"""Which trials continue: Ray Tune's schedulers, with the score that respects the bounds."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ FIXED = (
     "seed", "train.steps", "craft.enabled", "craft.retention_mode", "craft.loss_type", "craft.positions",
     "craft.layers",
 )  # fmt: skip
-"""What a checkpoint is of, so population based training cannot change it on the way."""
+"""What a checkpoint depends on, so population based training cannot change it during training."""
 
 
 class MedianNow(MedianStoppingRule):
     """Stops a trial whose score is below the median of the others' scores at that step.
 
-    Ray's rule holds a trial's best score so far against the others' running means. A student begins within the bounds,
-    for it begins as the teacher, so its best score would stay feasible whatever it forgets later.
+    Ray's rule compares a trial's best score so far with the others' running means. A student starts within the bounds,
+    because it starts as the teacher, so its best score would stay feasible whatever it forgets later.
     """
 
     def _best_result(self, trial: Trial) -> float:
@@ -43,7 +43,7 @@ def check_scheduler(plan: Plan) -> None:
     """Refuse a scheduler that has nothing to act on.
 
     Raises:
-        ConfigError: there are too few looks, or PBT would have to copy what it cannot.
+        ConfigError: there are too few validations, or PBT would have to copy what it cannot.
     """
     config, sweep = plan.config, plan.config.sweep
     if sweep.scheduler == "none":
@@ -51,7 +51,7 @@ def check_scheduler(plan: Plan) -> None:
     every, steps = config.validation.every, config.train.steps
     if not 0 < every < steps:
         raise ConfigError(
-            f"sweep.scheduler {sweep.scheduler} acts at the looks of validation.every, which is {every} of "
+            f"sweep.scheduler {sweep.scheduler} acts at each validation, and validation.every is {every} of "
             f"{steps} steps: set it to e.g. {max(1, steps // 6)}, or use sweep.scheduler=none"
         )
     if sweep.grace * every >= longest(plan):
@@ -63,16 +63,14 @@ def check_scheduler(plan: Plan) -> None:
         if config.workers.most > 1:
             raise ConfigError("sweep.scheduler pbt copies trials of one process: set workers.num_workers to 1")
         if sweep.sampler != "random":
-            raise ConfigError(
-                f"sweep.scheduler pbt draws its settings itself, sweep.sampler={sweep.sampler} has no part"
-            )
+            raise ConfigError(f"sweep.scheduler pbt draws its settings itself: leave sweep.sampler={sweep.sampler} out")
         if sweep.parallel is not None:
-            raise ConfigError("sweep.scheduler pbt takes turns on all that the cluster holds: leave sweep.parallel out")
+            raise ConfigError("sweep.scheduler pbt takes turns on the whole cluster: leave sweep.parallel out")
         if sweep.repeat > 1:
-            raise ConfigError("sweep.scheduler pbt changes a setting on the way: it has no repeat")
+            raise ConfigError("sweep.scheduler pbt changes a setting during training: leave sweep.repeat out")
         fixed = [key for key in plan.space.knobs if key in FIXED]
         if fixed or len(plan.space.grid()) > 1:
-            raise ConfigError(f"sweep.scheduler pbt cannot change {', '.join(fixed) or 'a grid'} on the way")
+            raise ConfigError(f"sweep.scheduler pbt cannot change {', '.join(fixed) or 'a grid'} during training")
 
 
 def scheduler_of(folder: SweepFolder, plan: Plan) -> TrialScheduler:
@@ -87,13 +85,13 @@ def scheduler_of(folder: SweepFolder, plan: Plan) -> TrialScheduler:
             reduction_factor=sweep.reduction_factor,
         )
     if sweep.scheduler == "median":
-        never = float("inf")  # pauses nothing to make room: a paused trial would need a checkpoint
+        never = float("inf")  # no trial is paused to make room: that would need a checkpoint
         return MedianNow(time_attr="step", grace_period=grace, min_samples_required=3, min_time_slice=never)  # type: ignore[arg-type]
     if sweep.scheduler == "pbt":
         rng = np.random.default_rng(sweep.seed)
 
         def explore(chosen: dict[str, Any]) -> dict[str, Any]:
-            # A better trial's config: with its settings, if it was changed itself before; else they are in its folder.
+            # A better trial's config: with its settings if it was changed before; otherwise they are in its folder.
             number = chosen[TRIAL]
             params = {key: value for key, value in chosen.items() if key != TRIAL} or folder.trial(number).params()
             assert params is not None
@@ -109,6 +107,6 @@ def scheduler_of(folder: SweepFolder, plan: Plan) -> TrialScheduler:
 
 
 def longest(plan: Plan) -> int:
-    """The most steps that a run of the sweep has."""
+    """The most steps that a run of the sweep can have."""
     searched = [steps for case in plan.space.knobs.get("train.steps", ()) for steps in case.corners()]
     return max([plan.config.train.steps, *map(int, searched)])

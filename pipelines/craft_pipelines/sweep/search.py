@@ -15,19 +15,19 @@ from craft_ray.sweep.trials import Plan, Report, SweepFolder
 
 
 class Sampler(Protocol):
-    """Draws settings and is told what became of them."""
+    """Draws settings and receives their results."""
 
     def propose(self, number: int, known: Params | None) -> Params:
-        """The setting of trial `number`: a new one, or the `known` one of a trial that has begun."""
+        """The setting of trial `number`: a new one, or the `known` one of a trial that has started."""
         ...
 
     def tell(self, number: int, report: Report | None, complete: bool) -> None:
-        """What a trial reported last; None where it failed."""
+        """Take in the last report of a trial; None if it failed."""
         ...
 
 
 class RandomSampler:
-    """Each setting is a function of the seed and its number."""
+    """Each setting is a function of the seed and the trial's number."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -41,7 +41,7 @@ class RandomSampler:
 
 class TpeSampler:
     """Optuna's TPE (Bergstra et al., 2011), with the violations of the bounds as its constraints. A trial that was
-    stopped early counts as pruned: it tells less than a complete one."""
+    stopped early counts as pruned: it says less than a complete one."""
 
     def __init__(self, plan: Plan) -> None:
         import optuna
@@ -53,7 +53,7 @@ class TpeSampler:
         sampler = optuna.samplers.TPESampler(
             seed=plan.config.sweep.seed,
             n_startup_trials=min(10, max(1, plan.config.sweep.samples // 3)),
-            constant_liar=True,  # trials that run at once must not be alike
+            constant_liar=True,  # trials that run at the same time must differ
         )
         maximize = plan.config.objective.maximize is not None
         self._study = optuna.create_study(sampler=sampler, direction="maximize" if maximize else "minimize")
@@ -65,11 +65,11 @@ class TpeSampler:
         if known is not None:
             fixed: dict[str, Any] = {}
 
-            def told(key: str, name: str, case: Distribution) -> Any:
+            def fix(key: str, name: str, case: Distribution) -> Any:
                 fixed[name] = case.options.index(known[key]) if case.options else known[key]
                 return known[key]
 
-            space.choose(base, told)
+            space.choose(base, fix)
             self._study.enqueue_trial(fixed)
         trial = self._asked[number] = self._study.ask()
         return space.choose(base, lambda _, name, case: _suggest(trial, name, case))
@@ -113,9 +113,9 @@ def sampler_of(plan: Plan) -> Sampler:
 
 
 class PlannedSearch(Searcher):
-    """Hands Tune the trials of a sweep by number: those that have begun with their settings, then new ones.
+    """Gives Tune the trials of a sweep by number: those that have started keep their settings, the others get new ones.
 
-    A setting is on disk before Tune hears of it, so whatever is killed, no trial is lost.
+    A setting is on disk before Tune gets it, so no trial is lost, whatever is killed.
     """
 
     def __init__(self, folder: SweepFolder, plan: Plan, sampler: Sampler) -> None:
@@ -147,19 +147,19 @@ class PlannedSearch(Searcher):
         number = self._open.pop(trial_id)
         trial = self._folder.trial(number)
         reports = trial.reports()
-        # Tune calls a trial done that its scheduler has stopped.
+        # Tune also calls a trial done if its scheduler has stopped it.
         complete = trial.outcome().status == "finished"
         self._sampler.tell(number, None if error or not reports else reports[-1], complete)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: what has to be known is in the folders of the trials."""
+        """Save nothing: the trials' folders hold the state."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise AssertionError("a sweep is resumed from its folders, not from Tune's state")
 
 
 def begin_population(folder: SweepFolder, plan: Plan) -> list[int]:
-    """The open trials of population based training, which Tune gives no searcher to: all begin at once.
+    """The open trials of population based training, for which Tune has no searcher: all start at once.
 
     Each draws its first setting at random.
     """
@@ -172,7 +172,7 @@ def begin_population(folder: SweepFolder, plan: Plan) -> list[int]:
 
 
 def open_trials(folder: SweepFolder, plan: Plan) -> list[int]:
-    """The trials that have not ended, or not begun."""
+    """The trials that have not ended, or not started."""
     return [number for number in range(trial_count(plan)) if folder.trial(number).outcome().status == "open"]
 
 

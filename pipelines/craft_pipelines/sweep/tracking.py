@@ -16,9 +16,9 @@ SWEEP = "sweep"
 
 
 class SweepTracking:
-    """Brings the trackers up to what the folders of the trials hold.
+    """Brings the trackers up to date with the trials' folders.
 
-    A tracker that stops working costs its own numbers, not the sweep.
+    A tracker that stops working loses its numbers, but does not end the sweep.
     """
 
     def __init__(self, folder: SweepFolder, plan: Plan, say: Callable[[str], None]) -> None:
@@ -32,7 +32,7 @@ class SweepTracking:
         ]
 
     def sync(self, trial: TrialFolder) -> None:
-        """Log the reports of a trial that are new, and its end."""
+        """Log the new reports of a trial, and its end."""
         self._each(lambda tracked: tracked.sync(trial))
 
     def end(self, status: Status, best: TrialFolder | None = None) -> None:
@@ -45,12 +45,12 @@ class SweepTracking:
                 act(tracked)
             except CraftError as error:
                 self._trackers.remove(tracked)
-                self._say(f"{error.message}; the sweep goes on without it, its folder has all numbers")
+                self._say(f"{error.message}; the sweep continues without it, and its folder has all numbers")
 
 
 class _TrackedSweep:
-    """A sweep in one tracker. Which runs are its own, and how far each has come, stands in `tracking-NAME.json`, so a
-    resumed sweep goes on with them."""
+    """A sweep in one tracker. `tracking-NAME.json` records the runs that belong to it and the progress of each, so
+    that a resumed sweep continues them."""
 
     def __init__(self, tracker: Tracker, folder: SweepFolder, plan: Plan) -> None:
         self._tracker = tracker
@@ -84,11 +84,11 @@ class _TrackedSweep:
         return self._run(SWEEP, f"{self._plan.config.name}-sweep", self._plan.config.model_dump(mode="json"), None)
 
     def _run(self, key: str, name: str, params: dict[str, Any], parent: TrackedRun | None) -> TrackedRun:
-        """A run that is open, or one to go on with, or a new one."""
+        """A run that is open, or one to resume, or a new one."""
         if key not in self._open:
             entry = self._known.setdefault(key, {"id": None, "step": 0, "ended": False})
             run = self._open[key] = self._tracker.start(name, params, parent, entry["id"])
-            if key != SWEEP and entry["id"] is not None:  # a killed driver may have logged more than it noted down
+            if key != SWEEP and entry["id"] is not None:  # a killed driver may have logged more than it recorded
                 entry["step"] = max(entry["step"], run.reached())
             entry |= {"id": run.id, "ended": False}
             self._write()

@@ -1,4 +1,4 @@
-"""A trial: one setting on its seeds, look by look, as Ray Tune's trainable."""
+"""A trial: one setting on its seeds, validation by validation, as Ray Tune's trainable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from ray import tune
 
-from craft_pipelines.sweep.runs import Looks
+from craft_pipelines.sweep.runs import RunTrial
 from craft_ray.config import Experiment
 from craft_ray.errors import CraftError
 from craft_ray.quiet import quiet_libraries
@@ -30,34 +30,34 @@ TRIAL = "trial"
 
 
 class CraftTrial(tune.Trainable):
-    """Reports at each look. The process is used again for the next trial: starting one is the dear part.
+    """Reports at each validation. The process is reused for the next trial, because starting one is the expensive part.
 
-    What a trial is asked stands in its folder. Tune's config has its number, and what population based training has
-    changed.
+    The setting of a trial is in its folder. Tune's config has the trial's number, and what population based training
+    has changed.
     """
 
     _reports: Generator[Report]
 
-    def setup(self, config: dict[str, Any], sweep: str, looks: Looks) -> None:  # type: ignore[override]  # with_parameters
+    def setup(self, config: dict[str, Any], sweep: str, run_trial: RunTrial) -> None:  # type: ignore[override]  # with_parameters
         quiet_libraries()
         self._sweep = SweepFolder(storage_path(sweep))
         self._plan = self._sweep.load()
-        self._looks = looks
+        self._run_trial = run_trial
         self._begin(config)
 
     def step(self) -> Report:
-        self._trial.tell_error(None)
+        self._trial.write_error(None)
         try:
             return next(self._reports)
         except Exception as error:
-            told = error.message if isinstance(error, CraftError) else f"{type(error).__name__}: {error}"
-            self._trial.tell_error(" ".join(told.split()))
+            reason = error.message if isinstance(error, CraftError) else f"{type(error).__name__}: {error}"
+            self._trial.write_error(" ".join(reason.split()))
             raise
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
         gc.collect()  # the next trial needs the memory
-        gc.freeze()  # what is left are modules and the like, which the next collection need not look at
+        gc.freeze()  # what is left are modules and the like, which the next collection need not visit
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._begin(new_config)
@@ -67,13 +67,13 @@ class CraftTrial(tune.Trainable):
         self._reports.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """The run's own last checkpoint, which was written just before the look."""
+        """The run's last checkpoint, which was written just before the validation."""
         last = last_checkpoint(self._run.checkpoints)
-        assert last is not None, "pbt saves at each look"
+        assert last is not None, "pbt saves at each validation"
         copy_tree(last, Path(checkpoint_dir) / last.name)
 
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]  # what a folder was saved to
-        """Another trial's checkpoint, or this one's own after a pause, becomes the one that the run goes on from."""
+        """Another trial's checkpoint, or this trial's after a pause, becomes the one from which the run resumes."""
         (source,) = Path(checkpoint).glob("step_*")
         self._reports.close()
         self._trial.drop_reports_after(checkpoint_step(source))
@@ -82,19 +82,19 @@ class CraftTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._trial = self._sweep.trial_of(self.trial_id)
-        self._trial.tell_error(None)
+        self._trial.write_error(None)
         after = 0
         if self._plan.config.sweep.scheduler == "pbt":
             if changed := {key: value for key, value in config.items() if key != TRIAL}:
                 self._trial.begin(changed)  # to a better trial's setting, or one beside it
-            # It goes on from its checkpoint, so what it has reported is not told again; but for the end, which it may
-            # have been lost on the way to.
+            # It resumes from its checkpoint, so it does not repeat its reports, except for the last: it may have been
+            # lost before it recorded its end.
             steps = self._plan.config.train.steps
             after = max((report["step"] for report in self._trial.reports() if report["step"] < steps), default=0)
         self._reports = self._stream(after)
 
     def _stream(self, after: int) -> Generator[Report]:
-        return reports(self._trial, self._plan, self._looks, after)
+        return reports(self._trial, self._plan, self._run_trial, after)
 
     @property
     def _run(self) -> RunFolder:
@@ -103,15 +103,16 @@ class CraftTrial(tune.Trainable):
         return self._trial.run(seeds(self._plan.config, params)[0])
 
 
-def reports(trial: TrialFolder, plan: Plan, looks: Looks, after: int = 0) -> Generator[Report]:
-    """The reports of a trial, the last with `done`. One that has ended, and what was reported before an interruption,
-    is read from its folder: nothing is computed twice.
+def reports(trial: TrialFolder, plan: Plan, run_trial: RunTrial, after: int = 0) -> Generator[Report]:
+    """The reports of a trial, the last with `done`. The reports of a trial that has ended, and those from before an
+    interruption, are read from its folder: nothing is computed twice.
 
-    The first seed reports at each look. A setting that comes through is run on its other seeds, which report their
-    ends: the numbers are then means over the seeds that are done.
+    The first seed reports at each validation. A setting that is not stopped is then run on its other seeds, which
+    report only at their ends: the numbers are then means over the seeds that are done.
 
     Args:
-        after: reports up to this step are passed over.
+        run_trial: what runs the config of each seed.
+        after: reports up to this step are skipped.
     """
     known = {report["step"]: report | {"done": False} for report in trial.reports() if report["step"] > after}
     outcome = trial.outcome()
@@ -122,32 +123,32 @@ def reports(trial: TrialFolder, plan: Plan, looks: Looks, after: int = 0) -> Gen
         yield [*known.values()][-1] | {"done": True}
         return
     params = trial.params()
-    assert params is not None, "a trial is begun before it is run"
-    objective, told, complete = objective_of(plan.config), after, 0
+    assert params is not None, "a trial has a setting before it is run"
+    objective, reported, complete = objective_of(plan.config), after, 0
     spent = max((report["seconds"] for report in trial.reports() if report["step"] <= after), default=0.0)
     started = time.perf_counter()
     ended: list[Record] = []
     todo = seeds(plan.config, params)
     for seed in todo:
         config = trial_config(plan.config, params, trial, seed)
-        with closing(_measured(config, trial.run(seed), looks, plan.command)) as measured:
-            for metrics in measured:
+        with closing(_validations(config, trial.run(seed), run_trial, plan.command)) as validations:
+            for metrics in validations:
                 last = metrics["step"] == config.train.steps
                 runs = [*ended, metrics]
                 if last:
                     ended.append(metrics)
                     if plan.config.sweep.scheduler != "pbt":
-                        # A setting can be trained again, unless it changed on the way.
+                        # A setting can be trained again, unless it changed during training.
                         remove_tree(trial.run(seed).checkpoints)
                 elif seed != todo[0]:
                     continue
                 step = complete + metrics["step"]
-                if step <= told:
+                if step <= reported:
                     continue
-                for before in (report for at, report in known.items() if told < at < step):
-                    spent = before["seconds"]  # the run goes on from a checkpoint
+                for before in (report for at, report in known.items() if reported < at < step):
+                    spent = before["seconds"]  # the run resumes from a checkpoint
                     yield before
-                told = step
+                reported = step
                 if step in known:
                     report = known[step]
                 else:
@@ -176,33 +177,34 @@ def _report(step: int, params: Params, runs: Sequence[Record], verdict: Verdict,
     }
 
 
-def _measured(config: Experiment, folder: RunFolder, looks: Looks, command: list[str]) -> Generator[Record]:
-    """What is known at each look: its scores, and the means of the steps since the look before. The last one comes
-    when the run is concluded, so that a trial which has reported it has nothing left to lose."""
+def _validations(config: Experiment, folder: RunFolder, run_trial: RunTrial, command: list[str]) -> Generator[Record]:
+    """The numbers at each validation: its scores, and the means of the steps since the previous one. The last one comes
+    when the run is concluded, so that a trial that has reported it has nothing left to lose."""
     if folder.finished() is None:
         folder.begin(config, command)
     last: Record | None = None
     checkpoint = last_checkpoint(folder.checkpoints)
-    if checkpoint is not None:  # a look before it may have been taken by a process that was lost before its report
-        for look in folder.read_validation():
-            if look["step"] <= min(checkpoint_step(checkpoint), config.train.steps - 1):
-                yield _with_means(folder, look)
-    with closing(looks(config, folder)) as stream:
-        for look in stream:
-            last = look
-            if look["step"] < config.train.steps:
-                yield _with_means(folder, look)
-    # A run that was lost between its last look and its end has no look left to take.
+    if checkpoint is not None:  # the process may have been lost between an earlier validation and its report
+        for record in folder.read_validation():
+            if record["step"] <= min(checkpoint_step(checkpoint), config.train.steps - 1):
+                yield _with_means(folder, record)
+    with closing(run_trial(config, folder)) as stream:
+        for record in stream:
+            last = record
+            if record["step"] < config.train.steps:
+                yield _with_means(folder, record)
+    # A run that was lost between its last validation and its end has no validation left to do.
     yield _with_means(folder, last or folder.read_validation()[-1])
 
 
-def _with_means(folder: RunFolder, look: Record) -> Record:
-    """A look, and the means of the steps since the one before it, whichever process took that."""
-    before = max((each["step"] for each in folder.read_validation() if each["step"] < look["step"]), default=0)
-    return means(record for record in folder.read_metrics() if before < record["step"] <= look["step"]) | look
+def _with_means(folder: RunFolder, validation: Record) -> Record:
+    """A validation record with the means of the steps since the previous one, whichever process wrote that."""
+    at = validation["step"]
+    before = max((record["step"] for record in folder.read_validation() if record["step"] < at), default=0)
+    return means(record for record in folder.read_metrics() if before < record["step"] <= at) | validation
 
 
 def _mean(runs: Sequence[Record]) -> Record:
-    """Means over runs, of what each of them has."""
+    """Means over runs, of the numbers that each of them has."""
     shared = [key for key in runs[0] if key != "step" and all(run.get(key) is not None for run in runs)]
     return {key: sum(run[key] for run in runs) / len(runs) for key in shared}

@@ -22,7 +22,7 @@ import datasets
 from lerobot.datasets import LeRobotDataset
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
-import craft_ray.lerobot.dataset as module
+import craft_ray.lerobot.recording as module
 from craft_ray.data.frame import Frame
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError, CraftError, DataError, StorageError

@@ -41,19 +41,19 @@ from craft_ray.storage.files import checksum
 KEYS = ("episode_index", "frame_index", "task_index", "timestamp")
 
 TOLERANCE = 1e-4
-"""Seconds that a video's picture may lie beside the moment that is asked for; LeRobot's own bound."""
+"""Seconds by which the time of a video's picture may differ from the requested time; LeRobot's own bound."""
 
 
 def open_lerobot(config: LeRobotData, key: str) -> LeRobotSource:
     """The frames of a LeRobotDataset, from a folder or the hub.
 
     Args:
-        key: the section's place in the configuration, for errors.
+        key: the section's path in the configuration, for error messages.
 
     Raises:
-        ConfigError: nothing is there, it is damaged or of another version, or a named episode or feature is missing.
-        DataError: it holds no frame.
-        StorageError: there is no room to unpack its pictures in the cache of Hugging Face datasets.
+        ConfigError: it does not exist, is damaged or of another version, or lacks a named episode or feature.
+        DataError: it holds no frames.
+        StorageError: the cache of Hugging Face datasets has no space to unpack its pictures.
     """
     root, commit = find_dataset(config, key)
     with damage_reported(config, key):
@@ -66,21 +66,20 @@ def open_lerobot(config: LeRobotData, key: str) -> LeRobotSource:
 
 
 def action_chunk(actions: NDArray[np.float32], size: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The next `size` actions, as LeRobot gives them: after the end of the episode its last one repeats.
+    """The next `size` actions, padded as in LeRobot: after the end of the episode, its last action repeats.
 
     Args:
-        actions: [T, D], from a moment to the end of its episode.
+        actions: [T, D], from a frame to the end of its episode.
 
     Returns:
-        [size, D], and [size] which of them are such repetitions.
+        [size, D], and [size], which of them are such repetitions.
     """
     steps = np.arange(size)
     return actions[np.minimum(steps, len(actions) - 1)], steps >= len(actions)
 
 
 class LeRobotSource:
-    """The frames of the chosen episodes. Numbers are kept in memory; the pictures of a row are decoded when it is asked
-    for."""
+    """The frames of the chosen episodes. Numbers are kept in memory; pictures are decoded when their row is read."""
 
     def __init__(
         self, config: LeRobotData, root: Path, features: Sequence[Feature], layout: Layout, chosen: Sequence[int]
@@ -110,14 +109,16 @@ class LeRobotSource:
         self._actions = self._vectors.pop(ACTION, None)
         self._episode, self._frame, self._task, self._time = (columns[name] for name in KEYS)
         if self._task.min() < 0 or self._task.max() >= len(self._tasks):
-            raise ValueError(f"a frame is of task {self._task.max()}, meta/tasks.parquet has {len(self._tasks)} tasks")
+            raise ValueError(
+                f"a frame has task {self._task.max()}, but meta/tasks.parquet has {len(self._tasks)} tasks"
+            )
         self._ends, rows = self._spans()
         self._rows = np.concatenate(rows)[: config.limit]
         self._pictures = self._picture_table(paths) if self._images else None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the files behind the chosen episodes, wherever they lie, and of what is taken from them."""
+        """Hash of the chosen episodes' files, independent of their location, and of what is selected from them."""
         meta = [file.relative_to(self._root).as_posix() for file in (self._root / "meta").rglob("*") if file.is_file()]
         digest = blake3()
         for file in (*sorted(meta), *self._contents, *self._layout.videos(self._chosen)):
@@ -153,7 +154,7 @@ class LeRobotSource:
         return f"episode_{self._episode[at]:06d}-frame_{self._frame[at]:06d}"
 
     def _spans(self) -> tuple[dict[int, int], list[NDArray[np.int64]]]:
-        """The row after the last of each episode, and the rows to take of each."""
+        """For each episode, the end of its rows (exclusive); for each chosen episode, the rows to read."""
         starts = np.flatnonzero(np.diff(self._episode, prepend=-1))
         ends = [*starts[1:], len(self._episode)]
         spans = {int(self._episode[start]): (int(start), int(end)) for start, end in zip(starts, ends, strict=True)}
@@ -162,21 +163,21 @@ class LeRobotSource:
             start, end = spans.get(episode, (0, 0))
             length = self._layout.episodes[episode]["length"]
             if end - start != length or (self._frame[start:end] != np.arange(length)).any():
-                raise ValueError(f"the {length} frames of episode {episode} do not stand in its data in a row")
+                raise ValueError(f"the {length} frames of episode {episode} are not consecutive in its data")
             rows.append(np.arange(start, end, self._config.stride))
         return {episode: end for episode, (_, end) in spans.items()}, rows
 
     def _picture_table(self, paths: Sequence[Path]) -> datasets.Dataset:
         """The encoded pictures of all rows, memory-mapped."""
         content = blake3("".join(self._contents.values()).encode()).hexdigest()[:32]
-        # The library knows a file by its path and time; the content in the folder's name keeps old copies apart.
+        # The library identifies a file by path and time; the content hash in the folder's name separates old copies.
         cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "craft-ray", content)
         names, files = [f.stored for f in self._images], [glob.escape(str(path)) for path in paths]
         try:
             table = datasets.load_dataset("parquet", data_files=files, columns=names, split="train", cache_dir=cache)
         except (OSError, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error
-            if isinstance(cause, OSError) and cause.errno is not None:  # not of the tables, which were read just now
+            if isinstance(cause, OSError) and cause.errno is not None:  # not from the tables, which were just read
                 raise StorageError(
                     f"the pictures of {self.name} could not be unpacked into {cache} ({cause.strerror}): free space, "
                     f"or set HF_DATASETS_CACHE to another folder"
@@ -200,17 +201,17 @@ class LeRobotSource:
             height, width, _ = pictures[feature.name].shape
             if (height, width) != feature.shape[1:]:
                 raise DataError(
-                    f"{where}: {feature.stored} is {height} x {width} pixels, meta/info.json says "
-                    f"{' x '.join(map(str, feature.shape[1:]))}: mend the data set"
+                    f"{where}: {feature.stored} is {height} x {width} pixels, but meta/info.json says "
+                    f"{' x '.join(map(str, feature.shape[1:]))}: fix the data set"
                 )
         return pictures
 
 
 def _video_picture(path: Path, second: float, where: str) -> NDArray[np.uint8]:
-    """[H, W, 3] of a video at a time."""
+    """The picture [H, W, 3] of a video at the given second."""
     try:
-        frames = decode_video_frames(path, [second], TOLERANCE, _decoder(), return_uint8=True)
-    except Exception as error:  # each decoder has errors of its own
+        frames = decode_video_frames(path, [second], TOLERANCE, _video_backend(), return_uint8=True)
+    except Exception as error:  # each decoder raises its own errors
         raise DataError(
             f"{where}: {path} does not decode at {second:.3f} s ({first_line(error)}): fetch or record it again"
         ) from None
@@ -218,8 +219,8 @@ def _video_picture(path: Path, second: float, where: str) -> NDArray[np.uint8]:
 
 
 @cache
-def _decoder() -> str:
-    """What LeRobot decodes videos with here. It logs a page where torchcodec does not load, and goes on without."""
+def _video_backend() -> str:
+    """The backend with which LeRobot decodes videos. If torchcodec does not load, it logs a page and picks another."""
     logger = logging.getLogger(get_safe_default_video_backend.__module__)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -58,7 +58,7 @@ def small_policy(
 
     Args:
         cameras: their names, or how many: `camera0`, ...
-        tasks: what its prompts have room for.
+        tasks: the tasks that its prompts have room for.
     """
     names = [f"camera{i}" for i in range(cameras)] if isinstance(cameras, int) else cameras
     pictures = {f"observation.images.{name}": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)) for name in names}
@@ -98,11 +98,11 @@ def write_dataset(
     """A LeRobotDataset with `observation.images.{camera}`, `observation.state` and `action`, all from the seed.
 
     Args:
-        root: a folder that is not there yet.
-        frames: of each episode; several numbers are taken in turn.
-        size: of a picture: its side, or height and width.
-        task: what is done; several are taken in turn.
-        file_mb: size above which another file is begun.
+        root: a folder that does not exist yet.
+        frames: frames per episode; several numbers are used in turn.
+        size: a picture's side, or height and width.
+        task: the task of an episode; several are used in turn.
+        file_mb: size above which another file is started.
     """
     features: dict[str, Any] = {
         "observation.state": {"dtype": "float32", "shape": (state,), "names": [f"joint{i}" for i in range(state)]},

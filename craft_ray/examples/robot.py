@@ -1,4 +1,4 @@
-"""A simulated robot arm: a small pi0_fast policy, made from nothing and without a network."""
+"""A simulated robot arm: a small pi0_fast policy, made from scratch and without a network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from craft_ray.lerobot.tokenizers import (
     complete_processor_config,
     fast_tokenizer,
     text_tokenizer,
-    without_foreign_code,
+    without_remote_code,
     write_action_tokenizer,
     write_text_tokenizer,
 )
@@ -41,15 +41,15 @@ from craft_ray.lerobot.tokenizers import (
 OLD, NEW = "drawer-close-v3", "door-close-v3"
 EPISODES: Final = 120
 ACTION_REPEAT: Final = 6
-"""The arm is told 13 times a second what to do."""
+"""The arm gets 13 actions per second."""
 NOISE: Final = 0.15
-WIDER: Final = 4.0
-"""The state is told in 256 numbers over this many times its range: as coarse as the few words of a small model."""
+STATE_RANGE_FACTOR: Final = 4.0
+"""The prompt's 256 state numbers span this many times the state's range: as coarse as a small model's few words."""
 
 
 def write_data(folder: Path) -> None:
     """Demonstrations of both skills by Meta-World's scripted experts, as LeRobotDatasets `old` and `new`."""
-    # A process each: they draw pictures for most of the time.
+    # One process each: they spend most of the time rendering pictures.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         made = [pool.submit(_demonstrate, folder / name, task) for name, task in (("old", OLD), ("new", NEW))]
         for one in made:
@@ -64,12 +64,12 @@ def build_model(folder: Path, data: Path, final: Path) -> None:
     """An untrained policy for the demonstrations in `data`.
 
     Args:
-        final: where the folder will stand.
+        final: the folder's final path.
     """
     datasets = [data / "old", data / "new"]
     ranges = _ranges([_opened(path) for path in datasets])
     low, high = (np.asarray(ranges[STATE][key]) for key in ("min", "max"))
-    middle, half = (low + high) / 2, (high - low) / 2 * WIDER
+    middle, half = (low + high) / 2, (high - low) / 2 * STATE_RANGE_FACTOR
     states = {"min": (middle - half).tolist(), "max": (middle + half).tolist()}
     build_policy(folder, SIZE, datasets, statistics={**ranges, STATE: states}, final=final)
 
@@ -96,7 +96,7 @@ SIZE: Final = PaliGemmaSize(
 CHUNK: Final = 6
 ACTION_TOKENS: Final = 512
 SCALE: Final = 2.0
-"""Coarse: five tokens a chunk in the mean."""
+"""Coarse: five tokens per chunk on average."""
 
 Statistics = Mapping[str, Mapping[str, Sequence[float]]]
 """Feature (`observation.state`, `action`) -> `min` and `max`, a number for each dimension."""
@@ -104,7 +104,7 @@ Statistics = Mapping[str, Mapping[str, Sequence[float]]]
 STATE: Final = "observation.state"
 ACTION: Final = "action"
 
-# The prompt tells each dimension of the state as one of these numbers; -1 is below the range of the statistics.
+# The prompt gives each dimension of the state as one of these numbers; -1 is below the range of the statistics.
 STATE_BINS: Final = range(-1, 256)
 
 # What later data may need beyond what is measured now.
@@ -127,8 +127,8 @@ def build_policy(
 
     Args:
         datasets: folders with the same features.
-        statistics: that the normaliser scales by, all its life; by default the ranges over all data sets.
-        chunk: actions that are predicted, and carried out, at a time.
+        statistics: what the normaliser scales by, permanently; by default the ranges over all data sets.
+        chunk: number of actions that are predicted and executed at a time.
         final: as in `write_policy`.
 
     Raises:
@@ -140,8 +140,8 @@ def build_policy(
     for path, other in zip(datasets, features, strict=True):
         if other != features[0]:
             raise DataError(
-                f"{datasets[0]} and {path} have different features ({', '.join(sorted(features[0]))}; "
-                f"{', '.join(sorted(other))}), or shapes: a policy has one kind of input, record them alike"
+                f"{datasets[0]} and {path} have different features or shapes ({', '.join(sorted(features[0]))}; "
+                f"{', '.join(sorted(other))}), but a policy has one kind of input: record them alike"
             )
     write_policy(
         folder,
@@ -173,16 +173,16 @@ def write_policy(
 ) -> None:
     """Save an untrained pi0_fast policy, its processors and its tokenizers in LeRobot's layout.
 
-    The weights depend on `seed` and the sizes alone, and the global random state is left as it was.
+    The weights depend on `seed` and the sizes alone, and the global random state does not change.
 
     Args:
         features: pictures, state and `action`.
         chunks: [N, T, D] actions in the robot's units; T becomes the policy's chunk.
-        tasks: what the robot is told.
+        tasks: the robot's tasks, as its prompts state them.
         action_tokens: size of the action vocabulary.
-        scale: of FAST: the more, the finer the actions and the longer the suffix.
+        scale: FAST's scale; the larger, the finer the actions and the longer the suffix.
         empty_cameras: cameras that the policy has and the data does not.
-        final: where the folder will stand, if it is now written elsewhere; LeRobot wants the tokenizers' full names.
+        final: the folder's final path, if it is first written elsewhere; LeRobot needs the tokenizers' full paths.
 
     Raises:
         ConfigError: the vocabulary is too small for the words, or the action vocabulary for the chunks.
@@ -222,7 +222,7 @@ def write_policy(
     )
     scaled = {name: {key: torch.tensor(row) for key, row in rows.items()} for name, rows in statistics.items()}
     silence = contextlib.redirect_stdout(io.StringIO())
-    with silence, torch.random.fork_rng(), building(size), without_foreign_code(fast_tokenizer(str(action))):
+    with silence, torch.random.fork_rng(), building(size), without_remote_code(fast_tokenizer(str(action))):
         torch.manual_seed(seed)
         policy = PI0FastPolicy(config)
         for part in (policy, *make_pre_post_processors(config, dataset_stats=scaled)):
@@ -232,7 +232,7 @@ def write_policy(
 
 
 def _opened(path: Path) -> LeRobotDataset:
-    # The search for a decoder, where none is named, logs a page if torchcodec lacks FFmpeg; no picture is decoded here.
+    # If no decoder is named, the search for one logs a page if torchcodec lacks FFmpeg; no picture is decoded here.
     return LeRobotDataset(path.name, root=path, video_backend="pyav")
 
 
@@ -246,7 +246,7 @@ def _chunks(dataset: LeRobotDataset, length: int) -> NDArray[np.float32]:
 
 
 def _ranges(datasets: Sequence[LeRobotDataset]) -> Statistics:
-    """The outer ones of the data sets' ranges. A dimension that never moves gets one of 2 around its value."""
+    """The union of the data sets' ranges. A dimension that never changes gets a range of 2 around its value."""
     ranges = {}
     for name in (STATE, ACTION):
         low = np.min([dataset.meta.stats[name]["min"] for dataset in datasets], axis=0)
@@ -257,12 +257,12 @@ def _ranges(datasets: Sequence[LeRobotDataset]) -> Statistics:
 
 
 def _prompt(task: str, numbers: Sequence[int]) -> str:
-    """What LeRobot makes of a task and a state."""
+    """The prompt that LeRobot makes from a task and a state."""
     return f"Task: {task.strip().replace('_', ' ')}, State: {' '.join(map(str, numbers))};\n"
 
 
 def _corpus(tasks: Sequence[str], states: int) -> list[str]:
-    """Prompts in which each number and each task occurs often enough to become a token, or few."""
+    """Prompts in which each number and each task occurs often enough to become one or a few tokens."""
     return [_prompt(task, [number] * states) for task in tasks for number in STATE_BINS]
 
 
@@ -273,11 +273,11 @@ def _prompt_length(folder: Path, tasks: Sequence[str], states: int) -> int:
 
 
 def _suffix_length(text: Path, action: Path, chunks: NDArray[np.float32]) -> int:
-    """BOS, the words around the action tokens, and these."""
+    """Length of BOS, the words around the action tokens, and the action tokens."""
     words = text_tokenizer(str(text), add_eos_token=True, add_bos_token=False)(["Action: ", "|"])["input_ids"]
     return _with_headroom(1 + sum(map(len, words)) + max(map(len, fast_tokenizer(str(action))(chunks))))
 
 
 def _with_headroom(length: int) -> int:
-    """In steps of 8, which the hardware likes."""
+    """A multiple of 8, which suits the hardware."""
     return 8 * math.ceil(length * HEADROOM / 8)

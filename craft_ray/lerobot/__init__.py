@@ -1,1 +1,1 @@
-"""Policies and data sets of LeRobot, the optional extra `lerobot`: imported only where one is asked for."""
+"""LeRobot policies and data sets (the optional extra `lerobot`). They are imported only when one is used."""

@@ -18,10 +18,10 @@ from craft_ray.models.base import Batch, evaluating
 
 
 class ACT(LeRobotPolicy):
-    """Its sequence is [latent | state | pictures]: the encoder's. There is no text, the task is not looked at.
+    """The encoder's sequence is [latent | state | pictures]. There is no text, and the task is ignored.
 
-    The decoder reads every token, so by default all are anchored: some 300 a camera of 480 x 640 pixels (0.6 MB an
-    anchor at two layers of the usual width of 512).
+    The decoder reads every token, so by default all are anchored: some 300 per camera of 480 x 640 pixels (0.6 MB
+    per anchor at two layers of the usual width of 512).
     """
 
     counts_steps = True
@@ -51,7 +51,7 @@ class ACT(LeRobotPolicy):
         return Layout(length, length, tuple(range(self._before, length)))
 
     def run_prompt(self, inputs: Mapping[str, Tensor]) -> None:
-        # In training mode the latent comes from the actions, by chance; in eval mode it is zero, as it is in use.
+        # In training mode the latent is sampled from an encoding of the actions; in eval mode it is zero, as in use.
         pictures = {"observation.images": [inputs[name] for name in self.cameras]} if self.cameras else {}
         with evaluating(self.module):
             self.policy.model({**inputs, **pictures})
@@ -62,8 +62,8 @@ class ACT(LeRobotPolicy):
     def predict(self, inputs: dict[str, Tensor]) -> Tensor:
         if self.settings.temporal_ensemble_coeff is not None:
             raise ConfigError(
-                f"model.path {self.folder.path} averages what it predicts over moments (temporal_ensemble_coeff "
-                f"{self.settings.temporal_ensemble_coeff}), and a rollout asks it at each moment alone: set it to null "
-                f"in its config.json"
+                f"model.path {self.folder.path} averages its predictions over time steps (temporal_ensemble_coeff "
+                f"{self.settings.temporal_ensemble_coeff}), but a rollout asks for each time step alone: set it to "
+                f"null in its config.json"
             )
         return super().predict(inputs)

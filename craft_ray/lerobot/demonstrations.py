@@ -19,19 +19,19 @@ from craft_ray.lerobot.metaworld import ACTIONS, CONTROL_HZ, PICTURE, STATE, STA
 from craft_ray.storage.files import new_folder
 
 AFTER = 2
-"""Actions that are recorded after the task is done: a policy should learn to stay."""
+"""Actions that are recorded after the task is done, so that a policy learns to hold the position."""
 
 
 def write_demonstrations(
     root: Path, task: str, episodes: int, size: int, *, action_repeat: int = 1, noise: float = 0.0, seed: int = 0
 ) -> None:
-    """Successful episodes of the task's expert, with pictures; the data set appears when it is complete.
+    """Record successful episodes of the task's expert, with pictures. The data set appears once it is complete.
 
     Args:
         size: side of the pictures, in pixels.
-        noise: standard deviation of what disturbs the arm while the expert's own actions are recorded: they then tell
-            how to come back, too.
-        seed: of the first attempt's initial condition, and of the noise.
+        noise: standard deviation of what disturbs the arm; the expert's undisturbed actions are recorded, so they
+            also show how to recover.
+        seed: seed of the first attempt's initial condition, and of the noise.
 
     Raises:
         ConfigError: there is no such task.
@@ -47,8 +47,8 @@ def write_demonstrations(
     simulation = MetaworldSimulation(task, size, size, action_repeat)
     rng = np.random.default_rng(seed)
     with new_folder(root) as temporary, contextlib.closing(simulation), _silent():
-        temporary.rmdir()  # LeRobot makes it
-        kept = {"robot_type": "sawyer", "use_videos": False, "video_backend": "pyav"}  # a search for one logs a page
+        temporary.rmdir()  # LeRobot creates it
+        kept = {"robot_type": "sawyer", "use_videos": False, "video_backend": "pyav"}  # the search for one logs a page
         data = LeRobotDataset.create(root.name, hz, features, temporary, **kept)
         done = 0
         try:
@@ -63,7 +63,7 @@ def write_demonstrations(
                 if done == episodes:
                     break
         finally:
-            data.finalize()  # else it writes when it is collected, into a folder that is gone
+            data.finalize()  # otherwise it writes on garbage collection, into a folder that is gone
         for file in sorted(temporary.glob("data/**/*.parquet")):
             _drop_fingerprint(file)
         if done < episodes:
@@ -73,7 +73,7 @@ def write_demonstrations(
 def _attempt(
     simulation: MetaworldSimulation, seed: int, noise: float, rng: np.random.Generator
 ) -> list[dict[str, object]] | None:
-    """The frames of an episode, or None where the expert fails."""
+    """The frames of an episode, or None if the expert fails."""
     simulation.reset(seed)
     frames: list[dict[str, object]] = []
     left = None
@@ -82,7 +82,7 @@ def _attempt(
         action = simulation.expert()
         frames.append({**seen.images, **seen.state, "action": action, "task": simulation.description})
         disturbed = action.copy()
-        disturbed[:3] += rng.normal(size=3) * noise  # the gripper's last number opens and closes: it is left alone
+        disturbed[:3] += rng.normal(size=3) * noise  # the last number opens and closes the gripper: no noise
         if simulation.step(disturbed) and left is None:
             left = AFTER
         if left is not None:
@@ -93,7 +93,7 @@ def _attempt(
 
 
 def _drop_fingerprint(path: Path) -> None:
-    """The same demonstrations are the same files: datasets notes in them a hash of where they were written."""
+    """Make equal demonstrations equal files: datasets stores in them a hash of the path that it wrote to."""
     with pq.ParquetFile(path) as file:
         groups = [file.read_row_group(i) for i in range(file.num_row_groups)]
         notes = json.loads(file.schema_arrow.metadata[b"huggingface"])
@@ -105,7 +105,7 @@ def _drop_fingerprint(path: Path) -> None:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without what LeRobot prints, and the bar that datasets draws for each episode."""
+    """Suppress what LeRobot prints, and the progress bar that datasets draws for each episode."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -34,24 +34,24 @@ from craft_ray.lerobot.tokenizers import (
     complete_processor_config,
     fast_tokenizer,
     local_names,
-    without_foreign_code,
+    without_remote_code,
 )
 
 WEIGHTS = "model.safetensors"
 SUPPORTED = ("pi0_fast", "pi05", "smolvla", "act")
-SCALES_BY = {
+STATISTICS_NEEDED = {
     NormalizationMode.IDENTITY: (),
     NormalizationMode.MIN_MAX: ("min", "max"),
     NormalizationMode.MEAN_STD: ("mean", "std"),
     NormalizationMode.QUANTILES: ("q01", "q99"),
     NormalizationMode.QUANTILE10: ("q10", "q90"),
 }
-"""The statistics that a way of scaling needs."""
+"""The statistics that each way of scaling needs."""
 
 
 @dataclass
 class Processors:
-    """LeRobot's two pipelines: what a policy is given becomes tensors, what it returns becomes actions."""
+    """LeRobot's two pipelines: from a policy's inputs to tensors, and from its outputs to actions."""
 
     before: Any
     after: Any
@@ -64,7 +64,7 @@ class Processors:
 
 @dataclass
 class PolicyFolder:
-    """What a folder holds, loaded."""
+    """The loaded contents of a folder."""
 
     path: Path
     policy: PreTrainedPolicy
@@ -74,13 +74,13 @@ class PolicyFolder:
 
 
 def load_folder(config: ModelConfig, device: torch.device, weights: str | None) -> PolicyFolder:
-    """A policy with its processors.
+    """Load a policy with its processors.
 
     Args:
         weights: another folder to take the weights from; configuration and processors stay those of `config.path`.
 
     Raises:
-        ConfigError: no policy loads from the path, or one of a type that is not supported.
+        ConfigError: no policy loads from the path, or its type is not supported.
         ModelError: its weights do not load completely, or its normaliser lacks statistics.
     """
     path = _resolve(config)
@@ -89,19 +89,19 @@ def load_folder(config: ModelConfig, device: torch.device, weights: str | None) 
     _adapt(settings, config)
     local_names(settings, path)
     tokenizer = _action_tokenizer(config, settings)
-    with _silent(), sized(path), without_foreign_code(tokenizer, config.trust_remote_code):
+    with _silent(), sized(path), without_remote_code(tokenizer, config.trust_remote_code):
         try:
             policy = get_policy_class(settings.type)(settings)
         except (ValueError, RuntimeError, OSError, ImportError) as error:
-            raise ConfigError(f"model.path {path}: no {settings.type} is built from it ({first_line(error)})") from None
+            raise ConfigError(f"model.path {path}: no {settings.type} can be built ({first_line(error)})") from None
     if "dtype" not in vars(settings):
-        policy.float()  # smolvla's takes the type that its vision-language model was published in
+        policy.float()  # smolvla takes the dtype in which its vision-language model was published
     load_weights(policy, Path(weights) if weights else path)
     return PolicyFolder(path, policy, _processors(config, settings, path, tokenizer), own_device)
 
 
 def folder_around(config: ModelConfig, policy: PreTrainedPolicy) -> PolicyFolder:
-    """The processors of `config.path` with a policy that somebody else has loaded and trains.
+    """Combine the processors of `config.path` with a policy that is already loaded and in training.
 
     Raises:
         ConfigError: the path holds a policy of another type.
@@ -110,8 +110,8 @@ def folder_around(config: ModelConfig, policy: PreTrainedPolicy) -> PolicyFolder
     settings, own_device = _settings(path)
     if settings.type != policy.name:
         raise ConfigError(
-            f"model.path {path} holds a {settings.type}, the policy in training is a {policy.name}: name the teacher's "
-            f"own folder"
+            f"model.path {path} holds a {settings.type}, the policy in training is a {policy.name}: specify the "
+            f"teacher's own folder"
         )
     local_names(settings, path)
     processors = _processors(config, settings, path, _action_tokenizer(config, settings))
@@ -125,7 +125,7 @@ def _action_tokenizer(config: ModelConfig, settings: PreTrainedConfig) -> Any:
 
 
 def _processors(config: ModelConfig, settings: PreTrainedConfig, path: Path, tokenizer: Any) -> Processors:
-    with _silent(), without_foreign_code(tokenizer, config.trust_remote_code):
+    with _silent(), without_remote_code(tokenizer, config.trust_remote_code):
         processors = _load_processors(settings, path, tokenizer)
     _check_statistics(processors, path)
     if config.merge_statistics:
@@ -138,10 +138,10 @@ def _resolve(config: ModelConfig) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute():
-        raise ConfigError(f"model.path {path}: there is no such folder: name one, or a policy on the hub")
+        raise ConfigError(f"model.path {path}: there is no such folder: specify one, or a policy on the hub")
     try:
         return Path(snapshot_download(config.path, revision=config.revision))
-    except Exception as error:  # the hub's client raises anything
+    except Exception as error:  # the hub's client may raise any exception
         raise ConfigError(
             f"model.path {config.path}: there is no such folder, and no such policy on the hub or in its local cache "
             f"({first_line(error)})"
@@ -149,39 +149,39 @@ def _resolve(config: ModelConfig) -> Path:
 
 
 def _settings(path: Path) -> tuple[PreTrainedConfig, str | None]:
-    """The policy's configuration, and the device that it names, in whose place LeRobot puts one that is there."""
+    """The policy's configuration, and the device that it names: LeRobot replaces one that is not available."""
     try:
         stored = json.loads((path / "config.json").read_text())
         kind, device = stored.get("type"), stored.get("device")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"model.path {path} is no folder of a LeRobot policy (config.json: {first_line(error)}): name one that "
-            f"LeRobot or craft-ray saved"
+            f"model.path {path} is not the folder of a LeRobot policy (config.json: {first_line(error)}): specify one "
+            f"that LeRobot or craft-ray saved"
         ) from None
     if kind not in SUPPORTED:
         raise ConfigError(
             f"model.path {path} holds {f'a policy of type {kind}' if kind else 'a model without a policy type'}, "
-            f"model.kind lerobot knows {', '.join(SUPPORTED)}: choose one of them, or another model.kind"
+            f"but model.kind lerobot supports {', '.join(SUPPORTED)}: choose one of them, or another model.kind"
         )
     get_policy_class(kind)  # registers its configuration
     try:
         with _silent():
             return PreTrainedConfig.from_pretrained(path), device
-    except Exception as error:  # draccus raises its own
+    except Exception as error:  # draccus raises its own errors
         raise ConfigError(f"model.path {path}: its config.json is not LeRobot's ({first_line(error)})") from None
 
 
 def _adapt(settings: PreTrainedConfig, config: ModelConfig) -> None:
-    """Set in a policy's configuration what is decided here.
+    """Set the values of a policy's configuration that are decided here.
 
     Raises:
-        ConfigError: a type of policy leaves no choice.
+        ConfigError: this type of policy does not support a setting.
     """
     ours = {
         "dtype": config.dtype,
         "gradient_checkpointing": config.gradient_checkpointing,
         "compile_model": False,
-        # All weights are in the folder; LeRobot would first fetch those that training once began with.
+        # All weights are in the folder; LeRobot would first download those that its training started from.
         "pretrained_backbone_weights": None,
         "load_vlm_weights": False,
     }
@@ -189,7 +189,7 @@ def _adapt(settings: PreTrainedConfig, config: ModelConfig) -> None:
     for name, only in (("dtype", "float32"), ("gradient_checkpointing", False)):
         if name not in known and ours[name] != only:
             raise ConfigError(
-                f"model.{name} is {ours[name]}, a policy of type {settings.type} knows only {only}: leave it out"
+                f"model.{name} is {ours[name]}, but a policy of type {settings.type} supports only {only}: leave it out"
             )
     for name in ours.keys() & known:
         setattr(settings, name, ours[name])
@@ -207,7 +207,7 @@ def _load_processors(settings: PreTrainedConfig, path: Path, tokenizer: Any) -> 
         before["tokenizer_processor"] = {"tokenizer_name": settings.text_tokenizer_name}
     try:
         loaded = make_pre_post_processors(settings, pretrained_path=str(path), preprocessor_overrides=before)
-    except Exception as error:  # a pipeline raises anything of its steps
+    except Exception as error:  # a pipeline's steps may raise any exception
         raise ConfigError(
             f"model.path {path}: its processors do not load ({first_line(error)}): save the policy with LeRobot 0.6, "
             f"which writes policy_preprocessor.json and policy_postprocessor.json beside the weights"
@@ -216,19 +216,21 @@ def _load_processors(settings: PreTrainedConfig, path: Path, tokenizer: Any) -> 
 
 
 def load_weights(policy: PreTrainedPolicy, path: Path) -> None:
-    """Fill a policy with the weights of a folder. LeRobot's own `from_pretrained` may leave random ones in silence.
+    """Load the weights of a folder into a policy. LeRobot's own `from_pretrained` may silently leave random ones.
 
     Raises:
-        ModelError: a weight is missing, superfluous or of another shape.
+        ModelError: a weight is missing, unknown or of another shape.
     """
     file = path / WEIGHTS
     if not file.exists():
-        raise ModelError(f"model {path} has no {WEIGHTS}: the policy would be random; name a folder with its weights")
+        raise ModelError(
+            f"model {path} has no {WEIGHTS}: the policy would be random; specify a folder with its weights"
+        )
     try:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"model {path}: its weights are damaged ({first_line(error)}): fetch or save it again"
+            f"model {path}: its weights are damaged ({first_line(error)}): download or save it again"
         ) from None
     if hasattr(policy, "_fix_pytorch_state_dict_keys"):  # names of older checkpoints of the pi family
         with _silent():
@@ -237,19 +239,19 @@ def load_weights(policy: PreTrainedPolicy, path: Path) -> None:
     expected = policy.state_dict()
     shared = _shared(expected)
     missing = sorted(key for key in expected if key not in state and not shared[key] & state.keys())
-    superfluous = sorted(key for key in state if key not in expected)
+    unknown = sorted(key for key in state if key not in expected)
     reshaped = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
-    for keys, what in ((missing, "are missing"), (superfluous, "are unknown"), (reshaped, "have another shape")):
+    for keys, what in ((missing, "are missing"), (unknown, "are unknown"), (reshaped, "have another shape")):
         if keys:
             raise ModelError(
                 f"model {path} did not load completely: {len(keys)} weights {what} (e.g. {keys[0]}), and the policy "
-                f"would be partly random; name the folder of a {policy.name} of this size, saved in full"
+                f"would be partly random; specify the complete folder of a {policy.name} of this size"
             )
     policy.load_state_dict(state, strict=False)
 
 
 def _shared(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:
-    """For each tensor the names of those that share its memory: a file holds one of them."""
+    """For each tensor, the names of all that share its memory; a file holds only one of them."""
     groups: dict[int, set[str]] = {}
     for key, tensor in state.items():
         groups.setdefault(tensor.data_ptr(), set()).add(key)
@@ -257,26 +259,26 @@ def _shared(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:
 
 
 def _check_statistics(processors: Processors, path: Path) -> None:
-    """LeRobot passes a feature without statistics through as it is."""
+    """Refuse a normaliser without statistics; LeRobot would leave the feature unscaled."""
     for step in processors.normalizers():
         stats = step.stats or {}
         for name, feature in step.features.items():
             mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
-            if lacking := [key for key in SCALES_BY[mode] if key not in stats.get(name, {})]:
+            if lacking := [key for key in STATISTICS_NEEDED[mode] if key not in stats.get(name, {})]:
                 raise ModelError(
                     f"model {path}: its normaliser has no statistics of {name} ({', '.join(lacking)}), which it scales "
-                    f"by {mode.value}: take the folder that LeRobot's training saved, with its policy_preprocessor "
+                    f"by {mode.value}: use the folder that LeRobot's training saved, with its policy_preprocessor "
                     f"files"
                 )
 
 
 def merge_statistics(processors: Processors, datasets: tuple[str, ...]) -> None:
-    """Widen the normalisers by the statistics of data sets: extremes are the outer ones, mean and variance are of all
-    frames together where the policy's folder tells how many its own are of, and otherwise with equal weight.
+    """Widen the normalisers' statistics to cover data sets. Of extremes the outer ones are kept; mean and variance are
+    pooled over all frames if the policy's folder stores its number of frames, otherwise with equal weights.
 
     Raises:
         ConfigError: a data set does not open.
-        DataError: it has other shapes, or lacks what is scaled.
+        DataError: it has other shapes, or lacks statistics that are needed.
     """
     others = {name: _dataset_statistics(name) for name in datasets}
     for step in processors.normalizers():
@@ -286,31 +288,31 @@ def merge_statistics(processors: Processors, datasets: tuple[str, ...]) -> None:
             parts = [_numbers(own)]
             for name, other in others.items():
                 if needed or feature in other:
-                    parts.append(_fitting(feature, _numbers(other.get(feature, {})), parts[0], needed, name))
+                    parts.append(_mergeable(feature, _numbers(other.get(feature, {})), parts[0], needed, name))
             merged[feature] = _merged(parts)
         step.stats = merged
         step.to(device=step.device, dtype=step.dtype)
 
 
 def _needed(step: NormalizerProcessorStep | UnnormalizerProcessorStep, feature: str) -> Sequence[str]:
-    """The statistics of a feature that a data set must have. Its cameras may have other names; their range is known."""
+    """The statistics of a feature that a data set must have: none of cameras (names may differ, the range is known)."""
     known = step.features.get(feature)
     if known is None or known.type is FeatureType.VISUAL:
         return ()
-    return SCALES_BY[step.norm_map.get(known.type, NormalizationMode.IDENTITY)]
+    return STATISTICS_NEEDED[step.norm_map.get(known.type, NormalizationMode.IDENTITY)]
 
 
 def _numbers(stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {key: np.asarray(value, dtype=np.float64) for key, value in stats.items()}
 
 
-def _fitting(
+def _mergeable(
     feature: str, other: dict[str, np.ndarray], own: dict[str, np.ndarray], needed: Sequence[str], dataset: str
 ) -> dict[str, np.ndarray]:
     """A data set's statistics of a feature, if they can be merged with the policy's.
 
     Raises:
-        DataError: they have other shapes, or not what is needed.
+        DataError: they have other shapes, or lack statistics that are needed.
     """
     if lacking := [key for key in needed if key not in other]:
         raise DataError(
@@ -321,8 +323,8 @@ def _fitting(
         ours, theirs = own[key].squeeze().shape, other[key].squeeze().shape
         if ours != theirs:
             raise DataError(
-                f"model.merge_statistics: {feature} is {list(theirs)} in {dataset}, {list(ours)} in the policy: leave "
-                f"that data set out"
+                f"model.merge_statistics: {feature} is {list(theirs)} in {dataset}, but {list(ours)} in the policy: "
+                f"leave that data set out"
             )
     return other
 
@@ -331,8 +333,8 @@ def _dataset_statistics(name: str) -> dict[str, dict[str, Any]]:
     path = Path(name)
     try:
         metadata = LeRobotDatasetMetadata(path.name, root=path) if path.is_dir() else LeRobotDatasetMetadata(name)
-    except Exception as error:  # of the hub or of damaged files
-        raise ConfigError(f"model.merge_statistics: {name} is no LeRobotDataset ({first_line(error)})") from None
+    except Exception as error:  # from the hub or from damaged files
+        raise ConfigError(f"model.merge_statistics: {name} is not a LeRobotDataset ({first_line(error)})") from None
     return metadata.stats or {}
 
 
@@ -347,7 +349,7 @@ def _merged(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     merged = {"min": np.minimum.reduce, "max": np.maximum.reduce}
     result = {key: merge([part[key] for part in parts]) for key, merge in merged.items() if key in keys}
     for key, outer in (("q01", np.minimum), ("q10", np.minimum), ("q90", np.maximum), ("q99", np.maximum)):
-        if key in keys:  # the outer one, as of extremes: the range covers both
+        if key in keys:  # the outer one, as for extremes: the range covers both
             result[key] = outer.reduce([part[key] for part in parts])
     if {"mean", "std"} <= keys:
         result["mean"] = mean([part["mean"] for part in parts])
@@ -358,11 +360,11 @@ def _merged(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def save_folder(found: PolicyFolder, folder: Path, final: Path | None = None) -> None:
-    """Write a folder that LeRobot's `from_pretrained` loads, and `load_folder`. Tokenizers that lie in the policy's own
-    folder go with it.
+    """Write a folder that both LeRobot's `from_pretrained` and `load_folder` load. Tokenizers inside the policy's own
+    folder are copied.
 
     Args:
-        final: where the folder will stand, if it is now written elsewhere.
+        final: the folder's final path, if it is first written elsewhere.
     """
     settings = found.policy.config
     device, settings.device = settings.device, found.device
@@ -383,7 +385,7 @@ def save_folder(found: PolicyFolder, folder: Path, final: Path | None = None) ->
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """LeRobot prints and logs while it loads."""
+    """Suppress what LeRobot prints and logs while it loads."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

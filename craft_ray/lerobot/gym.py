@@ -24,7 +24,9 @@ from craft_ray.data.frame import Frame
 from craft_ray.errors import ConfigError, first_line
 
 if sys.platform == "linux":
-    os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen; whatever imports mujoco first decides it for all
+    os.environ.setdefault(
+        "MUJOCO_GL", "egl"
+    )  # without a screen; the first import of mujoco decides for the whole process
 
 PICTURES = "observation.image"
 
@@ -39,12 +41,12 @@ def check_env(env: str, key: str) -> None:
     if env not in known:
         near = difflib.get_close_matches(env, known, 3)
         raise ConfigError(
-            f"{key}.env is {env}, LeRobot has no such environment: choose one of {', '.join(near or known)}"
+            f"{key}.env is {env}, but LeRobot has no such environment: choose one of {', '.join(near or known)}"
         )
 
 
 class GymSimulation:
-    """One environment of LeRobot's."""
+    """One of LeRobot's environments."""
 
     def __init__(
         self,
@@ -56,8 +58,8 @@ class GymSimulation:
     ) -> None:
         """
         Args:
-            task: as the environment names it; one of a suite of tasks is SUITE/NUMBER.
-            size: height and width of the pictures, where the environment lets them be chosen.
+            task: as the environment names it; a task of a suite is written SUITE/NUMBER.
+            size: height and width of the pictures, if the environment lets them be chosen.
             config: LeRobot's own configuration of the environment, in place of its defaults.
 
         Raises:
@@ -70,16 +72,18 @@ class GymSimulation:
                 found = [made for suite in make_env(settings, n_envs=1).values() for made in suite.values()]
                 self._before, self._after = settings.get_env_processors()
                 if len(found) == 1:
-                    self._observed, _ = found[0].reset(seed=[0])  # some are only made now
-        except Exception as error:  # a simulator raises anything
+                    self._observed, _ = found[0].reset(seed=[0])  # some are created only now
+        except Exception as error:  # a simulator may raise any exception
             raise ConfigError(
-                f"the environment {env} with task {task} cannot be made ({type(error).__name__}: "
+                f"the environment {env} with task {task} cannot be created ({type(error).__name__}: "
                 f"{first_line(error)}): install its package, or choose another task"
             ) from None
         if len(found) != 1:
-            raise ConfigError(f"{env} has {len(found)} tasks in {task}: name one of them, as in {task}/0")
+            raise ConfigError(f"{env} has {len(found)} tasks in {task}: specify one of them, as in {task}/0")
         self._env = found[0]
-        atexit.register(_close, weakref.ref(self))  # before the driver, which registered itself at the first picture
+        atexit.register(
+            _close, weakref.ref(self)
+        )  # runs before the driver's own handler, which the first picture registered
         self.description = self._describe()
         self.action_size: int = self._env.single_action_space.shape[0]
         self.max_decisions = int(self._env.call("_max_episode_steps")[0]) // action_repeat
@@ -87,39 +91,39 @@ class GymSimulation:
         """Whether the environment has ended the episode."""
 
     def _describe(self) -> str:
-        """The task in words, where LeRobot's own evaluation takes it from."""
+        """The task in words, from the same attributes as in LeRobot's own evaluation."""
         for name in ("task_description", "task"):
             with contextlib.suppress(AttributeError, NotImplementedError):
                 return str(self._env.call(name)[0])
         return ""
 
     def reset(self, seed: int) -> None:
-        """Begin an episode: the initial condition is what the environment makes of the seed."""
+        """Start an episode; the environment derives the initial condition from the seed."""
         self.over = False
         self._observed, _ = self._env.reset(seed=[seed])
 
     def observe(self) -> Frame:
-        """What a policy sees now, in LeRobot's names."""
+        """What a policy sees now, by LeRobot's names."""
         seen = self._before(preprocess_observation(self._observed))
         images, state = {}, {}
         for name, tensor in seen.items():
             if not name.startswith("observation.") or not isinstance(tensor, torch.Tensor):
                 continue
             array = tensor[0].numpy()
-            if name.startswith(PICTURES):  # LeRobot has made numbers from 0 to 1 of the pixels, channels first
+            if name.startswith(PICTURES):  # LeRobot has scaled the pixels to [0, 1], channels first
                 images[name] = np.ascontiguousarray((array.transpose(1, 2, 0) * 255).round().astype(np.uint8))
             else:
                 state[name] = array.astype(np.float32)
         return Frame(images, state)
 
     def step(self, action: np.ndarray) -> bool:
-        """Carry out one decision, float32 [D], and tell whether the task is done."""
-        assert not self.over, "the environment has begun another episode by itself"
+        """Execute one decision, float32 [D], and return whether the task is done."""
+        assert not self.over, "the environment has started another episode by itself"
         done = self._after({ACTION: torch.from_numpy(action)[None]})[ACTION].numpy()
         for _ in range(self._repeat):
             self._observed, _, terminated, truncated, info = self._env.step(done)
             self.over = bool(terminated[0] or truncated[0])
-            if "final_obs" in info:  # what is observed then is already the next episode's beginning
+            if "final_obs" in info:  # the observation is already the start of the next episode
                 self._observed = _batch_of_one(info["final_obs"][0])
             if _succeeded(info):
                 return True
@@ -128,7 +132,7 @@ class GymSimulation:
         return False
 
     def close(self) -> None:
-        """Let it go. A second time does nothing."""
+        """Release the environment. A second call does nothing."""
         self._env.close()
 
 
@@ -159,6 +163,6 @@ def _batch_of_one(observed: Any) -> Any:
 
 
 def _succeeded(info: dict[str, Any]) -> bool:
-    """Whether the one episode of a vector of environments has ended with success, wherever gymnasium puts that."""
+    """Whether the only episode of a vector environment has ended with success, wherever gymnasium reports that."""
     found = info.get("final_info", info).get("is_success", False)
     return bool(np.asarray(found).reshape(-1)[0])

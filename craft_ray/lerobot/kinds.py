@@ -1,4 +1,4 @@
-"""The types of policies that are supported, and the policy of a folder."""
+"""The supported types of policies, and how the policy of a folder is loaded."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from craft_ray.lerobot.smolvla import SmolVLA
 
 KINDS: dict[str, type[LeRobotPolicy]] = {"pi0_fast": PI0Fast, "pi05": PI05, "smolvla": SmolVLA, "act": ACT}
 """By LeRobot's name of the type."""
-assert KINDS.keys() == set(SUPPORTED), "a folder is refused by its type before anything of it is loaded"
+assert KINDS.keys() == set(SUPPORTED), "SUPPORTED, by which a folder is refused before it is loaded, names other types"
 
 
 def load_policy(config: ModelConfig, precision: Precision, device: torch.device, weights: str | None) -> LeRobotPolicy:
-    """The policy of a configuration, in training mode.
+    """Load the policy of a configuration, in training mode.
 
     Raises:
-        ConfigError: no policy loads from the path, or one of a type that is not supported.
+        ConfigError: no policy loads from the path, or its type is not supported.
         ModelError: its weights do not load completely.
     """
     return policy_of(config, precision, device, load_folder(config, device, weights))
 
 
 def policy_of(config: ModelConfig, precision: Precision, device: torch.device, found: PolicyFolder) -> LeRobotPolicy:
-    """The interface around what a folder holds."""
+    """Wrap the contents of a folder in the interface of its type of policy."""
     return KINDS[found.policy.name](config, precision, device, found)

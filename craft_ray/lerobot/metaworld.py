@@ -1,8 +1,8 @@
 """Meta-World (arXiv 1910.10897), rendered fast and without a screen.
 
-LeRobot's environment of it renders every step, with shadows and multisampling: seven to eleven frames a second on a
-processor. Here a picture is made when it is asked for, without either, by one renderer for all episodes side by side.
-Episodes begin as LeRobot's do: the same seed gives the same initial condition.
+LeRobot's environment for it renders every step, with shadows and multisampling: seven to eleven frames a second on a
+CPU. Here a picture is rendered only on request, without either, by one renderer for all episodes side by side.
+Episodes start as LeRobot's do: the same seed gives the same initial condition.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from craft_ray.errors import ConfigError
 from craft_ray.extras import install
 
 os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "")  # read when mujoco is imported
-# The software renderer draws in the thread that asks: no slower at this size, and a forked process can draw, too.
+# The software renderer draws in the calling thread: no slower at this size, and a forked process can draw as well.
 os.environ.setdefault("LP_NUM_THREADS", "0")
 
 NO_RENDERER = (
@@ -39,21 +39,21 @@ try:
 except ModuleNotFoundError as error:
     raise ConfigError(f"Meta-World needs the package {error.name}: {install('lerobot')}") from None
 except (ImportError, AttributeError, RuntimeError) as error:
-    # mujoco meets one of them where MUJOCO_GL asks for what is not there.
+    # mujoco raises one of them if MUJOCO_GL names a renderer that is not available.
     raise ConfigError(
         f"mujoco cannot be imported with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}): {NO_RENDERER}"
     ) from None
 
 CAMERA = "corner2"
-CAMERA_PLACE = (0.75, 0.075, 0.7)
-"""Where LeRobot puts this camera, nearer than Meta-World has it."""
+CAMERA_POSITION = (0.75, 0.075, 0.7)
+"""LeRobot's position of this camera, closer than Meta-World's."""
 PICTURE, STATE = "observation.image", "observation.state"
 STATES = 4
-"""The hand's place and how far it is open: what a policy is told, of all that Meta-World observes."""
+"""The hand's position and how far it is open: the part of Meta-World's observation that a policy gets."""
 ACTIONS = 4
 """Where the hand moves, and whether it closes."""
 CONTROL_HZ = 80
-"""Actions in a second of the simulated time."""
+"""Actions per second of simulated time."""
 MAX_STEPS = 500
 GEOMS = 2000
 
@@ -66,16 +66,16 @@ def check_task(task: str, key: str) -> None:
     if task not in TASK_DESCRIPTIONS:
         near = difflib.get_close_matches(task, TASK_DESCRIPTIONS, 3, 0.4)
         raise ConfigError(
-            f"{key}.task is {task}, Meta-World has no such task: choose one, e.g. "
+            f"{key}.task is {task}, but Meta-World has no such task: choose one, e.g. "
             f"{', '.join(near or sorted(TASK_DESCRIPTIONS))}"
         )
 
 
 class Renderer:
-    """Pictures of any simulation of one task.
+    """Renders any simulation of one task.
 
-    mujoco's own renderer belongs to one model, takes a second to make and 70 MB. The models of one task differ in where
-    things stand, and that is told with each picture.
+    mujoco's own renderer belongs to one model, and takes a second to create and 70 MB. The models of one task differ
+    only in the positions of objects, which are passed with each picture.
     """
 
     _freed = True
@@ -88,14 +88,14 @@ class Renderer:
             self._context = mujoco.GLContext(width, height)
             self._context.make_current()
             self._gpu = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
-        except Exception as error:  # of the driver, by many names
+        except Exception as error:  # the driver raises many types of errors
             raise ConfigError(
                 f"no picture can be rendered with MUJOCO_GL={os.environ['MUJOCO_GL']} ({type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]}): {NO_RENDERER}"
             ) from None
         self._thread = threading.get_ident()
         self._freed = False
-        atexit.register(_free, weakref.ref(self))  # before the interpreter takes the driver's module apart
+        atexit.register(_free, weakref.ref(self))  # runs before the interpreter unloads the driver's module
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._gpu)
         self._scene = mujoco.MjvScene(model, GEOMS)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
@@ -114,11 +114,11 @@ class Renderer:
         mujoco.mjv_updateScene(model, data, self._option, self._perturb, self._camera, everything, self._scene)
         mujoco.mjr_render(self._rectangle, self._scene, self._gpu)
         mujoco.mjr_readPixels(self._pixels, None, self._rectangle, self._gpu)
-        # OpenGL's rows begin at the bottom, and this camera hangs upside down: what is left to turn is the columns.
+        # OpenGL's rows start at the bottom, and this camera is mounted upside down: only the columns are left to flip.
         return np.ascontiguousarray(self._pixels[:, ::-1])
 
     def free(self) -> None:
-        """Give the driver's memory back; what lies in it can only be reached from the thread that made it."""
+        """Release the driver's memory; its contents can only be freed by the thread that created them."""
         if self._freed:
             return
         self._freed = True
@@ -132,13 +132,13 @@ class Renderer:
 
 
 class _Renderers(threading.local):
-    """The renderers of a thread. A context of OpenGL belongs to one, and goes when its thread ends."""
+    """The renderers of a thread. An OpenGL context belongs to one thread and is released when that thread ends."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, int, int], Renderer] = {}
 
     def of(self, task: str, height: int, width: int) -> Renderer:
-        """The one for all simulations of a task."""
+        """The renderer that all simulations of a task share."""
         key = (task, height, width)
         if key not in self._made:
             self._made[key] = Renderer(_environment(task).model, height, width)
@@ -149,17 +149,17 @@ _renderers = _Renderers()
 
 
 class MetaworldSimulation:
-    """One task. An episode is decided by its seed alone."""
+    """One task. An episode depends on its seed alone."""
 
     action_size = ACTIONS
     over = False
-    """Meta-World ends no episode before its limit."""
+    """Meta-World does not end an episode before its limit."""
 
     def __init__(self, task: str, height: int, width: int, action_repeat: int = 1) -> None:
         """
         Args:
             height, width: of the pictures.
-            action_repeat: times that an action is carried out.
+            action_repeat: how many times each action is executed.
         """
         self.task = task
         self.description: str = TASK_DESCRIPTIONS[task]
@@ -167,35 +167,35 @@ class MetaworldSimulation:
         self._repeat = action_repeat
         self._size = (height, width)
         self._env = _environment(task)
-        self._env._freeze_rand_vec = False  # as LeRobot does it: else every episode begins alike
+        self._env._freeze_rand_vec = False  # as in LeRobot: otherwise every episode starts alike
         self._env.seeded_rand_vec = True
-        self._env.model.camera(CAMERA).pos = CAMERA_PLACE
+        self._env.model.camera(CAMERA).pos = CAMERA_POSITION
         self._expert = ENV_POLICY_MAP[task]()
         self._observed = np.empty(0)
         self._frame: Frame | None = None
 
     def reset(self, seed: int) -> None:
-        """Begin an episode: the initial condition is a function of the task and the seed."""
+        """Start an episode; the initial condition is a function of the task and the seed."""
         self._env.seed(seed)
         self._observed, _ = self._env.reset()
         self._frame = None
 
     def observe(self) -> Frame:
-        """What a policy sees now. Rendered when it is asked for, and once a moment."""
+        """What a policy sees now. Rendered on request, and once per step."""
         if self._frame is None:
             picture = _renderers.of(self.task, *self._size)(self._env.model, self._env.data)
             self._frame = Frame({PICTURE: picture}, {STATE: self._observed[:STATES].astype(np.float32)})
         return self._frame
 
     def expert(self) -> np.ndarray:
-        """What Meta-World's script would do now, float32 [4]."""
-        seen = self._observed.copy()  # some scripts write into what they are shown
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that they ask for more than 1
+        """The action that Meta-World's script would take now, float32 [4]."""
+        seen = self._observed.copy()  # some scripts write into their input
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that an action exceeds 1
             action = self._expert.get_action(seen)
         return np.clip(action, -1, 1).astype(np.float32)
 
     def step(self, action: np.ndarray) -> bool:
-        """Carry out one decision, float32 [4], and tell whether the task is done."""
+        """Execute one decision, float32 [4], and return whether the task is done."""
         self._frame = None
         for _ in range(self._repeat):
             self._observed, _, _, _, info = self._env.step(np.clip(action, -1, 1))
@@ -208,7 +208,7 @@ class MetaworldSimulation:
 
 
 def _environment(task: str) -> Any:
-    """Meta-World's own, which tells the expert where the goal is."""
+    """Meta-World's own environment, which shows the goal to the expert."""
     return ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-goal-observable"](seed=0)
 
 

@@ -17,10 +17,10 @@ from craft_ray.method.pooling import Layout
 
 
 class PI05(LeRobotPolicy):
-    """Its sequence is [pictures | text]; the state is a part of the text.
+    """Its sequence is [pictures | text]; the state is part of the text.
 
-    The action expert reads every token of the prompt, so anchors should be spread over all of it. Of a policy with
-    three cameras `all` is some 800 vectors (7 MB an anchor at two layers), so by default it is every eighth.
+    The action expert reads every token of the prompt, so anchors should be spread over all of it. With
+    three cameras, `all` is some 800 vectors (7 MB per anchor at two layers), so the default is every eighth.
     """
 
     default_positions = ("every_8",)

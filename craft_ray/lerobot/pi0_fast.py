@@ -1,8 +1,8 @@
-"""pi0_fast: a PaliGemma that speaks actions (arXiv 2501.09747).
+"""pi0_fast: a PaliGemma that outputs actions as tokens (arXiv 2501.09747).
 
-Its sequence is [pictures | text | suffix]. Pictures and text see each other; the suffix, BOS and the FAST tokens of
-the actions, is causal. BOS is given, every other suffix token is predicted. The hidden states of pictures and text do
-not depend on the suffix, so anchors that need only those leave it out, and with it most of the time.
+Its sequence is [pictures | text | suffix]. Pictures and text attend to each other; the suffix, BOS and the FAST tokens
+of the actions, is causal. BOS is given, every other suffix token is predicted. The hidden states of pictures and text
+do not depend on the suffix, so anchors that need only those leave it out, which saves most of the time.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from craft_ray.models.tokens import clip_suffix, token_log_probs
 
 SUFFIX, SUFFIX_MASK = "action.tokens", "action.token_mask"
 END = "|"
-"""The token that closes the actions."""
+"""The token that ends the actions."""
 
 
 class PI0Fast(TokenModel, LeRobotPolicy):
-    """Frames with actions; and, on its language side, questions about a picture with their answers."""
+    """It takes frames with actions and, as a language model, questions about a picture with their answers."""
 
     default_positions = ("suffix",)
 
@@ -47,13 +47,15 @@ class PI0Fast(TokenModel, LeRobotPolicy):
         self.tokenizer: Any = self.policy._paligemma_tokenizer
         where = f"model.path {folder.path}"
         if not self.cameras:
-            raise ConfigError(f"{where}: its config.json names no camera, and a pi0_fast needs one: name another")
+            raise ConfigError(
+                f"{where}: its config.json names no camera, but a pi0_fast needs one: specify another folder"
+            )
         vocabulary = self.tokenizer.get_vocab()
         named = {"BOS": self.tokenizer.bos_token, "end marker": END, "EOS": self.tokenizer.eos_token}
         if lacking := [name for name, token in named.items() if token not in vocabulary]:
             raise ConfigError(
                 f"{where}: its text tokenizer {self.settings.text_tokenizer_name} has no {' and no '.join(lacking)} "
-                f"token, between which actions are spoken: name the one that the policy was trained with"
+                f"token, needed to delimit actions: specify the one that the policy was trained with"
             )
         self._bos: int = self.tokenizer.bos_token_id
         self._end: int = self.tokenizer.convert_tokens_to_ids(END)
@@ -62,7 +64,7 @@ class PI0Fast(TokenModel, LeRobotPolicy):
         if known > rows:
             raise ConfigError(
                 f"{where}: its text tokenizer {self.settings.text_tokenizer_name} has {known} tokens, "
-                f"the policy {rows}: it is another policy's; name the one that it was trained with"
+                f"but the policy has {rows}: specify the tokenizer that the policy was trained with"
             )
 
     @property
@@ -74,7 +76,7 @@ class PI0Fast(TokenModel, LeRobotPolicy):
         return Taps([layer.input_layernorm for layer in language.layers], language.norm)
 
     def check_source(self, source: Source) -> None:
-        if source.features is not None:  # otherwise questions and answers for its language side
+        if source.features is not None:  # otherwise these are questions and answers
             super().check_source(source)
 
     # -- host side
@@ -84,7 +86,7 @@ class PI0Fast(TokenModel, LeRobotPolicy):
         pictures = len(self.settings.image_features) * self._per_camera
         prompt = pictures + int(encoded[LANGUAGE_MASK].sum())
         seen = cameras * self._per_camera
-        # Cameras that are not there stand behind those that are.
+        # Absent cameras come after those that are present.
         return Layout(prompt + suffix, prompt, tuple(range(seen)), tuple(range(seen, pictures)), given=0)
 
     def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
@@ -102,35 +104,35 @@ class PI0Fast(TokenModel, LeRobotPolicy):
 
     def with_suffix(self, prompt: Features, suffix: Sequence[int], sample_id: str) -> Features:
         given = prompt.tokens["suffix"]
-        assert len(given) == prompt.layout.given, "it has a suffix already"
+        assert len(given) == prompt.layout.given, "the prompt already has a suffix"
         most = self.settings.max_action_tokens
         if len(suffix) > most:
             raise DataError(
-                f"sample {sample_id} has {len(suffix)} suffix tokens, the policy's max_action_tokens is {most}: lower "
-                f"max_new_tokens where they are generated, or take a policy with a larger max_action_tokens"
+                f"sample {sample_id} has {len(suffix)} suffix tokens, but the policy's max_action_tokens is {most}: "
+                f"lower max_new_tokens when they are generated, or use a policy with a larger max_action_tokens"
             )
         tokens = torch.cat([given, torch.tensor(list(suffix), dtype=torch.long)])
         layout = replace(prompt.layout, length=prompt.layout.length + len(suffix))
         return Features(prompt.tokens | {"suffix": tokens}, prompt.images, layout)
 
     def _encode_question(self, sample: Sample) -> dict[str, Any]:
-        """A picture before the first camera, a question as PaliGemma is asked it: BOS, the text and a line break."""
+        """The picture as the first camera's, and the question in PaliGemma's format: BOS, the text and a line break."""
         if sample.image is None:
-            raise DataError(f"sample {sample.id} has no image: name the column that holds it (columns.image)")
+            raise DataError(f"sample {sample.id} has no image: specify the column that holds it (columns.image)")
         picture = decode_image(sample.image, f"sample {sample.id}").convert("RGB")
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
             picture.height, picture.width, 3
         )
-        # Pictures of one batch need one size; the policy would bring them to this one, too.
+        # Pictures of one batch need one size; the policy would resize them to this one as well.
         resized = self._resize(pixels.permute(2, 0, 1)[None])
-        # LeRobot has this tokenizer put the end of the sequence behind every text, which belongs behind no question.
+        # LeRobot configures this tokenizer to append EOS to every text, which is wrong for a question.
         text = self.tokenizer(f"{sample.prompt}\n", add_special_tokens=False)["input_ids"]
         ids = torch.tensor([[self._bos, *text]])
         most = self.settings.tokenizer_max_length
         if ids.shape[1] > most:
             raise DataError(
-                f"the question of sample {sample.id} has {ids.shape[1]} tokens, the policy's tokenizer_max_length is "
-                f"{most}: shorten it"
+                f"the question of sample {sample.id} has {ids.shape[1]} tokens, but the policy's tokenizer_max_length "
+                f"is {most}: shorten it"
             )
         return {
             self.cameras[0]: resized, LANGUAGE: ids, LANGUAGE_MASK: torch.ones_like(ids), "task": [sample.prompt]
@@ -143,9 +145,9 @@ class PI0Fast(TokenModel, LeRobotPolicy):
         return resize_with_pad_torch(floats, *self.settings.image_resolution).permute(0, 3, 1, 2)
 
     def response_tokens(self, sample: Sample) -> list[int]:
-        """The actions as FAST tokens, closed by the end marker; or the answer to a question.
+        """The actions as FAST tokens, followed by the end marker; or the answer to a question.
 
-        LeRobot's preprocessor makes the tokens from a whole moment, so it reads the pictures here, too.
+        LeRobot's preprocessor makes the tokens from a complete frame, so it reads the pictures here as well.
         """
         if sample.frame is None:
             return self._answer_tokens(sample)
@@ -154,26 +156,26 @@ class PI0Fast(TokenModel, LeRobotPolicy):
         if self._end not in tokens:
             raise DataError(
                 f"the actions of sample {sample.id} have more tokens than the policy's max_action_tokens of "
-                f"{self.settings.max_action_tokens}: they are of another robot or of another scale"
+                f"{self.settings.max_action_tokens}: they are from another robot or on another scale"
             )
         self._check_whole(tokens, sample)
         return tokens[1:]
 
     def _check_whole(self, tokens: Sequence[int], sample: Sample) -> None:
-        """FAST passes over a number that is too large for it, and all numbers behind it move up."""
+        """Refuse actions that FAST cannot hold: it skips a number that is too large, and all later numbers shift."""
         before = 1 + len(self.tokenizer.encode("Action: ", add_special_tokens=False))
-        spoken = torch.tensor(tokens[before : tokens.index(self._end)])
+        action_tokens = torch.tensor(tokens[before : tokens.index(self._end)])
         fast = self.policy.action_tokenizer.bpe_tokenizer
-        numbers = len(fast.decode(self.policy._paligemma_tokens_to_act_tokens(spoken).tolist()))
+        numbers = len(fast.decode(self.policy._paligemma_tokens_to_act_tokens(action_tokens).tolist()))
         if numbers != self.settings.chunk_size * self.action_size:
             raise DataError(
                 f"the actions of sample {sample.id} leave the range that the policy's action tokenizer has tokens for: "
-                f"widen the statistics by the data set (model.merge_statistics), or leave its episode out"
+                f"widen the statistics with the data set (model.merge_statistics), or leave its episode out"
             )
 
     def _answer_tokens(self, sample: Sample) -> list[int]:
         if sample.response is None:
-            raise DataError(f"sample {sample.id} has no response: name the column that holds it (columns.response)")
+            raise DataError(f"sample {sample.id} has no response: specify the column that holds it (columns.response)")
         ids: list[int] = self.tokenizer(sample.response, add_special_tokens=False)["input_ids"]
         eos = [self.tokenizer.eos_token_id] if self.config.append_eos else []
         return ids + eos
@@ -224,11 +226,11 @@ class PI0Fast(TokenModel, LeRobotPolicy):
         return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
 
     def token_loss(self, batch: Batch) -> Tensor:
-        """LeRobot's own loss: cross-entropy over the FAST tokens behind BOS. Of answers, over all of their tokens."""
+        """LeRobot's own loss: cross-entropy over the FAST tokens after BOS. For answers, over all of their tokens."""
         if not batch.tokens:
             raise DataError("a batch holds no tokens to predict: its samples have no actions, or empty answers")
         inputs = self.inputs(batch)
-        if batch.targets_BP.shape[1] == inputs[SUFFIX].shape[1]:  # LeRobot's leaves out the first token of every suffix
+        if batch.targets_BP.shape[1] == inputs[SUFFIX].shape[1]:  # LeRobot's skips the first token of every suffix
             return -self.token_log_probs(batch)[0].sum() / batch.tokens
         with self.autocast():
             images, masks = self.policy._preprocess_images(inputs)
@@ -247,13 +249,13 @@ class PI0Fast(TokenModel, LeRobotPolicy):
 
     @torch.inference_mode()
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
-        """Greedy tokens under the attention of training.
+        """Greedy tokens under the attention mask of training.
 
-        LeRobot's own decoding shows BOS to the prompt, which training does not: a few of its tokens are not the
-        likeliest to the loss that a student learns from.
+        LeRobot's own decoding lets the prompt attend to BOS, which training does not: a few of its tokens are not the
+        most likely ones under the loss that a student learns from.
         """
         acting = {f.layout.given for f in features} == {1}
-        assert acting or not any(f.layout.given for f in features), "frames and questions share no batch"
+        assert acting or not any(f.layout.given for f in features), "frames and questions cannot share a batch"
         stop = self._end if acting else self.tokenizer.eos_token_id
         inputs = self.inputs(self.collate(features).to(self.device))
         with evaluating(self.module), self.autocast():
@@ -261,18 +263,18 @@ class PI0Fast(TokenModel, LeRobotPolicy):
         return [clip_suffix(row, {stop}) for row in tokens.tolist()]
 
     def _greedy(self, inputs: Mapping[str, Tensor], stop: int, most: int) -> Tensor:
-        """Up to `most` tokens [B, T] behind what the batch holds, until every row has said `stop`."""
+        """Up to `most` tokens [B, T] that follow those of the batch, until every row has produced `stop`."""
         model, lm_head = self.policy.model.paligemma_with_expert, self._paligemma.lm_head
         hidden, real, cache = self._run(inputs, use_cache=True)
         feeding = hidden[:, -1:] if SUFFIX in inputs else self._before_suffix(hidden, inputs)
         tokens = lm_head(feeding).argmax(-1)
         while tokens.shape[1] < most and not (tokens == stop).any(1).all():
             embedded = model.embed_language_tokens(tokens[:, -1:]).to(lm_head.weight.dtype)
-            place = real.sum(1, keepdim=True)
+            position = real.sum(1, keepdim=True)
             real = torch.cat([real, torch.ones_like(real[:, :1])], 1)
             (feeding, _), cache = model.forward(
                 attention_mask=prepare_attention_masks_4d(real[:, None], dtype=embedded.dtype),
-                position_ids=place,
+                position_ids=position,
                 past_key_values=cache,
                 inputs_embeds=[embedded, None],
                 use_cache=True,
@@ -284,8 +286,8 @@ class PI0Fast(TokenModel, LeRobotPolicy):
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def predict(self, inputs: dict[str, Tensor]) -> Tensor:
-        # LeRobot takes apart n_action_steps of a chunk, whatever the chunk was; and it ends the program where a policy
-        # that forgot how to speak actions says something else, which is a failed episode and no error.
+        # LeRobot decodes n_action_steps actions whatever the length of the chunk, and it ends the program if a policy
+        # that has forgotten its actions outputs something else, which is a failed episode and not an error.
         settings = self.settings
         own = settings.n_action_steps, settings.validate_action_token_prefix
         settings.n_action_steps, settings.validate_action_token_prefix = settings.chunk_size, False

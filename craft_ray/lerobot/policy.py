@@ -1,7 +1,7 @@
-"""A policy of LeRobot behind the interface of every model: what all types share.
+"""A LeRobot policy behind the interface of every model: what all types share.
 
-Anchors and task samples go through LeRobot's own preprocessor one at a time, on the host; padding is cut off there and
-put back in a batch only as far as its longest sample needs it.
+Anchors and task samples go through LeRobot's own preprocessor one at a time, on the host; padding is removed there and
+added again only up to the longest sample of a batch.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ ACTION = "action"
 IS_PAD = "action_is_pad"
 LANGUAGE, LANGUAGE_MASK = "observation.language.tokens", "observation.language.attention_mask"
 LOCATIONS = {"tokenizer_name", "action_tokenizer_name", "paligemma_tokenizer_name", "device", "trust_remote_code"}
-"""Settings of a processor step that say where something came from; what it does is told otherwise."""
+"""Settings of a processor step that say where something comes from; what the step does is identified otherwise."""
 
 
 class LeRobotPolicy(Model):
-    """What all policies share; a subclass says what its sequence of tokens is and how it is run."""
+    """What all policies share; a subclass defines its sequence of tokens and how it is run."""
 
     kind: ClassVar[str] = "lerobot"
     default_positions: ClassVar[tuple[str, ...]] = ("all",)
     counts_steps: ClassVar[bool] = False
-    """Whether its loss is a mean over the actions within the episode; otherwise over samples."""
+    """Whether its loss is a mean over the actions within the episode; otherwise it is one over samples."""
     one_size: ClassVar[bool] = False
     """Whether pictures must have the size that the policy names; otherwise it resizes them itself."""
 
@@ -66,22 +66,23 @@ class LeRobotPolicy(Model):
             name: feature for name, feature in self.settings.input_features.items() if ".empty_camera_" not in name
         }
         self.features: dict[str, tuple[int, ...]] = {name: tuple(f.shape) for name, f in inputs.items()}
-        """What the policy looks at, with its shape; of pictures [3, H, W]."""
+        """The policy's inputs with their shapes; [3, H, W] for pictures."""
         self.cameras = [name for name, feature in inputs.items() if feature.type is FeatureType.VISUAL]
         self.action_size: int = self.settings.output_features[ACTION].shape[0]
         visual = self.settings.normalization_mapping.get("VISUAL", NormalizationMode.IDENTITY)
-        # A picture that is not scaled stays one byte a value until it is on the device.
+        # A picture that is not scaled keeps one byte per value until it is on the device.
         self._bytes = visual is NormalizationMode.IDENTITY
         if (self.settings.n_obs_steps or 1) > 1:
             raise ConfigError(
-                f"{self.settings.type} looks at {self.settings.n_obs_steps} moments at once; only 1 is supported"
+                f"{self.settings.type} takes {self.settings.n_obs_steps} frames at once (n_obs_steps), but only 1 is "
+                f"supported: use another policy"
             )
 
     @property
     def description(self) -> str:
         return f"a policy of type {self.settings.type}"
 
-    # -- what a subclass says
+    # -- what a subclass defines
 
     @abstractmethod
     def make_taps(self) -> Taps:
@@ -93,20 +94,20 @@ class LeRobotPolicy(Model):
 
         Args:
             encoded: the preprocessor's output, with a batch dimension of one.
-            suffix: suffix tokens behind the prompt.
+            suffix: number of suffix tokens after the prompt.
         """
 
     @abstractmethod
     def run_prompt(self, inputs: Mapping[str, Tensor]) -> None:
-        """A forward pass over the prompt, and the suffix tokens if there are any; the taps see it."""
+        """Run a forward pass over the prompt and any suffix tokens, which the taps capture."""
 
     # -- data
 
     def check_source(self, source: Source) -> None:
         if source.features is None:
             raise ConfigError(
-                f"{source.name} is no LeRobotDataset, and a policy of type {self.settings.type} learns and anchors "
-                f"nothing else: name one"
+                f"{source.name} is not a LeRobotDataset, but a policy of type {self.settings.type} learns and "
+                f"anchors nothing else: specify one"
             )
         for name, shape in {**self.features, ACTION: (self.action_size,)}.items():
             found = source.features.get(name)
@@ -114,15 +115,15 @@ class LeRobotPolicy(Model):
                 known = ", ".join(source.features)
                 raise ConfigError(
                     f"{source.name} has no {name}, which the policy {self.config.path} "
-                    f"{'returns' if name == ACTION else 'looks at'}; it has {known}: name another data set, or map one "
-                    f"of its features with rename"
+                    f"{'returns' if name == ACTION else 'takes'}; it has {known}: specify another data set, or map "
+                    f"one of its features with rename"
                 )
             if name in self.cameras and not self.one_size:
                 continue
             if found != shape:
                 raise ConfigError(
-                    f"{name} is {list(found)} in {source.name}, the policy {self.config.path} takes {list(shape)}: "
-                    f"name a data set of the same robot"
+                    f"{name} is {list(found)} in {source.name}, but the policy {self.config.path} takes {list(shape)}: "
+                    f"specify a data set of the same robot"
                 )
 
     # -- host side: samples to batches
@@ -131,21 +132,23 @@ class LeRobotPolicy(Model):
         """The preprocessor's output for one sample, with a batch dimension of one.
 
         Raises:
-            DataError: it is no moment of an episode, or has no actions.
+            DataError: the sample is not a frame of an episode, or has no actions.
         """
         if sample.frame is None:
-            raise DataError(f"sample {sample.id} is no frame of a LeRobotDataset: the policy acts on nothing else")
+            raise DataError(
+                f"sample {sample.id} is not a frame of a LeRobotDataset: specify one, as the policy takes nothing else"
+            )
         item: dict[str, Any] = {**self.observe(sample.frame), "task": [sample.prompt]}
         if actions:
             if sample.frame.actions is None:
-                raise DataError(f"sample {sample.id} has no actions: name a LeRobotDataset that holds them")
+                raise DataError(f"sample {sample.id} has no actions: specify a LeRobotDataset that holds them")
             chunk, is_pad = action_chunk(sample.frame.actions, self.settings.chunk_size)
             item |= {ACTION: torch.from_numpy(chunk)[None], IS_PAD: torch.from_numpy(is_pad)[None]}
         output: dict[str, Any] = self.folder.processors.before(item)
         return output
 
     def observe(self, frame: Frame) -> dict[str, Tensor]:
-        """What the policy looks at, as LeRobot's data sets give it."""
+        """The policy's inputs, as LeRobot's data sets give them."""
         pictures = {name: torch.tensor(frame.images[name]).permute(2, 0, 1)[None] for name in self.cameras}
         if not self._bytes:
             pictures = {name: picture.float() / 255 for name, picture in pictures.items()}
@@ -166,7 +169,7 @@ class LeRobotPolicy(Model):
         if mask.all() and hasattr(self.settings, "tokenizer_max_length") and most >= self.settings.tokenizer_max_length:
             raise DataError(
                 f"the prompt '{encoded['task'][0].strip()}' fills the policy's tokenizer_max_length of {most} and may "
-                f"be cut: shorten the task, or teach with a larger one"
+                f"be truncated: shorten the task, or use a teacher with a larger one"
             )
         return {"language": tokens[mask]}
 
@@ -174,7 +177,7 @@ class LeRobotPolicy(Model):
         return self.preprocess(sample)  # with the actions of its frame
 
     def collate(self, features: Sequence[Features], positions: Sequence[str] | None = None) -> Batch:
-        """A batch in LeRobot's names; text is padded to its longest, on the right."""
+        """A batch by LeRobot's names; text is padded on the right, to the longest."""
         inputs: dict[str, Tensor] = {}
         width = 0
         if "language" in features[0].tokens:
@@ -201,13 +204,13 @@ class LeRobotPolicy(Model):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """A batch as LeRobot's forward takes it: pictures from 0 to 1."""
+        """A batch as LeRobot's forward takes it: with pictures in [0, 1]."""
         return {k: v.float() / 255 if v.dtype == torch.uint8 else v for k, v in batch.inputs.items()}
 
     def task_loss(self, batch: Batch) -> Tensor:
         """LeRobot's own loss."""
         if ACTION not in batch.inputs:
-            raise DataError("a batch holds no actions to learn: name a LeRobotDataset that holds them")
+            raise DataError("a batch holds no actions to learn: specify a LeRobotDataset that holds them")
         with self.autocast():
             loss: Tensor = self.policy.forward(self.inputs(batch))[0]
         return loss.float()
@@ -226,7 +229,7 @@ class LeRobotPolicy(Model):
         """The actions to execute next, [B, n_action_steps, D] in the robot's units: LeRobot's own inference.
 
         Args:
-            samples: frames, whose actions are not looked at.
+            samples: frames, whose actions are ignored.
         """
         frames = [sample.frame for sample in samples]
         assert all(frame is not None for frame in frames)
@@ -263,7 +266,7 @@ class LeRobotPolicy(Model):
 
 
 def _step_identity(step: Any) -> Any:
-    """What a step of a processor does."""
+    """What identifies the behaviour of a processor step."""
     settings = {key: value for key, value in step.get_config().items() if key not in LOCATIONS}
     state = {key: tensor.tolist() for key, tensor in sorted(step.state_dict().items())}
     tokenizers = [
@@ -278,16 +281,17 @@ def _step_identity(step: Any) -> Any:
 
 
 def check_trained(part: nn.Module, settings: Any) -> None:
-    """
+    """Refuse retention where training cannot change the hidden states.
+
     Args:
-        part: what the hidden states come from.
+        part: the part of the policy that the hidden states come from.
 
     Raises:
-        ConfigError: none of its weights is trained, and a retention loss would have no gradient.
+        ConfigError: none of its weights is trained, so a retention loss would have no gradient.
     """
     if not any(parameter.requires_grad for parameter in part.parameters()):
         raise ConfigError(
-            f"of this {settings.type} only the action expert is trained (train_expert_only), and the hidden states of "
+            f"only the action expert of this {settings.type} is trained (train_expert_only), so the hidden states of "
             f"the prompt cannot change: set train_expert_only to false in the config.json of its folder, or train "
             f"without retention (craft.enabled=false)"
         )

@@ -1,4 +1,4 @@
-"""Success in a simulator: episodes of a policy, side by side."""
+"""Success in a simulator: episodes of a policy, run side by side."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from craft_ray.models.fingerprint import json_fingerprint
 
 FILM_PICTURES = 8
 FILM_HEIGHT = 128
-"""Pixels of a picture in a film, at most."""
+"""Maximum height of a film's pictures, in pixels."""
 NO_CAMERA = (96, 96)
-"""Height and width of the pictures in the films of a policy that looks at none."""
+"""Height and width of the pictures in the films of a policy without cameras."""
 
 
 class Simulation(Protocol):
-    """One environment. An episode is decided by its seed alone."""
+    """One environment. An episode depends on its seed alone."""
 
     description: str
-    """The task in words, as the policy is told it."""
+    """The task in words, as the policy's prompt states it."""
     action_size: int
     max_decisions: int
-    """Actions that an episode has room for."""
+    """The maximum number of actions in an episode."""
     over: bool
     """Whether the simulator has ended the episode."""
 
     def reset(self, seed: int) -> None: ...
 
     def observe(self) -> Frame:
-        """What there is to see now, by the simulator's names."""
+        """The current observation, by the simulator's names."""
         ...
 
     def step(self, action: np.ndarray) -> bool:
-        """Carry out an action, and tell whether the task is done."""
+        """Execute an action and return whether the task is done."""
         ...
 
     def close(self) -> None: ...
@@ -57,7 +57,7 @@ class Rollouts:
     def __init__(self, config: RolloutConfig, key: str) -> None:
         """
         Args:
-            key: the section's place in the configuration, for errors.
+            key: the section's path in the configuration, for error messages.
 
         Raises:
             ConfigError: there is no such environment or task.
@@ -82,20 +82,23 @@ class Rollouts:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides an episode, beside the policy."""
+        """Hash of everything that decides an episode besides the policy."""
         packages = ("metaworld", "mujoco") if self.config.env == "metaworld" else ("lerobot",)
         versions = {name: version(name) for name in packages}
         return json_fingerprint([self.config.model_dump(mode="json", exclude={"films"}), versions])
 
     def check(self, model: Model) -> None:
-        """Whether the simulator shows what a policy looks at; one camera and one state match under any names.
+        """Check that the simulator fits a policy; a single camera and a single state match under any names.
 
         Raises:
-            ConfigError: the model is no policy, the simulator does not show what it looks at or take what it returns,
-                or cannot be made.
+            ConfigError: the model is not a policy, or the simulator does not provide its inputs, does not take its
+                actions or cannot be created.
         """
         if model.kind != "lerobot":
-            raise ConfigError(f"{self._key}: only a policy acts in a simulator, model.kind is {model.kind}")
+            raise ConfigError(
+                f"{self._key}: only a policy acts in a simulator, but model.kind is {model.kind}: use a policy with "
+                f"model.kind=lerobot"
+            )
         policy = cast("LeRobotPolicy", model)
         size = cast("tuple[int, int]", policy.features[policy.cameras[0]][1:]) if policy.cameras else NO_CAMERA
         if size != self._size or not self._simulations:
@@ -109,8 +112,8 @@ class Rollouts:
         self._check_shapes(self._renamed(frame), policy)
         if simulation.action_size != policy.action_size:
             raise ConfigError(
-                f"{self._key}: an action has {simulation.action_size} numbers in {self.name}, the policy returns "
-                f"{policy.action_size}: choose the simulator of its robot"
+                f"{self._key}: an action has {simulation.action_size} numbers in {self.name}, but the policy "
+                f"returns {policy.action_size}: choose the simulator of its robot"
             )
         steps = self.config.max_steps or 1
         if steps > simulation.max_decisions:
@@ -120,16 +123,19 @@ class Rollouts:
             )
         if (self.config.execute or 1) > policy.settings.n_action_steps:
             raise ConfigError(
-                f"{self._key}.execute is {self.config.execute}, the policy returns {policy.settings.n_action_steps} "
-                f"actions at a time (n_action_steps): carry out no more"
+                f"{self._key}.execute is {self.config.execute}, but the policy returns "
+                f"{policy.settings.n_action_steps} actions at a time (n_action_steps): execute no more than that"
             )
 
     def _match(self, frame: Frame, policy: LeRobotPolicy) -> dict[str, str]:
-        """The simulator's names to the policy's."""
+        """A map from the simulator's names to the policy's."""
         shown = [*frame.images, *frame.state]
         for name in self.config.rename:
             if name not in shown:
-                raise ConfigError(f"{self._key}.rename: {self.name} shows no {name}, but {', '.join(shown)}")
+                raise ConfigError(
+                    f"{self._key}.rename: {self.name} does not provide {name}, but {', '.join(shown)}: "
+                    f"rename one of those"
+                )
         names = dict(self.config.rename)
         for given, wanted in (
             (list(frame.images), policy.cameras),
@@ -141,8 +147,8 @@ class Rollouts:
         for name in policy.features:
             if known.count(name) != 1:
                 raise ConfigError(
-                    f"{self._key}: the policy looks at {name}, {self.name} shows {', '.join(shown)}: map one (and one "
-                    f"only) to the other with rename"
+                    f"{self._key}: the policy takes {name}, but {self.name} provides {', '.join(shown)}: map exactly "
+                    f"one of those to it with rename"
                 )
         return names
 
@@ -155,12 +161,12 @@ class Rollouts:
                 found, matters = frame.state[name].shape, True
             if matters and found != wanted:
                 raise ConfigError(
-                    f"{self._key}: {name} is {list(found)} in {self.name}, the policy takes {list(wanted)}: choose the "
-                    f"simulator of its robot"
+                    f"{self._key}: {name} is {list(found)} in {self.name}, but the policy takes {list(wanted)}: choose "
+                    f"the simulator of its robot"
                 )
 
     def _make(self) -> Simulation:
-        assert self._size is not None, "check comes first"
+        assert self._size is not None, "check must be called first"
         config = self.config
         if config.env == "metaworld":
             from craft_ray.lerobot.metaworld import MetaworldSimulation
@@ -171,15 +177,15 @@ class Rollouts:
         return GymSimulation(config.env, config.task, self._size, config.action_repeat)
 
     def close(self) -> None:
-        """Let the simulations go."""
+        """Release the simulations."""
         while self._simulations:
             self._simulations.pop().close()
 
     def run(self, model: Model, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The records of these episodes. What a policy draws depends on the first of them, and on nothing before.
+        """Run these episodes and return their records. A policy's random numbers depend on the first row alone.
 
         Raises:
-            DataError: the policy returns something that is no number.
+            DataError: the policy returns an action that is not finite.
         """
         policy = cast("LeRobotPolicy", model)
         while len(self._simulations) < len(rows):
@@ -193,18 +199,18 @@ class Rollouts:
             self._play(policy, episodes)
         return [episode.record() for episode in episodes]
 
-    def _play(self, policy: LeRobotPolicy, going: Sequence[_Episode]) -> None:
-        """All of them to their ends, side by side."""
-        while going:
-            samples = [Sample(e.id, e.prompt, frame=self._renamed(e.simulation.observe())) for e in going]
-            for episode, actions in zip(going, policy.act(samples), strict=True):
+    def _play(self, policy: LeRobotPolicy, running: Sequence[_Episode]) -> None:
+        """Run all episodes to their ends, side by side."""
+        while running:
+            samples = [Sample(e.id, e.prompt, frame=self._renamed(e.simulation.observe())) for e in running]
+            for episode, actions in zip(running, policy.act(samples), strict=True):
                 if not np.isfinite(actions).all():
                     raise DataError(
-                        f"{self.name}: at step {episode.steps} of {episode.id} the policy returns an action that is no "
-                        f"finite number: its weights are broken, take another checkpoint"
+                        f"{self.name}: at step {episode.steps} of {episode.id} the policy returns an action that is "
+                        f"not finite: its weights are broken, use another checkpoint"
                     )
-                episode.carry_out(actions[: self.config.execute])
-            going = [episode for episode in going if not episode.ended]
+                episode.execute(actions[: self.config.execute])
+            running = [episode for episode in running if not episode.ended]
 
     def _renamed(self, frame: Frame) -> Frame:
         images = {self._names.get(name, name): image for name, image in frame.images.items()}
@@ -212,7 +218,7 @@ class Rollouts:
 
 
 class _Episode:
-    """One episode on its way."""
+    """One episode in progress."""
 
     def __init__(self, simulation: Simulation, config: RolloutConfig, row: int) -> None:
         self.simulation = simulation
@@ -229,8 +235,8 @@ class _Episode:
     def ended(self) -> bool:
         return self._success or self.simulation.over or self.steps >= self._most
 
-    def carry_out(self, actions: np.ndarray) -> None:
-        """Actions [T, D], one after the other, until the episode ends."""
+    def execute(self, actions: np.ndarray) -> None:
+        """Execute actions [T, D] one after the other until the episode ends."""
         for action in actions:
             if self.ended:
                 return
@@ -239,12 +245,12 @@ class _Episode:
             self._record_picture()
 
     def record(self) -> dict[str, Any]:
-        told = f"success after {self.steps} steps" if self._success else f"no success in {self.steps} steps"
+        outcome = f"success after {self.steps} steps" if self._success else f"no success in {self.steps} steps"
         record = {
             "id": self.id,
             "prompt": self.prompt,
             "response": "success",
-            "prediction": told,
+            "prediction": outcome,
             "correct": self._success,
             "steps": self.steps,
         }
@@ -257,13 +263,13 @@ class _Episode:
             self._film.add(self.steps, self._picture())
 
     def _picture(self) -> np.ndarray:
-        """Of the first camera."""
+        """The picture of the first camera."""
         return next(iter(self.simulation.observe().images.values()))
 
 
 class Film:
-    """Pictures of an episode whose length is not known: every second one goes when there are many, so that what is left
-    is evenly spaced and few are made."""
+    """Pictures of an episode of unknown length. When there are many, every second one is dropped, so that the rest stay
+    evenly spaced and few are rendered."""
 
     def __init__(self) -> None:
         self._pictures: dict[int, np.ndarray] = {}
@@ -282,7 +288,7 @@ class Film:
         """Up to eight pictures side by side as a PNG, evenly spaced, the first and the last of the episode among them.
 
         Args:
-            step: the episode's last.
+            step: the episode's last step.
         """
         pictures = {**self._pictures, step: last}
         taken = [min(pictures, key=lambda at: abs(at - moment)) for moment in np.linspace(0, step, FILM_PICTURES)]

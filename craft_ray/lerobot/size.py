@@ -1,6 +1,6 @@
-"""PaliGemmas of any size inside LeRobot's pi0_fast, which itself builds only the one of three billion parameters.
+"""PaliGemmas of any size inside LeRobot's pi0_fast, which itself builds only the one with three billion parameters.
 
-The size stands in `paligemma_size.json` beside the policy's `config.json`. LeRobot loads such a folder in the context:
+The size is in `paligemma_size.json` beside the policy's `config.json`. LeRobot loads such a folder in this context:
 
     with sized(folder):
         policy = PI0FastPolicy.from_pretrained(folder)
@@ -28,10 +28,10 @@ SIZE_FILE = "paligemma_size.json"
 
 @dataclass(frozen=True)
 class PaliGemmaSize:
-    """The numbers that make one PaliGemma smaller than another.
+    """The dimensions of a PaliGemma.
 
     Raises:
-        ConfigError: no model has these numbers.
+        ConfigError: no model can have these dimensions.
     """
 
     width: int
@@ -50,7 +50,7 @@ class PaliGemmaSize:
     image: int
     """Side of a picture, in pixels; the policy's `image_resolution` is (image, image)."""
     vocabulary: int
-    """Tokens of text, of actions and the reserved ones together."""
+    """Number of tokens for text and actions, plus the reserved ones."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -74,7 +74,7 @@ class PaliGemmaSize:
     def load(cls, folder: Path) -> PaliGemmaSize:
         """
         Raises:
-            ConfigError: the file holds other fields, or numbers that no model has.
+            ConfigError: the file holds other fields, or dimensions that no model can have.
         """
         try:
             return cls(**json.loads((folder / SIZE_FILE).read_text(encoding="utf-8")))
@@ -87,9 +87,9 @@ class PaliGemmaSize:
 
 @contextmanager
 def sized(folder: str | Path) -> Iterator[None]:
-    """While open, LeRobot builds its `PI0FastPolicy` in the size that stands in `folder`; without the file, in its own.
+    """While open, LeRobot builds its `PI0FastPolicy` in the size stored in `folder`; without that file, in its own.
 
-    The size holds for the whole process, not for one thread.
+    This affects the whole process, not just one thread.
 
     Raises:
         ConfigError: as `PaliGemmaSize.load`.
@@ -108,7 +108,7 @@ def building(size: PaliGemmaSize) -> Iterator[None]:
 
     class SizedPaliGemma(original):  # type: ignore[misc, valid-type]
         def __init__(self, vlm_config: Any, use_adarms: Any = None, precision: str = "bfloat16") -> None:
-            nn.Module.__init__(self)  # the original's would build three billion parameters first
+            nn.Module.__init__(self)  # the original would first build three billion parameters
             self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(_configuration(size))
             self.to_bfloat16_for_selected_params(precision)
 
@@ -120,7 +120,7 @@ def building(size: PaliGemmaSize) -> Iterator[None]:
 
 
 def _configuration(size: PaliGemmaSize) -> PaliGemmaConfig:
-    """What LeRobot writes into PaliGemma's configuration, with the numbers of `size`."""
+    """PaliGemma's configuration as LeRobot writes it, with the dimensions of `size`."""
     text = GemmaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.width,

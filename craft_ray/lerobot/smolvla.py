@@ -1,7 +1,7 @@
 """smolvla: the lower half of a SmolVLM2 beside a flow-matching action expert (arXiv 2506.01844).
 
-As LeRobot configures it, only the expert is trained (`train_expert_only`), and the hidden states of the prompt then do
-not move at all: anchors bind a policy whose vision-language part is trained.
+By LeRobot's default, only the expert is trained (`train_expert_only`), and the hidden states of the prompt then do not
+change at all: anchors constrain only a policy whose vision-language part is trained.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from craft_ray.method.pooling import Layout
 
 
 class SmolVLA(LeRobotPolicy):
-    """Its sequence is [pictures | text | state]. The state stands where a suffix would, and no position names it.
+    """Its sequence is [pictures | text | state]. The state takes the place of a suffix, and no position includes it.
 
-    The action expert reads every token, and there are few (64 a camera), so by default all are anchored.
+    The action expert reads every token, and there are few (64 per camera), so by default all are anchored.
     """
 
     counts_steps = True
@@ -31,7 +31,7 @@ class SmolVLA(LeRobotPolicy):
     def __init__(self, config: ModelConfig, precision: Precision, device: torch.device, folder: PolicyFolder) -> None:
         super().__init__(config, precision, device, folder)
         vlm = self._vlm.config
-        # LeRobot would pad to it, to have one length for a compiler. What is padded is not looked at.
+        # LeRobot would pad to it, to have one length for a compiler. Padding is not attended to.
         self.policy.model.prefix_length = -1
         self.hidden_size: int = vlm.text_config.hidden_size
         width, height = self.settings.resize_imgs_with_padding

@@ -1,8 +1,8 @@
-"""The residual stream of a transformer, taken where every policy passes by.
+"""The residual stream of a transformer, captured at modules that every policy calls.
 
 Policies with an action expert run the layers of both transformers side by side and never call a layer's own forward,
-so a hook on a layer is silent there. What they do call is each block's first normalisation: what enters it is the
-output of the block before.
+so a hook on a layer never fires there. They do call each block's first normalisation, and its input is the output of
+the previous block.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Taps:
-    """Where the hidden states of a transformer are taken.
+    """Where the hidden states of a transformer are captured.
 
     They are indexed as in transformers: 0 is the embeddings, k the output of block k, the last one follows the final
     norm.
     """
 
     entries: Sequence[nn.Module]
-    """For each block, the first module that is given what enters the block."""
+    """For each block, the first module that receives the block's input."""
     norm: nn.Module
     """The final norm."""
 
@@ -48,7 +48,7 @@ class Taps:
             seen[layer] = inputs[0]
 
         def leaves(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            # An adaptive norm returns its gate, too.
+            # An adaptive norm also returns its gate.
             seen[layer] = output[0] if isinstance(output, tuple) else output
 
         if layer < len(self.entries):

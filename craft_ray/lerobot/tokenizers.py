@@ -1,10 +1,10 @@
 """The two tokenizers of pi0_fast: text (PaliGemma's) and actions (FAST, arXiv 2501.09747).
 
 FAST takes the cosine transform of a chunk of actions, rounds it, and joins frequent runs of numbers into tokens. Action
-token k is the text token `vocabulary - 1 - reserved - k`: the end of the text vocabulary speaks actions.
+token k is the text token `vocabulary - 1 - reserved - k`: actions use the end of the text vocabulary.
 
-LeRobot loads both by name and runs the Python code that lies beside an action tokenizer. Here that code runs only when
-it is trusted; otherwise LeRobot's own copy of FAST is filled with the folder's numbers.
+LeRobot loads both by name and runs the Python code stored with an action tokenizer. Here that code runs only if it is
+trusted; otherwise LeRobot's own copy of FAST gets the folder's parameters.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class {_FAST_CLASS}(action_tokenizer.{_FAST_CLASS}):
     pass
 '''
 _PREFIX: Final = "Action"
-"""LeRobot's suffix is `Action: `, the action tokens and `|`, and it wants this word as one token."""
+"""LeRobot's suffix is `Action: `, the action tokens and `|`, and it needs this word to be one token."""
 
 
 # -- loading
@@ -53,7 +53,7 @@ def fast_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """The action tokenizer of a folder or of the hub.
 
     Args:
-        trust_remote_code: run the code that lies beside it, as LeRobot does. Otherwise none runs.
+        trust_remote_code: run the code stored with it, as LeRobot does. Otherwise none runs.
 
     Raises:
         ConfigError: no FAST tokenizer loads from there.
@@ -61,21 +61,23 @@ def fast_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     if trust_remote_code:
         try:
             return AutoProcessor.from_pretrained(name, trust_remote_code=True)
-        except Exception as error:  # foreign code raises anything
+        except Exception as error:  # remote code may raise any exception
             raise ConfigError(
-                f"action tokenizer {name}: it does not load ({first_line(error)}): name a folder or a hub model of one"
+                f"action tokenizer {name}: it does not load ({first_line(error)}): specify a folder or a hub model "
+                f"of one"
             ) from None
     folder = _folder(name)
-    numbers = _fast_numbers(folder, name)
+    parameters = _fast_parameters(folder, name)
     if not (folder / "tokenizer.json").is_file():
-        raise ConfigError(f"action tokenizer {name} has no tokenizer.json: name a folder or a hub model with FAST")
+        raise ConfigError(f"action tokenizer {name} has no tokenizer.json: specify a folder or a hub model with FAST")
     try:
         inner = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except Exception as error:  # the Rust part raises bare exceptions
+    except Exception as error:  # the Rust part raises bare Exceptions
         raise ConfigError(
-            f"action tokenizer {name}: its tokenizer.json does not load ({first_line(error)}): save or fetch it again"
+            f"action tokenizer {name}: its tokenizer.json does not load ({first_line(error)}): save or download it "
+            f"again"
         ) from None
-    return UniversalActionProcessor(inner, **numbers)
+    return UniversalActionProcessor(inner, **parameters)
 
 
 def _folder(name: str) -> Path:
@@ -83,24 +85,24 @@ def _folder(name: str) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute():
-        raise ConfigError(f"action tokenizer {name}: there is no such folder: name one, or a hub model")
+        raise ConfigError(f"action tokenizer {name}: there is no such folder: specify one, or a hub model")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json"]))
-    except Exception as error:  # the hub's client raises anything
+    except Exception as error:  # the hub's client may raise any exception
         raise ConfigError(
             f"action tokenizer {name}: there is no such folder, and no such model on the hub or in its local cache "
             f"({first_line(error)})"
         ) from None
 
 
-def _fast_numbers(folder: Path, name: str) -> dict[str, Any]:
-    """What the class needs beside the inner tokenizer, from `processor_config.json`."""
+def _fast_parameters(folder: Path, name: str) -> dict[str, Any]:
+    """The parameters that the class needs besides the inner tokenizer, from `processor_config.json`."""
     try:
         stored = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"action tokenizer {name}: its processor_config.json does not read ({first_line(error)}), and without "
-            f"model.trust_remote_code FAST is filled from that file"
+            f"action tokenizer {name}: its processor_config.json cannot be read ({first_line(error)}), but without "
+            f"model.trust_remote_code FAST gets its parameters from that file: save or download it again"
         ) from None
     kinds: dict[str, type | tuple[type, ...]] = {"scale": (int, float), "vocab_size": int, "min_token": int}
     wrong = [
@@ -109,39 +111,39 @@ def _fast_numbers(folder: Path, name: str) -> dict[str, Any]:
     if wrong:
         raise ConfigError(
             f"action tokenizer {name}: its processor_config.json has no number {', '.join(wrong)}, which FAST needs: "
-            f"take another folder, or set model.trust_remote_code to run its own code"
+            f"use another folder, or set model.trust_remote_code to run its own code"
         )
     if stored.get("processor_class") != _FAST_CLASS:
         raise ConfigError(
-            f"action tokenizer {name} is a {stored.get('processor_class')}, and the one that is known is {_FAST_CLASS} "
-            f"(FAST): take a FAST tokenizer, or set model.trust_remote_code to run its own code"
+            f"action tokenizer {name} is a {stored.get('processor_class')}, but only {_FAST_CLASS} (FAST) is "
+            f"supported: use a FAST tokenizer, or set model.trust_remote_code to run its own code"
         )
     return {key: stored.get(key) for key in (*kinds, "time_horizon", "action_dim")}
 
 
 def text_tokenizer(name: str, **options: Any) -> Any:
-    """The text tokenizer of a folder or of the hub. None of its code runs.
+    """The text tokenizer of a folder or of the hub. No code stored with it runs.
 
     Raises:
         ConfigError: no tokenizer loads from there.
     """
     try:
         return AutoTokenizer.from_pretrained(name, **{**options, "trust_remote_code": False})
-    except Exception as error:  # a damaged tokenizer raises anything, a bare Exception too
+    except Exception as error:  # a damaged tokenizer may raise anything, even a bare Exception
         raise ConfigError(
-            f"text tokenizer {name}: it does not load ({first_line(error)}): name a folder or a hub model that has one"
+            f"text tokenizer {name}: it does not load ({first_line(error)}): specify a folder or a hub model with one"
         ) from None
 
 
 @contextmanager
-def without_foreign_code(action_tokenizer: Any | None, trusted: bool = False) -> Iterator[None]:
-    """While open, LeRobot's policies and processors take the given action tokenizer, and text tokenizers without code.
+def without_remote_code(action_tokenizer: Any | None, trusted: bool = False) -> Iterator[None]:
+    """While open, LeRobot's policies and processors use the given action tokenizer, and text tokenizers without code.
 
-    LeRobot asks for both by name, with trust. So the two names under which it does are replaced in its modules; that
-    holds for the whole process, not for one thread.
+    LeRobot loads both by name and trusts their code, so the two classes that load them are replaced in its modules.
+    This affects the whole process, not just one thread.
 
     Args:
-        action_tokenizer: of `fast_tokenizer`; None for a policy that has none.
+        action_tokenizer: from `fast_tokenizer`; None for a policy that has none.
         trusted: change nothing.
     """
     if trusted:
@@ -152,7 +154,7 @@ def without_foreign_code(action_tokenizer: Any | None, trusted: bool = False) ->
         @staticmethod
         def from_pretrained(name: str, **_: Any) -> Any:
             if action_tokenizer is None:
-                raise ConfigError(f"{name} would run its own code: set model.trust_remote_code if it may")
+                raise ConfigError(f"{name} would run its own code: set model.trust_remote_code if you trust it")
             return action_tokenizer
 
     class Text:
@@ -169,11 +171,11 @@ def without_foreign_code(action_tokenizer: Any | None, trusted: bool = False) ->
             module.AutoProcessor, module.AutoTokenizer = processor, text
 
 
-# -- places: LeRobot wants absolute names, and a folder may move
+# -- paths: LeRobot needs absolute ones, and a folder may move
 
 
 def local_names(settings: Any, folder: Path) -> None:
-    """Let a policy's configuration name the tokenizers inside its own folder, wherever that is now."""
+    """Make a policy's configuration name the tokenizers inside its own folder, wherever that is now."""
     for field, inside in _NAMES.items():
         if hasattr(settings, field) and _is_inside(getattr(settings, field), inside, folder):
             setattr(settings, field, str(folder.absolute() / inside))
@@ -182,19 +184,19 @@ def local_names(settings: Any, folder: Path) -> None:
 def complete_processor_config(folder: Path, final: Path | None = None) -> None:
     """Make the processors of a saved policy load in LeRobot itself, offline.
 
-    LeRobot's action step forgets which text tokenizer it belongs to when it is saved (and its own name, if it was given
-    an object), and takes Google's from the hub instead. The names come from the policy's `config.json`; tokenizers that
-    lie inside the folder are named by its place. A folder without an action step is left as it is.
+    LeRobot's action step does not save which text tokenizer it belongs to (nor its own name, if it was given an
+    object), and uses Google's from the hub instead. The names come from the policy's `config.json`; tokenizers inside
+    the folder are named by the folder's path. A folder without an action step is left as it is.
 
     Args:
-        final: where the folder will stand, if it is now written elsewhere.
+        final: the folder's final path, if it is first written elsewhere.
     """
-    place = (final or folder).absolute()
+    path = (final or folder).absolute()
     config = _read(folder / "config.json")
     changed = False
     for field, inside in _NAMES.items():
         if field in config and _is_inside(config[field], inside, folder):
-            config[field] = str(place / inside)
+            config[field] = str(path / inside)
             changed = True
     if changed:
         _write(folder / "config.json", config)
@@ -216,7 +218,7 @@ _NAMES: Final = {"text_tokenizer_name": TEXT_TOKENIZER, "action_tokenizer_name":
 
 
 def _is_inside(name: str, inside: str, folder: Path) -> bool:
-    """Whether a stored name means the tokenizer in `folder`, perhaps by the place that the folder had before."""
+    """Whether a stored name means the tokenizer in `folder`, perhaps by an earlier path of the folder."""
     return Path(name).name == inside and (folder / inside).is_dir()
 
 
@@ -228,15 +230,15 @@ def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-# -- making
+# -- writing
 
 
 def write_text_tokenizer(folder: Path, corpus: Iterable[str], vocabulary: int, action_tokens: int) -> None:
-    """A byte-level tokenizer in the shape of PaliGemma's: words first, then the action tokens, then 128 reserved ones.
+    """Write a byte-level tokenizer laid out as PaliGemma's: words first, then action tokens, then 128 reserved ones.
 
     Args:
         corpus: prompts as the policy sees them.
-        vocabulary: tokens in all. What the corpus does not fill stays unused.
+        vocabulary: number of tokens in all. Those that the corpus does not fill stay unused.
 
     Raises:
         ConfigError: the vocabulary has no room for words.
@@ -266,7 +268,7 @@ def write_text_tokenizer(folder: Path, corpus: Iterable[str], vocabulary: int, a
     unused = [f"<unused{number}>" for number in range(room - len(tokens))]
     actions = [f"<action{number}>" for number in reversed(range(action_tokens))]
     reserved = [f"<reserved{number}>" for number in range(RESERVED)]
-    # Joined before anything that the corpus taught, so the word is one token whatever the corpus was.
+    # Merged before anything learnt from the corpus, so the word is one token whatever the corpus is.
     first = [[longer[:-1], longer[-1]] for longer in chain]
     content["model"]["vocab"] = {token: index for index, token in enumerate([*tokens, *unused, *actions, *reserved])}
     content["model"]["merges"] = first + [pair for pair in content["model"]["merges"] if pair not in first]
@@ -282,18 +284,18 @@ def write_text_tokenizer(folder: Path, corpus: Iterable[str], vocabulary: int, a
 def write_action_tokenizer(
     folder: Path, chunks: NDArray[np.float32], vocabulary: int = 1024, scale: float = 10.0
 ) -> UniversalActionProcessor:
-    """FAST, fitted on chunks of actions and saved for LeRobot.
+    """Fit FAST on chunks of actions and save it for LeRobot.
 
     Args:
         chunks: [N, T, D], normalised to about [-1, 1].
-        scale: steps that a coefficient of 1 is rounded to.
+        scale: rounding steps per unit of a coefficient.
 
     Raises:
         ConfigError: the vocabulary is too small for the scale.
     """
     _, horizon, dimensions = chunks.shape
-    # A number that no chunk had would vanish from its text without a sign, so FAST is shown every one that a chunk in
-    # [-2, 2] can have: the transform keeps lengths, and such a chunk is at most 2 sqrt(T) long in each dimension.
+    # A number that occurs in no chunk would be dropped silently, so FAST is fitted on every one that a chunk in [-2, 2]
+    # can have: the transform preserves norms, and such a chunk has at most norm 2 sqrt(T) in each dimension.
     bound = math.ceil(scale * max(2 * math.sqrt(horizon), float(np.linalg.norm(chunks, axis=1).max())))
     every = idct(np.arange(-bound, bound + 1, dtype=np.float64)[:, None] / scale, axis=0, norm="ortho")
     # LeRobot's trainer starts from the numbers as characters and adds the bytes that those have in UTF-8.

@@ -1,4 +1,4 @@
-"""A LeRobotDataset gives what LeRobot gives, whichever part is read; what is no such data set is told in a line."""
+"""A LeRobotDataset gives what LeRobot gives, whichever part is read; anything else is refused in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import datasets
 from lerobot.datasets import LeRobotDataset
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
-import craft_ray.lerobot.dataset as module
+import craft_ray.lerobot.recording as module
 from craft_ray.data.frame import Frame
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError, CraftError, DataError, StorageError
@@ -71,7 +71,7 @@ def images(folders: dict[str, Path]) -> Path:
 
 @pytest.fixture
 def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
-    """To be damaged."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(folders["images"], tmp_path / "copy"))
 
 
@@ -88,7 +88,7 @@ def change_info(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def change_table(root: Path, file: str, change: Callable[[Any], Any]) -> None:
-    """Through pandas, so that a list stays a list and pictures stay pairs of bytes and path."""
+    """With the same schema, so that a list stays a list and pictures stay pairs of bytes and path."""
     path = root / file
     schema = pq.read_schema(path)
     rows = change(pq.read_table(path).to_pylist())
@@ -157,7 +157,7 @@ def test_actions_run_to_the_end_of_the_episode_and_are_not_copied(images: Path) 
     assert not first.flags.writeable
 
 
-def test_features_are_named_and_shaped_as_those_of_policies(folders: dict[str, Path]) -> None:
+def test_features_are_named_and_shaped_as_in_policies(folders: dict[str, Path]) -> None:
     for root in folders.values():
         found = source(root)
         policy = dataset_to_policy_features(LeRobotDataset(root.name, root=root).meta.features)
@@ -168,7 +168,7 @@ def test_features_are_named_and_shaped_as_those_of_policies(folders: dict[str, P
 
 
 def test_pictures_that_are_not_square(tmp_path: Path) -> None:
-    """Height and width keep their places, whichever way the data set tells them."""
+    """Height and width keep their order, whichever way the data set states them."""
     root = tmp_path / "wide"
     features = {
         TOP: {"dtype": "image", "shape": (16, 24, 3), "names": ["height", "width", "channels"]},
@@ -197,7 +197,7 @@ def test_pictures_that_are_not_square(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["images", "videos"])
-def test_a_frame_survives_its_form_in_a_file(form: str, folders: dict[str, Path]) -> None:
+def test_a_frame_survives_being_stored(form: str, folders: dict[str, Path]) -> None:
     for sample in source(folders[form], limit=3):
         assert sample.frame is not None
         back = Frame.from_bytes(sample.frame.to_bytes())
@@ -248,7 +248,7 @@ def test_a_stride_starts_with_the_first_frame_of_each_episode(images: Path) -> N
     assert source(images, stride=3, episodes=(1, 3)).ids() == [*ids[2:4], *ids[5:]]
 
 
-def test_features_go_by_their_new_names(images: Path) -> None:
+def test_renamed_features_have_their_new_names(images: Path) -> None:
     names = {TOP: "observation.images.base_0_rgb", STATE: "observation.joints"}
     found, plain = source(images, rename=names), source(images)
     assert found.features == {names[TOP]: (3, 32, 32), SIDE: (3, 32, 32), names[STATE]: (3,), ACTION: (2,)}
@@ -258,7 +258,7 @@ def test_features_go_by_their_new_names(images: Path) -> None:
     assert np.array_equal(ours.state[names[STATE]], theirs.state[STATE])
 
 
-def test_names_can_be_exchanged(images: Path) -> None:
+def test_names_can_be_swapped(images: Path) -> None:
     ours, theirs = frame(source(images, rename={TOP: SIDE, SIDE: TOP}), 3), frame(source(images), 3)
     assert np.array_equal(ours.images[TOP], theirs.images[SIDE])
     assert np.array_equal(ours.images[SIDE], theirs.images[TOP])
@@ -280,7 +280,7 @@ def test_a_feature_outside_the_conventions_is_read_once_it_has_a_conventional_na
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "words"),
     [
         ({"episodes": (1, 4)}, "task.episodes names 4, but {} has 4 episodes, 0 to 3"),
         (
@@ -289,24 +289,24 @@ def test_a_feature_outside_the_conventions_is_read_once_it_has_a_conventional_na
         ),
         ({"rename": {TOP: SIDE}}, f"task.rename: {TOP} and {SIDE} of {{}} would both be {SIDE}"),
         ({"rename": {"timestamp": STATE}}, "task.rename names 'timestamp'"),
-        ({"rename": {STATE: "state"}}, f"task.rename makes {STATE} of {{}} state, which a sample has no place for"),
+        ({"rename": {STATE: "state"}}, f"task.rename turns {STATE} of {{}} into state, which a sample cannot hold"),
     ],
 )
-def test_what_is_not_in_the_data_set(settings: dict[str, Any], said: str, images: Path) -> None:
-    assert said.format(images) in refusal(ConfigError, lambda: source(images, **settings))
+def test_a_selection_that_is_not_in_the_data_set_is_refused(settings: dict[str, Any], words: str, images: Path) -> None:
+    assert words.format(images) in refusal(ConfigError, lambda: source(images, **settings))
 
 
 # --- identity -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["images", "videos"])
-def test_the_fingerprint_does_not_know_the_place(form: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_fingerprint_does_not_depend_on_the_path(form: str, folders: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(folders[form], tmp_path / "task_index=1" / "else [where]*")
     assert source(copy).fingerprint == source(folders[form]).fingerprint
     assert source(copy).ids() == source(folders[form]).ids()
 
 
-def test_the_fingerprint_knows_every_selection(folders: dict[str, Path]) -> None:
+def test_the_fingerprint_depends_on_every_selection(folders: dict[str, Path]) -> None:
     images = folders["images"]
     settings: list[dict[str, Any]] = [
         {}, {"stride": 2}, {"limit": 3}, {"episodes": (0,)}, {"episodes": (1,)}, {"rename": {TOP: "observation.image"}},
@@ -329,10 +329,10 @@ def one_action(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [one_pixel, one_action])
-def test_a_data_set_that_was_rewritten_in_place_is_read_anew(
+def test_a_data_set_that_was_rewritten_in_place_is_read_again(
     change: Callable[[dict[str, Any]], None], copy: Path
 ) -> None:
-    """With the time that it had before, by which a cache of the libraries below would take it for the old one."""
+    """With its old modification time, by which the caches of the underlying libraries would take it for the old one."""
     os.utime(copy / DATA, (1e9, 1e9))
     before = source(copy)
     fingerprint, old = before.fingerprint, frame(before, 8)
@@ -354,7 +354,7 @@ def test_a_data_set_that_was_rewritten_in_place_is_read_anew(
     assert {made: count for made, count in differences.items() if count} == {change: 1}
 
 
-def test_the_tasks_of_a_rewritten_data_set_are_read_anew(tmp_path: Path) -> None:
+def test_the_tasks_of_a_rewritten_data_set_are_read_again(tmp_path: Path) -> None:
     for task in ("push", "pull"):
         root = write_dataset(tmp_path / "data", episodes=1, frames=2, size=8, task=task)
         for file in root.rglob("*"):
@@ -372,7 +372,7 @@ def test_a_changed_video_is_another_data_set(copied_videos: Path) -> None:
 
 @pytest.mark.slow
 def test_several_processes_open_the_same_data_set_at_once(images: Path, tmp_path: Path) -> None:
-    """With an empty cache, which each of them would fill."""
+    """With an empty cache, which each of them fills."""
     program = f"""
 from craft_ray.config import AutoData
 from craft_ray.data.source import open_source
@@ -382,9 +382,9 @@ print(found.fingerprint, sum(int(p.astype(int).sum()) for s in found for p in s.
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", program]
     started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = {process.communicate(timeout=400)[0] for process in started}
+    outputs = {process.communicate(timeout=400)[0] for process in started}
     total = sum(int(p.astype(int).sum()) for s in source(images) for p in s.frame.images.values())  # type: ignore[union-attr]
-    assert said == {f"{source(images).fingerprint} {total}\n"}
+    assert outputs == {f"{source(images).fingerprint} {total}\n"}
     assert [process.returncode for process in started] == [0, 0]
 
 
@@ -395,10 +395,10 @@ def test_nothing_is_written_beside_the_data(folders: dict[str, Path]) -> None:
         assert sorted((p, p.stat().st_mtime_ns) for p in root.rglob("*")) == before
 
 
-# --- where a data set is found ------------------------------------------------------------------------------------
+# --- locating a data set ------ ------------------------------------------------------------------------------------
 
 
-def test_the_format_is_known_by_the_folder_and_can_be_named(images: Path) -> None:
+def test_the_format_is_recognised_from_the_folder_and_can_be_specified(images: Path) -> None:
     assert source(images).ids() == source(images, format="lerobot").ids()
 
 
@@ -432,17 +432,17 @@ def test_a_data_set_that_lerobot_recorded_is_found_by_its_name(
 
 
 @pytest.mark.parametrize("path", ["/no/where", "./none", "craft-ray-tests/none", "not a name!"])
-def test_a_data_set_that_is_nowhere(path: str) -> None:
+def test_a_data_set_that_does_not_exist(path: str) -> None:
     message = refusal(ConfigError, lambda: source(path, format="lerobot"))
     assert message.startswith("task: there is no ")
     assert str(Path(path)) in message
 
 
-def test_a_folder_that_is_none(tmp_path: Path) -> None:
+def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
     assert "there is no LeRobotDataset at" in refusal(ConfigError, lambda: source(tmp_path, format="lerobot"))
 
 
-# --- what is damaged ----------------------------------------------------------------------------------------------
+# --- damaged data sets ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -459,20 +459,20 @@ def test_another_version_of_the_format(version: str, remedy: str, copy: Path) ->
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tables": (lambda root: shutil.rmtree(root / "data"), f"{DATA} is missing"),
     "no tasks": (lambda root: (root / "meta/tasks.parquet").unlink(), "tasks.parquet"),
-    "no episodes": (lambda root: shutil.rmtree(root / "meta/episodes"), "counts 4 episodes, meta/episodes names 0"),
+    "no episodes": (lambda root: shutil.rmtree(root / "meta/episodes"), "counts 4 episodes, but meta/episodes lists 0"),
     "cut episodes": (
         lambda root: (root / EPISODES).write_bytes((root / EPISODES).read_bytes()[:-40]),
         EPISODES,
     ),
     "cut table": (lambda root: (root / DATA).write_bytes((root / DATA).read_bytes()[:-40]), DATA),
     "empty table": (lambda root: (root / DATA).write_bytes(b""), DATA),
-    "info is no JSON": (lambda root: (root / "meta/info.json").write_text("{"), "line 1"),
+    "info is not JSON": (lambda root: (root / "meta/info.json").write_text("{"), "line 1"),
     "info is a list": (lambda root: (root / "meta/info.json").write_text("[]"), "indices"),
     "no version": (lambda root: change_info(root, lambda info: info.pop("codebase_version")), "version' is missing"),
     "no type": (lambda root: change_info(root, lambda info: info["features"][TOP].pop("dtype")), "'dtype' is missing"),
     "more episodes than there are": (
         lambda root: change_info(root, lambda info: info.update(total_episodes=5)),
-        "counts 5 episodes, meta/episodes names 4",
+        "counts 5 episodes, but meta/episodes lists 4",
     ),
     "no such column": (
         lambda root: change_info(root, lambda i: i["features"].update({"observation.x": i["features"][STATE]})),
@@ -484,28 +484,28 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another shape": (
         lambda root: change_info(root, lambda info: info["features"][STATE].update(shape=[4])),
-        f"{STATE} is not of shape [4] everywhere",
+        f"{STATE} does not have shape [4] in every row",
     ),
-    "rows that were lost": (lambda root: change_table(root, DATA, lambda rows: rows[:-1]), "5 frames of episode 3"),
-    "rows in disorder": (lambda root: change_table(root, DATA, lambda rows: rows[::-1]), "6 frames of episode 0"),
-    "a task that is not there": (
+    "lost rows": (lambda root: change_table(root, DATA, lambda rows: rows[:-1]), "5 frames of episode 3"),
+    "rows out of order": (lambda root: change_table(root, DATA, lambda rows: rows[::-1]), "6 frames of episode 0"),
+    "a task that does not exist": (
         lambda root: change_table(root, DATA, lambda rows: [{**row, "task_index": 7} for row in rows]),
-        "of task 7, meta/tasks.parquet has 2 tasks",
+        "has task 7, but meta/tasks.parquet has 2 tasks",
     ),
-    "a hole": (
+    "a missing value": (
         lambda root: change_table(root, DATA, lambda rows: [{**rows[0], ACTION: None}, *rows[1:]]),
-        f"{ACTION} is not of shape [2] everywhere",
+        f"{ACTION} does not have shape [2] in every row",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_folder_is_told_in_one_line(damage: str, copy: Path) -> None:
-    do, said = DAMAGE[damage]
+def test_a_damaged_folder_is_reported_in_one_line(damage: str, copy: Path) -> None:
+    do, words = DAMAGE[damage]
     do(copy)
     message = refusal(ConfigError, lambda: source(copy))
     assert message.startswith(f"task: the LeRobotDataset {copy} is damaged or incomplete (")
-    assert said in message
+    assert words in message
 
 
 def test_a_video_that_is_missing_or_cut(copied_videos: Path) -> None:
@@ -532,11 +532,11 @@ def test_a_picture_that_does_not_decode_or_has_another_size(copy: Path) -> None:
     assert "episode_000000-frame_000002: " in refusal(DataError, lambda: found[2])
     change_info(copy, lambda info: info["features"][SIDE].update(shape=[32, 48, 3]))
     message = refusal(DataError, lambda: source(copy)[0])
-    assert f"{SIDE} is 32 x 32 pixels, meta/info.json says 32 x 48" in message
+    assert f"{SIDE} is 32 x 32 pixels, but meta/info.json says 32 x 48" in message
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "words"),
     [
         ({"info": {"is_depth_map": True}}, "is a depth map"),
         ({"info": {"video.is_depth_map": True}}, "is a depth map"),
@@ -544,19 +544,19 @@ def test_a_picture_that_does_not_decode_or_has_another_size(copy: Path) -> None:
         ({"shape": [1, 32, 32], "names": ["channels", "height", "width"]}, "is of shape [1, 32, 32]"),
     ],
 )
-def test_pictures_without_three_colours_are_refused(change: dict[str, Any], said: str, copy: Path) -> None:
+def test_pictures_without_three_colours_are_refused(change: dict[str, Any], words: str, copy: Path) -> None:
     change_info(copy, lambda info: info["features"][SIDE].update(change))
     message = refusal(ConfigError, lambda: source(copy))
-    assert f"{SIDE} of {copy} {said}" in message
+    assert f"{SIDE} of {copy} {words}" in message
 
 
-def test_a_data_set_without_a_frame(tmp_path: Path) -> None:
+def test_a_data_set_without_frames(tmp_path: Path) -> None:
     features = {STATE: {"dtype": "float32", "shape": (2,), "names": None}}
     LeRobotDataset.create("none", 10, features, root=tmp_path / "none", use_videos=False).finalize()
     assert "holds no frame" in refusal(DataError, lambda: source(tmp_path / "none"))
 
 
-def test_pictures_for_which_there_is_no_room(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_that_no_space_is_left_for(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
     message = refusal(StorageError, lambda: source(images))

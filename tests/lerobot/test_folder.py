@@ -1,4 +1,4 @@
-"""Folders of policies: what does not load completely is one line, what is saved loads again, statistics stay."""
+"""Policy folders: what does not load completely is refused in one line, what is saved loads again, statistics stay."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own(folder: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage, at another place than the one it was made for."""
+    """A copy that a test may damage, at another path than the one it was made for."""
     return Path(shutil.copytree(folder, tmp_path / "own"))
 
 
@@ -56,13 +56,13 @@ def loaded(folder: Path | str, **changes: Any) -> PI0Fast:
     return model
 
 
-def refused(kind: type[CraftError], said: str, folder: Path | str, **changes: Any) -> None:
-    """One line of exactly this type, which names the folder."""
-    with pytest.raises(CraftError, match=said) as told:
+def refused(kind: type[CraftError], words: str, folder: Path | str, **changes: Any) -> None:
+    """The error is one line, of exactly this type, and names the folder."""
+    with pytest.raises(CraftError, match=words) as caught:
         loaded(folder, **changes)
-    assert type(told.value) is kind
-    assert "\n" not in str(told.value)
-    assert str(folder) in str(told.value)
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
@@ -83,20 +83,20 @@ def loss(model: PI0Fast, count: int = 3) -> float:
     return float(model.task_loss(model.collate(features)).detach())
 
 
-# -- what is no policy
+# -- what is not a policy
 
 
-def test_no_folder(tmp_path: Path) -> None:
-    refused(ConfigError, "there is no such folder: name one, or a policy on the hub", tmp_path / "nowhere")
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    refused(ConfigError, "there is no such folder: specify one, or a policy on the hub", tmp_path / "nowhere")
     refused(ConfigError, "no such folder, and no such policy on the hub or in its local cache", "somebody/nothing")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "words"),
     [
-        (None, "is no folder of a LeRobot policy.*config.json"),
-        ("{", "is no folder of a LeRobot policy.*config.json"),
-        ("[1]", "is no folder of a LeRobot policy.*config.json"),
+        (None, "is not the folder of a LeRobot policy.*config.json"),
+        ("{", "is not the folder of a LeRobot policy.*config.json"),
+        ("[1]", "is not the folder of a LeRobot policy.*config.json"),
         ("{}", "a model without a policy type.*pi0_fast, pi05, smolvla, act"),
         ('{"architectures": ["LlamaForCausalLM"]}', "a model without a policy type.*another model.kind"),
         ('{"type": "diffusion"}', "a policy of type diffusion.*pi0_fast, pi05, smolvla, act"),
@@ -104,16 +104,16 @@ def test_no_folder(tmp_path: Path) -> None:
         ('{"type": "pi0_fast", "chunk_size": "many"}', "its config.json is not LeRobot's"),
     ],
 )
-def test_a_config_of_no_known_policy(content: str | None, said: str, own: Path) -> None:
+def test_a_config_of_an_unknown_policy(content: str | None, words: str, own: Path) -> None:
     (own / "config.json").unlink()
     if content is not None:
         (own / "config.json").write_text(content)
-    refused(ConfigError, said, own)
+    refused(ConfigError, words, own)
 
 
 def test_a_policy_without_pictures(own: Path) -> None:
     edit(own / "config.json", lambda config: config["input_features"].pop("observation.images.camera0") and None)
-    refused(ConfigError, "names no camera, and a pi0_fast needs one", own)
+    refused(ConfigError, "names no camera, but a pi0_fast needs one", own)
 
 
 # -- weights
@@ -128,7 +128,7 @@ def truncated(own: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def no_safetensors(own: Path) -> None:
+def not_safetensors(own: Path) -> None:
     (own / "model.safetensors").write_bytes(b"weights")
 
 
@@ -151,11 +151,11 @@ EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_to
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "words"),
     [
         (without_weights, "has no model.safetensors: the policy would be random"),
         (truncated, "its weights are damaged"),
-        (no_safetensors, "its weights are damaged"),
+        (not_safetensors, "its weights are damaged"),
         (resaved(lambda state: state.pop(NORM)), f"1 weights are missing .*{NORM}"),
         (resaved(lambda state: state.update({"model.more": torch.zeros(2)})), "1 weights are unknown .*model.more"),
         (resaved(lambda state: state.update({NORM: torch.zeros(7)})), f"1 weights have another shape .*{NORM}"),
@@ -163,13 +163,13 @@ EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_to
         (resaved(dict.clear), r"\d+ weights are missing"),
     ],
 )
-def test_weights_that_do_not_load_completely(damage: Callable[[Path], None], said: str, own: Path) -> None:
+def test_weights_that_do_not_load_completely(damage: Callable[[Path], None], words: str, own: Path) -> None:
     damage(own)
-    refused(ModelError, said, own)
+    refused(ModelError, words, own)
 
 
 def test_the_embedding_is_the_stored_one_and_not_the_heads(own: Path) -> None:
-    """LeRobot renews names of older checkpoints, and puts the head's weights in the place of a separate embedding."""
+    """LeRobot updates the names of older checkpoints, and replaces a separate embedding by the head's weights."""
     stored = load_file(own / "model.safetensors")
     assert not torch.equal(stored[EMBEDDING], stored[HEAD])
     ours = loaded(own).module.state_dict()
@@ -240,7 +240,7 @@ def test_a_normaliser_without_statistics(which: str, lost: str, own: Path) -> No
 
 
 def test_a_normaliser_with_the_statistics_of_another_scaling(own: Path) -> None:
-    """Mean and deviation are no range."""
+    """Mean and deviation are not a range."""
     file = statistics_file(own)
     renamed = {name.replace("min", "mean").replace("max", "std"): value for name, value in load_file(file).items()}
     save_file(renamed, file)
@@ -250,24 +250,24 @@ def test_a_normaliser_with_the_statistics_of_another_scaling(own: Path) -> None:
 def test_a_text_tokenizer_with_more_tokens_than_the_policy(own: Path) -> None:
     shutil.rmtree(own / TEXT_TOKENIZER)
     write_text_tokenizer(own / TEXT_TOKENIZER, TASKS, 1400, 512)
-    refused(ConfigError, "its text tokenizer .* has 1400 tokens, the policy 1280: it is another policy's", own)
+    refused(ConfigError, "its text tokenizer .* has 1400 tokens, but the policy has 1280: specify", own)
 
 
-def test_a_text_tokenizer_without_what_a_suffix_begins_and_ends_with(own: Path) -> None:
+def test_a_text_tokenizer_without_the_tokens_around_a_suffix(own: Path) -> None:
     edit(own / TEXT_TOKENIZER / "tokenizer_config.json", lambda config: config.pop("bos_token") and None)
-    refused(ConfigError, "its text tokenizer .* has no BOS token, between which", own)
+    refused(ConfigError, "its text tokenizer .* has no BOS token, needed to delimit", own)
 
 
 @pytest.mark.parametrize("inside", [TEXT_TOKENIZER, ACTION_TOKENIZER])
-def test_tokenizers_that_are_gone(inside: str, own: Path, folder: Path) -> None:
-    """The stored name is the place that the folder was made for; there it is gone, too."""
+def test_missing_tokenizers(inside: str, own: Path, folder: Path) -> None:
+    """The stored name is the path that the folder was made for, where it is missing as well."""
     shutil.rmtree(own / inside)
     gone = str(own / "gone" / inside)
     edit(own / "config.json", lambda config: config | {inside.replace("tokenizer", "tokenizer_name"): gone})
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         loaded(own)
-    assert "\n" not in str(told.value)
-    assert str(own) in str(told.value)
+    assert "\n" not in str(caught.value)
+    assert str(own) in str(caught.value)
 
 
 # -- data of another robot
@@ -301,23 +301,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("robot", "said"),
+    ("robot", "words"),
     [
-        ({"cameras": ("wrist",)}, "has no observation.images.camera0, which the policy .* looks at; it has .*rename"),
+        ({"cameras": ("wrist",)}, "has no observation.images.camera0, which the policy .* takes; it has .*rename"),
         (
             {"state": 5},
-            r"observation.state is \[5\] in .*, the policy .* takes \[4\]: name a data set of the same robot",
+            r"observation.state is \[5\] in .*, but the policy .* takes \[4\]: specify a data set of the same robot",
         ),
-        ({"action": 3}, r"action is \[3\] in .*, the policy .* takes \[4\]: name a data set of the same robot"),
+        ({"action": 3}, r"action is \[3\] in .*, but the policy .* takes \[4\]: specify a data set of the same robot"),
     ],
 )
-def test_data_of_another_robot(robot: dict[str, Any], said: str, folder: Path, tmp_path: Path) -> None:
+def test_data_of_another_robot(robot: dict[str, Any], words: str, folder: Path, tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "data", episodes=1, **robot)
     changes: dict[str, Any] = {"task.rename": {}} if "cameras" in robot else {}
-    with pytest.raises(ConfigError, match=said) as told:
+    with pytest.raises(ConfigError, match=words) as caught:
         loaded(folder).check_source(opened(root, **changes))
-    assert "\n" not in str(told.value)
-    assert str(root) in str(told.value)
+    assert "\n" not in str(caught.value)
+    assert str(root) in str(caught.value)
 
 
 def test_texts_for_a_policy_and_frames_for_a_language_model(
@@ -329,18 +329,18 @@ def test_texts_for_a_policy_and_frames_for_a_language_model(
         {"task": {"path": str(rows), "columns": {"response": "response"}}, "craft.enabled": False}
     )
     texts = texts.changed({"craft.anchor_cache_dir": None})
-    with pytest.raises(DataError, match=r"sample \d+ has no image.*columns.image") as told:
-        carried_out(texts, tmp_path / "texts")
-    assert "\n" not in str(told.value)
+    with pytest.raises(DataError, match=r"sample \d+ has no image.*columns.image") as caught:
+        trained(texts, tmp_path / "texts")
+    assert "\n" not in str(caught.value)
     frames = texts.changed({"task": {"path": str(data)}, "model": {"kind": "causal_lm", "path": str(text_model)}})
     with pytest.raises(
         ConfigError, match=r"is a LeRobotDataset, but model\.kind is causal_lm.*model\.kind=lerobot"
-    ) as told:
-        carried_out(frames, tmp_path / "frames")
-    assert "\n" not in str(told.value)
+    ) as caught:
+        trained(frames, tmp_path / "frames")
+    assert "\n" not in str(caught.value)
 
 
-def carried_out(config: Experiment, path: Path) -> RunFolder:
+def trained(config: Experiment, path: Path) -> RunFolder:
     run = RunFolder(path)
     run.begin(config, ["test"])
     train(config, run, OneWorker(), NullObserver())
@@ -366,9 +366,9 @@ def test_a_cache_of_another_tokenizer_of_equal_size_is_refused(
     assert ours.weights_fingerprint() == theirs.weights_fingerprint()
     assert ours.preprocessor_fingerprint() != theirs.preprocessor_fingerprint()
     both = f"cache {ours.preprocessor_fingerprint()}, this run {theirs.preprocessor_fingerprint()}"
-    with pytest.raises(CacheRefused, match=rf"another preprocessor \(hash\): {both}") as told:
-        carried_out(config.changed({"model.path": str(own)}), tmp_path / "run")
-    assert "\n" not in str(told.value)
+    with pytest.raises(CacheRefused, match=rf"another preprocessor \(hash\): {both}") as caught:
+        trained(config.changed({"model.path": str(own)}), tmp_path / "run")
+    assert "\n" not in str(caught.value)
 
 
 def changed_numbers(own: Path) -> None:
@@ -389,7 +389,7 @@ def other_pictures(own: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [changed_numbers, longer_prompts, other_range, other_pictures])
-def test_everything_that_decides_the_tensors_is_a_part_of_the_identity(
+def test_everything_that_decides_the_tensors_is_part_of_the_identity(
     change: Callable[[Path], None], folder: Path, own: Path
 ) -> None:
     assert loaded(own).preprocessor_fingerprint() == loaded(folder).preprocessor_fingerprint()
@@ -397,11 +397,11 @@ def test_everything_that_decides_the_tensors_is_a_part_of_the_identity(
     assert loaded(own).preprocessor_fingerprint() != loaded(folder).preprocessor_fingerprint()
 
 
-# -- places
+# -- paths
 
 
 def test_a_moved_folder_is_the_same_policy(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a relative path, too, when the place that it was made for is gone."""
+    """Also from a relative path, when the path that it was made for is gone."""
     first = Path(shutil.copytree(folder, tmp_path / "first"))
     loaded(first).save(tmp_path / "second")
     shutil.rmtree(first)
@@ -414,8 +414,8 @@ def test_a_moved_folder_is_the_same_policy(folder: Path, tmp_path: Path, monkeyp
     assert loss(model) == loss(original)
 
 
-def test_a_saved_folder_is_lerobots(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own classes load it offline, from another working directory, and give equal loss and actions."""
+def test_lerobot_loads_a_saved_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LeRobot's own classes load it offline, from another working directory, and give equal loss and actions."""
     model = loaded(folder)
     model.save(tmp_path / "saved")
     monkeypatch.chdir(tmp_path)
@@ -486,7 +486,7 @@ def stats_of(model: PI0Fast) -> list[dict[str, Any]]:
 
 def test_the_teachers_statistics_stay_whatever_the_data_are(folder: Path, data: Path, tmp_path: Path) -> None:
     config = parse_config(tree(folder, data, tmp_path), "test").changed({"craft.enabled": False})
-    run = carried_out(config.changed({"craft.anchor_cache_dir": None}), tmp_path / "runs" / "run")
+    run = trained(config.changed({"craft.anchor_cache_dir": None}), tmp_path / "runs" / "run")
     student = run.checkpoints / "last" / "model"
     for which in ("preprocessor", "postprocessor"):
         teacher, now = (load_file(statistics_file(path, which)) for path in (folder, student))
@@ -494,7 +494,7 @@ def test_the_teachers_statistics_stay_whatever_the_data_are(folder: Path, data: 
         assert all(torch.equal(teacher[name], now[name]) for name in teacher)
 
 
-def test_merged_statistics_are_those_of_everything_together(folder: Path, tmp_path: Path) -> None:
+def test_merged_statistics_are_those_of_all_data_together(folder: Path, tmp_path: Path) -> None:
     others = (far(tmp_path / "one", 3.0), far(tmp_path / "two", 5.0, seed=1))
     model = loaded(folder, merge_statistics=[str(other) for other in others])
     theirs = [LeRobotDataset(other.name, root=other).meta.stats for other in others]
@@ -510,7 +510,7 @@ def test_merged_statistics_are_those_of_everything_together(folder: Path, tmp_pa
 
 
 def test_merged_statistics_scale_what_the_policy_sees_and_does(folder: Path, tmp_path: Path) -> None:
-    """The tensors of the normaliser, not only the numbers that it shows: 2 (x - min) / (max - min) - 1 and back."""
+    """The tensors of the normaliser, not only the numbers that it reports: 2 (x - min) / (max - min) - 1 and back."""
     model = loaded(folder, merge_statistics=[str(far(tmp_path / "far"))])
     low, high = (np.asarray(stats_of(model)[0]["action"][key]) for key in ("min", "max"))
     one = sample()
@@ -523,7 +523,7 @@ def test_merged_statistics_scale_what_the_policy_sees_and_does(folder: Path, tmp
 
 
 def test_means_and_deviations_are_pooled_over_frames(own: Path, tmp_path: Path) -> None:
-    """Known answer: of the numbers themselves, where both sides tell how many there were."""
+    """Known answer: the statistics of all numbers together, if both sides store their count."""
     random = np.random.default_rng(0)
     mine, theirs = random.normal(2.0, 0.5, (30, 4)), random.normal(-1.0, 2.0, (10, 4))
     other = write_dataset(tmp_path / "other", episodes=1)
@@ -566,7 +566,7 @@ def by_deviation(pipeline: Any) -> None:
             step["config"]["norm_map"]["ACTION"] = "MEAN_STD"
 
 
-def test_merged_statistics_are_saved_and_a_part_of_the_identity(folder: Path, tmp_path: Path) -> None:
+def test_merged_statistics_are_saved_and_part_of_the_identity(folder: Path, tmp_path: Path) -> None:
     model = loaded(folder, merge_statistics=[str(far(tmp_path / "far"))])
     plain = loaded(folder)
     assert model.weights_fingerprint() == plain.weights_fingerprint()
@@ -585,25 +585,25 @@ def test_a_cache_of_other_statistics_is_refused(folder: Path, data: Path, tmp_pa
     config = cache(folder, data, tmp_path / "cache")
     merged = config.changed({"model.merge_statistics": [str(far(tmp_path / "far"))]})
     with pytest.raises(CacheRefused, match=r"another preprocessor \(hash\): cache .*, this run"):
-        carried_out(merged, tmp_path / "run")
+        trained(merged, tmp_path / "run")
 
 
 def test_statistics_that_cannot_be_merged(folder: Path, tmp_path: Path) -> None:
-    refused_line(ConfigError, "nowhere is no LeRobotDataset", folder, tmp_path / "nowhere")
+    refused_line(ConfigError, "nowhere is not a LeRobotDataset", folder, tmp_path / "nowhere")
     other = write_dataset(tmp_path / "other", episodes=1, action=3)
-    shapes = r"action is \[3\] in .*, \[4\] in the policy: leave that data set out"
+    shapes = r"action is \[3\] in .*, but \[4\] in the policy: leave that data set out"
     refused_line(DataError, shapes, folder, other)
     unlike = write_dataset(tmp_path / "unlike", episodes=1)
     edit(unlike / "meta" / "stats.json", lambda stats: {k: v for k, v in stats.items() if k.startswith("next")})
     refused_line(DataError, "has no statistics of", folder, unlike)
 
 
-def refused_line(kind: type[CraftError], said: str, folder: Path, data: Path) -> None:
-    with pytest.raises(CraftError, match=said) as told:
+def refused_line(kind: type[CraftError], words: str, folder: Path, data: Path) -> None:
+    with pytest.raises(CraftError, match=words) as caught:
         loaded(folder, merge_statistics=[str(data)])
-    assert type(told.value) is kind
-    assert "\n" not in str(told.value)
-    assert str(data) in str(told.value)
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+    assert str(data) in str(caught.value)
 
 
 def test_a_size_file_decides_the_size(folder: Path) -> None:

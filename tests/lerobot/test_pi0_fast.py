@@ -60,7 +60,7 @@ SHAPES = {"one": {}, "two": {"cameras": 2}, "empty": {"cameras": 2, "empty_camer
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One camera, two, and two beside one that the data do not have. Shared: do not write into them."""
+    """One camera, two, and two plus one that the data do not have. Shared: do not write into them."""
     root = tmp_path_factory.mktemp("pi0_fast")
     return {name: small_policy(root / name, **changes) for name, changes in SHAPES.items()}
 
@@ -135,7 +135,7 @@ def close(ours: Tensor, theirs: Tensor, within: float = 1e-5) -> None:
 
 @pytest.fixture(scope="module")
 def taught(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy that has learnt the actions of six samples for a while, and says other things of other pictures."""
+    """A policy trained for a while on the actions of six samples, so that other pictures give other tokens."""
     model = loaded(folders["one"])
     batch = model.collate(answered(model, samples("one", 6)))
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=3e-3)
@@ -154,7 +154,7 @@ def taught(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 40), (20, 60)])
 def test_the_loss_is_lerobots_own(shape: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
-    """Of its own batch, padded to the limits of the policy, and without a difference in the gradient."""
+    """On its own batch, padded to the limits of the policy, and with the same gradient."""
     chosen = samples(shape, size=size)
     policy, before, _ = lerobots(folders[shape])
     theirs, _ = policy.forward(before(item(chosen)))
@@ -221,16 +221,18 @@ def test_a_prompt_that_is_extended_is_preprocessed_with_its_suffix(shape: str, f
 
 
 @pytest.mark.parametrize(
-    ("scale", "said"),
+    ("scale", "words"),
     [(2, r"have more tokens than the policy's max_action_tokens of \d+"), (90, "leave the range.*merge_statistics")],
 )
-def test_actions_that_the_tokenizer_cannot_speak_are_refused(scale: float, said: str, folders: dict[str, Path]) -> None:
-    """FAST itself drops a number that it does not know, without a word, and the robot is taught something else."""
+def test_actions_that_the_tokenizer_cannot_encode_are_refused(
+    scale: float, words: str, folders: dict[str, Path]
+) -> None:
+    """FAST itself silently drops a number that it does not know, and the robot would be taught something else."""
     model = loaded(folders["one"])
     frame = sample(0, 1).frame
     assert frame is not None
     actions = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32) * scale
-    with pytest.raises(DataError, match=f"actions of sample wild {said}") as caught:
+    with pytest.raises(DataError, match=f"actions of sample wild {words}") as caught:
         model.response_tokens(Sample("wild", TASKS[0], frame=Frame(frame.images, frame.state, actions)))
     assert "\n" not in str(caught.value)
 
@@ -267,7 +269,7 @@ def test_hidden_states_are_those_of_lerobots_own_padded_pass(shape: str, folders
         close(suffix[row], own[:, prompt:-1])  # from BOS to the last token but one
 
 
-def test_what_stands_at_the_position_suffix_feeds_the_head(shape: str, folders: dict[str, Path]) -> None:
+def test_the_vectors_at_the_position_suffix_feed_the_head(shape: str, folders: dict[str, Path]) -> None:
     """The logits of LeRobot's loss are the head's of these vectors, token for token."""
     chosen = samples(shape)
     policy, before, _ = lerobots(folders[shape])
@@ -286,7 +288,7 @@ def test_what_stands_at_the_position_suffix_feeds_the_head(shape: str, folders: 
         assert loss.item() == pytest.approx(model.task_loss(model.collate(answered(model, [chosen[row]]))).item(), 1e-4)
 
 
-def test_the_prompt_does_not_see_the_suffix(shape: str, folders: dict[str, Path]) -> None:
+def test_the_prompt_does_not_attend_to_the_suffix(shape: str, folders: dict[str, Path]) -> None:
     model = loaded(folders[shape])
     chosen = samples(shape)
     positions = ("all", "vision_mean", "text_last")
@@ -306,7 +308,7 @@ def test_hidden_states_do_not_depend_on_the_samples_beside_them(shape: str, fold
         close(rows_of(pooled(model, [f], POSITIONS))[0], own)
 
 
-def test_what_stands_in_masked_places_changes_nothing(folders: dict[str, Path]) -> None:
+def test_the_values_of_masked_tokens_change_nothing(folders: dict[str, Path]) -> None:
     model = loaded(folders["one"])
     batch = model.collate(answered(model, samples("one")), POSITIONS)
     assert batch.pooling is not None
@@ -322,7 +324,7 @@ def test_what_stands_in_masked_places_changes_nothing(folders: dict[str, Path]) 
         close(one, other)
 
 
-def test_a_camera_that_is_not_there_changes_nothing(folders: dict[str, Path]) -> None:
+def test_an_absent_camera_changes_nothing(folders: dict[str, Path]) -> None:
     """The same weights, with a third camera that the data do not have: neither vectors nor loss nor tokens differ."""
     two, empty = loaded(folders["two"]), loaded(folders["empty"])
     assert two.weights_fingerprint() == empty.weights_fingerprint()
@@ -341,7 +343,7 @@ def test_a_camera_that_is_not_there_changes_nothing(folders: dict[str, Path]) ->
 
 
 def growing(model: PI0Fast, sample: Sample, stop: int, most: int) -> list[int]:
-    """The likeliest token again and again, by complete training passes over one sample without padding."""
+    """Greedy decoding by complete training passes over one sample without padding."""
     suffix: list[int] = []
     while len(suffix) < most and stop not in suffix:
         f = model.preprocess(sample, [*suffix, 0])
@@ -368,7 +370,7 @@ def test_generation_is_greedy_under_the_attention_of_training(
 
 
 def test_generated_tokens_are_the_likeliest_to_the_loss(folders: dict[str, Path], taught: Path) -> None:
-    """LeRobot's own decoding shows BOS to the prompt: of an untaught policy it misses the bound of step 0."""
+    """LeRobot's own decoding lets the prompt attend to BOS: for an untaught policy it misses the bound of step 0."""
     agreement = {}
     for name, folder in (("untaught", folders["one"]), ("taught", taught)):
         model = loaded(folder)
@@ -383,7 +385,7 @@ def test_generated_tokens_are_the_likeliest_to_the_loss(folders: dict[str, Path]
             agreement[name, whose] = 1 - wrong / batch.tokens
     assert agreement["untaught", "ours"] > 0.999
     assert agreement["taught", "ours"] > 0.999
-    assert agreement["untaught", "lerobot"] < STEP0_AGREEMENT["fp32"], "LeRobot's would do"
+    assert agreement["untaught", "lerobot"] < STEP0_AGREEMENT["fp32"], "LeRobot's own decoding would be good enough"
 
 
 def lerobots_tokens(folder: Path, chosen: list[Sample], most: int) -> list[list[int]]:
@@ -439,15 +441,15 @@ def test_a_taught_policy_acts_as_lerobot_does_and_as_it_was_taught(taught: Path)
     assert abs(acted - wanted).mean() < 0.5 * abs(wanted).mean()
 
 
-def test_fewer_actions_are_carried_out_than_a_chunk_has(taught: Path, tmp_path: Path) -> None:
-    """LeRobot would take the tokens of a chunk apart as if they were so many actions."""
+def test_fewer_actions_than_a_chunk_has_are_executed(taught: Path, tmp_path: Path) -> None:
+    """LeRobot would decode the tokens of a chunk as if they were that many actions."""
     model, whole = loaded(taught), loaded(taught).act(samples("one"))
     model.settings.n_action_steps = 3
     np.testing.assert_array_equal(model.act(samples("one")), whole[:, :3])
     assert model.settings.n_action_steps == 3
 
 
-def test_a_policy_that_speaks_nonsense_acts_in_silence(
+def test_a_policy_that_outputs_nonsense_acts_without_log_lines(
     folders: dict[str, Path], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = loaded(folders["one"])
@@ -523,7 +525,7 @@ def test_weights_in_bfloat16_run(folders: dict[str, Path]) -> None:
 
 
 def test_training_mode_is_the_mode_of_the_teacher(folders: dict[str, Path]) -> None:
-    """Nothing is random in it, and whoever looks at the model leaves it on."""
+    """Nothing is random in it, and no method of the model changes it."""
     model = loaded(folders["one"])
     batch = model.collate(answered(model, samples("one")), POSITIONS)
     layers = range(model.num_hidden_states)
@@ -606,19 +608,19 @@ def test_an_untouched_student_gives_what_is_in_the_cache(
     assert student.module.training
 
 
-def carried_out(config: Experiment, path: Path) -> RunFolder:
+def trained(config: Experiment, path: Path) -> RunFolder:
     run = RunFolder(path)
     run.begin(config, ["test"])
     train(config, run, OneWorker(), NullObserver())
     return run
 
 
-def test_a_run_begins_at_its_teacher_and_learns(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_a_run_starts_at_its_teacher_and_learns(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     config = experiment(folders["two"], data, tmp_path, {"craft.anchor_holdout": 0.25})
     build(config, say=lambda _: None)
     for mode, at_first in (("hidden", 1e-6), ("token_ce", 8.0)):
         changes = {"craft.retention_mode": mode, "craft.epsilon_start": 0.001, "train.accumulate": 2}
-        run = carried_out(config.changed(changes), tmp_path / mode)
+        run = trained(config.changed(changes), tmp_path / mode)
         records = run.read_metrics()
         assert records[0]["craft/retention_loss"] < at_first
         assert all(np.isfinite(record["train/loss"]) for record in records)
@@ -632,7 +634,7 @@ def test_a_run_begins_at_its_teacher_and_learns(folders: dict[str, Path], data: 
 
 
 def test_a_cache_needs_no_room_for_bos(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    """LeRobot's own limit is what is generated behind it."""
+    """LeRobot's own limit counts what is generated after it."""
     most = loaded(folders["two"]).settings.max_action_tokens
     build(experiment(folders["two"], data, tmp_path, {"anchors.max_new_tokens": most}), say=lambda _: None)
     more = experiment(folders["two"], data, tmp_path / "more", {"anchors.max_new_tokens": most + 1})
@@ -640,28 +642,28 @@ def test_a_cache_needs_no_room_for_bos(folders: dict[str, Path], data: Path, tmp
         build(more, say=lambda _: None)
 
 
-def test_action_tokens_that_do_not_end_are_told(
+def test_action_tokens_that_do_not_end_are_reported(
     folders: dict[str, Path], taught: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Of a teacher with random weights, and of one that is asked for too few; not of one that ends them."""
+    """For a teacher with random weights, and for one that may generate too few; not for one that ends them."""
 
-    def told(model: Path, source: Path, **changes: Any) -> list[str]:
-        said: list[str] = []
+    def warnings(model: Path, source: Path, **changes: Any) -> list[str]:
+        lines: list[str] = []
         anchors = {f"anchors.{key}": value for key, value in changes.items()}
         own = {"task.path": str(source), "anchors.source.path": str(source)}
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        build(experiment(model, data, folder, own | anchors), say=said.append)
-        return [line for line in said if "may be cut off" in line]
+        build(experiment(model, data, folder, own | anchors), say=lines.append)
+        return [line for line in lines if "may be cut off" in line]
 
-    (line,) = told(folders["two"], data)
+    (line,) = warnings(folders["two"], data)
     assert line.startswith("the action tokens of 15 of 15 anchors fill anchors.max_new_tokens=24")
     assert "random weights" in line
-    assert not told(folders["two"], data, suffix_from="response")
+    assert not warnings(folders["two"], data, suffix_from="response")
     one = write_dataset(tmp_path / "one", episodes=1, cameras=("camera0",), task=TASKS)
     most = loaded(taught).settings.max_action_tokens
-    assert len(told(taught, one, max_new_tokens=2)) == 1
-    assert not told(taught, one, max_new_tokens=most)
+    assert len(warnings(taught, one, max_new_tokens=2)) == 1
+    assert not warnings(taught, one, max_new_tokens=most)
 
 
 def test_action_tokens_of_demonstrations_have_a_perplexity(folders: dict[str, Path], data: Path) -> None:
@@ -693,7 +695,7 @@ QUESTIONS = [
 
 
 def log_likelihood(folder: Path, question: Sample, answer: str) -> float:
-    """Of an answer behind [picture | BOS question line break], by LeRobot's modules alone, without padding."""
+    """Of an answer after [picture | BOS question line break], by LeRobot's modules alone, without padding."""
     policy, _, _ = lerobots(folder)
     tokenizer = policy._paligemma_tokenizer
     picture = Image.open(io.BytesIO(question.image or b""))
@@ -703,10 +705,15 @@ def log_likelihood(folder: Path, question: Sample, answer: str) -> float:
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    words = torch.tensor([[tokenizer.bos_token_id, *ids(question.prompt + "\n")]])
-    said = torch.tensor([[*ids(answer), tokenizer.eos_token_id]])
+    question_ids = torch.tensor([[tokenizer.bos_token_id, *ids(question.prompt + "\n")]])
+    answer_ids = torch.tensor([[*ids(answer), tokenizer.eos_token_id]])
     embedded, real, attention, _, _ = policy.model.embed_prefix_fast(
-        images, masks, words, torch.ones_like(words).bool(), said, torch.ones_like(said).bool()
+        images,
+        masks,
+        question_ids,
+        torch.ones_like(question_ids).bool(),
+        answer_ids,
+        torch.ones_like(answer_ids).bool(),
     )
     with torch.no_grad():
         (hidden, _), _ = policy.model.paligemma_with_expert.forward(
@@ -715,11 +722,11 @@ def log_likelihood(folder: Path, question: Sample, answer: str) -> float:
             inputs_embeds=[embedded, None],
             use_cache=False,
         )
-        logits = policy.model.paligemma_with_expert.paligemma.lm_head(hidden[0, -said.shape[1] - 1 : -1])
-    return -cross_entropy(logits, said[0], reduction="sum").item()
+        logits = policy.model.paligemma_with_expert.paligemma.lm_head(hidden[0, -answer_ids.shape[1] - 1 : -1])
+    return -cross_entropy(logits, answer_ids[0], reduction="sum").item()
 
 
-def test_the_likelihood_of_an_answer_is_that_of_every_of_its_tokens(shape: str, folders: dict[str, Path]) -> None:
+def test_the_likelihood_of_an_answer_is_that_of_all_of_its_tokens(shape: str, folders: dict[str, Path]) -> None:
     model = loaded(folders[shape])
     batch = model.collate(answered(model, QUESTIONS))
     log_probs, _ = model.token_log_probs(batch)
@@ -746,7 +753,7 @@ def test_answers_are_generated_without_bos_and_end_where_text_ends(folders: dict
         assert answers == [growing(model, q, stop, 16) for q in QUESTIONS]
 
 
-def test_a_question_is_seen_as_the_first_camera_sees(folders: dict[str, Path]) -> None:
+def test_the_picture_of_a_question_is_seen_by_the_first_camera(folders: dict[str, Path]) -> None:
     """Its picture gives the image tokens of a frame with the same picture."""
     model = loaded(folders["empty"])
     question = model.preprocess(QUESTIONS[0])
@@ -763,7 +770,7 @@ def test_a_question_is_seen_as_the_first_camera_sees(folders: dict[str, Path]) -
 
 
 @pytest.mark.parametrize(
-    ("question", "said"),
+    ("question", "words"),
     [
         (Sample("q", "which?", response="a"), "sample q has no image.*columns.image"),
         (Sample("q", "which?", image=b"no", response="a"), "sample q: its image of 2 bytes does not decode"),
@@ -771,15 +778,15 @@ def test_a_question_is_seen_as_the_first_camera_sees(folders: dict[str, Path]) -
         (Sample("q", "which?", image=png(0)), "sample q has no response.*columns.response"),
     ],
 )
-def test_a_question_that_is_none_is_one_line(question: Sample, said: str, folders: dict[str, Path]) -> None:
-    with pytest.raises(DataError, match=said) as caught:
+def test_an_invalid_question_is_refused_in_one_line(question: Sample, words: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match=words) as caught:
         answered(loaded(folders["one"]), [question])
     assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As lines of JSON, with the paths of their pictures."""
+    """A JSON Lines file, with the paths of the pictures."""
     root = tmp_path_factory.mktemp("questions")
     rows = []
     for question in QUESTIONS:
@@ -795,7 +802,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COLUMNS = {"image": "image_path", "prompt": "question", "choices": "choices", "answer_index": "answer_index"}
 
 
-def test_choices_are_decided_from_a_file_of_questions(folders: dict[str, Path], questions: Path) -> None:
+def test_choices_are_scored_from_a_file_of_questions(folders: dict[str, Path], questions: Path) -> None:
     eval_set = make_set(data=data_config(path=str(questions), columns=COLUMNS), metric="choice", batch_size=2)
     model = loaded(folders["empty"])
     score = evaluate(EvalData(model, open_eval_set(eval_set, "evaluation.old"), eval_set), OneWorker())
@@ -808,7 +815,7 @@ def test_choices_are_decided_from_a_file_of_questions(folders: dict[str, Path], 
     assert [record["margin"] for record in score.records] == pytest.approx(margins, abs=1e-4)
 
 
-def test_questions_are_anchors_of_what_the_language_side_knows(
+def test_questions_are_anchors_of_what_the_language_model_knows(
     folders: dict[str, Path], data: Path, questions: Path, tmp_path: Path
 ) -> None:
     """While actions are learnt, the teacher's answers are retained."""
@@ -825,7 +832,7 @@ def test_questions_are_anchors_of_what_the_language_side_knows(
     assert agreement.tokens == agreement.equal_tokens > 0
     for mode in ("hidden", "token_ce"):
         held = config.changed({"craft.retention_mode": mode, "craft.epsilon_start": config.craft.epsilon_start})
-        records = carried_out(held, tmp_path / mode).read_metrics()
+        records = trained(held, tmp_path / mode).read_metrics()
         assert len(records) == 3
         assert all(np.isfinite(record["craft/retention_loss"]) for record in records)
 

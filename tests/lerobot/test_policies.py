@@ -62,7 +62,7 @@ def pi05_is_small() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of each type, with two cameras; pi05 and smolvla have one more that the data have not. Shared."""
+    """A folder of each type, with two cameras; pi05 and smolvla have one more that the data do not have. Shared."""
     root = tmp_path_factory.mktemp("policies")
     return {
         kind: make(root / kind, cameras=2, **({} if kind == "act" else {"empty_cameras": 1}))
@@ -171,7 +171,7 @@ def lerobots_hidden(folder: Path, samples: list[Sample]) -> list[Tensor]:
 # -- features
 
 
-def test_features_have_the_shape_that_the_positions_say(kind: str, folders: dict[str, Path]) -> None:
+def test_features_have_the_shape_that_the_positions_give(kind: str, folders: dict[str, Path]) -> None:
     model = loaded(folders[kind])
     vectors = pooled(model, SAMPLES, positions_of(kind))
     layouts = [model.preprocess(s).layout for s in SAMPLES]
@@ -185,7 +185,7 @@ def test_features_have_the_shape_that_the_positions_say(kind: str, folders: dict
 
 
 def test_features_are_those_of_lerobots_own_pass(kind: str, folders: dict[str, Path]) -> None:
-    """With LeRobot's own padding, which reaches to the longest prompt that the policy takes."""
+    """With LeRobot's own padding, up to the longest prompt that the policy takes."""
     model = loaded(folders[kind])
     vectors = pooled(model, SAMPLES, positions_of(kind))
     for row, theirs in enumerate(lerobots_hidden(folders[kind], SAMPLES)):
@@ -209,7 +209,7 @@ def test_special_tokens_around_pictures_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_fixed_length_of_the_prompt_changes_no_feature(tmp_path: Path) -> None:
-    """LeRobot pads to it behind the state."""
+    """LeRobot pads to it after the state."""
     plain, fixed = (loaded(small_smolvla(tmp_path / f"p{n}", prefix_length=n)) for n in (-1, 64))
     ours, theirs = (pooled(model, [sample(0, cameras=1)], positions_of("smolvla")) for model in (plain, fixed))
     assert torch.equal(ours.values_BLVD, theirs.values_BLVD)
@@ -260,8 +260,8 @@ def test_the_taps_see_the_same_in_the_joint_training_pass(kind: str, folders: di
 
 
 @pytest.mark.parametrize("layer", [0, -1])
-def test_acts_features_know_neither_actions_nor_chance(layer: int, folders: dict[str, Path]) -> None:
-    """In training its latent is drawn at random, around what its actions say."""
+def test_the_features_of_act_depend_neither_on_actions_nor_on_chance(layer: int, folders: dict[str, Path]) -> None:
+    """In training, its latent is sampled around an encoding of its actions."""
     model = loaded(folders["act"], disable_dropout=False)
     ours, again = pooled(model, SAMPLES, ("all",)), pooled(model, SAMPLES, ("all",))
     without = pooled(model, [sample(0, steps=None)], ("all",))
@@ -341,7 +341,7 @@ def test_the_loss_is_lerobots_own(kind: str, folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(("kind", "terms"), [("act", 5 + 5 + 8), ("pi05", 3), ("smolvla", 5 + 5 + 8)])
 def test_a_batch_counts_what_its_loss_is_a_mean_of(kind: str, terms: int, folders: dict[str, Path]) -> None:
-    """Two of the episodes end within the chunk; pi05 counts what stands behind the end, the others do not."""
+    """Two of the episodes end within the chunk; pi05 counts the actions after the end, the others do not."""
     model = loaded(folders[kind])
     assert model.collate([model.preprocess(s) for s in SAMPLES]).count == terms
 
@@ -368,11 +368,11 @@ def test_it_acts_as_lerobot_does(kind: str, folders: dict[str, Path]) -> None:
     assert model.module.training
 
 
-def test_an_act_that_averages_over_moments_is_not_asked_for_one(tmp_path: Path) -> None:
+def test_an_act_that_averages_over_time_steps_is_refused(tmp_path: Path) -> None:
     model = loaded(small_act(tmp_path, temporal_ensemble_coeff=0.01, n_action_steps=1))
-    with pytest.raises(ConfigError, match=r"temporal_ensemble_coeff 0\.01.*set it to null") as told:
+    with pytest.raises(ConfigError, match=r"temporal_ensemble_coeff 0\.01.*set it to null") as caught:
         model.act([sample(0, cameras=1)])
-    assert one_line(told.value)
+    assert one_line(caught.value)
 
 
 # -- folders
@@ -396,8 +396,8 @@ def test_a_saved_policy_loads_in_lerobot_and_here(kind: str, folders: dict[str, 
     assert as_checkpoint.weights_fingerprint() == model.weights_fingerprint()
 
 
-def test_nothing_is_fetched_that_the_folder_replaces(folders: dict[str, Path], tmp_path: Path) -> None:
-    """A training from scratch began with weights of the hub, and its configuration still names them."""
+def test_weights_that_the_folder_replaces_are_not_downloaded(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Training from scratch started with weights from the hub, and the configuration still names them."""
     act = small_act(tmp_path / "act")
     edit(act / "config.json", pretrained_backbone_weights="ResNet18_Weights.IMAGENET1K_V1")
     smolvla = small_smolvla(tmp_path / "smolvla")
@@ -421,26 +421,28 @@ def test_a_smolvla_published_in_bfloat16_is_trained_in_float32(tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["act", "smolvla"])
 @pytest.mark.parametrize("setting", [{"dtype": "bfloat16"}, {"gradient_checkpointing": True}])
-def test_a_setting_that_a_type_lacks_is_not_passed_over(
+def test_a_setting_that_a_type_lacks_is_not_ignored(
     kind: str, setting: dict[str, Any], folders: dict[str, Path]
 ) -> None:
-    with pytest.raises(ConfigError, match=f"model.{next(iter(setting))} is .* type {kind} knows only") as told:
+    with pytest.raises(ConfigError, match=f"model.{next(iter(setting))} is .* type {kind} supports only") as caught:
         loaded(folders[kind], **setting)
-    assert one_line(told.value)
+    assert one_line(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "pi0"])
-def test_another_type_is_refused_with_those_that_are_known(kind: str, tmp_path: Path) -> None:
+def test_another_type_is_refused_with_the_supported_ones(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"type": kind}))
-    with pytest.raises(ConfigError, match=f"a policy of type {kind}, model.kind lerobot knows pi0_fast, pi05") as told:
+    with pytest.raises(
+        ConfigError, match=f"a policy of type {kind}, but model.kind lerobot supports pi0_fast, pi05"
+    ) as caught:
         loaded(tmp_path)
-    assert one_line(told.value)
+    assert one_line(caught.value)
 
 
 # -- data
 
 
-def test_data_are_checked_for_what_the_policy_looks_at(kind: str, folders: dict[str, Path]) -> None:
+def test_data_are_checked_for_the_inputs_of_the_policy(kind: str, folders: dict[str, Path]) -> None:
     model = loaded(folders[kind])
     shapes: dict[str, tuple[int, ...]] = {**model.features, ACTION: (4,)}
     model.check_source(source(shapes))
@@ -448,11 +450,11 @@ def test_data_are_checked_for_what_the_policy_looks_at(kind: str, folders: dict[
     for wrong, words in (
         ({n: s for n, s in shapes.items() if n != camera}, f"has no {camera}.*rename"),
         (shapes | {ACTION: (7,)}, r"action is \[7\] in the data.*takes \[4\]"),
-        (None, f"the data is no LeRobotDataset, and a policy of type {kind}"),
+        (None, f"the data is not a LeRobotDataset, but a policy of type {kind}"),
     ):
-        with pytest.raises(ConfigError, match=words) as told:
+        with pytest.raises(ConfigError, match=words) as caught:
             model.check_source(source(wrong))
-        assert one_line(told.value)
+        assert one_line(caught.value)
     other_size = source(shapes | {camera: (3, 96, 96)})
     if kind == "act":
         with pytest.raises(ConfigError, match=r"\[3, 96, 96\]"):
@@ -468,20 +470,22 @@ def source(features: dict[str, tuple[int, ...]] | None) -> Any:
 # -- what they do not have
 
 
-def test_action_tokens_are_refused_with_the_type_and_the_way_on(kind: str, folders: dict[str, Path]) -> None:
+def test_action_tokens_are_refused_with_the_type_and_the_remedy(kind: str, folders: dict[str, Path]) -> None:
     model = loaded(folders[kind])
     for ask in (
         lambda: token_model(model),
         lambda: model.check_anchors(["token_ce"], ["all"]),
         lambda: model.check_anchors(["hidden"], ["suffix"]),
     ):
-        with pytest.raises(ConfigError, match=rf"type {kind} has no action tokens: .*anchors.modes=\[hidden\]") as told:
+        with pytest.raises(
+            ConfigError, match=rf"type {kind} has no action tokens: .*anchors.modes=\[hidden\]"
+        ) as caught:
             ask()
-        assert one_line(told.value)
+        assert one_line(caught.value)
     model.check_anchors(["hidden"], model.default_positions)
-    with pytest.raises(ConfigError, match=f"no robot frames, which a policy of type {kind} needs") as told:
+    with pytest.raises(ConfigError, match=f"no robot frames, which a policy of type {kind} needs") as caught:
         tensor_model(model)
-    assert one_line(told.value)
+    assert one_line(caught.value)
     with pytest.raises(ValueError, match=f"a policy of type {kind} cannot be packed"):
         packing_model(model)
 
@@ -491,9 +495,9 @@ def test_a_cache_of_action_tokens_is_refused_before_anything_is_computed(
 ) -> None:
     monkeypatch.setattr(LeRobotPolicy, "encode", lambda *_: pytest.fail("a sample was preprocessed"))
     config = experiment(folders[kind], data, tmp_path, {"anchors.modes": ["hidden", "token_ce"]})
-    with pytest.raises(ConfigError, match=f"type {kind} has no action tokens") as told:
+    with pytest.raises(ConfigError, match=f"type {kind} has no action tokens") as caught:
         build(config, say=lambda _: None)
-    assert one_line(told.value)
+    assert one_line(caught.value)
     assert not (tmp_path / "anchors").exists()
 
 
@@ -503,22 +507,22 @@ def test_a_policy_whose_expert_alone_is_trained_has_nothing_to_anchor(kind: str,
     model = loaded(folder)
     config = experiment(folder, data, tmp_path)
     with pytest.raises(
-        ConfigError, match=f"of this {kind} only the action expert is trained .*train_expert_only"
-    ) as told:
+        ConfigError, match=f"only the action expert of this {kind} is trained .*train_expert_only"
+    ) as caught:
         identity_of(config, model, open_source(config.task, "task"))
-    assert one_line(told.value)
+    assert one_line(caught.value)
     model.task_loss(model.collate([model.preprocess(SAMPLES[0])])).backward()  # plain fine-tuning is possible
 
 
-def test_a_part_that_was_frozen_after_the_cache_was_built_is_told(data: Path, tmp_path: Path) -> None:
+def test_a_part_that_was_frozen_after_the_cache_was_built_is_reported(data: Path, tmp_path: Path) -> None:
     """The weights are still the teacher's, but no gradient reaches what is anchored."""
     folder = small_smolvla(tmp_path / "policy", cameras=2)
     config = experiment(folder, data, tmp_path)
     build(config, say=lambda _: None)
     edit(folder / "config.json", train_expert_only=True)
-    with pytest.raises(ConfigError, match="only the action expert is trained"):
-        carried_out(config, tmp_path / "run")
-    carried_out(config.changed({"craft.enabled": False}), tmp_path / "baseline")
+    with pytest.raises(ConfigError, match="only the action expert of this smolvla is trained"):
+        trained(config, tmp_path / "run")
+    trained(config.changed({"craft.enabled": False}), tmp_path / "baseline")
 
 
 # -- a whole run
@@ -543,21 +547,21 @@ def experiment(model: Path, data: Path, folder: Path, changes: dict[str, Any] | 
     return parse_config(tree, "test").changed(changes or {})
 
 
-def carried_out(config: Experiment, path: Path) -> RunFolder:
+def trained(config: Experiment, path: Path) -> RunFolder:
     folder = RunFolder(path)
     folder.begin(config, ["test"])
     train(config, folder, OneWorker(), NullObserver())
     return folder
 
 
-def test_a_run_begins_at_its_teacher_and_learns(
+def test_a_run_starts_at_its_teacher_and_learns(
     kind: str, folders: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    """The first step's L_ret is the storage's rounding: neither noise, nor a latent, nor actions enter."""
+    """The first step's L_ret is only the rounding of the storage: noise, latent and actions do not enter."""
     config = experiment(folders[kind], data, tmp_path)
     identity = build(config, say=lambda _: None).manifest.identity
     assert (identity.inputs, identity.rows) == ("frames", 12)
-    run = carried_out(config, tmp_path / "runs" / "run")
+    run = trained(config, tmp_path / "runs" / "run")
     records = run.read_metrics()
     assert records[0]["craft/retention_loss"] < 1e-6
     assert records[-1]["craft/retention_loss"] > 1e-5
@@ -573,12 +577,12 @@ def test_a_run_begins_at_its_teacher_and_learns(
 
 @pytest.mark.parametrize("kind", VLAS)
 def test_the_same_run_gives_the_same_weights(kind: str, folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    """Though noise and times are drawn at random."""
+    """Even though noise and times are drawn at random."""
     config = experiment(folders[kind], data, tmp_path, {"anchors.positions": None})
     build(config, say=lambda _: None)
     weights = []
     for name in ("one", "two"):
-        run = carried_out(config, tmp_path / name)
+        run = trained(config, tmp_path / name)
         weights.append((run.checkpoints / "last" / "model" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 

@@ -1,4 +1,4 @@
-"""Episodes in a simulator: decided by their seeds alone, the same as LeRobot's own, and scored fairly."""
+"""Episodes in a simulator depend on their seeds alone, equal LeRobot's own, and are scored fairly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-os.environ.setdefault("MUJOCO_GL", "egl")  # LeRobot's environments import mujoco, too, which reads it then
+os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco reads it when LeRobot's environments import it
 
 pytest.importorskip("lerobot")
 pytest.importorskip("metaworld")
@@ -71,9 +71,9 @@ def rollouts(**changes: Any) -> Rollouts:
 
 
 class Expert:
-    """A policy that knows, by the first state of an episode, which one it is, and does what the script does there.
+    """A policy that acts as the script does in the episodes of `seeds`.
 
-    It answers from the frame alone: the script acts in a simulation of its own, and what it does at a state is kept.
+    It acts on the frame alone: the script runs in a simulation of its own, and its action at each picture is stored.
     """
 
     kind = "lerobot"
@@ -133,22 +133,22 @@ def scored(episodes: Rollouts, policy: Any, batch_size: int) -> list[dict[str, A
 # -- Meta-World
 
 
-def begin(simulation: MetaworldSimulation, seed: int) -> tuple[bytes, bytes]:
+def first_frame(simulation: MetaworldSimulation, seed: int) -> tuple[bytes, bytes]:
     simulation.reset(seed)
     frame = simulation.observe()
     return frame.images[PICTURE].tobytes(), frame.state[STATE].tobytes()
 
 
 @pytest.mark.parametrize("task", ["drawer-close-v3", "door-open-v3"])
-def test_an_episode_begins_as_its_seed_says_whatever_went_before(task: str) -> None:
+def test_an_episode_starts_as_its_seed_says_whatever_ran_before(task: str) -> None:
     used = MetaworldSimulation(task, 48, 32)
-    first = begin(used, 7)
+    first = first_frame(used, 7)
     for _ in range(20):
         used.step(used.expert())
-    other = begin(used, 8)
+    other = first_frame(used, 8)
     assert other[0] != first[0]
-    assert begin(used, 7) == first
-    assert begin(MetaworldSimulation(task, 48, 32), 8) == other
+    assert first_frame(used, 7) == first
+    assert first_frame(MetaworldSimulation(task, 48, 32), 8) == other
 
 
 def test_an_episode_is_the_one_that_lerobots_environment_shows() -> None:
@@ -172,7 +172,7 @@ def test_an_episode_is_the_one_that_lerobots_environment_shows() -> None:
     pytest.fail("the expert does not solve its task")
 
 
-def test_pictures_are_upright_and_have_the_size_that_was_asked_for() -> None:
+def test_pictures_are_upright_and_have_the_requested_size() -> None:
     theirs = MetaworldEnv(TASK)
     theirs._ensure_env()
     theirs._env.seed(5)
@@ -192,7 +192,7 @@ def test_pictures_are_upright_and_have_the_size_that_was_asked_for() -> None:
     assert likeness(picture) > max(map(likeness, turned)) + 0.1
 
 
-def test_nothing_is_rendered_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_rendered_before_it_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     simulation = MetaworldSimulation(TASK, 32, 32)
     monkeypatch.setattr(
@@ -206,10 +206,10 @@ def test_nothing_is_rendered_before_it_is_asked_for(monkeypatch: pytest.MonkeyPa
 
 
 def test_every_thread_renders() -> None:
-    """A context of OpenGL belongs to one thread; a worker of Ray runs each trial in another."""
-    found: list[tuple[bytes, bytes]] = [begin(MetaworldSimulation(TASK, 32, 32), 3)]
+    """An OpenGL context belongs to one thread, and a Ray worker runs each trial in another one."""
+    found: list[tuple[bytes, bytes]] = [first_frame(MetaworldSimulation(TASK, 32, 32), 3)]
     for _ in range(2):
-        thread = threading.Thread(target=lambda: found.append(begin(MetaworldSimulation(TASK, 32, 32), 3)))
+        thread = threading.Thread(target=lambda: found.append(first_frame(MetaworldSimulation(TASK, 32, 32), 3)))
         thread.start()
         thread.join()
     assert found[0] == found[1] == found[2]
@@ -234,20 +234,20 @@ def test_a_picture_shows_what_lerobots_shows_and_no_other_episode() -> None:
     theirs._env.seed(5)
     theirs._env.reset(seed=5)
     reference = theirs.render().astype(int)
-    begin(mine, 5)
+    first_frame(mine, 5)
     picture = mine.observe().images[PICTURE].astype(int)
-    begin(mine, 6)
+    first_frame(mine, 6)
     other = mine.observe().images[PICTURE].astype(int)
-    moved = np.abs(picture - other).max(axis=2) > 40  # by far: the button and what it is fixed to
+    moved = np.abs(picture - other).max(axis=2) > 40  # by a lot: the button and what it is fixed to
     assert 0.01 < moved.mean() < 0.3
     assert np.abs(picture - reference)[moved].mean() < 0.5 * np.abs(other - reference)[moved].mean()
     assert np.abs(picture - reference).mean() < 12
 
 
 def test_the_renderer_of_one_simulation_draws_all_of_its_task_and_of_no_other() -> None:
-    places = [(task, seed) for task in ("drawer-close-v3", "door-open-v3") for seed in (1, 2)]
-    alone = [drawn_in_a_new_thread(task, seed) for task, seed in places]
-    beside = [(MetaworldSimulation(task, 32, 32), seed) for task, seed in places]
+    cases = [(task, seed) for task in ("drawer-close-v3", "door-open-v3") for seed in (1, 2)]
+    alone = [drawn_in_a_new_thread(task, seed) for task, seed in cases]
+    beside = [(MetaworldSimulation(task, 32, 32), seed) for task, seed in cases]
     for simulation, seed in beside:
         simulation.reset(seed)
     assert [simulation.observe().images[PICTURE].tobytes() for simulation, _ in beside] == alone
@@ -255,9 +255,9 @@ def test_the_renderer_of_one_simulation_draws_all_of_its_task_and_of_no_other() 
 
 
 def drawn_in_a_new_thread(task: str, seed: int) -> bytes:
-    """A picture of a renderer that has drawn nothing else."""
+    """A picture from a renderer that has drawn nothing else."""
     found: list[bytes] = []
-    thread = threading.Thread(target=lambda: found.append(begin(MetaworldSimulation(task, 32, 32), seed)[0]))
+    thread = threading.Thread(target=lambda: found.append(first_frame(MetaworldSimulation(task, 32, 32), seed)[0]))
     thread.start()
     thread.join()
     return found[0]
@@ -285,7 +285,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_a_child_process_draws_and_nothing_is_printed_to_the_very_end(how: str, tmp_path: Path) -> None:
+def test_a_child_process_draws_and_nothing_is_printed_until_it_exits(how: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     own = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "LP_NUM_THREADS")}
@@ -297,7 +297,7 @@ def test_a_child_process_draws_and_nothing_is_printed_to_the_very_end(how: str, 
 # -- rollouts
 
 
-def test_the_records_do_not_depend_on_how_many_episodes_go_on_side_by_side() -> None:
+def test_the_records_do_not_depend_on_how_many_episodes_run_side_by_side() -> None:
     policy = Expert(range(100, 104))
     one_by_one = scored(rollouts(episodes=4, seed=100, films=2), policy, 1)
     assert set(policy.seen) == {1}
@@ -307,7 +307,7 @@ def test_the_records_do_not_depend_on_how_many_episodes_go_on_side_by_side() -> 
     assert scored(together, policy, 4) == one_by_one  # the simulations are used again
 
 
-def test_a_record_tells_how_an_episode_went() -> None:
+def test_a_record_describes_its_episode() -> None:
     first, second, third = scored(rollouts(seed=100), Expert(range(100, 103)), 3)
     assert first["id"] == f"{TASK}-seed100"
     assert first["prompt"] == "Press a button from the top"
@@ -318,19 +318,19 @@ def test_a_record_tells_how_an_episode_went() -> None:
     assert not {"film"} & {*second, *third}
 
 
-def test_who_does_nothing_has_failed_when_the_time_is_over() -> None:
+def test_a_policy_that_does_nothing_fails_at_the_time_limit() -> None:
     (record,) = scored(rollouts(episodes=1, max_steps=5), Still(), 1)
     assert record["correct"] is False
     assert record["steps"] == 5  # not a multiple of the chunk
     assert record["prediction"] == "no success in 5 steps"
 
 
-def test_by_default_an_episode_lasts_as_long_as_the_simulator_has_it() -> None:
+def test_by_default_an_episode_lasts_as_long_as_the_simulator_allows() -> None:
     (record,) = scored(rollouts(episodes=1, action_repeat=50, films=0), Still(), 1)
     assert record["steps"] == 500 // 50
 
 
-def test_fewer_actions_than_the_policy_returns_can_be_carried_out() -> None:
+def test_fewer_actions_than_the_policy_returns_can_be_executed() -> None:
     policy = Expert([100], chunk=4)
     scored(rollouts(episodes=1, seed=100, execute=1), policy, 1)
     often = len(policy.seen)
@@ -339,13 +339,13 @@ def test_fewer_actions_than_the_policy_returns_can_be_carried_out() -> None:
     assert often > 3 * len(policy.seen) - 3
 
 
-def test_a_policy_that_returns_no_number_is_told_in_one_line() -> None:
-    with pytest.raises(DataError, match=r"at step 0 of button-press-topdown-v3-seed0 .* no finite number"):
+def test_a_policy_that_returns_nan_is_reported_in_one_line() -> None:
+    with pytest.raises(DataError, match=r"at step 0 of button-press-topdown-v3-seed0 .* is not finite"):
         scored(rollouts(), Still(float("nan")), 3)
 
 
-def test_what_a_policy_draws_depends_on_the_episodes_alone() -> None:
-    """And looking leaves the random numbers of a training as they are."""
+def test_a_policys_random_numbers_depend_on_the_episodes_alone() -> None:
+    """And a rollout does not change the random state of a training."""
 
     class Drawing(Still):
         def act(self, samples: Sequence[Sample]) -> np.ndarray:
@@ -396,7 +396,7 @@ def test_the_fingerprint_names_what_decides_an_episode() -> None:
         ({"env": "puhst"}, "evaluation.old.rollout.env is puhst, .* pusht"),
     ],
 )
-def test_an_unknown_place_is_told_with_those_like_it(changes: dict[str, str], message: str) -> None:
+def test_an_unknown_task_or_environment_is_refused_with_similar_names(changes: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rollouts(**changes)
 
@@ -404,13 +404,16 @@ def test_an_unknown_place_is_told_with_those_like_it(changes: dict[str, str], me
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rename": {"observation.top": "x"}}, "shows no observation.top, but observation.image, observation.state"),
-        ({"rename": {PICTURE: "x"}}, "looks at observation.images.top, .* shows observation.image, observation.state"),
+        (
+            {"rename": {"observation.top": "x"}},
+            "does not provide observation.top, but observation.image, observation.state",
+        ),
+        ({"rename": {PICTURE: "x"}}, "takes observation.images.top, .* provides observation.image, observation.state"),
         ({"max_steps": 84}, "84 actions repeated 6 times .* room for 83"),
-        ({"execute": 3}, "execute is 3, the policy returns 2"),
+        ({"execute": 3}, "execute is 3, but the policy returns 2"),
     ],
 )
-def test_what_does_not_fit_is_told_before_an_episode_begins(changes: dict[str, Any], message: str) -> None:
+def test_a_mismatch_is_reported_before_an_episode_starts(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rollouts(**changes).check(cast("Any", Still()))
 
@@ -425,11 +428,11 @@ def test_the_policys_inputs_and_outputs_are_compared_with_the_simulators() -> No
         rollouts().check(cast("Any", policy))
     policy.features["observation.images.wrist"] = (3, 32, 32)
     policy.cameras.append("observation.images.wrist")
-    with pytest.raises(ConfigError, match=r"looks at observation.images.top"):
+    with pytest.raises(ConfigError, match=r"takes observation.images.top"):
         rollouts().check(cast("Any", policy))
-    with pytest.raises(ConfigError, match=r"looks at observation.images.wrist"):
+    with pytest.raises(ConfigError, match=r"takes observation.images.wrist"):
         rollouts(rename={PICTURE: "observation.images.top"}).check(cast("Any", policy))
-    with pytest.raises(ConfigError, match=r"only a policy acts in a simulator, model.kind is huggingface"):
+    with pytest.raises(ConfigError, match=r"only a policy acts in a simulator, but model.kind is huggingface"):
         rollouts().check(cast("Any", SimpleNamespace(kind="huggingface")))
 
 
@@ -485,7 +488,7 @@ class SmallMetaworld(EnvConfig):
         def make() -> MetaworldEnv:
             made = MetaworldEnv(TASK, obs_type="pixels_agent_pos", observation_width=480, observation_height=480)
             made._ensure_env()
-            # Its observation must fit the space that it states; the pictures are not what is compared here.
+            # Its observation must fit the space that it declares; the pictures are not what is compared here.
             made._env.render = lambda: np.zeros((480, 480, 3), np.uint8)
             return made
 
@@ -575,17 +578,17 @@ class CounterConfig(EnvConfig):
 
 
 class Counting(Still):
-    """It returns three actions for what `Counter` shows."""
+    """It returns three actions for each observation of `Counter`."""
 
     def __init__(self) -> None:
         self.settings = SimpleNamespace(n_action_steps=3)
         self.features = {"observation.images.top": (3, 8, 8), "observation.state": (1,)}
         self.cameras = ["observation.images.top"]
         self.action_size = 2
-        self.told: list[str] = []
+        self.prompts: list[str] = []
 
     def act(self, samples: Sequence[Sample]) -> np.ndarray:
-        self.told += [sample.prompt for sample in samples]
+        self.prompts += [sample.prompt for sample in samples]
         return np.zeros((len(samples), 3, 2), np.float32)
 
 
@@ -594,7 +597,7 @@ def test_any_environment_that_lerobot_knows_is_rolled_out() -> None:
     assert [record["steps"] for record in found] == [4, 4, 4]
     assert all(record["correct"] for record in found)
     film = np.asarray(Image.open(io.BytesIO(base64.b64decode(found[0]["film"]))))
-    assert film[0, ::8, 0].tolist() == [0, 1, 2, 3, 4]  # not the beginning that gymnasium resets to
+    assert film[0, ::8, 0].tolist() == [0, 1, 2, 3, 4]  # not the start that gymnasium resets to
 
 
 def test_an_episode_that_the_environment_ends_has_failed() -> None:
@@ -604,9 +607,12 @@ def test_an_episode_that_the_environment_ends_has_failed() -> None:
 
 @pytest.mark.parametrize(
     ("task", "message"),
-    [("count", "has 2 tasks in count: name one of them, as in count/0"), ("broken", "No module named 'gym_counter'")],
+    [
+        ("count", "has 2 tasks in count: specify one of them, as in count/0"),
+        ("broken", "No module named 'gym_counter'"),
+    ],
 )
-def test_an_environment_that_cannot_be_made_is_told_in_one_line(task: str, message: str) -> None:
+def test_an_environment_that_cannot_be_created_is_reported_in_one_line(task: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rollouts(env="counter", task=task).check(cast("Any", Counting()))
 
@@ -619,7 +625,7 @@ def test_an_environment_that_cannot_be_made_is_told_in_one_line(task: str, messa
         ("aloha", "gym_aloha", "AlohaInsertion-v0"),
     ],
 )
-def test_an_environment_whose_package_is_missing_is_told_in_one_line(env: str, package: str, task: str) -> None:
+def test_an_environment_whose_package_is_missing_is_reported_in_one_line(env: str, package: str, task: str) -> None:
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
     with pytest.raises(ConfigError, match=f"the environment {env} with task {task} .* install its package") as caught:
@@ -644,7 +650,7 @@ def test_a_real_policy_acts_alike_alone_and_beside_others(policy_folder: Path) -
     assert model.module.training
 
 
-def test_lerobots_own_evaluation_has_a_saved_policy_do_the_same(
+def test_a_saved_policy_does_the_same_in_lerobots_own_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     policy = small_policy(tmp_path / "policy", cameras=("top",), states=1, actions=2)
@@ -701,7 +707,7 @@ def test_a_run_is_judged_by_success_and_scored_again_by_evaluate(
     config = tmp_path / "run.yaml"
     config.write_text(dump_config(parse_config(tree, "test")))
     run = RunFolder(tmp_path / "runs" / "robot-baseline-seed0")
-    capfd.readouterr()  # writing the data draws bars
+    capfd.readouterr()  # writing the data draws progress bars
 
     def command(*arguments: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", ["craft-ray", *map(str, arguments)])
@@ -768,7 +774,7 @@ def test_demonstrations_that_do_not_succeed_leave_nothing(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_demonstrations_are_a_source_of_ours(tmp_path: Path) -> None:
+def test_demonstrations_open_as_a_source(tmp_path: Path) -> None:
     write_demonstrations(tmp_path / "demos", TASK, 2, 32, action_repeat=REPEAT)
     source = open_source(AutoData(path=str(tmp_path / "demos")), "task")
     first, last = source[0], source[len(source) - 1]
@@ -779,7 +785,7 @@ def test_demonstrations_are_a_source_of_ours(tmp_path: Path) -> None:
     simulation.reset(0)
     assert np.array_equal(first.frame.images[PICTURE], simulation.observe().images[PICTURE])
     assert first.frame.actions is not None
-    moments = [simulation.step(action) for action in first.frame.actions]  # what it did succeeds again
+    moments = [simulation.step(action) for action in first.frame.actions]  # the same actions succeed again
     assert any(moments)
     assert not moments[0]
 

@@ -1,4 +1,4 @@
-"""Policies of LeRobot through the command line: the documented chain, what runs equal, and one line for a mistake."""
+"""LeRobot policies through the command line: the documented commands, equal runs, and one line for a mistake."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ SHORT = (
     *("train.log_every=1", "craft.projection_gate=always", "craft.conflict_threshold=0.5"),
 )
 """A run of a few steps in which surgery fires."""
-HERE = ("workers.num_workers=0",)
+IN_PROCESS = ("workers.num_workers=0",)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`policy`, and demonstrations `old` and `new` in the layout of lerobot/aloha_sim_insertion_human; the statistics
-    of `far` leave the policy's range. Read only."""
+    of `far` leave the policy's range. Read-only."""
     root = tmp_path_factory.mktemp("aloha")
     small_policy(root / "policy", states=14, actions=14, cameras=("top",), tasks=(OLD, NEW))
     write_dataset(root / "old", task=OLD, seed=1, **ALOHA)
@@ -74,7 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def documented(world: Path, folder: Path) -> list[str]:
-    """The shipped config and overrides: small data of this machine, and no GPU."""
+    """The shipped config and overrides: small local data, and no GPU."""
     return [
         str(CONFIG),
         *(f"model.path={world / 'policy'}", f"task.path={world / 'new'}", f"anchors.source.path={world / 'old'}"),
@@ -109,7 +109,7 @@ def built(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     """A folder with the cache of the documented config, built by a teacher on Ray."""
     folder = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CRAFT_RAY_CACHE", str(folder / "expanded"))  # of the processes of the cluster that begins here
+        patch.setenv("CRAFT_RAY_CACHE", str(folder / "expanded"))  # for the processes of the cluster that starts here
         assert craft_ray("anchors", "build", *documented(world, folder)) == 0
     yield folder
     ray.shutdown()
@@ -128,9 +128,9 @@ def trained(world: Path, built: Path, folder: Path, *overrides: str) -> RunFolde
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world: Path, built: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run in this process. Read only."""
-    return trained(world, built, tmp_path_factory.mktemp("undisturbed"), *HERE)
+def uninterrupted(world: Path, built: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run in this process. Read-only."""
+    return trained(world, built, tmp_path_factory.mktemp("uninterrupted"), *IN_PROCESS)
 
 
 def weights(run: RunFolder) -> dict[str, torch.Tensor]:
@@ -138,7 +138,7 @@ def weights(run: RunFolder) -> dict[str, torch.Tensor]:
 
 
 def measured(run: RunFolder) -> list[dict[str, Any]]:
-    """The records of a run without its times."""
+    """The records of a run without its timings."""
     return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in run.read_metrics()]
 
 
@@ -159,7 +159,7 @@ def files(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-# -- the documented chain
+# -- the documented commands
 
 STEP = re.compile(
     r"^Step (\d)/3 \| loss=\S+ .* mode=hidden \| L_ret=\S+ \| λ=\d\.\d{3} \| ε=0\.050 \| conflict=. \| dot=\S+ "
@@ -202,45 +202,47 @@ def test_the_cache_is_verified_against_the_policy(world: Path, built: Path, caps
 
 
 def test_a_run_on_ray_gives_the_weights_of_one_in_this_process(
-    world: Path, built: Path, undisturbed: RunFolder, tmp_path: Path
+    world: Path, built: Path, uninterrupted: RunFolder, tmp_path: Path
 ) -> None:
     on_ray = trained(world, built, tmp_path, "workers.num_workers=1")
-    assert any(record["craft/conflict"] for record in measured(undisturbed)), "surgery must fire for this to mean much"
-    assert same(on_ray, undisturbed)
+    assert any(record["craft/conflict"] for record in measured(uninterrupted)), (
+        "surgery must fire for this to mean much"
+    )
+    assert same(on_ray, uninterrupted)
 
 
-def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
-    world: Path, built: Path, undisturbed: RunFolder, tmp_path: Path
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    world: Path, built: Path, uninterrupted: RunFolder, tmp_path: Path
 ) -> None:
     cut = RunFolder(tmp_path / "pi0-fast-aloha-hidden-seed0")
-    cut.begin(experiment(world, built, *SHORT, *HERE, f"output_dir={tmp_path}"), ["test"])
-    Run(cut.config(), cut, OneWorker(), NullObserver()).loop(until=5)  # past the checkpoint at 4: step 5 is done again
+    cut.begin(experiment(world, built, *SHORT, *IN_PROCESS, f"output_dir={tmp_path}"), ["test"])
+    Run(cut.config(), cut, OneWorker(), NullObserver()).loop(until=5)  # past the checkpoint at 4: step 5 is repeated
     assert craft_ray("train", "--resume", cut.path) == 0
-    assert same(cut, undisturbed)
+    assert same(cut, uninterrupted)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
 @pytest.mark.slow
-def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
+def test_a_killed_worker_and_a_killed_driver_end_where_the_uninterrupted_run_ends(
     world: Path, built: Path, tmp_path: Path
 ) -> None:
     longer = ("train.steps=60", "train.checkpoint_every=10")
-    whole = trained(world, built, tmp_path / "whole", *HERE, *longer)
+    whole = trained(world, built, tmp_path / "whole", *IN_PROCESS, *longer)
 
-    def begun(name: str, workers: int) -> tuple[subprocess.Popen[str], RunFolder]:
+    def started(name: str, workers: int) -> tuple[subprocess.Popen[str], RunFolder]:
         changes = (f"output_dir={tmp_path / name}", f"workers.num_workers={workers}", *longer)
         run = RunFolder(tmp_path / name / "pi0-fast-aloha-hidden-seed0")
         running = process("train", *documented(world, built), *SHORT, *changes)
         wait_until(lambda: run.metrics.exists() and len(run.read_metrics()) >= 15)
         return running, run
 
-    running, run = begun("lost-worker", 1)
+    running, run = started("lost-worker", 1)
     (worker,) = [
         p
         for p in psutil.Process(running.pid).children(recursive=True)
@@ -252,7 +254,7 @@ def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
     assert "resuming after step" in out
     assert same(run, whole)
 
-    running, run = begun("killed-driver", 0)
+    running, run = started("killed-driver", 0)
     running.kill()
     running.communicate()
     assert run.finished() is None
@@ -262,21 +264,21 @@ def test_a_killed_worker_and_a_killed_driver_end_where_the_undisturbed_run_ends(
 
 @pytest.mark.slow
 def test_two_workers_equal_one_on_the_same_global_batches(
-    world: Path, built: Path, undisturbed: RunFolder, tmp_path: Path
+    world: Path, built: Path, uninterrupted: RunFolder, tmp_path: Path
 ) -> None:
     run = trained(world, built, tmp_path, "workers.num_workers=2")
-    for ours, theirs in zip(measured(run), measured(undisturbed), strict=True):
+    for ours, theirs in zip(measured(run), measured(uninterrupted), strict=True):
         assert ours["craft/conflict"] == theirs["craft/conflict"]
         for key in ("train/loss", "train/grad_norm", "craft/retention_loss", "craft/lambda"):
             assert ours[key] == pytest.approx(theirs[key], rel=2e-3, abs=1e-6), key
-    one = weights(undisturbed)
+    one = weights(uninterrupted)
     for name, value in weights(run).items():
         torch.testing.assert_close(value, one[name], rtol=1e-3, atol=2e-4)
 
 
-def test_a_checkpoint_is_a_policy_of_lerobots_with_the_same_loss(world: Path, undisturbed: RunFolder) -> None:
-    """On what LeRobot's own data set gives, through its own processors."""
-    folder = undisturbed.checkpoints / "last" / "model"
+def test_a_checkpoint_is_a_lerobot_policy_with_the_same_loss(world: Path, uninterrupted: RunFolder) -> None:
+    """On samples of LeRobot's own data set, through its own processors."""
+    folder = uninterrupted.checkpoints / "last" / "model"
     with sized(folder):
         policy = PI0FastPolicy.from_pretrained(folder)
     before, _ = make_pre_post_processors(policy.config, pretrained_path=str(folder))
@@ -287,7 +289,7 @@ def test_a_checkpoint_is_a_policy_of_lerobots_with_the_same_loss(world: Path, un
         expected = policy.forward(before(default_collate([theirs[row] for row in rows])))[0]
 
     model = load_model(ModelConfig(kind="lerobot", path=str(folder)), "fp32")
-    source = open_source(undisturbed.config().task, "task")
+    source = open_source(uninterrupted.config().task, "task")
     samples = [source[row] for row in rows]
     batch = model.collate([model.preprocess_task(sample) for sample in samples])
     with torch.no_grad():
@@ -305,7 +307,7 @@ def test_arms_and_variants_are_compared_on_one_cache_by_perplexity(
         for skill in ("old", "new")
     ]
     arguments = [
-        *documented(world, tmp_path), *SHORT, *HERE, *held_out, "task.episodes=[0]", "train.steps=4",
+        *documented(world, tmp_path), *SHORT, *IN_PROCESS, *held_out, "task.episodes=[0]", "train.steps=4",
         "anchors.positions=[suffix, vision_mean, text_last]", "craft.positions=[suffix]", "craft.epsilon_start=0.5",
         "compare.token_ce={epsilon_start: 20.0}",
         "compare.variants={prefix: {retention_mode: hidden, positions: [vision_mean, text_last]}}",
@@ -318,7 +320,7 @@ def test_arms_and_variants_are_compared_on_one_cache_by_perplexity(
     runs = {run["arm"]: run for run in json.loads((tmp_path / "out" / "result.json").read_text())["runs"]}
     assert list(runs) == ["baseline", "token_ce", "hidden", "prefix"]
     for skill in ("old", "new"):
-        assert len({run[skill]["before"] for run in runs.values()}) == 1, "all begin at the same teacher"
+        assert len({run[skill]["before"] for run in runs.values()}) == 1, "all start at the same teacher"
         assert len({run[skill]["after"] for run in runs.values()}) == 4
         assert all(run[skill]["metric"] == "perplexity" for run in runs.values())
     assert all(run["new"]["after"] < run["new"]["before"] for run in runs.values())
@@ -379,7 +381,7 @@ def test_a_cache_of_something_else_is_refused(
 ) -> None:
     before = files(built)
     given = [text.replace("WORLD", str(world)) for text in overrides]
-    arguments = (*documented(world, built), *SHORT, *HERE, *given, f"output_dir={tmp_path / 'runs'}")
+    arguments = (*documented(world, built), *SHORT, *IN_PROCESS, *given, f"output_dir={tmp_path / 'runs'}")
     code = craft_ray(*command.split(), *arguments)
     assert re.search(words, one_line(capsys.readouterr().err))
     assert code == 4
@@ -395,11 +397,11 @@ def refused(code: int, words: str, err: str, found: int) -> None:
 @pytest.mark.parametrize(
     ("robot", "words"),
     [
-        ({"state": 7}, r"observation.state is \[7\] in \S*/other, the policy \S*/policy takes \[14\]: name"),
-        ({"action": 7}, r"action is \[7\] in \S*/other, the policy \S*/policy takes \[14\]: name"),
+        ({"state": 7}, r"observation.state is \[7\] in \S*/other, but the policy \S*/policy takes \[14\]: specify"),
+        ({"action": 7}, r"action is \[7\] in \S*/other, but the policy \S*/policy takes \[14\]: specify"),
         (
             {"cameras": ("wrist",)},
-            r"other has no observation.images.top, which the policy \S* looks at; .*rename",
+            r"other has no observation.images.top, which the policy \S* takes; .*rename",
         ),
     ],
 )
@@ -417,7 +419,7 @@ def test_data_of_another_robot_are_refused(
         given = [
             *documented(world, built),
             *SHORT,
-            *HERE,
+            *IN_PROCESS,
             f"{key}={tmp_path / 'other'}",
             f"output_dir={tmp_path / 'runs'}",
         ]
@@ -453,8 +455,8 @@ def one_weight_less(own: Path) -> None:
     ("damage", "code", "words"),
     [
         (other_words, 4, r"another preprocessor \(hash\): cache \w+, this run \w+; build the cache again"),
-        (another_type, 2, r"own holds a policy of type diffusion, .* knows pi0_fast, pi05, smolvla, act: choose"),
-        (no_weights, 1, r"own has no model.safetensors: the policy would be random; name"),
+        (another_type, 2, r"own holds a policy of type diffusion, .* supports pi0_fast, pi05, smolvla, act: choose"),
+        (no_weights, 1, r"own has no model.safetensors: the policy would be random; specify"),
         (one_weight_less, 1, r"own did not load completely: 1 weights are missing \(e.g. .*norm.weight\)"),
     ],
 )
@@ -470,17 +472,17 @@ def test_a_policy_that_is_not_the_teacher_is_refused(
 ) -> None:
     damage(own)
     capfd.readouterr()
-    arguments = (*documented(world, built), *SHORT, *HERE, f"model.path={own}", f"output_dir={tmp_path / 'runs'}")
+    arguments = (*documented(world, built), *SHORT, *IN_PROCESS, f"model.path={own}", f"output_dir={tmp_path / 'runs'}")
     found = craft_ray("train", *arguments)
     refused(code, words, capfd.readouterr().err, found)
     assert not list((tmp_path / "runs").glob("*"))
 
 
-def test_frames_and_episodes_are_nothing_for_a_language_model(
+def test_a_language_model_refuses_frames_and_episodes(
     text_model: Path, text_data: Path, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rollout = "{metric: success, rollout: {env: metaworld, task: drawer-close-v3}}"
-    plain = ["craft.enabled=false", "model.kind=causal_lm", f"model.path={text_model}", *HERE]
+    plain = ["craft.enabled=false", "model.kind=causal_lm", f"model.path={text_model}", *IN_PROCESS]
     texts = [f"task={{path: {text_data / 'new_train.parquet'}, columns: {{response: response}}}}"]
     for given, words in (
         (
@@ -503,7 +505,7 @@ def test_action_tokens_of_a_policy_without_them_are_refused(tmp_path: Path, capf
     small_act(tmp_path / "policy")
     write_dataset(tmp_path / "old", episodes=1, size=64, cameras=("camera0",))
     write_dataset(tmp_path / "new", episodes=1, size=64, cameras=("camera0",))
-    arguments = (*documented(tmp_path, tmp_path), *HERE, "model.gradient_checkpointing=false")
+    arguments = (*documented(tmp_path, tmp_path), *IN_PROCESS, "model.gradient_checkpointing=false")
     capfd.readouterr()
     found = craft_ray("anchors", "build", *arguments)
     refused(2, r"of type act has no action tokens: .*anchors.modes=\[hidden\]", capfd.readouterr().err, found)

@@ -1,4 +1,4 @@
-"""A small pi0_fast policy: LeRobot itself loads it, its tokenizers keep actions, and no code runs beside them."""
+"""A small pi0_fast policy: LeRobot itself loads it, its tokenizers keep actions, and no code stored with them runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from craft_ray.lerobot.tokenizers import (
     fast_tokenizer,
     local_names,
     text_tokenizer,
-    without_foreign_code,
+    without_remote_code,
     write_action_tokenizer,
     write_text_tokenizer,
 )
@@ -44,13 +44,13 @@ from tests.support.robots import TASKS, small_policy, small_size, smooth_chunks
 
 @pytest.fixture(scope="module")
 def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two cameras and one that the data does not have. Shared: do not write into it."""
+    """Two cameras, and one that the data do not have. Shared: do not write into it."""
     return small_policy(tmp_path_factory.mktemp("robot") / "policy", cameras=2, empty_cameras=1)
 
 
 @pytest.fixture
 def own_folder(policy_folder: Path, tmp_path: Path) -> Path:
-    """A copy, at another place than its configuration names."""
+    """A copy, at another path than its configuration names."""
     return Path(shutil.copytree(policy_folder, tmp_path / "moved"))
 
 
@@ -66,7 +66,7 @@ def observations() -> dict[str, Any]:
 
 
 def loaded(folder: Path) -> PI0FastPolicy:
-    """As a user of LeRobot does it."""
+    """Loaded as a user of LeRobot would."""
     with sized(folder):
         return PI0FastPolicy.from_pretrained(folder)
 
@@ -74,7 +74,7 @@ def loaded(folder: Path) -> PI0FastPolicy:
 # -- LeRobot itself
 
 
-def test_lerobot_loads_the_folder_from_any_place_with_the_stored_weights(
+def test_lerobot_loads_the_folder_from_any_directory_with_the_stored_weights(
     policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -87,7 +87,7 @@ def test_lerobot_loads_the_folder_from_any_place_with_the_stored_weights(
 def test_the_processors_that_lerobot_loads_give_what_ours_give(policy_folder: Path) -> None:
     config = loaded(policy_folder).config
     theirs, _ = make_pre_post_processors(config, pretrained_path=str(policy_folder))
-    with without_foreign_code(fast_tokenizer(config.action_tokenizer_name)):
+    with without_remote_code(fast_tokenizer(config.action_tokenizer_name)):
         ours, _ = make_pre_post_processors(config, pretrained_path=str(policy_folder))
     one, other = theirs(observations()), ours(observations())
     tensors = [name for name, value in one.items() if isinstance(value, torch.Tensor)]
@@ -118,14 +118,14 @@ def test_the_policy_decodes_the_tokens_of_its_processor_to_the_actions(policy_fo
     policy = loaded(policy_folder)
     before, _ = make_pre_post_processors(policy.config, pretrained_path=str(policy_folder))
     batch = before(observations())
-    generated = batch["action.tokens"][:, 1:]  # a policy is given BOS and speaks the rest
+    generated = batch["action.tokens"][:, 1:]  # a policy is given BOS and generates the rest
     policy.config.validate_action_token_prefix = True
     actions = policy.detokenize_actions(generated, action_horizon=8, action_dim=4)
     assert (actions - observations()["action"]).abs().max() < quantisation(8)
 
 
 def test_a_saved_policy_still_names_its_text_tokenizer(own_folder: Path, tmp_path: Path) -> None:
-    """LeRobot forgets it; without it, loading asks the hub."""
+    """LeRobot does not save it; without it, loading asks the hub."""
     policy = loaded(own_folder)
     before, after = make_pre_post_processors(policy.config, pretrained_path=str(own_folder))
     folder = tmp_path / "again"
@@ -151,7 +151,7 @@ def test_the_action_tokenizer_is_named_even_if_it_was_given_as_an_object(own_fol
     make_pre_post_processors(config, pretrained_path=str(folder))
 
 
-def test_a_folder_written_elsewhere_and_renamed_names_its_final_place(own_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_written_elsewhere_and_renamed_names_its_final_path(own_folder: Path, tmp_path: Path) -> None:
     final = tmp_path / "final"
     with new_folder(final) as temporary:
         shutil.copytree(own_folder, temporary, dirs_exist_ok=True)
@@ -163,14 +163,14 @@ def test_a_folder_written_elsewhere_and_renamed_names_its_final_place(own_folder
     make_pre_post_processors(loaded(final).config, pretrained_path=str(final))
 
 
-def test_a_moved_folder_is_asked_for_its_own_tokenizers(own_folder: Path) -> None:
+def test_a_moved_folder_names_its_own_tokenizers(own_folder: Path) -> None:
     config = loaded(own_folder).config
     local_names(config, own_folder)
     assert config.text_tokenizer_name == str(own_folder / TEXT_TOKENIZER)
     assert config.action_tokenizer_name == str(own_folder / ACTION_TOKENIZER)
 
 
-def test_a_name_on_the_hub_stays_what_it_is(own_folder: Path) -> None:
+def test_a_name_on_the_hub_does_not_change(own_folder: Path) -> None:
     config = loaded(own_folder).config
     config.text_tokenizer_name = "google/paligemma-3b-pt-224"
     local_names(config, own_folder)
@@ -221,17 +221,17 @@ def test_a_folder_without_a_size_changes_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_a_size_that_no_model_has_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as told:
+    with pytest.raises(ConfigError, match=words) as caught:
         replace(small_size(), **changes)
-    assert one_line(told.value)
+    assert one_line(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"width": 32, "colour": 1}'])
 def test_a_damaged_size_file_is_one_line_with_its_name(own_folder: Path, text: str) -> None:
     (own_folder / SIZE_FILE).write_text(text)
-    with pytest.raises(ConfigError, match=SIZE_FILE) as told, sized(own_folder):
+    with pytest.raises(ConfigError, match=SIZE_FILE) as caught, sized(own_folder):
         pass
-    assert one_line(told.value)
+    assert one_line(caught.value)
 
 
 # -- tokenizers
@@ -264,7 +264,7 @@ def test_the_tokens_are_those_of_lerobots_own_loading(policy_folder: Path) -> No
 
 @pytest.mark.parametrize("level", [-2.0, -1.0, 1.0, 2.0])
 def test_actions_outside_the_fitted_range_are_not_lost(policy_folder: Path, level: float) -> None:
-    """A byte-level tokenizer leaves out what it never saw, and a whole chunk would then decode to nothing."""
+    """A byte-level tokenizer drops what it never saw, and a whole chunk would then decode to nothing."""
     tokenizer = fast_tokenizer(str(policy_folder / ACTION_TOKENIZER))
     chunk = np.full((1, 8, 4), level, dtype=np.float32)
     assert np.abs(tokenizer.decode(tokenizer(chunk)) - chunk).max() < quantisation(8)
@@ -304,19 +304,19 @@ def test_the_word_action_is_one_token_whatever_the_corpus_was(tmp_path: Path) ->
 
 
 def test_a_vocabulary_without_room_is_refused_with_the_size_it_needs(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="raise it to 904 or more") as told:
+    with pytest.raises(ConfigError, match="raise it to 904 or more") as caught:
         write_text_tokenizer(tmp_path, [], vocabulary=640, action_tokens=512)
-    assert one_line(told.value)
+    assert one_line(caught.value)
     write_text_tokenizer(tmp_path, [], vocabulary=904, action_tokens=512)
 
 
 def test_an_action_vocabulary_too_small_for_its_scale_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="512 is too small for chunks of 8 steps at scale 100") as told:
+    with pytest.raises(ConfigError, match="512 is too small for chunks of 8 steps at scale 100") as caught:
         write_action_tokenizer(tmp_path, smooth_chunks(), vocabulary=512, scale=100)
-    assert one_line(told.value)
+    assert one_line(caught.value)
 
 
-# -- foreign code
+# -- remote code
 
 
 def test_no_code_beside_the_tokenizers_runs_unless_it_is_trusted(own_folder: Path, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_no_code_beside_the_tokenizers_runs_unless_it_is_trusted(own_folder: Pat
     plant(own_folder, mark)
     config = loaded_config(own_folder)
     action = fast_tokenizer(config.action_tokenizer_name)
-    with sized(own_folder), without_foreign_code(action):
+    with sized(own_folder), without_remote_code(action):
         policy = PI0FastPolicy(config)
         make_pre_post_processors(config)
         make_pre_post_processors(config, pretrained_path=str(own_folder))
@@ -335,17 +335,17 @@ def test_no_code_beside_the_tokenizers_runs_unless_it_is_trusted(own_folder: Pat
     assert mark.exists()
 
 
-def test_trusted_code_is_loaded_as_lerobot_does_it(own_folder: Path) -> None:
+def test_trusted_code_is_loaded_as_in_lerobot(own_folder: Path) -> None:
     config = loaded_config(own_folder)
-    with sized(own_folder), without_foreign_code(None, trusted=True):
+    with sized(own_folder), without_remote_code(None, trusted=True):
         policy = PI0FastPolicy(config)
     assert type(policy.action_tokenizer).__module__.startswith("transformers_modules")
 
 
 def test_the_names_in_lerobot_are_as_before_after_an_error(own_folder: Path) -> None:
-    with without_foreign_code(None):
+    with without_remote_code(None):
         assert modeling_pi0_fast.AutoProcessor is not AutoProcessor
-    with pytest.raises(ZeroDivisionError), without_foreign_code(None):
+    with pytest.raises(ZeroDivisionError), without_remote_code(None):
         _ = 1 / 0
     assert modeling_pi0_fast.AutoProcessor is AutoProcessor
     assert modeling_pi0_fast.AutoTokenizer is AutoTokenizer
@@ -383,8 +383,8 @@ def edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path],
     ("damage", "words"),
     [
         (shutil.rmtree, "there is no such folder"),
-        (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json does not read"),
-        (lambda folder: (folder / "processor_config.json").write_text("{"), "processor_config.json does not read"),
+        (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json cannot be read"),
+        (lambda folder: (folder / "processor_config.json").write_text("{"), "processor_config.json cannot be read"),
         (lambda folder: (folder / "processor_config.json").write_text("[]"), "no number scale"),
         (edit("processor_config.json", lambda c: c.pop("min_token")), "no number min_token"),
         (edit("processor_config.json", lambda c: c.update(processor_class="Spline")), "is a Spline"),
@@ -392,21 +392,23 @@ def edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path],
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json does not load"),
     ],
 )
-def test_a_bad_action_tokenizer_is_one_line(own_folder: Path, damage: Callable[[Path], Any], words: str) -> None:
+def test_a_bad_action_tokenizer_is_refused_in_one_line(
+    own_folder: Path, damage: Callable[[Path], Any], words: str
+) -> None:
     folder = own_folder / ACTION_TOKENIZER
     damage(folder)
-    with pytest.raises(ConfigError, match=words) as told:
+    with pytest.raises(ConfigError, match=words) as caught:
         fast_tokenizer(str(folder))
-    assert one_line(told.value)
-    assert str(folder) in told.value.message
+    assert one_line(caught.value)
+    assert str(folder) in caught.value.message
 
 
-def test_names_that_nothing_is_behind_are_one_line(tmp_path: Path) -> None:
+def test_names_of_nothing_are_refused_in_one_line(tmp_path: Path) -> None:
     for load in (fast_tokenizer, text_tokenizer):
         for name in ("nobody/has-this", str(tmp_path / "nothing")):
-            with pytest.raises(ConfigError, match=name) as told:
+            with pytest.raises(ConfigError, match=name) as caught:
                 load(name)
-            assert one_line(told.value)
+            assert one_line(caught.value)
 
 
 def one_line(error: CraftError) -> bool:
@@ -417,7 +419,7 @@ def one_line(error: CraftError) -> bool:
 
 
 def record(folder: Path, task: str, level: float, states: int = 4) -> Path:
-    """Two episodes of 12 frames, whose actions tell the episode and the frame."""
+    """Two episodes of 12 frames, whose actions encode the episode and the frame."""
     row = {"dtype": "float32", "names": None}
     features = {
         "observation.images.top": {"dtype": "image", "shape": (16, 16, 3), "names": ["height", "width", "channels"]},
@@ -447,25 +449,27 @@ def test_a_policy_is_built_for_data_sets_and_keeps_their_joint_range(
     folder = tmp_path / "policy"
     caplog.clear()
     build_policy(folder, replace(small_size(), vocabulary=1280), sets, chunk=8, action_tokens=512)
-    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert not told  # a decoder that does not load would fill a page
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not warnings  # a decoder that does not load would log a page
     policy = loaded(folder)
     before, after = make_pre_post_processors(policy.config, pretrained_path=str(folder))
     assert list(policy.config.image_features) == ["observation.images.top"]
     steps = {"action": [index / 10 for index in range(8)]}
     item = LeRobotDataset("local/close", root=sets[0], delta_timestamps=steps)[2]
     batch = before({**item, "task": [item["task"]], "action": item["action"][None]})
-    assert batch["action"][0, :, 2].unique().tolist() == [-1.0]  # the level of one of two sets: an end of the range
+    assert batch["action"][0, :, 2].unique().tolist() == [
+        -1.0
+    ]  # the level of one of the two sets is an end of the range
     assert torch.allclose(after(batch["action"]), item["action"])
     assert not batch["action.token_mask"][:, -1].any()
     policy(batch)
 
 
-def test_data_sets_of_other_features_are_refused_by_name(tmp_path: Path) -> None:
+def test_data_sets_with_different_features_are_refused_by_name(tmp_path: Path) -> None:
     sets = [record(tmp_path / "close", "close it", -1.0), record(tmp_path / "open", "open it", 3.0, states=5)]
-    with pytest.raises(DataError, match=r"close and .*open have different features") as told:
+    with pytest.raises(DataError, match=r"close and .*open have different features") as caught:
         build_policy(tmp_path / "policy", small_size(), sets)
-    assert one_line(told.value)
+    assert one_line(caught.value)
 
 
 def test_the_size_of_the_example_holds_its_tokenizers() -> None:

@@ -99,10 +99,10 @@ def write_dataset(
 
     Args:
         root: a folder that does not exist yet.
-        frames: number in each episode; several numbers are used in turn.
-        size: of a picture: its side, or height and width.
-        task: the task of the episodes; several are used in turn.
-        file_mb: size above which a new file is started.
+        frames: frames per episode; several numbers are used in turn.
+        size: a picture's side, or height and width.
+        task: the task of an episode; several are used in turn.
+        file_mb: size above which another file is started.
     """
     features: dict[str, Any] = {
         "observation.state": {"dtype": "float32", "shape": (state,), "names": [f"joint{i}" for i in range(state)]},

@@ -39,10 +39,10 @@ VOCABULARY = 1024
 STATE, ACTION = "observation.state", "action"
 CHUNK = 8
 EXECUTED = 6
-"""Actions of a chunk that are executed."""
+"""Number of actions of a chunk that are executed."""
 
 
-def write(folder: Path, config: PreTrainedConfig, seed: int) -> Path:
+def write_random(folder: Path, config: PreTrainedConfig, seed: int) -> Path:
     """A policy with random weights, and processors with statistics that have an effect, as LeRobot saves them."""
     numbers = {
         "mean": torch.linspace(-0.3, 0.3, 4), "std": torch.linspace(0.5, 0.8, 4),
@@ -53,7 +53,7 @@ def write(folder: Path, config: PreTrainedConfig, seed: int) -> Path:
         torch.manual_seed(seed)
         policy = get_policy_class(config.type)(config)
         for parameter in policy.parameters():
-            if not parameter.any():  # LeRobot initialises some with zeros, which would hide what passes through them
+            if not parameter.any():  # LeRobot starts some at zero, which would hide what passes them
                 nn.init.normal_(parameter, std=0.1)
     statistics = {STATE: numbers, ACTION: numbers, **dict.fromkeys(config.image_features, colours)}
     for part in (policy, *make_pre_post_processors(config, dataset_stats=statistics)):
@@ -84,7 +84,7 @@ def small_act(folder: Path, *, cameras: int = 1, seed: int = 0, **changes: Any) 
         "dim_model": 32, "n_heads": 2, "dim_feedforward": 64, "n_encoder_layers": 2, "n_vae_encoder_layers": 1,
         "latent_dim": 4, "pretrained_backbone_weights": None,
     }  # fmt: skip
-    return write(folder, ACTConfig(**{**settings(cameras, 64), **sizes, **changes}), seed)
+    return write_random(folder, ACTConfig(**{**settings(cameras, 64), **sizes, **changes}), seed)
 
 
 # -- pi05
@@ -92,7 +92,7 @@ def small_act(folder: Path, *, cameras: int = 1, seed: int = 0, **changes: Any) 
 
 @contextmanager
 def small_pi05_sizes() -> Iterator[None]:
-    """Make LeRobot build and load pi05 with 0.1 million parameters; its own sizes are fixed."""
+    """While open, LeRobot builds and loads pi05 with 0.1 million parameters; its own sizes are fixed."""
     own = modeling_pi05.get_gemma_config, modeling_pi05.PaliGemmaWithExpertModel
 
     class Small(own[1]):  # type: ignore[misc, name-defined]
@@ -148,7 +148,7 @@ def _gemma(size: Any, **changes: Any) -> GemmaConfig:
 
 
 def small_pi05(folder: Path, *, cameras: int = 1, seed: int = 0, **changes: Any) -> Path:
-    """A picture is resized to 32 pixels and is 16 tokens. It loads within `small_pi05_sizes` only."""
+    """A picture is resized to 32 pixels and becomes 16 tokens. Loads within `small_pi05_sizes`."""
     tokenizer = folder / TEXT_TOKENIZER
     write_text_tokenizer(tokenizer, [f"{task} 0 1 17 255" for task in TASKS], VOCABULARY, 128)
 
@@ -162,7 +162,7 @@ def small_pi05(folder: Path, *, cameras: int = 1, seed: int = 0, **changes: Any)
     tokenizer_processor.AutoTokenizer = Local
     try:
         with small_pi05_sizes():
-            write(folder, config, seed)
+            write_random(folder, config, seed)
     finally:
         tokenizer_processor.AutoTokenizer = own
     file = folder / "policy_preprocessor.json"
@@ -178,7 +178,7 @@ def small_pi05(folder: Path, *, cameras: int = 1, seed: int = 0, **changes: Any)
 
 
 def small_smolvla(folder: Path, *, cameras: int = 1, seed: int = 0, **changes: Any) -> Path:
-    """Three layers of a SmolVLM, which are trained, too; a picture is resized to 32 pixels and is 4 tokens."""
+    """Three layers of a SmolVLM, which are also trained; a picture is resized to 32 pixels and becomes 4 tokens."""
     vlm = folder.with_name(folder.name + "_vlm")
     if not vlm.exists():
         write_vlm(vlm)
@@ -187,7 +187,7 @@ def small_smolvla(folder: Path, *, cameras: int = 1, seed: int = 0, **changes: A
         "vlm_model_name": str(vlm), "load_vlm_weights": False, "train_expert_only": False,
         "freeze_vision_encoder": False, "num_steps": 4,
     }  # fmt: skip
-    return write(folder, SmolVLAConfig(**{**settings(cameras, 64), **sizes, **changes}), seed)
+    return write_random(folder, SmolVLAConfig(**{**settings(cameras, 64), **sizes, **changes}), seed)
 
 
 def write_vlm(folder: Path, dtype: str = "float32") -> None:

@@ -110,9 +110,9 @@ class Steps:
         }
 
     def step(self, arm: str) -> None:
+        from craft_ray.method.distance import hidden_loss
         from craft_ray.method.pooling import Vectors
         from craft_ray.method.step import craft_step, task_step
-        from craft_ray.retention.hidden import hidden_loss
         from craft_ray.workers import OneWorker
 
         common: dict[str, Any] = {

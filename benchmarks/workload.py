@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from transformers import GemmaConfig, GemmaForCausalLM
 
+from craft_ray.method.distance import hidden_loss
 from craft_ray.method.pooling import Layout, Pooling, Vectors
 from craft_ray.models.tokens import token_loss
-from craft_ray.retention.hidden import hidden_loss
 
 
 @dataclass(frozen=True)

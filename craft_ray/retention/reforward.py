@@ -13,9 +13,10 @@ from craft_ray.anchors.reader import AnchorSet, open_anchors
 from craft_ray.anchors.schema import STEP0_AGREEMENT, STEP0_TOLERANCE
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused
+from craft_ray.method.distance import hidden_loss
 from craft_ray.method.pooling import Vectors
 from craft_ray.models.base import Model
-from craft_ray.retention.hidden import Hidden, hidden_loss
+from craft_ray.retention.hidden import Hidden
 from craft_ray.retention.mode import batches_of
 from craft_ray.retention.token_ce import TokenCE
 from craft_ray.storage.paths import StoragePath

@@ -198,8 +198,9 @@ def test_the_image_gets_all_files_of_the_package() -> None:
     assert sorted(copied) == sorted(kept)
     assert all((ROOT / name).exists() for name in copied)
     tree = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    needed = [*tree["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"], PROJECT["readme"], "LICENSE"]
-    assert set(needed) <= set(copied)
+    wheel = tree["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = [*wheel["packages"], *wheel["force-include"], PROJECT["readme"], "LICENSE"]
+    assert {name.partition("/")[0] for name in needed} <= set(copied)
     entry = [word for name in JOBS for word in manifest(name)["spec"]["entrypoint"].split() if word.startswith("/opt")]
     assert {word.removeprefix("/opt/craft-ray/") for word in entry} <= set(copied)
 

@@ -389,7 +389,10 @@ def test_a_position_outside_the_choices(value: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"answer_index": "i", "choices": "c", "response": "r"}, "response 'r' and answer_index 'i' both say"),
+        (
+            {"answer_index": "i", "choices": "c", "response": "r"},
+            "response 'r' and answer_index 'i' both give the answer",
+        ),
         ({"answer_index": "i"}, "answer_index 'i' is an index into choices: specify choices"),
     ],
 )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from craft_ray.errors import DataError
+from craft_ray.method.distance import hidden_loss
 from craft_ray.method.pooling import Layout, Pooling, Vectors, token_positions, vector_count
-from craft_ray.retention.hidden import hidden_loss
 
 PICTURE = Layout(length=9, prompt_length=7, image_tokens=(0, 1, 2))  # i i i t t t t | s s
 LATE_PICTURE = Layout(length=6, prompt_length=5, image_tokens=(3, 4))  # t t t i i | s

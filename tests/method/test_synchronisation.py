@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from craft_ray.method.distance import hidden_loss
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import GradientPair
 from craft_ray.method.pooling import Layout, Pooling
 from craft_ray.method.step import craft_step
-from craft_ray.retention.hidden import hidden_loss
 from tests.support.worlds import ONE, Batch, batch, craft_config, mlp
 
 READING = ("_local_scalar_dense", "is_nonzero", "nonzero", "aten.equal", "masked_select", "unique")

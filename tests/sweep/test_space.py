@@ -351,7 +351,7 @@ KINDS = "uniform, loguniform, quniform, randint, choice, grid"
             "seed: {choice: [1]}\ncraft.lamda_lr: {choice: [1], when: {craft.enabled: false}}",
             ["unknown key craft.lamda_lr; did you mean craft.lambda_lr?"],
         ),
-        ("craft.lambda_lr.x: {choice: [1]}", ["craft.lambda_lr.x", "no section"]),
+        ("craft.lambda_lr.x: {choice: [1]}", ["craft.lambda_lr.x", "not a section"]),
         ("lambda_lr: {choice: [1]}", ["lambda_lr cannot be searched", "keys of craft and train"]),
         ("craft.lambda_lr: {unifrm: [0, 1]}", ["craft.lambda_lr", "unifrm", KINDS, "did you mean uniform?"]),
         ("craft.lambda_lr: {}", ["craft.lambda_lr has no distribution", KINDS]),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from craft_ray.method.distance import hidden_loss
 from craft_ray.method.pooling import Vectors
-from craft_ray.retention.hidden import hidden_loss
 
 LOSSES = ("relative_mse", "mse", "cosine", "l1")
 

@@ -3,32 +3,47 @@
     with craft_updates(load_config("run.yaml")):
         lerobot_train.train(...)
 
-LeRobot's loop keeps its data, its optimiser, its schedule, its logs and its checkpoints; while this is open it takes
-CRaFT's step in place of its own, and leaves the teacher's normaliser statistics as they are. It begins runs in one
-process; it does not go on with one, for LeRobot's checkpoints do not hold the multiplier.
+LeRobot's loop keeps its data, its optimiser, its schedule, its logs and its checkpoints. While the context is open, the
+loop takes CRaFT's step instead of its own, and the normaliser keeps the teacher's statistics.
+
+- Where accelerate accumulates gradients over N batches (`accelerate launch --gradient_accumulation_steps N`), the
+  hook collects N batches of the loop, also across the end of an epoch, and takes one step over all of them: one step of
+  the optimiser, of its schedule and of the multiplier. LeRobot's own step ignores that setting. The loop counts
+  batches, so `--steps` is N times `train.steps`.
+- With several processes each one takes its part of the anchors, and both gradients are averaged over the processes.
+- LeRobot's checkpoints hold the multiplier as well, and `--resume` continues from them bit for bit.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lerobot.scripts.lerobot_train as loop
 import torch
+from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 from torch import Tensor
 
 from craft_ray.config import Experiment
-from craft_ray.errors import ConfigError
 from craft_ray.lerobot.folder import folder_around
+from craft_ray.lerobot.hook_data import SampleOrder, with_own_statistics
+from craft_ray.lerobot.hook_settings import accumulated, check_experiment, check_settings
+from craft_ray.lerobot.hook_state import CraftState, forget_state, load_state, save_state
 from craft_ray.lerobot.kinds import policy_of
+from craft_ray.lerobot.policy import LeRobotPolicy
+from craft_ray.lerobot.tokenizers import complete_processor_config
 from craft_ray.method.gradients import GradientPair
 from craft_ray.retention.constraint import Constraint, open_mode
 from craft_ray.retention.update import update
-from craft_ray.workers import OneWorker
+from craft_ray.run.optimization import seed_step
+from craft_ray.workers import OneWorker, ProcessGroup, Workers
 
 
 @contextmanager
@@ -37,8 +52,8 @@ def craft_updates(experiment: Experiment) -> Iterator[CraftUpdate]:
 
     Args:
         experiment: of it, `model.path` (the teacher's folder, which LeRobot trains), `craft` (and where it names none,
-            the positions and layers of `anchors`), `seed`, `train.precision` and `train.steps` count. The last is the
-            length of epsilon's schedule: give LeRobot's loop the same.
+            the positions and layers of `anchors`), `seed`, `train.precision`, `train.accumulate` (micro-batches of the
+            anchors of a step) and `train.steps` count. The last is the length of epsilon's schedule.
 
     Yields:
         What is called at each step; it remembers what each step measured.
@@ -46,32 +61,24 @@ def craft_updates(experiment: Experiment) -> Iterator[CraftUpdate]:
     Raises:
         ConfigError: CRaFT is off, or the experiment names no anchor cache, or statistics to merge.
     """
-    if not experiment.craft.enabled or experiment.craft.anchor_cache_dir is None:
-        raise ConfigError("craft_updates needs craft.enabled and craft.anchor_cache_dir: build a cache and name it")
-    if experiment.model.merge_statistics:
-        raise ConfigError(
-            "craft_updates leaves LeRobot's processors with the teacher's statistics, and model.merge_statistics would "
-            "have the anchors see others: leave it out, or save a teacher with the merged ones first"
-        )
-    update = CraftUpdate(experiment)
-    own = loop.update_policy, loop.make_pre_post_processors
-    loop.update_policy, loop.make_pre_post_processors = update, _with_own_statistics
+    check_experiment(experiment)
+    update, order = CraftUpdate(experiment), SampleOrder()
+    ours = {
+        "update_policy": update,
+        "make_pre_post_processors": partial(with_own_statistics, loop.make_pre_post_processors),
+        "make_optimizer_and_scheduler": partial(update.begin, loop.make_optimizer_and_scheduler),
+        "compute_sampler_state": partial(order.compute_sampler_state, loop.compute_sampler_state),
+        "cycle": partial(order.cycle, loop.cycle),
+        "load_training_state": partial(update.load, loop.load_training_state),
+        "save_checkpoint": partial(update.save, loop.save_checkpoint),
+    }
+    own = {name: getattr(loop, name) for name in ours}
+    vars(loop).update(ours)
     try:
         yield update
     finally:
-        loop.update_policy, loop.make_pre_post_processors = own
+        vars(loop).update(own)
         update.close()
-
-
-def _with_own_statistics(**arguments: Any) -> Any:
-    """LeRobot's processors without the new data set's statistics, which it would put in the place of the teacher's."""
-    for name in ("preprocessor_overrides", "postprocessor_overrides"):
-        for step in ("normalizer_processor", "unnormalizer_processor"):
-            arguments.get(name, {}).get(step, {}).pop("stats", None)
-    return own_processors(**arguments)
-
-
-own_processors = loop.make_pre_post_processors
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,17 @@ class _TaskBatch:
     """A batch of LeRobot's loop."""
 
     content: Any
-    count: int = 1
+    count: int
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The policy in training, and what holds it back."""
+
+    workers: Workers
+    model: LeRobotPolicy
+    constraint: Constraint
+    gradients: GradientPair
 
 
 class CraftUpdate:
@@ -89,23 +106,66 @@ class CraftUpdate:
         self.experiment = experiment
         self.records: list[dict[str, float]] = []
         """Of each step: task_loss, retention_loss, lambda, epsilon, dot, cos."""
-        self._begun = False
+        self._opened: _Opened | None = None
+        self._resumed: CraftState | None = None
+        self._collected: list[_TaskBatch] = []
 
     def close(self) -> None:
         """Give the policy back without hooks and gradients."""
-        if self._begun:
-            self.gradients.close()
+        if self._opened is not None:
+            self._opened.gradients.close()
+        self._opened, self._resumed, self._collected = None, None, []
 
-    def _begin(self, policy: Any) -> None:
-        """Open the cache for the policy as the loop made it, and check that it still is the teacher."""
-        config = self.experiment
+    # -- around functions of LeRobot's loop, in the order in which it calls them
+
+    def begin(self, own: Callable[..., Any], settings: Any, policy: Any) -> Any:
+        """Around `make_optimizer_and_scheduler`: a schedule of the rate that runs over the steps of CRaFT.
+
+        Raises:
+            ConfigError: the loop's settings do not go with CRaFT's step.
+        """
+        self.close()
+        check_settings(self.experiment, settings)
+        settings = copy.copy(settings)  # the loop itself counts batches
+        settings.steps //= accumulated()
+        return own(settings, policy)
+
+    def load(self, own: Callable[..., Any], checkpoint: Path, *arguments: Any, **named: Any) -> Any:
+        """Around `load_training_state`.
+
+        Raises:
+            ConfigError: the checkpoint was saved without CRaFT, or its steps have another number of batches.
+            StorageError: its state of CRaFT is damaged.
+        """
+        self._resumed = load_state(checkpoint, accumulated())
+        return own(checkpoint, *arguments, **named)
+
+    def save(self, own: Callable[..., Any], checkpoint_dir: Path, **named: Any) -> None:
+        """Around `save_checkpoint`, which the loop calls in its first process."""
+        assert self._opened is not None
+        assert not self._collected, "a checkpoint lies between two steps"
+        forget_state(checkpoint_dir)
+        own(checkpoint_dir=checkpoint_dir, **named)
+        complete_processor_config(checkpoint_dir / PRETRAINED_MODEL_DIR)  # so that LeRobot loads it on resume
+        constraint, reached = self._opened.constraint.state_dict(), self._opened.gradients.reached
+        save_state(checkpoint_dir, CraftState(accumulated(), constraint, reached))
+
+    def _open(self, policy: Any, processes: int) -> _Opened:
+        """Open the cache for the policy as the loop made it: the teacher, unless the run is resumed."""
+        config, resumed = self.experiment, self._resumed
         device = next(policy.parameters()).device
-        self.workers = OneWorker(device)
+        workers = OneWorker(device) if processes == 1 else ProcessGroup(device)
         model = policy_of(config.model, config.train.precision, device, folder_around(config.model, policy))
-        self.constraint = Constraint(config, open_mode(config, model, model.weights_fingerprint()), self.workers)
-        self.constraint.check_untouched()
-        self.gradients = GradientPair(policy.named_parameters())
-        self._begun = True
+        teacher = model.weights_fingerprint() if resumed is None else None
+        constraint = Constraint(config, open_mode(config, model, teacher), workers)
+        if resumed is None:
+            constraint.check_untouched()
+        else:
+            constraint.load_state_dict(resumed.constraint)
+        gradients = GradientPair(policy.named_parameters())
+        if resumed is not None:
+            gradients.restore_reached(resumed.reached)
+        return _Opened(workers, model, constraint, gradients)
 
     def __call__(
         self,
@@ -119,65 +179,70 @@ class CraftUpdate:
         lock: Any = None,
         sample_weighter: Any = None,
     ) -> tuple[Any, dict[str, float]]:
-        """One step, as LeRobot's loop asks for it.
+        """Collect one batch of LeRobot's loop, and take a step with the last of those that are accumulated.
 
         Raises:
-            ConfigError: the loop runs in several processes, or weighs its samples.
-            CacheRefused: the policy is not the cache's teacher.
+            CacheRefused: the policy is not the cache's teacher, or the resumed run had another cache.
         """
         started = time.perf_counter()
-        if accelerator.num_processes > 1 or sample_weighter is not None:
-            raise ConfigError(
-                "craft_updates steps in one process and without sample weights: use craft-ray train for several workers"
-            )
-        inner = accelerator.unwrap_model(policy)
-        if not self._begun:
-            inner.train()
-            self._begin(inner)
+        inner = accelerator.unwrap_model(policy)  # gradients are averaged here, not by DistributedDataParallel
         inner.train()
-        config, step = self.experiment, len(self.records)
-        if step >= config.train.steps:
-            raise ConfigError(
-                f"LeRobot's loop takes more steps than train.steps={config.train.steps}, over which epsilon's schedule "
-                f"runs: set train.steps to LeRobot's --steps"
-            )
+        if self._opened is None:
+            self._opened = self._open(inner, accelerator.num_processes)
+        self._collected.append(_TaskBatch(batch, self._opened.model.terms(batch)))
+        measured: dict[str, float] = {}
+        if len(self._collected) == accumulated():
+            task, self._collected = self._collected, []
+            step, rest = divmod(train_metrics.steps + 1, len(task))
+            assert not rest, "the loop counts batches"
+            assert accelerator.sync_gradients, "the loop itself accumulates gradients"
+            measured = self._step(train_metrics, inner, task, step - 1, optimizer, grad_clip_norm, accelerator)
+            if lr_scheduler is not None:
+                lr_scheduler.step()
+            train_metrics.lr = optimizer.param_groups[0]["lr"]
+        train_metrics.update_s = time.perf_counter() - started
+        return train_metrics, measured
+
+    def _step(
+        self, train_metrics: Any, policy: Any, task: list[_TaskBatch], step: int, optimizer: Any, max_norm: float,
+        accelerator: Any,
+    ) -> dict[str, float]:  # fmt: skip
+        """Take a step (from 0), and enter what it measured in LeRobot's log."""
+        assert self._opened is not None
+        constraint, workers = self._opened.constraint, self._opened.workers
 
         def task_loss(part: _TaskBatch) -> Tensor:
             with accelerator.autocast():
-                loss: Tensor = inner.forward(part.content)[0]
+                loss: Tensor = policy.forward(part.content)[0]
             return loss
 
-        anchors = self.constraint.batches(step)
-        epsilon = self.constraint.epsilon(step)
+        seed_step(self.experiment.seed, step, workers.rank)
+        anchors = constraint.batches(step)
         metrics = update(
             task_loss,
-            [_TaskBatch(batch)],
-            [self.constraint],
-            None if anchors is None else [part.to(self.workers.device) for part in anchors],
+            task,
+            [constraint],
+            None if anchors is None else [part.to(workers.device) for part in anchors],
             step,
             optimizer=optimizer,
-            gradients=self.gradients,
-            workers=self.workers,
-            max_norm=grad_clip_norm if grad_clip_norm > 0 else None,
+            gradients=self._opened.gradients,
+            workers=workers,
+            max_norm=max_norm if max_norm > 0 else None,
         )
-        if lr_scheduler is not None:
-            lr_scheduler.step()
         record = {
             "task_loss": float(metrics.task_loss),
             "retention_loss": float(metrics.retention_loss),
             "lambda": float(metrics.multiplier),
-            "epsilon": epsilon,
+            "epsilon": constraint.epsilon(step),
             "dot": float(metrics.dot),
             "cos": float(metrics.cos),
         }
         self.records.append(record)
         train_metrics.loss = record["task_loss"]
         train_metrics.grad_norm = float(metrics.grad_norm)
-        train_metrics.lr = optimizer.param_groups[0]["lr"]
-        train_metrics.update_s = time.perf_counter() - started
-        if self.workers.device.type == "cuda":
+        if workers.device.type == "cuda":
             train_metrics.gpu_mem_gb = torch.cuda.max_memory_allocated() / 1024**3
         # A mean over steps; where there is no retention step, nothing was measured.
         measured = {k: v for k, v in record.items() if math.isfinite(v)}
         train_metrics.update_metrics({k: v for k, v in measured.items() if k != "task_loss"})
-        return train_metrics, measured
+        return measured

@@ -194,6 +194,9 @@ class PI0Fast(TokenModel, LeRobotPolicy):
         inputs = batch.inputs | {SUFFIX: tokens, SUFFIX_MASK: mask}
         return replace(batch, inputs=inputs, targets_BP=targets_BP, tokens=int(predicted.sum()))
 
+    def terms(self, inputs: Mapping[str, Tensor]) -> int:
+        return int(inputs[SUFFIX_MASK][:, 1:].sum())  # all tokens behind BOS
+
     def preprocessor_fingerprint(self) -> str:
         return json_fingerprint([super().preprocessor_fingerprint(), list(self.settings.image_resolution)])
 

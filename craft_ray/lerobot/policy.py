@@ -198,6 +198,12 @@ class LeRobotPolicy(Model):
         most = max(layout.length + gap for layout, gap in zip(layouts, gaps, strict=True))
         return Pooling.plan(layouts, positions, most, gaps)
 
+    def terms(self, inputs: Mapping[str, Tensor]) -> int:
+        """Terms of the mean that LeRobot's own loss of a batch is: samples, or actions within the episode."""
+        if self.counts_steps and IS_PAD in inputs:
+            return int((~inputs[IS_PAD]).sum())
+        return len(inputs[ACTION])
+
     # -- device side
 
     def autocast(self) -> AbstractContextManager[None]:

@@ -343,7 +343,8 @@ def test_the_loss_is_lerobots_own(kind: str, folders: dict[str, Path]) -> None:
 def test_a_batch_counts_what_its_loss_is_a_mean_of(kind: str, terms: int, folders: dict[str, Path]) -> None:
     """Two of the episodes end within the chunk; pi05 counts the actions after the end, the others do not."""
     model = loaded(folders[kind])
-    assert model.collate([model.preprocess(s) for s in SAMPLES]).count == terms
+    batch = model.collate([model.preprocess(s) for s in SAMPLES])
+    assert batch.count == model.terms(batch.inputs) == terms
 
 
 def test_micro_batches_weighted_by_their_counts_are_the_whole_batch(tmp_path: Path) -> None:

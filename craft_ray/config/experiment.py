@@ -95,8 +95,8 @@ class Experiment(Section):
             try:
                 CraftConfig.model_validate(settings)
             except ValidationError as error:
-                told = "; ".join(explain({**e, "loc": ("craft", *e["loc"])}, Experiment) for e in error.errors())
-                raise ValueError(f"{where}: {told}") from None
+                reasons = "; ".join(explain({**e, "loc": ("craft", *e["loc"])}, Experiment) for e in error.errors())
+                raise ValueError(f"{where}: {reasons}") from None
 
     def changed(self, changes: Mapping[str, Any]) -> Experiment:
         """A copy with values at dotted keys changed, validated again."""

@@ -431,10 +431,10 @@ def refused_to_resume(
     world: Path, source: Path, kind: type[Exception], said: str, monkeypatch: Any, changes: dict[str, Any]
 ) -> None:
     """One line before the first update."""
-    with craft_updates(experiment(world, changes)) as update, pytest.raises(kind, match=said) as told:
+    with craft_updates(experiment(world, changes)) as update, pytest.raises(kind, match=said) as caught:
         resumed(monkeypatch, source)
     assert update.records == []
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_without_a_multiplier_is_refused(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -484,10 +484,10 @@ def refused(
     world: Path, output: Path, kind: type[Exception], said: str, changes: dict[str, Any], **settings: Any
 ) -> None:
     """One line before the first update: no weight is written."""
-    with craft_updates(experiment(world, changes)) as update, pytest.raises(kind, match=said) as told:
+    with craft_updates(experiment(world, changes)) as update, pytest.raises(kind, match=said) as caught:
         lerobots_run(world, output, **settings)
     assert update.records == []
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     assert not (output / "checkpoints").exists()
 
 
@@ -541,7 +541,7 @@ def test_what_the_loop_does_not_do_is_refused_at_once(world: Path) -> None:
         ({"model.merge_statistics": [str(world / "new")]}, "model.merge_statistics"),
     ):
         own = dict(vars(loop))
-        with pytest.raises(ConfigError, match=said) as told, craft_updates(experiment(world, changes)):
+        with pytest.raises(ConfigError, match=said) as caught, craft_updates(experiment(world, changes)):
             raise AssertionError("it was not refused")
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
         assert vars(loop) == own

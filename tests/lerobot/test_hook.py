@@ -456,7 +456,7 @@ def test_another_cache_or_other_steps_are_refused_on_resume(world: Path, tmp_pat
     first = checkpoint(tmp_path / "run", 2)
     other = {"craft.anchor_cache_dir": str(tmp_path / "anchors"), "anchors.max_new_tokens": 8}
     build(experiment(world, other), say=lambda _: None)
-    said = "was trained with the anchor cache .* resume with the cache it began with"
+    said = "was trained with the anchor cache .* resume with the cache that it started with"
     refused_to_resume(world, first, CacheRefused, said, monkeypatch, other)
     accumulating(monkeypatch, 2)
     said = "accumulates gradients over 1 batch.* over 2: resume with gradient_accumulation_steps=1"

@@ -19,7 +19,7 @@ from craft_ray.config import Experiment, dump_config
 from tests.support.experiments import ANSWERED, Digits
 from tests.support.local_cluster import exported, local
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

@@ -228,7 +228,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_killed_worker_and_a_killed_driver_end_where_the_uninterrupted_run_ends(
     world: Path, built: Path, tmp_path: Path
 ) -> None:

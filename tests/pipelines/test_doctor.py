@@ -147,7 +147,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, P
         yield found, folder / "hidden"
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_the_doctor_sees_a_mount_that_is_missing(apart: tuple[Cluster, Path], tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_the_doctor_sees_a_mount_that_is_missing(apart: tuple[Cluster, Path], tm
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_no_stage_starts_if_nodes_do_not_share_its_storage(
@@ -209,7 +209,7 @@ def test_no_stage_starts_if_nodes_do_not_share_its_storage(
     assert code == 0, out + err
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_the_check_is_quick_once_a_process_has_started(apart: tuple[Cluster, Path], tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_training_continues_with_the_remaining_workers(
         torch.testing.assert_close(found[key], wanted[key], rtol=1e-2, atol=2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_workers_lost_too_often_end_a_run_with_one_line_that_says_how_to_resume(
     undisturbed_stages: dict[str, tuple[Stage, Undisturbed]], cluster: Cluster, tmp_path: Path
 ) -> None:

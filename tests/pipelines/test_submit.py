@@ -264,7 +264,7 @@ def test_no_cluster_is_one_line(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- a whole chain
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_cache_and_training_as_jobs(token_cluster: Cluster, digits: Digits, tmp_path: Path) -> None:

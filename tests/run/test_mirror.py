@@ -210,7 +210,7 @@ def test_a_run_that_is_finished_is_not_started_again(stored: ObjectPath, bucket:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
     stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path
@@ -244,7 +244,7 @@ def test_workers_of_ray_build_and_train_in_the_store_and_survive_a_kill(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_a_sweep_is_the_same_in_both(
     stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path

@@ -480,7 +480,7 @@ def killed(base: Experiment, plain: Swept, tmp_path_factory: pytest.TempPathFact
     return Killed(folder, ended, last.returncode, out, tracker)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_killed_sweep_loses_no_trial_and_trains_none_that_has_ended_again(killed: Killed, plain: Swept) -> None:
     assert killed.code == 0
     assert [row["trial"] for row in table(killed.folder)] == [0, 1, 2, 3, 4, 5]
@@ -497,7 +497,7 @@ def test_a_killed_sweep_loses_no_trial_and_trains_none_that_has_ended_again(kill
     assert compared, "a trial must be finished in both for this to mean anything"
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_killed_sweep_has_one_tracked_run_for_each_trial(killed: Killed) -> None:
     mlflow = pytest.importorskip("mlflow")
     client = mlflow.MlflowClient(tracking_uri=killed.tracker, registry_uri=killed.tracker)
@@ -557,7 +557,7 @@ def two_workers(base: Experiment, tmp_path_factory: pytest.TempPathFactory) -> t
     return done, victims
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_trials_of_several_workers_end_though_one_is_killed_one_is_stopped_and_all_want_to_run_at_once(
     two_workers: tuple[Swept, list[int]],
 ) -> None:
@@ -569,7 +569,7 @@ def test_trials_of_several_workers_end_though_one_is_killed_one_is_stopped_and_a
     assert [report["step"] for report in done.trial(1).reports()] == [2]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_resources_of_trials_of_several_workers_are_freed(two_workers: tuple[Swept, list[int]]) -> None:
     for _ in range(PATIENCE_S):
         if not held():
@@ -578,7 +578,7 @@ def test_resources_of_trials_of_several_workers_are_freed(two_workers: tuple[Swe
     assert held() == []
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_more_workers_than_the_cluster_holds_are_refused_before_any_trial(base: Experiment, tmp_path: Path) -> None:
     join(dashboard=True)
     workers = int(ray.cluster_resources()["CPU"]) + 1
@@ -601,7 +601,7 @@ def listening(port: int) -> set[str]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_cluster_has_a_dashboard_where_it_is_needed_on_the_loopback_interface_alone() -> None:
     ray.shutdown()
     join()

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from craft_ray.config import (
     AutoData,
+    CsvData,
     Experiment,
     HuggingFaceData,
     JsonLinesData,
@@ -242,7 +243,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("model.kind=vla", "model.kind"),
         ("model=5", "model"),
         ("task.limit=0", "task.limit"),
-        ("task.format=csv", "task.format"),
+        ("task.format=xml", "task.format"),
         ("evaluation.old.metric=choice", "evaluation.old.data"),
         ("evaluation.old={data: {path: a}, metric: f1}", "evaluation.old.metric"),
         ("workers.num_workers=-1", "workers.num_workers"),
@@ -376,7 +377,11 @@ def test_an_unknown_key_comes_with_a_guess(override: str, said: str, minimal: Pa
         ("{path: org/data, format: parquet}", ParquetData),
         ("{path: rows.log, format: jsonl}", JsonLinesData),
         ("{path: rows.jsonl, format: text}", TextData),
-        ("{path: org/data, split: test}", HuggingFaceData),
+        ("{path: org/data, split: test}", AutoData),
+        ("{path: rows.csv, split: 'train[:9]'}", CsvData),
+        ("{path: ROWS.TSV.gz}", CsvData),
+        ("{path: rows.ndjson}", JsonLinesData),
+        ("{path: rows, delimiter: ;}", CsvData),
         ("{path: org/data, revision: v2}", HuggingFaceData),
         ("{path: texts, chunk_chars: 64}", TextData),
         ("{path: org/robot, episodes: 0-3}", LeRobotData),
@@ -402,7 +407,7 @@ def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
             "task.episodes belongs to a LeRobotDataset (format: lerobot), but task is read as JSON lines (format: "
             "jsonl): leave it out, or set task.format",
         ),
-        ("task={path: a.parquet, split: test}", "task.split belongs to a Hugging Face dataset (format: dataset), but"),
+        ("task={path: a.parquet, revision: v2}", "task.revision belongs to a Hugging Face dataset (format: dataset)"),
         (
             "task={path: a.txt, rename: {a: b}}",
             "task.rename belongs to a LeRobotDataset (format: lerobot), but task is",

@@ -123,6 +123,7 @@ class TableSource:
         def text(column: str) -> str:
             return self._text(cells.get(column), column, where)
 
+        prompt = "" if columns.prompt is None else text(columns.prompt)
         choices = None
         if columns.choices is not None:
             options = cells.get(columns.choices)
@@ -138,7 +139,7 @@ class TableSource:
             response = choices[position]
         return Sample(
             id=number if columns.id is None else text(columns.id),
-            prompt="" if columns.prompt is None else text(columns.prompt),
+            prompt=prompt,
             image=None if columns.image is None else encoded_image(cells.get(columns.image), self._folder, where),
             response=response,
             choices=choices,

@@ -186,12 +186,11 @@ def test_a_column_that_is_not_named_may_hold_anything(tmp_path: Path) -> None:
         prompt=datasets.Value("string"),
         response=datasets.Value("string"),
         clip=datasets.Video(),
-        sound=datasets.Audio(),
         pictures=datasets.List(datasets.Image()),
         nested={"picture": datasets.Image()},
     )
     broken = {"bytes": b"no such", "path": None}
-    row = {"clip": broken, "sound": broken, "pictures": [broken], "nested": {"picture": broken}}
+    row = {"clip": broken, "pictures": [broken], "nested": {"picture": broken}}
     table = datasets.Dataset.from_list([{"prompt": "a", "response": "x", **row}], features=features)
     table.save_to_disk(tmp_path / "saved")
     table.to_parquet(tmp_path / "a.parquet")
@@ -219,19 +218,21 @@ NO_TEXT: dict[str, tuple[Any, str]] = {
     "bytes": (b"Paris", "bytes"),
     "duration": (datetime.timedelta(1), "a timedelta"),
 }
+UNKNOWN = ("bytes", "duration")
+"""What JSON cannot hold."""
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("role", ["id", "prompt", "response", "choices"])
-@pytest.mark.parametrize("kind", NO_TEXT)
-def test_what_is_no_text_is_refused(kind: str, role: str, form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [(kind, form) for kind in NO_TEXT for form in ("jsonl", "parquet") if form == "parquet" or kind not in UNKNOWN],
+)
+def test_what_is_no_text_is_refused(kind: str, form: str, role: str, tmp_path: Path) -> None:
     value, noun = NO_TEXT[kind]
     cell = [value] if role == "choices" else value
     path = tmp_path / f"a.{form}"
     if form == "parquet":
         pq.write_table(pa.table({"prompt": ["x", "x"], "bad": [None, cell]}), path)
-    elif kind in ("bytes", "duration"):
-        pytest.skip("JSON has no such value")
     else:
         jsonl(path, json.dumps({"prompt": "x"}), json.dumps({"prompt": "x", "bad": cell}))
     message = refusal(lambda: source(path, {"prompt": "prompt", role: "bad"})[1])
@@ -275,22 +276,23 @@ def test_the_row_of_a_folder_is_that_of_its_file(tmp_path: Path) -> None:
 
 # --- messages ------------------------------------------------------------------------------------------------------
 
-LONG = "data:image/png;base64," + base64.b64encode(bytes(3_000_000)).decode()
+LONG = "data:image/png;base64," + base64.b64encode(bytes(300_000)).decode()
 
 
 @pytest.mark.parametrize(
     "value",
-    [LONG, [LONG] * 50, {LONG: LONG}, {"path": LONG}, {"bytes": LONG}, "x" * 4_000_000, "\0" * 4_000_000, [[LONG]]],
+    [LONG, [LONG] * 3, {LONG: LONG}, {"path": LONG}, {"bytes": LONG}, "x" * 400_000, "\0" * 400_000, [[LONG]]],
     ids=["uri", "list", "mapping", "path", "bytes", "word", "zeros", "nested"],
 )
 def test_a_long_value_makes_no_long_message(value: Any, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", json.dumps({"prompt": "x", "bad": value}))
     images = source(path, {"image": "bad"})
     if value is LONG or value in ({"path": LONG}, {"bytes": LONG}):
-        assert images[0].image == bytes(3_000_000)
+        assert images[0].image == bytes(300_000)
     else:
         assert len(refusal(lambda: images[0])) < 10 * LONGEST + len(str(path))
-    assert len(refusal(lambda: source(path, {"choices": "bad"})[0])) < 10 * LONGEST + len(str(path))
+    if not isinstance(value, list):
+        assert len(refusal(lambda: source(path, {"choices": "bad"})[0])) < 10 * LONGEST + len(str(path))
     if not isinstance(value, str):
         assert len(refusal(lambda: source(path, {"prompt": "bad"})[0])) < 10 * LONGEST
 

@@ -9,7 +9,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+
+from craft_ray.data.cells import WrittenFloat
+
+NARROW = {pa.float16(): np.float16, pa.float32(): np.float32}
 
 
 class ArrowTable:
@@ -31,7 +36,8 @@ class ArrowTable:
         """
         self.column_names = list(column_names)
         self.classes = classes or {}
-        self.identity = identity
+        narrow = sorted({field.name for _, table in files for field in table.schema if field.type in NARROW})
+        self.identity = f"{identity}{narrow or ''}"
         self._batches = [(name, batch) for name, table in files for batch in table.to_batches()]
         self._ends = list(accumulate(len(batch) for _, batch in self._batches))
         self._start, self._stop = 0, self._ends[-1] if self._ends else 0
@@ -45,14 +51,16 @@ class ArrowTable:
     def row(self, number: int) -> dict[str, Any]:
         at = self._at(number)
         batch = self._batches[at][1]
-        within = self._start + number - self._ends[at]  # from the end
-        return {name: batch.column(name)[within].as_py() for name in batch.schema.names}
+        within = self._start + number - self._ends[at] + len(batch)
+        return {name: _values(batch.column(name).slice(within, 1))[0] for name in batch.schema.names}
 
     def column(self, name: str) -> Iterator[Any]:
         for (_, batch), end in zip(self._batches, self._ends, strict=True):
             start = end - len(batch)
-            part = batch.slice(max(self._start - start, 0), max(min(self._stop, end) - max(self._start, start), 0))
-            yield from part.column(name).to_pylist() if name in batch.schema.names else [None] * len(part)
+            first, last = max(self._start, start), min(self._stop, end)
+            if first < last:
+                part = batch.slice(first - start, last - first)
+                yield from _values(part.column(name)) if name in part.schema.names else [None] * len(part)
 
     def part(self, start: int, stop: int) -> ArrowTable:
         chosen = copy(self)
@@ -70,6 +78,13 @@ class ArrowTable:
         if not 0 <= number < len(self):
             raise IndexError(number)
         return bisect_right(self._ends, self._start + number)
+
+
+def _values(cells: pa.Array) -> list[Any]:
+    """Cells as Python's values: narrow fractions, which are none of them, with the digits that identify them."""
+    values = cells.to_pylist()
+    narrow = NARROW.get(cells.type)
+    return values if narrow is None else [None if v is None else WrittenFloat(str(narrow(v))) for v in values]
 
 
 def mapped(path: Path) -> pa.Table:

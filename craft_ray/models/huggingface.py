@@ -341,10 +341,9 @@ class VisionLanguageModel(HuggingFaceModel):
         mark = self.processor.image_token
         marks, most = sample.prompt.count(mark), 0 if self.config.chat_template else 1
         if marks > most:
-            place = "the chat template places it" if self.config.chat_template else "it has one place"
+            owner = "the chat template places it" if self.config.chat_template else "a sample has one image"
             raise DataError(
-                f"sample {sample.id}: its prompt has {mark} {marks} times, but a sample has one image and {place}: "
-                f"remove {marks - most} from the prompt"
+                f"sample {sample.id}: its prompt has {mark} {marks} times, but {owner}: leave {most} of them"
             )
         if self.config.chat_template:
             content = [{"type": "image", "image": image}, {"type": "text", "text": sample.prompt}]

@@ -415,7 +415,7 @@ def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
         ("task={path: org/robot, format: dataset, stride: 2}", "task.stride belongs to a LeRobotDataset"),
         (
             "task={path: org/robot, format: lerobot, columns: {prompt: question}}",
-            "task.columns belongs to JSON lines (format: jsonl) or Parquet files (format: parquet) or",
+            "task.columns belongs to JSON lines (format: jsonl) or CSV files (format: csv) or",
         ),
         ("anchors.source={path: a.jsonl, chunk_chars: 3}", "anchors.source.chunk_chars belongs to plain text"),
         (

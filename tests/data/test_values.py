@@ -136,6 +136,12 @@ def test_numbers_and_dates_of_a_typed_table(tmp_path: Path) -> None:
     for value, text in zip(values, said, strict=True):
         pq.write_table(pa.table({"prompt": ["x"], "response": [value]}), tmp_path / "a.parquet")
         assert responses(tmp_path / "a.parquet") == [text]
+    for narrow in (np.float32, np.float16):
+        table = pa.table({"prompt": ["x", "y"], "response": pa.array([narrow(0.1), None])})
+        pq.write_table(table, tmp_path / "a.parquet")
+        found = source(tmp_path / "a.parquet", {"prompt": "prompt", "id": "response"})
+        assert found[0].id == "0.1"
+        assert "row 1: column 'response' holds None" in refusal(found.ids)
 
 
 def test_files_keep_their_own_types(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from craft_ray.config import matching
+from craft_ray.data import delimited, parquet
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError
 from tests.support.configs import data_config
@@ -168,6 +169,23 @@ def test_a_part_of_a_split(form: str, tmp_path: Path) -> None:
     assert source(path, split="train[1:]")[0].id == "00000000"
     assert source(path, split="train[:5]").fingerprint != source(path, split="train[5:]").fingerprint
     assert "train[oops]" in refusal(lambda: source(path, split="train[oops]"))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_every_part_of_several_files(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever pieces the files are held in."""
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 1)
+    monkeypatch.setattr(delimited, "BATCH_CHARACTERS", 1)
+    words = [f"word {row}" for row in range(7)]
+    for name, some in (("a", words[:3]), ("b", []), ("c", words[3:])):
+        write(tmp_path / f"{name}.{form}", *some)
+    for start in range(7):
+        for stop in range(start + 1, 8):
+            config = data_config(
+                path=str(tmp_path), columns={"id": "prompt", "prompt": "prompt"}, split=f"train[{start}:{stop}]"
+            )
+            found = open_source(config, "task")
+            assert [sample.prompt for sample in found] == list(found.ids()) == words[start:stop]
 
 
 def test_documentation_above_the_rows_is_not_read(tmp_path: Path) -> None:

@@ -60,10 +60,10 @@ def get(config: Any, key: str) -> Any:
 DATA = {"path": "org/other", "limit": 7}
 TABLE = {
     **DATA, "columns.id": "key", "columns.image": "picture", "columns.prompt": "question",
-    "columns.response": "answer", "columns.choices": "options",
+    "columns.response": "answer", "columns.choices": "options", "split": "test",
 }  # fmt: skip
-JSONL, PARQUET = {**TABLE, "format": "jsonl"}, {**TABLE, "format": "parquet"}
-DATASET = {**TABLE, "format": "dataset", "split": "test", "revision": "v2"}
+CSV, PARQUET = {**TABLE, "format": "csv", "delimiter": ";"}, {**TABLE, "format": "parquet"}
+DATASET = {**TABLE, "format": "dataset", "revision": "v2"}
 TEXT = {**TABLE, "format": "text", "chunk_chars": 99}
 LEROBOT = {
     **DATA, "format": "lerobot", "revision": "v2", "episodes": [1, 2], "stride": 2,
@@ -119,7 +119,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "threads": 2, "max_failures": 0,
     },
     "validation": {"every": 9},
-    "validation.old": scored(JSONL),
+    "validation.old": scored(CSV),
     "validation.new": scored(PARQUET),
     "objective": {
         "maximize": None, "minimize": "train/loss", "subject_to": {"old/ratio": ">= 0.9"}, "confidence": 0.9,
@@ -683,6 +683,7 @@ def parts(hint: Any) -> Iterator[Any]:
 
 NO_PATHS = {
     "name", "variant", "revision", "id", "image", "prompt", "response", "choices", "answer_index", "split", "rename",
+    "delimiter",
     "positions", "resources_per_worker", "env", "task", "arms", "token_ce", "variants", "maximize", "minimize",
     "subject_to", "project", "modes", "retention_mode", "epsilon_unit",
 }  # fmt: skip

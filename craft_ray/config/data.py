@@ -37,7 +37,8 @@ class Columns(Section):
     id: str | None = None
     """Unique name of a sample. Default: the row number."""
     image: str | None = None
-    """A path, encoded bytes (PNG, JPEG), a `{bytes, path}` pair or an array of uint8 (height, width[, channel])."""
+    """A path, encoded bytes (PNG, JPEG), a `{bytes, path}` pair, a data URI or an array of uint8 (height, width[,
+    channel])."""
     prompt: str | None = "prompt"
     """The input text of the model."""
     response: str | None = None

@@ -34,11 +34,12 @@ class JsonLines:
         """
         self._files = [_Lines(short, expanded(file, files[file])) for file, short in short_names(files).items()]
         self._rows = [(file, row) for file in self._files for row in range(len(file.spans))]
+        self._columns = columns
         self.identity = ""
         names: dict[str, None] = {}
         for file in self._files:
             for number, span in zip(file.numbers, file.spans, strict=True):
-                row = _parse(file.bytes(span), f"{file.name}, line {number}")
+                row = _parse(file.bytes(span), f"{file.name}, line {number}", columns)
                 if not isinstance(row, dict):
                     raise ValueError(f"{file.name}, line {number}: a {type(row).__name__}, not an object")
                 names.update(dict.fromkeys(row))
@@ -52,7 +53,7 @@ class JsonLines:
     def row(self, number: int) -> dict[str, Any]:
         """The row of that number, with every column in it."""
         file, at = self._rows[number]
-        return dict.fromkeys(self.column_names) | _loads(file.bytes(file.spans[at]))
+        return dict.fromkeys(self.column_names) | _loads(file.bytes(file.spans[at]), self._columns)
 
     def column(self, name: str) -> Iterator[Any]:
         return (self.row(number)[name] for number in range(len(self)))
@@ -83,7 +84,7 @@ class _Lines:
         start = len(codecs.BOM_UTF8) if self._data[:3] == codecs.BOM_UTF8 else 0
         if self._data[start : start + 4096].lstrip().startswith(b"["):  # a list: rewritten as one object per line
             rows = self._data[start:]
-            _parse(rows, self.name)
+            _parse(rows, self.name, ())
             self._data, start = "\n".join(_members(rows.decode("utf-8"))).encode(), 0
         self.spans: list[tuple[int, int]] = []
         self.numbers: list[int] = []
@@ -118,9 +119,9 @@ def _behind_space(text: str, at: int) -> int:
     return at
 
 
-def _parse(data: bytes, where: str) -> Any:
+def _parse(data: bytes, where: str, columns: Sequence[str]) -> Any:
     try:
-        return _loads(data)
+        return _loads(data, columns)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {error.msg} at character {error.colno}") from None
     except UnicodeDecodeError:
@@ -129,12 +130,20 @@ def _parse(data: bytes, where: str) -> Any:
         raise ValueError(f"{where}: {first_line(error)}") from None
 
 
-def _loads(data: bytes) -> Any:
-    return json.loads(data.decode("utf-8"), parse_float=WrittenFloat)
+def _loads(data: bytes, columns: Sequence[str]) -> Any:
+    """The value in `data`; of an object, the fractions with their text if a column is one."""
+    text = data.decode("utf-8")
+    value = json.loads(text)
+    if isinstance(value, dict) and any(_fractions(value.get(column)) for column in columns):
+        return json.loads(text, parse_float=WrittenFloat)
+    return value
 
 
-def _is_reworded(value: Any) -> bool:
-    """Whether the shortest digits of a number, which a cell was formerly read as, are not those in the file."""
-    if isinstance(value, list):
-        return any(_is_reworded(member) for member in value)
-    return isinstance(value, WrittenFloat) and repr(float(value)) != value.written
+def _fractions(cell: Any) -> list[float]:
+    """The fractions that a cell is, or that stand in its list."""
+    return [value for value in (cell if isinstance(cell, list) else [cell]) if isinstance(value, float)]
+
+
+def _is_reworded(cell: Any) -> bool:
+    """Whether the shortest digits of a fraction, which a cell was formerly read as, are not those in the file."""
+    return any(isinstance(value, WrittenFloat) and repr(float(value)) != value.written for value in _fractions(cell))

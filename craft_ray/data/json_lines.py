@@ -43,8 +43,10 @@ class JsonLines:
                 if not isinstance(row, dict):
                     raise ValueError(f"{file.name}, line {number}: a {type(row).__name__}, not an object")
                 names.update(dict.fromkeys(row))
-                if not self.identity and any(_is_reworded(row.get(column)) for column in columns):
-                    self.identity = "numbers as they are written"
+                for column in columns:
+                    cell = row.get(column)
+                    if not isinstance(cell, str) and _is_reworded(cell):
+                        self.identity = "numbers as they are written"
         self.column_names = list(names)
 
     def __len__(self) -> int:
@@ -134,8 +136,11 @@ def _loads(data: bytes, columns: Sequence[str]) -> Any:
     """The value in `data`; of an object, the fractions with their text if a column is one."""
     text = data.decode("utf-8")
     value = json.loads(text)
-    if isinstance(value, dict) and any(_fractions(value.get(column)) for column in columns):
-        return json.loads(text, parse_float=WrittenFloat)
+    if isinstance(value, dict):
+        for column in columns:
+            cell = value.get(column)
+            if not isinstance(cell, str) and _fractions(cell):
+                return json.loads(text, parse_float=WrittenFloat)
     return value
 
 

@@ -39,13 +39,13 @@ def format_at(path: str) -> str | None:
 
 
 def files_at(path: str, kind: str) -> list[Path]:
-    """The files of a source, sorted by name. A name on the hub has none."""
+    """The files of a source, sorted by name. A name on the hub has none; in a folder, hidden files are not data."""
     folder = Path(path)
     if not folder.is_dir():
         return _named_files(path)
     if kind == "dataset":
         return sorted(file for file in folder.glob("**/*") if file.is_file())
-    files = sorted(file for file in folder.iterdir() if file.is_file())
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     return files if kind == "text" else [file for file in files if ENDINGS.get(ending(file)) == kind]
 
 

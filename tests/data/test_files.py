@@ -128,6 +128,7 @@ def test_a_folder_without_splits_is_the_training_data(tmp_path: Path) -> None:
     write(tmp_path / "b.csv", "b")
     write(tmp_path / "latest.csv", "c")
     write(tmp_path / "a.csv", "a")
+    (tmp_path / "._a.csv").write_bytes(b"\0\5\26\7")  # beside each file on a disk that macOS wrote
     assert prompts(tmp_path) == ["a", "b", "c"]
     assert "has no split 'test', only train" in refusal(lambda: source(tmp_path, split="test"))
 

@@ -72,7 +72,7 @@ def variants(preset: str) -> dict[str, dict[str, Any]]:
     return COMMON | {f"position {p}": {"craft.positions": [p]} for p in POSITIONS[preset]}
 
 
-def prepared(demo: Path, scratch: Path, preset: str) -> Experiment:
+def prepared(demo: Path, scratch: Path, preset: str, others: Mapping[str, Any] | None = None) -> Experiment:
     """The demo's comparison on validation data, with a cache that holds every position."""
     config = load_config(Path(__file__).parent.parent / f"pipelines/configs/demo_{preset}.yaml", base=demo)
     changes: dict[str, Any] = {
@@ -84,7 +84,7 @@ def prepared(demo: Path, scratch: Path, preset: str) -> Experiment:
     }
     for skill in ("old", "new"):
         changes[f"evaluation.{skill}.data.path"] = str(demo / "data" / f"{skill}_val.parquet")
-    config = config.changed(changes)
+    config = config.changed(changes | dict(others or {}))
     build(config)
     return config
 

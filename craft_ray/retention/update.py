@@ -45,7 +45,7 @@ def update(
             task_loss, task, optimizer=optimizer, gradients=gradients, workers=workers, max_norm=max_norm
         )
         nan = loss.new_full((), float("nan"))
-        return StepMetrics(loss, norm, nan, nan, nan, nan, nan)
+        return StepMetrics(loss, norm, nan, nan, nan, nan, nan, nan, nan)
     assert constraint.dual is not None
     constraint.dual, metrics = craft_step(
         task_loss,

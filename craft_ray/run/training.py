@@ -207,9 +207,12 @@ class Run:
         validation, steps = self.config.validation, self.config.train.steps
         wanted = bool(validation.every or validation.old or validation.new)
         every = validation.every or steps
-        seen = self.workers.gather([record["step"] for record in self.folder.read_validation()])[0]
-        if wanted and self.step and self.step not in seen and (self.step % every == 0 or self.step == steps):
-            yield self.validate()  # the process was lost between the checkpoint and its validation
+        past = {record["step"]: record for record in self.workers.gather(self.folder.read_validation())[0]}
+        if wanted and self.step and (self.step % every == 0 or self.step == steps):
+            if self.step not in past:
+                yield self.validate()  # the process was lost between the checkpoint and its validation
+            else:
+                self._observe(past[self.step])  # a checkpoint is written before its validation
         while self.step < steps:
             self.loop(until=self.step + every - self.step % every)
             if wanted:
@@ -224,11 +227,18 @@ class Run:
         record: Record = {"step": self.step} | self.held_out.validation()
         for constraint in self.constraints:
             record |= constraint.validation(self.step)
+        self._observe(record)
         if self.main:
             self.folder.append_validation(record)
             self.observer.validated(record)
             self.folder.push()
         return record
+
+    def _observe(self, validation: Record) -> None:
+        for constraint in self.constraints:
+            constraint.observe(validation)
+            if constraint.share is not None and constraint.held:
+                validation["craft/next_epsilon"] = constraint.share.epsilon
 
     def loop(self, until: int | None = None) -> None:
         """Run steps, log them, and save checkpoints; the last step always saves one. `until` stops earlier."""
@@ -284,6 +294,8 @@ class Run:
         result |= {"retention_loss": None, "epsilon": None, "feasible": None}
         for constraint in self.constraints:
             result |= constraint.certificate(self.step)
+        if self.config.craft.keep is not None and held_by(self.constraints) is not None:
+            result |= self.held_out.certificate(self.config.craft.keep)
         result["seconds"] = self._seconds()
         if self.main:
             self.folder.write_result(result)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.method_choices import prepared, run
-from craft_ray.config import load_config
+from craft_ray.config import CraftConfig, load_config
 from craft_ray.quiet import quiet_libraries
 
 TARGETS = {"digits": (0.90, 0.95, 0.99), "text": (0.70, 0.75, 0.80)}
@@ -31,8 +31,7 @@ SINGLE: dict[str, dict[str, Any]] = {
     **{f"fixed λ {lam:g}": {"craft.lambda_lr": 0.0, "craft.initial_lambda": lam} for lam in (0.3, 1.0, 3.0, 10.0)},
     **{f"fixed ε {eps:g}": {"craft.epsilon_start": eps} for eps in (0.1, 0.05, 0.02, 0.01)},
 }
-EARLIER: dict[str, Any] = {"craft.lambda_floor": 0.0}
-"""A fixed λ or ε without a floor under λ."""
+"""One number for all problems, without a floor under λ."""
 
 
 def main() -> None:
@@ -47,8 +46,12 @@ def main() -> None:
     torch.set_num_threads(1)
     problem = arguments.preset if arguments.anchors is None else f"{arguments.preset}, {arguments.anchors} anchors"
     with tempfile.TemporaryDirectory() as scratch:
-        variants = {name: {**EARLIER, **changes} for name, changes in SINGLE.items()}
-        variants |= {f"keep {target:g}": {"craft.keep": target} for target in TARGETS[arguments.preset]}
+        variants = dict(SINGLE)
+        floor = CraftConfig().lambda_floor
+        variants |= {
+            f"keep {target:g}": {"craft.keep": target, "craft.lambda_floor": floor}
+            for target in TARGETS[arguments.preset]
+        }
         done = {(row["problem"], row["variant"], row["seed"]) for row in rows_of(arguments.out)}
         config = problem_of(arguments.demo.absolute(), Path(scratch), arguments.preset, arguments.anchors)
         for variant, changes in variants.items():

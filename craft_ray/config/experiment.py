@@ -87,8 +87,8 @@ class Experiment(Section):
             )
         if self.craft.epsilon_schedule != "constant":
             raise ValueError(
-                f"craft.keep {self.craft.keep} moves epsilon by what validations measure, and craft.epsilon_schedule is "
-                f"{self.craft.epsilon_schedule}: leave one of them out"
+                f"craft.keep {self.craft.keep} moves epsilon by what validations measure, and craft.epsilon_schedule "
+                f"is {self.craft.epsilon_schedule}: leave one of them out"
             )
         if not 0 < self.validation.every < self.train.steps:
             raise ValueError(

@@ -1,14 +1,14 @@
 """The budget epsilon that keeps a stated part of a skill's score.
 
-Constrained optimisation with a proxy (Cotter et al., arXiv 1804.06500): what the user bounds, the skill's score, has no
-gradient; L_ret has one, and is the proxy. The inner loop holds L_ret at epsilon. After each validation, epsilon moves to
-where the measured skill would be on its target, if what is lost of it were proportional to L_ret:
+Constrained optimisation with a proxy (Cotter et al., arXiv 1804.06500): what the user bounds, the skill's score, has
+no gradient; L_ret has one, and is the proxy. The inner loop holds L_ret at epsilon. After each validation, epsilon
+moves to where the measured skill would be on its target, if what is lost of it were proportional to L_ret:
 
     epsilon <- L_0 + (L - L_0) (1 - keep) / (1 - kept),    the factor bounded to [1/2, 2]
 
-L is L_ret on held-out anchors, L_0 that of the teacher (its own uncertainty, for a loss of tokens), and `kept` a lower
-confidence bound of the skill's score over the teacher's. The proportion need not hold: it is taken anew from each
-validation.
+L is the mean of L_ret that the multiplier follows, L_0 that of the teacher (its own uncertainty, for a loss of tokens),
+and `kept` a lower confidence bound of the skill's score over the teacher's. Neither need the proportion hold, nor need
+L on training anchors be what it is on others: both are taken anew from each validation.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class KeptShare:
         self._untouched: float | None = None
 
     def start(self, untouched: float) -> None:
-        """Tell the loss L_0 of the untouched student."""
+        """Note L_0, the loss of the untouched student."""
         self._untouched = untouched
 
     def observe(self, loss: float, kept: float) -> None:
         """Move the budget after a validation.
 
         Args:
-            loss: L_ret on held-out anchors.
+            loss: the mean of L_ret in training.
             kept: lower bound of the skill's score, as a part of the teacher's.
         """
         assert self._untouched is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from craft_ray.config import EvalSet, EvaluationConfig, Experiment, ValidationConfig
-from craft_ray.errors import ConfigError
+from craft_ray.errors import ConfigError, DataError
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.models.fingerprint import json_fingerprint
@@ -110,7 +110,11 @@ class HeldOut:
         before = self._before[section, "old"]
         after = self._after.get((section, "old")) or self._student_score(section, "old", eval_set)
         kept, bounds = ratio(before.metric, after.value, before.value), kept_bounds(before, after)
-        assert kept is not None and bounds is not None, "observe refuses a teacher that scores zero"
+        if kept is None or bounds is None:
+            raise DataError(
+                f"craft.keep {keep}: the teacher scores 0 on {section}.old, so no part of it can be kept; use data "
+                f"that it can do"
+            )
         certificate = Certificate(keep, kept, *bounds, after.samples)
         return {"certificate": {**certificate.as_dict(), "judged_on": section}, "feasible": kept >= keep}
 

@@ -166,7 +166,7 @@ def test_a_floor_under_lambda_moves_no_solution(optimizer: str) -> None:
 
 
 def test_a_floor_keeps_what_costs_nothing() -> None:
-    """Many theta solve theta_1 + theta_2 = 1; under a slack budget the floor finds one that is nearer to the teacher."""
+    """Many theta solve theta_1 + theta_2 = 1; under a slack budget the floor finds one nearer to the teacher."""
 
     def task(theta: Tensor) -> Tensor:
         return (theta.sum() - 1).square() / 2

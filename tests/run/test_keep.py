@@ -29,7 +29,7 @@ def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def keeping(digits: Digits, folder: Path, changes: dict[str, Any] | None = None) -> Experiment:
-    """A run whose budget follows the old skill. The untrained model's perplexity changes with the last bit of a weight."""
+    """A run whose budget follows the old skill, scored by a perplexity, which changes with the last bit of a weight."""
 
     def scored(split: str) -> dict[str, Any]:
         data = {"path": str(digits.data / f"old_{split}.parquet"), "columns": ANSWERED, "limit": 24}

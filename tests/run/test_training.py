@@ -34,7 +34,8 @@ from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import console_line, validation_line
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.optimization import learning_rate
-from craft_ray.run.training import TASK_STREAM, Run, train, training
+from craft_ray.run.task_data import TASK_STREAM
+from craft_ray.run.training import Run, train, training
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.tracking.tensorboard import TensorBoardObserver
 from craft_ray.workers import OneWorker
@@ -187,8 +188,8 @@ def test_what_a_run_leaves_behind(digits: Digits, cached: Path, tmp_path: Path) 
     assert {p.name for p in (folder.checkpoints / "last").iterdir()} == {"model", "training_state"}
     keys = [
         *("step", "train/loss", "train/grad_norm", "train/lr"),
-        *("craft/retention_loss", "craft/lambda", "craft/epsilon"),
-        *("craft/grad_dot", "craft/grad_cos", "craft/conflict"),
+        *("craft/retention_loss", "craft/lambda", "craft/weight", "craft/epsilon"),
+        *("craft/grad_dot", "craft/grad_cos", "craft/conflict", "craft/projected"),
         *("perf/step_s", "perf/data_s"),
     ]
     assert [list(record) for record in folder.read_metrics()] == [keys] * 6

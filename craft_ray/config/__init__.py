@@ -2,7 +2,6 @@
 
 from craft_ray.config.comparison import CompareConfig
 from craft_ray.config.data import (
-    COMPRESSED,
     ENDINGS,
     AutoData,
     Columns,
@@ -39,7 +38,6 @@ from craft_ray.config.types import ARMS, BOUND, MOST_VARIANTS, POSITIONS, Precis
 __all__ = [
     "ARMS",
     "BOUND",
-    "COMPRESSED",
     "ENDINGS",
     "MOST_VARIANTS",
     "POSITIONS",

@@ -82,7 +82,7 @@ class TableData(Data):
     columns: Columns = Columns()
     split: str = "train"
     """The split that is read: of a data set on the hub or on disk, or of a folder whose files have a split in their
-    names (`train.csv`, `test-0.csv`). Without one in any name, all files are `train`."""
+    names (`train.csv`, `test-0.csv`). Without one in any name, all files are `train`. `train[:90%]` is a part."""
 
 
 class AutoData(TableData):

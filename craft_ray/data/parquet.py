@@ -21,7 +21,9 @@ BATCH_BYTES = 4 << 20
 
 def read_parquet(files: Mapping[Path, str], columns: Sequence[str]) -> ArrowTable:
     """The rows of files with their checksums. A column that is not named is not read, so it may hold anything."""
-    parts, names, classes = [], {}, {}
+    parts: list[tuple[str, pa.Table]] = []
+    names: dict[str, None] = {}
+    classes: dict[str, list[str]] = {}
     for file, short in short_names(files).items():
         schema = pq.read_schema(file)
         names |= dict.fromkeys(schema.names)

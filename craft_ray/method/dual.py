@@ -89,6 +89,11 @@ class DualState:
         multiplier = (integral + craft.lambda_kp * violation).clamp(0.0, craft.lambda_max)
         return DualState(multiplier, integral, self.moment, self.weight)
 
+    def scaled(self, factor: float, craft: CraftConfig) -> DualState:
+        """The state with lambda times a factor, within [0, lambda_max]."""
+        multiplier = (self.multiplier * factor).clamp(max=craft.lambda_max)
+        return DualState(multiplier, (self.integral * factor).clamp(max=craft.lambda_max), self.moment, self.weight)
+
     def state_dict(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 

@@ -143,7 +143,8 @@ class Constraint:
                 f"use data that it can do, or hold L_ret to craft.epsilon_start"
             )
         assert self.dual is not None
-        self.share.observe(float(self.dual.mean_loss), validation["old/bound"])
+        factor = self.share.observe(float(self.dual.mean_loss), validation["old/bound"])
+        self.dual = self.dual.scaled(1 / factor, self.craft)
 
     # -- results
 

@@ -6,6 +6,8 @@ moves to where the measured skill would be on its target, if what is lost of it 
 
     epsilon <- L_0 + (L - L_0) (1 - keep) / (1 - kept),    the factor bounded to [1/2, 2]
 
+and lambda is divided by the factor: between two validations it moves only by its rate, and would arrive too late.
+
 L is the mean of L_ret that the multiplier follows, L_0 that of the teacher (its own uncertainty, for a loss of tokens),
 and `kept` a lower confidence bound of the skill's score over the teacher's. Neither need the proportion hold, nor need
 L on training anchors be what it is on others: both are taken anew from each validation.
@@ -36,12 +38,15 @@ class KeptShare:
         """Note L_0, the loss of the untouched student."""
         self._untouched = untouched
 
-    def observe(self, loss: float, kept: float) -> None:
+    def observe(self, loss: float, kept: float) -> float:
         """Move the budget after a validation.
 
         Args:
             loss: the mean of L_ret in training.
             kept: lower bound of the skill's score, as a part of the teacher's.
+
+        Returns:
+            The factor by which the loss may rise, or has to fall.
         """
         assert self._untouched is not None
         lost = max(1.0 - kept, 1e-9)
@@ -49,6 +54,7 @@ class KeptShare:
         moved = max(loss - self._untouched, 0.0)
         if moved > 0:
             self.epsilon = self._untouched + moved * factor
+        return factor
 
     def state_dict(self) -> dict[str, Any]:
         return {"epsilon": self.epsilon, "untouched": self._untouched}

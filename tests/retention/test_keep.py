@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from craft_ray.config import CraftConfig
+from craft_ray.method.dual import DualState
 from craft_ray.retention.keep import KeptShare
 
 
@@ -26,8 +28,17 @@ def share(keep: float = 0.9, epsilon: float = 0.05, untouched: float = 0.0) -> K
 )
 def test_the_budget_moves_in_proportion_to_what_may_be_lost(loss: float, kept: float, epsilon: float) -> None:
     budget = share()
-    budget.observe(loss, kept)
+    factor = budget.observe(loss, kept)
     assert budget.epsilon == pytest.approx(epsilon)
+    assert factor == pytest.approx(epsilon / loss)
+
+
+def test_lambda_follows_the_factor_within_its_bounds() -> None:
+    craft = CraftConfig(initial_lambda=4.0, lambda_max=10.0)
+    state = DualState.start(craft).scaled(2.0, craft)
+    assert (state.multiplier.item(), state.integral.item()) == (8.0, 8.0)
+    assert state.scaled(2.0, craft).multiplier.item() == 10.0
+    assert state.scaled(0.5, craft).multiplier.item() == 4.0
 
 
 def test_the_teachers_own_uncertainty_is_no_loss_of_skill() -> None:

@@ -45,7 +45,7 @@ class StepMetrics:
     grad_norm: Tensor
     retention_loss: Tensor
     multiplier: Tensor
-    """lambda as it was used in this step."""
+    """lambda after this step's update: what the next step is taken with."""
     dot: Tensor
     cos: Tensor
     conflict: Tensor
@@ -123,8 +123,8 @@ def craft_step(
 
     gradients.assign_grads(workers)
     optimizer.step()
-    metrics = StepMetrics(loss, norm, l_ret, state.multiplier, gram.dot, cos, conflict)
-    return state.ascend(epsilon, craft), metrics
+    state = state.ascend(epsilon, craft)
+    return state, StepMetrics(loss, norm, l_ret, state.multiplier, gram.dot, cos, conflict)
 
 
 def gate(state: DualState, epsilon: float, craft: CraftConfig) -> Tensor:

@@ -36,7 +36,9 @@ from craft_ray.models.fingerprint import (
     weights_fingerprint,
     without_locations,
 )
+from craft_ray.models.image_tokens import image_reading
 from craft_ray.models.packing import check_packing, packed_forward
+from craft_ray.models.readings import AS_STORED, Reading
 from craft_ray.models.tokens import clip_suffix, targets, token_log_probs, token_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -357,6 +359,18 @@ class VisionLanguageModel(HuggingFaceModel):
         config = self.module.config
         mark = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
         return tuple(torch.nonzero(input_ids_S == mark).flatten().tolist())
+
+    def readings(self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None) -> list[Reading]:
+        if pixel_values is None or self.image_tokens(torch.from_numpy(input_ids_S)):
+            return [AS_STORED]
+        height, width = pixel_values.shape[-2:]
+        reading = image_reading(self.processor, input_ids_S, (height, width))
+        if reading is None:
+            raise DataError(
+                f"its input_ids hold no image tokens, and {type(self.processor).__name__} does not say where they go: "
+                f"what it makes of the prompt does not contain these tokens; save input_ids as the processor gives them"
+            )
+        return [reading]
 
     def prompt_types(self, input_ids_1S: Tensor) -> dict[str, Tensor]:
         if "token_type_ids" not in inspect.signature(self.module.forward).parameters:

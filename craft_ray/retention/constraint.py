@@ -18,7 +18,7 @@ from craft_ray.anchors.reader import open_anchors
 from craft_ray.config import Experiment
 from craft_ray.data.sampler import StepSampler
 from craft_ray.errors import CacheRefused, DataError
-from craft_ray.method.dual import DualState, epsilon_at
+from craft_ray.method.dual import DualState, epsilon_at, epsilon_reached
 from craft_ray.models.base import Model, evaluating
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention import MODES
@@ -92,7 +92,8 @@ class Constraint:
             self.mode.check_untouched(self.train_rows[:STEP0_ANCHORS], self.craft.anchor_batch_size)
 
     def described(self) -> list[str]:
-        """One line about the anchors, and one about the method's settings."""
+        """A line each about the retention mode, the anchors and the method's settings; and one about a budget that the
+        run does not reach."""
         craft = self.craft
         budget = f"ε {craft.epsilon_schedule} {craft.epsilon_start:g}"
         if craft.epsilon_final != craft.epsilon_start:
@@ -100,12 +101,20 @@ class Constraint:
         surgery = "projection off"
         if craft.use_grad_projection:
             surgery = f"projection {craft.projection_gate} below cosine {craft.conflict_threshold:g}"
-        return [
+        lines = [
+            f"Retention mode: {self.mode.name}",
             f"{len(self.train_rows)} anchors loaded, {len(self.heldout_rows)} more held out",
             f"CRaFT is enabled: {self.mode.name} ({self.mode.description}), every {craft.retention_freq} step(s), "
             f"{budget}, λ from {craft.initial_lambda:g} by {craft.lambda_lr:g} up to {craft.lambda_max:g}, "
             f"{craft.projection_mode} merge, {surgery}",
         ]
+        if self.certified != craft.epsilon_final:
+            lines.append(
+                f"warning: ε decays over craft.epsilon_decay_steps {craft.epsilon_decay_steps}, but the run has "
+                f"train.steps {self._steps}: it ends at {self.certified:.4g} instead of {craft.epsilon_final:g}, and "
+                f"that is certified; for a fraction of the run set craft.epsilon_decay"
+            )
+        return lines
 
     # -- a step
 
@@ -120,6 +129,11 @@ class Constraint:
     def epsilon(self, step: int) -> float:
         """The budget at a step (from 0)."""
         return epsilon_at(step, self._steps, self.craft)
+
+    @property
+    def certified(self) -> float:
+        """The budget that the result is judged by: the one at the last step."""
+        return epsilon_reached(self._steps, self.craft)
 
     # -- results
 
@@ -139,13 +153,13 @@ class Constraint:
         return self._heldout[1]
 
     def validation(self, step: int) -> dict[str, float]:
-        """`heldout/retention_loss` and `heldout/violation`, max(0, L_ret / epsilon - 1) at the final epsilon."""
+        """`heldout/retention_loss` and `heldout/violation`, max(0, L_ret / epsilon - 1) at the certified epsilon."""
         loss = self.heldout_loss(step)
-        return {"heldout/retention_loss": loss, "heldout/violation": max(0.0, loss / self.craft.epsilon_final - 1)}
+        return {"heldout/retention_loss": loss, "heldout/violation": max(0.0, loss / self.certified - 1)}
 
     def certificate(self, step: int) -> dict[str, Any]:
-        """L_ret on anchors that training has not seen, against the final budget."""
-        loss, epsilon = self.heldout_loss(step), self.craft.epsilon_final
+        """L_ret on anchors that training has not seen, against the budget at the last step."""
+        loss, epsilon = self.heldout_loss(step), self.certified
         return {
             "retention_mode": self.mode.name,
             "retention_loss": loss,

@@ -108,7 +108,7 @@ class Constraint:
             f"{budget}, λ from {craft.initial_lambda:g} by {craft.lambda_lr:g} up to {craft.lambda_max:g}, "
             f"{craft.projection_mode} merge, {surgery}",
         ]
-        if self.certified != craft.epsilon_final:
+        if craft.epsilon_decay_steps and self.certified != craft.epsilon_final:
             lines.append(
                 f"warning: ε decays over craft.epsilon_decay_steps {craft.epsilon_decay_steps}, but the run has "
                 f"train.steps {self._steps}: it ends at {self.certified:.4g} instead of {craft.epsilon_final:g}, and "

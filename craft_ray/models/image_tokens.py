@@ -18,13 +18,15 @@ def image_reading(processor: Any, ids_S: np.ndarray, picture: tuple[int, int]) -
         picture: height and width of its image.
 
     Returns:
-        None if what the processor makes of the text does not contain these tokens.
+        None if the processor has no mark for an image, or what it makes of the text does not contain these tokens.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, mark = processor.tokenizer, getattr(processor, "image_token", None)
+    if mark is None:
+        return None
     text = tokenizer.decode(ids_S.tolist(), skip_special_tokens=True)
     blank = Image.new("RGB", (picture[1], picture[0]))
     for prompt in dict.fromkeys([text, text.rstrip("\n")]):  # some processors end a prompt with a line break
-        encoded = processor(images=[blank], text=[processor.image_token + prompt])["input_ids"]
+        encoded = processor(images=[blank], text=[mark + prompt])["input_ids"]
         whole = [int(token) for token in np.asarray(encoded).reshape(-1)]
         for at in (0, 1):  # the image tokens come first, or right after the first token
             reading = _completed(whole, ids_S.tolist(), at)

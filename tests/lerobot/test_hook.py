@@ -147,9 +147,12 @@ def distance(one: Path, other: Path) -> float:
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
 
-def test_every_step_is_crafts(world: Path, tmp_path: Path) -> None:
+def test_every_step_is_crafts(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first L_ret is the storage's rounding, then the budget is exceeded, and lambda rises."""
+    told: list[str] = []
+    monkeypatch.setattr("craft_ray.lerobot.hook.logger.info", told.append)
     student, update = crafted(world, tmp_path / "run")
+    assert [line.split(":")[0] for line in told if ":" in line] == ["Retention mode", "CRaFT is enabled"]
     records = update.records
     assert len(records) == STEPS
     names = {"task_loss", "retention_loss", "lambda", "epsilon", "dot", "cos"}

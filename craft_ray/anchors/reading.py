@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from craft_ray.anchors.legacy import LegacyRows
 from craft_ray.anchors.manifest import Identity
 from craft_ray.anchors.schema import STEP0_TOLERANCE
 from craft_ray.errors import CacheRefused, DataError, first_line
-from craft_ray.method.distance import hidden_loss
+from craft_ray.method.distance import TINY, hidden_loss
 from craft_ray.method.pooling import Vectors
 from craft_ray.models.base import Batch
 from craft_ray.models.capabilities import TensorModel, token_model
@@ -61,9 +63,11 @@ def distances(rows: LegacyRows, reading: Reading, identity: Identity, model: Ten
 
 
 def _misfit(rows: LegacyRows, reading: Reading, identity: Identity, model: TensorModel) -> float:
-    """The sum of the distances, or the share of suffix tokens that are not the likeliest ones."""
+    """How many orders of magnitude the positions are away, together; or the share of suffix tokens that are not the
+    likeliest ones. So a position that no reading reproduces does not outweigh one that only the right reading does."""
     if identity.schema.has_hidden:
-        return sum(distances(rows, reading, identity, model).values())
+        found = distances(rows, reading, identity, model)
+        return sum(math.log10(distance + TINY) for distance in found.values())
     batch = _batch(rows, reading, identity, model, None)
     with torch.inference_mode():
         likeliest_BP = token_model(model).token_log_probs(batch)[1]

@@ -363,14 +363,7 @@ class VisionLanguageModel(HuggingFaceModel):
     def readings(self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None) -> list[Reading]:
         if pixel_values is None or self.image_tokens(torch.from_numpy(input_ids_S)):
             return [AS_STORED]
-        height, width = pixel_values.shape[-2:]
-        reading = image_reading(self.processor, input_ids_S, (height, width))
-        if reading is None:
-            raise DataError(
-                f"its input_ids hold no image tokens, and {type(self.processor).__name__} does not say where they go: "
-                f"what it makes of the prompt does not contain these tokens; save input_ids as the processor gives them"
-            )
-        return [reading]
+        return [image_reading(self.processor, input_ids_S, pixel_values.shape[-2:])]
 
     def prompt_types(self, input_ids_1S: Tensor) -> dict[str, Tensor]:
         if "token_type_ids" not in inspect.signature(self.module.forward).parameters:

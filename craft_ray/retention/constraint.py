@@ -119,8 +119,8 @@ class Constraint:
         if craft.epsilon_decay_steps and self.share is None and self.final_epsilon != craft.epsilon_final:
             lines.append(
                 f"warning: ε decays over craft.epsilon_decay_steps {craft.epsilon_decay_steps}, but the run has "
-                f"train.steps {self._steps}: it ends at {self.final_epsilon:.4g} instead of {craft.epsilon_final:g}, and "
-                f"that is certified; for a fraction of the run set craft.epsilon_decay"
+                f"train.steps {self._steps}: it ends at {self.final_epsilon:.4g} instead of {craft.epsilon_final:g}, "
+                f"and that is certified; for a fraction of the run set craft.epsilon_decay"
             )
         return lines
 

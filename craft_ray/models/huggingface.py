@@ -39,7 +39,7 @@ from craft_ray.models.fingerprint import (
 from craft_ray.models.image_tokens import image_reading
 from craft_ray.models.packing import check_packing, packed_forward
 from craft_ray.models.readings import AS_STORED, Reading
-from craft_ray.models.tokens import clip_suffix, targets, token_log_probs, token_loss
+from craft_ray.models.tokens import clip_suffix, listed, targets, token_log_probs, token_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -70,7 +70,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
         self._eos: int | None = self.tokenizer.eos_token_id
         # A chat model ends its turn with a token of its own, which its generation config names.
         own = self.module.generation_config.eos_token_id if self.module.generation_config else None
-        self._stops = sorted({*_listed(own), *_listed(self._eos)})
+        self._stops = sorted({*listed(own), *listed(self._eos)})
         pad = self.tokenizer.pad_token_id
         self._pad: int = pad if pad is not None else (self._eos or 0)
         self._takes_keep = "logits_to_keep" in inspect.signature(self.module.forward).parameters
@@ -386,11 +386,6 @@ class VisionLanguageModel(HuggingFaceModel):
         settings = without_locations(self.processor.to_dict())
         settings["image_processor"] = without_locations(images.to_dict())
         return [type(images).__name__, settings]
-
-
-def _listed(value: int | list[int] | None) -> list[int]:
-    """Token ids as transformers holds them: none, one, or several."""
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _reason(error: BaseException) -> str:

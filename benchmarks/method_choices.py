@@ -22,6 +22,7 @@ import torch
 from craft_pipelines.anchors import build
 
 from craft_ray.config import Experiment, load_config
+from craft_ray.config.loading import read_yaml
 from craft_ray.quiet import quiet_libraries
 from craft_ray.run.folder import RunFolder, environment
 from craft_ray.run.observers import NullObserver
@@ -68,14 +69,30 @@ COMMON: dict[str, dict[str, Any]] = {
 }
 
 
+CONFIGS = Path(__file__).parent.parent / "pipelines" / "configs"
+
+
 def variants(preset: str) -> dict[str, dict[str, Any]]:
     """The name and the changed settings of every run."""
-    return COMMON | {f"position {p}": {"craft.positions": [p]} for p in POSITIONS[preset]}
+    positions = {f"position {p}": {"craft.positions": [p]} for p in POSITIONS[preset]}
+    rule = {
+        f"original rule, position {p}": {**original_rule(), "craft.positions": [p], "craft.layers": [-2]}
+        for p in ("vision_mean", "suffix")
+        if p in POSITIONS[preset]
+    }
+    return COMMON | positions | rule
+
+
+def original_rule() -> dict[str, Any]:
+    """The settings of the earlier scripts' rule, on this problem's cache and with its held-out anchors."""
+    craft = read_yaml((CONFIGS / "original_rule.yaml").read_text())["craft"]
+    kept = ("anchor_cache_dir", "anchor_batch_size", "anchor_holdout")
+    return {f"craft.{key}": value for key, value in craft.items() if key not in kept}
 
 
 def prepared(demo: Path, scratch: Path, preset: str, others: Mapping[str, Any] | None = None) -> Experiment:
     """The demo's comparison on validation data, with a cache that holds every position."""
-    config = load_config(Path(__file__).parent.parent / f"pipelines/configs/demo_{preset}.yaml", base=demo)
+    config = load_config(CONFIGS / f"demo_{preset}.yaml", base=demo)
     changes: dict[str, Any] = {
         "workers.num_workers": 0,
         "craft.anchor_cache_dir": str(scratch / "anchors"),

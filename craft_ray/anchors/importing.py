@@ -13,13 +13,17 @@ import numpy as np
 import pyarrow as pa
 
 from craft_ray.anchors.build import identity_of, manifest_of, write_shard
-from craft_ray.anchors.legacy import LegacyRows, LegacyShards
+from craft_ray.anchors.legacy import LegacyRows, load_rows
+from craft_ray.anchors.legacy_files import ShardFiles
 from craft_ray.anchors.manifest import MANIFEST, SHARDS, Identity, Manifest, Shard, read_manifest, write_manifest
-from craft_ray.anchors.schema import ROW_GROUP, CacheSchema, hidden_column, vectors_array
+from craft_ray.anchors.reading import choose_reading, reproduced_positions
+from craft_ray.anchors.schema import COARSENESS, ROW_GROUP, CacheSchema, hidden_column, vectors_array
 from craft_ray.anchors.storage import stored
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.models.base import Model
+from craft_ray.models.capabilities import tensor_model
+from craft_ray.models.readings import Reading
 from craft_ray.storage.files import checksum, clear_leftovers, new_folder
 from craft_ray.storage.paths import StoragePath
 
@@ -39,21 +43,24 @@ class _Unread:
 
 
 def import_shards(
-    shards: LegacyShards,
+    shards: ShardFiles,
     folder: StoragePath,
     config: Experiment,
     model: Model,
     check: Callable[[StoragePath, Manifest], None],
+    say: Callable[[str], None],
 ) -> Manifest:
     """Write the cache, check it, and move it to `folder`.
 
     Args:
         check: is called with the new cache before it is moved; raises CacheRefused if it is not the model's.
+        say: is told what was converted.
 
     Raises:
-        ConfigError: a position has more than one vector.
+        ConfigError: a position has more than one vector, or the model takes no tensors.
         CacheRefused: the shards do not fit the config.
     """
+    reader = tensor_model(model)
     identity = identity_of(config, model, _Unread(shards.fingerprint)).model_copy(update={"inputs": "tensors"})
     ragged = [p for p in identity.positions if p not in ONE_VECTOR]
     if identity.schema.has_hidden and ragged:
@@ -65,23 +72,46 @@ def import_shards(
         return _existing(folder, identity)
     clear_leftovers(folder.parent, of=folder.name)
     with new_folder(folder, last=MANIFEST) as temporary:
+        first = load_rows(shards.files[0], identity)
+        reading = choose_reading(first, identity, reader, str(shards.files[0]))
+        for note in filter(None, (first.note, reading.words)):
+            say(note)
         written, rows, shape = [], 0, None
+        rounded = identity.dtype
         for number, file in enumerate(shards.files):
-            legacy = shards.load(file, identity)
+            legacy = load_rows(file, identity)
             found = None if legacy.pixels is None else tuple(legacy.pixels.shape[1:])
             if shape not in (None, found):
                 raise CacheRefused(f"{file}: its images are {found}, earlier ones are {shape}: import them separately")
             shape = found
+            if legacy.vectors_BVF is not None:
+                rounded = max(rounded, legacy.dtype, key=_coarseness)
             path = temporary / SHARDS / f"shard-{number:05d}.parquet"
-            write_shard(path, identity.schema, _tables(legacy, identity.schema))
+            write_shard(path, identity.schema, _tables(legacy, reading, identity.schema))
             size = len(legacy.ids)
             rows += size
             written.append(Shard(name=path.name, rows=size, bytes=path.stat().st_size, blake3=checksum(path)))
-        identity = identity.model_copy(update={"rows": rows, "pixel_shape": shape})
+        shards.check_rows(rows)
+        rounded_to = None if rounded == identity.dtype else rounded
+        identity = identity.model_copy(update={"rows": rows, "pixel_shape": shape, "rounded_to": rounded_to})
         manifest = manifest_of(temporary, identity, written)
         write_manifest(temporary, manifest)
-        check(temporary, manifest)
+        try:
+            check(temporary, manifest)
+        except CacheRefused as error:
+            kept = reproduced_positions(first, reading, identity, reader)
+            if not kept or kept == list(identity.positions):
+                raise
+            others = ", ".join(position for position in identity.positions if position not in kept)
+            raise CacheRefused(
+                f"{error.message}; {', '.join(kept)} is reproduced and {others} is not: import without it, with "
+                f"anchors.positions=[{','.join(kept)}]"
+            ) from None
     return manifest
+
+
+def _coarseness(dtype: str) -> int:
+    return COARSENESS.index(dtype) if dtype in COARSENESS else 0
 
 
 def _existing(folder: StoragePath, identity: Identity) -> Manifest:
@@ -92,7 +122,7 @@ def _existing(folder: StoragePath, identity: Identity) -> Manifest:
         )
     manifest = read_manifest(folder)
     found = manifest.identity
-    expected = identity.model_copy(update={"rows": found.rows, "pixel_shape": found.pixel_shape})
+    expected = identity.model_copy(update={key: getattr(found, key) for key in ("rows", "pixel_shape", "rounded_to")})
     if found != expected:
         ours, theirs = expected.model_dump(), found.model_dump()
         key = next(k for k in ours if ours[k] != theirs[k])
@@ -103,14 +133,18 @@ def _existing(folder: StoragePath, identity: Identity) -> Manifest:
     return manifest
 
 
-def _tables(legacy: LegacyRows, schema: CacheSchema) -> Iterator[pa.Table]:
+def _tables(legacy: LegacyRows, reading: Reading, schema: CacheSchema) -> Iterator[pa.Table]:
     for start in range(0, len(legacy.ids), ROW_GROUP):
         part = slice(start, start + ROW_GROUP)
         ids = legacy.ids[part]
         pixels = [None] * len(ids) if legacy.pixels is None else [p.numpy().tobytes() for p in legacy.pixels[part]]
-        columns: dict[str, pa.Array | list] = {"id": ids, "input_ids": legacy.prompts[part], "pixel_values": pixels}
+        columns: dict[str, pa.Array | list] = {
+            "id": ids,
+            "input_ids": [reading.prompt(prompt) for prompt in legacy.prompts[part]],
+            "pixel_values": pixels,
+        }
         if legacy.suffixes is not None:
-            columns["suffix"] = legacy.suffixes[part]
+            columns["suffix"] = [reading.suffix(tokens) for tokens in legacy.suffixes[part]]
         if legacy.vectors_BVF is not None:
             for column, position in enumerate(schema.positions):
                 values = stored(legacy.vectors_BVF[part, column], ids, [1] * len(ids), schema.dtype)

@@ -44,6 +44,8 @@ class Identity(_Frozen):
     positions: tuple[str, ...]
     hidden_size: int
     dtype: str
+    rounded_to: str | None = None
+    """The type in which the vectors of an imported cache were stored before, if it is coarser than `dtype`."""
     inputs: Literal["raw", "frames", "tensors"]
     pixel_shape: tuple[int, ...] | None = None
     """Shape of one sample's pixel_values, if inputs are tensors."""
@@ -55,7 +57,15 @@ class Identity(_Frozen):
 
     @property
     def fingerprint(self) -> str:
-        return json_fingerprint(self.model_dump(mode="json"))
+        facts = self.model_dump(mode="json")
+        if self.rounded_to is None:
+            del facts["rounded_to"]  # caches from before there was this key keep their identity
+        return json_fingerprint(facts)
+
+    @property
+    def rounding(self) -> str:
+        """The coarsest type that the vectors were stored in, which decides how closely they can be reproduced."""
+        return self.rounded_to or self.dtype
 
     @property
     def schema(self) -> CacheSchema:  # type: ignore[override]  # hides a method that pydantic has deprecated

@@ -25,20 +25,26 @@ ROW_GROUP = 256
 ARROW = {"float16": pa.float16(), "float32": pa.float32()}
 NUMPY: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 
+COARSENESS = ("float32", "float16", "bfloat16")
+"""Types of stored vectors, the finest first. Caches are written in the first two, earlier ones also in the third."""
+
 STEP0_TOLERANCE = {
     ("float16", "fp32"): 1e-6,
     ("float32", "fp32"): 1e-8,
+    ("bfloat16", "fp32"): 2e-5,
     ("float16", "bf16"): 1e-2,
     ("float32", "bf16"): 1e-2,
+    ("bfloat16", "bf16"): 1e-2,
 }
 """Largest relative mean square between teacher and untouched student, by (storage, arithmetic). Rounding to float16
-causes 4e-8. In bf16, a batch of another shape is summed in another order; the same model gave up to 1e-3."""
+causes 4e-8, to bfloat16 2.8e-6. In bf16 arithmetic, a batch of another shape is summed in another order; the same model
+gave up to 1e-3."""
 
 STEP0_AGREEMENT = {"fp32": 0.99, "bf16": 0.9}
 """Smallest share of the teacher's greedy tokens that are also the untouched student's most likely ones, by arithmetic.
 The rest are near ties: in bf16 the two most likely tokens are often closer than the rounding."""
 
-NOISE_FLOOR = {"float16": 1e-7, "float32": 1e-12}
+NOISE_FLOOR = {"float16": 1e-7, "float32": 1e-12, "bfloat16": 6e-6}
 """L_ret below which its gradient comes only from rounding in storage."""
 
 

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, Va
 
 from craft_ray.config.kinds import Kind, without_unused
 from craft_ray.config.mistakes import explain
-from craft_ray.config.paths import PathOrHubName
+from craft_ray.config.paths import FolderPath, PathOrHubName
 from craft_ray.config.types import Episodes, Section
 from craft_ray.errors import ConfigError
 
@@ -158,6 +158,13 @@ class LeRobotData(Data):
     """Episodes that are read: numbers, or ranges such as `0-39`. Default: all."""
     stride: int = Field(1, ge=1)
     """Take every N-th frame."""
+    sample: int | None = Field(None, ge=1)
+    """Then take this many frames at random, in their order: which ones is decided by `sample_seed` alone."""
+    sample_seed: int = Field(42, ge=0)
+    """Seed of `sample` and of the choice among `prompts`."""
+    prompts: FolderPath | None = None
+    """A JSON file, a list of prompts or `{prompts: [...]}`: each frame gets one of them, at random, instead of its
+    task's words."""
     rename: dict[str, str] = {}
     """Maps the data set's feature names to the policy's, e.g. `{observation.images.top:
     observation.images.base_0_rgb}`."""

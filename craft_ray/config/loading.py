@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import yaml
 
 from craft_ray.config.experiment import Experiment, parse_config
 from craft_ray.config.overrides import apply_changes, parse_overrides
+from craft_ray.config.types import EARLIER_POSITIONS, current_position
 from craft_ray.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), base: Path | None = None) -> Experiment:
@@ -34,7 +38,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: Path | No
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, a config is a mapping of sections")
     apply_changes(tree, parse_overrides(overrides))
+    for key, name in _earlier_positions(tree):
+        now = current_position(name)
+        logger.warning("%s: %s is the earlier name of %s, and is read as that", key, name, now)
     return parse_config(tree, str(path), base)
+
+
+def _earlier_positions(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The positions in a config that have another name now, with the key that they are under."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _earlier_positions(value, f"{prefix}{key}.")
+        elif key == "positions" and isinstance(value, list):
+            yield from ((f"{prefix}{key}", str(name)) for name in value if str(name) in EARLIER_POSITIONS)
 
 
 class _Loader(yaml.SafeLoader):

@@ -103,8 +103,12 @@ class CraftConfig(Section):
     where they change and the number does not."""
     epsilon_end: float | None = Field(None, gt=0)
     """The budget at the end of the schedule, which is certified. Default: epsilon_start."""
+    epsilon_decay: float | None = Field(None, gt=0, le=1)
+    """Fraction of the run until epsilon_end is reached, e.g. 0.8, whatever the number of steps. Default: the whole
+    run."""
     epsilon_decay_steps: int = Field(0, ge=0)
-    """Steps until epsilon_end is reached; 0 means the whole run."""
+    """The same as a number of steps; 0 leaves it to `epsilon_decay`. Steps that outlast the run end it at a larger
+    budget, which is then the certified one."""
 
     use_grad_projection: bool = True
     """When the gradients conflict, remove from the task gradient the part that opposes the retention gradient."""
@@ -153,6 +157,11 @@ class CraftConfig(Section):
             raise ValueError(
                 f"epsilon_schedule constant has one epsilon, but epsilon_start is {self.epsilon_start} and "
                 f"epsilon_end {self.epsilon_end}: leave epsilon_end out or choose linear, cosine or exponential"
+            )
+        if self.epsilon_decay is not None and self.epsilon_decay_steps:
+            raise ValueError(
+                f"epsilon_decay {self.epsilon_decay} and epsilon_decay_steps {self.epsilon_decay_steps} both say when "
+                f"epsilon_end is reached: leave one of them out"
             )
         if self.initial_lambda > self.lambda_max:
             raise ValueError(f"initial_lambda {self.initial_lambda} is above lambda_max {self.lambda_max}")

@@ -15,9 +15,23 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 BOUND = re.compile(r"\s*(>=|<=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 POSITIONS = ("vision_mean", "text_last", "masked_mean", "first_token", "last_token", "all", "every_N", "suffix")
+EARLIER_POSITIONS = {
+    "vision_token_mean": "vision_mean",
+    "mean_image_tokens": "vision_mean",
+    "text_token_last": "text_last",
+    "mean_masked": "masked_mean",
+    "cls_token": "first_token",
+}
+"""Names of positions in the tools that came before this one (docs/migration.md)."""
+
+
+def current_position(name: str) -> str:
+    """The name of a position here; one that has no earlier name stays as it is."""
+    return EARLIER_POSITIONS.get(name, name)
 
 
 def _position(name: str) -> str:
+    name = current_position(name)
     if (name in POSITIONS and name != "every_N") or re.fullmatch(r"every_[1-9]\d*", name):
         return name
     raise ValueError(f"'{name}' is not an anchor position; the positions are {', '.join(POSITIONS)} (N a number)")

@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import os
+import random
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from itertools import chain
@@ -24,6 +25,7 @@ from craft_ray.data.frame import Frame
 from craft_ray.data.images import decode_image, encoded_image
 from craft_ray.data.sample import Sample
 from craft_ray.errors import DataError, StorageError, first_line
+from craft_ray.lerobot.frames import read_prompts, sampled
 from craft_ray.lerobot.recording import (
     ACTION,
     Feature,
@@ -113,7 +115,8 @@ class LeRobotSource:
                 f"a frame has task {self._task.max()}, but meta/tasks.parquet has {len(self._tasks)} tasks"
             )
         self._ends, rows = self._spans()
-        self._rows = np.concatenate(rows)[: config.limit]
+        self._rows = sampled(np.concatenate(rows)[: config.limit], config)
+        self._prompts = None if config.prompts is None else read_prompts(config.prompts)
         self._pictures = self._picture_table(paths) if self._images else None
 
     @cached_property
@@ -126,6 +129,10 @@ class LeRobotSource:
             digest.update(f"{file} {content}\n".encode())
         episodes = None if self._config.episodes is None else sorted(self._config.episodes)
         how = {"episodes": episodes, **self._config.model_dump(include={"stride", "limit", "rename"})}
+        if self._config.sample is not None:
+            how |= self._config.model_dump(include={"sample", "sample_seed"})
+        if self._prompts is not None:
+            how |= {"prompts": self._prompts, "sample_seed": self._config.sample_seed}
         digest.update(json.dumps(how, sort_keys=True).encode())
         return digest.hexdigest()[:32]
 
@@ -142,7 +149,13 @@ class LeRobotSource:
             state={name: array[at] for name, array in self._vectors.items()},
             actions=None if self._actions is None else self._actions[at:end],
         )
-        return Sample(id=name, prompt=self._tasks[self._task[at]], frame=frame)
+        return Sample(id=name, prompt=self._prompt(at, name), frame=frame)
+
+    def _prompt(self, at: int, name: str) -> str:
+        """The words of the frame's task, or one of the prompts, chosen by the frame's id."""
+        if self._prompts is None:
+            return self._tasks[self._task[at]]
+        return random.Random(f"{self._config.sample_seed} {name}").choice(self._prompts)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[row] for row in range(len(self)))

@@ -17,6 +17,7 @@ loop takes CRaFT's step instead of its own, and the normaliser keeps the teacher
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,8 @@ from craft_ray.retention.constraint import Constraint, open_mode
 from craft_ray.retention.update import update
 from craft_ray.run.optimization import seed_step
 from craft_ray.workers import OneWorker, ProcessGroup, Workers
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -162,6 +165,8 @@ class CraftUpdate:
             constraint.check_untouched()
         else:
             constraint.load_state_dict(resumed.constraint)
+        for line in constraint.described() if workers.rank == 0 else ():
+            logger.info(line)  # LeRobot's loop prints what is logged
         gradients = GradientPair(policy.named_parameters())
         if resumed is not None:
             gradients.restore_reached(resumed.reached)

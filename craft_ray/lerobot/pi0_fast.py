@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
 from torch import Tensor
@@ -26,8 +27,9 @@ from craft_ray.lerobot.policy import LANGUAGE, LANGUAGE_MASK, LeRobotPolicy, ima
 from craft_ray.lerobot.taps import Taps
 from craft_ray.method.pooling import Layout
 from craft_ray.models.base import IGNORE, Batch, Features, evaluating
-from craft_ray.models.capabilities import TokenModel
+from craft_ray.models.capabilities import TensorModel, TokenModel
 from craft_ray.models.fingerprint import json_fingerprint
+from craft_ray.models.readings import Reading
 from craft_ray.models.tokens import clip_suffix, token_log_probs
 
 SUFFIX, SUFFIX_MASK = "action.tokens", "action.token_mask"
@@ -35,7 +37,7 @@ END = "|"
 """The token that ends the actions."""
 
 
-class PI0Fast(TokenModel, LeRobotPolicy):
+class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
     """It takes frames with actions and, as a language model, questions about a picture with their answers."""
 
     default_positions = ("suffix",)
@@ -114,6 +116,35 @@ class PI0Fast(TokenModel, LeRobotPolicy):
         tokens = torch.cat([given, torch.tensor(list(suffix), dtype=torch.long)])
         layout = replace(prompt.layout, length=prompt.layout.length + len(suffix))
         return Features(prompt.tokens | {"suffix": tokens}, prompt.images, layout)
+
+    def from_tensors(
+        self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None, suffix: Sequence[int] | None = None
+    ) -> Features:
+        """A prompt as earlier tools stored it: the first camera's picture in [-1, 1] and the tokens of the text."""
+        resolution = tuple(self.settings.image_resolution)
+        if pixel_values is None or pixel_values.shape != (3, *resolution):
+            shape = None if pixel_values is None else list(pixel_values.shape)
+            raise DataError(f"its pixel_values are {shape}, but the policy takes pictures of {[3, *resolution]}")
+        picture = (torch.from_numpy(np.array(pixel_values, dtype=np.float32))[None] + 1) / 2
+        ids = torch.from_numpy(input_ids_S.astype(np.int64))[None]
+        encoded = {self.cameras[0]: picture, LANGUAGE: ids, LANGUAGE_MASK: torch.ones_like(ids)}
+        tokens = list(suffix or ())
+        given = tokens[:1] if tokens[:1] == [self._bos] else []
+        layout = replace(self.layout(encoded, len(given)), given=len(given))
+        own = {"language": ids[0], "suffix": torch.tensor(given, dtype=torch.long)}
+        prompt = Features(own, {self.cameras[0]: picture}, layout)
+        return self.with_suffix(prompt, tokens[len(given) :], "of an imported cache")
+
+    def readings(self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None) -> list[Reading]:
+        """LeRobot's decoding appends BOS to the prompt; earlier builders did so, too, and stored the prompt without."""
+        as_stored = Reading("", stop=self._end)
+        if input_ids_S[-1:].tolist() == [self._bos]:
+            return [as_stored]
+        return [
+            replace(as_stored, words="BOS put back at the end of the prompt", appended=(self._bos,)),
+            as_stored,
+            replace(as_stored, words="BOS put back before the suffix", leading=(self._bos,)),
+        ]
 
     def _encode_question(self, sample: Sample) -> dict[str, Any]:
         """The picture as the first camera's, and the question in PaliGemma's format: BOS, the text and a line break."""

@@ -26,12 +26,14 @@ if TYPE_CHECKING:  # the method itself needs only torch
 def epsilon_at(step: int, steps: int, craft: CraftConfig) -> float:
     """The budget at `step` (from 0) of a run of `steps` steps.
 
-    With p = min(step / decay_steps, 1), where decay_steps = 0 means the whole run:
+    With p = min(step / decay, 1), where decay is epsilon_decay_steps, or the part epsilon_decay of the run, whose last
+    step is steps - 1; without either it is the whole run:
     linear start + (end - start) p; cosine end + (start - end)(1 + cos(pi p))/2;
     exponential end + (start - end) exp(-5 p), which falls to 0.7 % of the way above `end`, and is `end` from p = 1.
     """
     start, end = craft.epsilon_start, craft.epsilon_final
-    progress = min(step / (craft.epsilon_decay_steps or max(steps - 1, 1)), 1.0)
+    decay = craft.epsilon_decay_steps or (craft.epsilon_decay or 1.0) * max(steps - 1, 1)
+    progress = min(step / decay, 1.0)
     if craft.epsilon_schedule == "constant":
         return start
     if progress == 1.0:
@@ -43,6 +45,11 @@ def epsilon_at(step: int, steps: int, craft: CraftConfig) -> float:
     if craft.epsilon_schedule == "exponential":
         return end + (start - end) * math.exp(-5 * progress)
     raise ValueError(f"unknown epsilon_schedule '{craft.epsilon_schedule}': constant, linear, cosine or exponential")
+
+
+def epsilon_reached(steps: int, craft: CraftConfig) -> float:
+    """The budget at the last step of a run: `epsilon_end`, unless the decay outlasts the run."""
+    return epsilon_at(steps - 1, steps, craft)
 
 
 @dataclass(frozen=True)

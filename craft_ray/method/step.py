@@ -46,9 +46,9 @@ class StepMetrics:
     grad_norm: Tensor
     retention_loss: Tensor
     multiplier: Tensor
-    """lambda as it was used in this step."""
+    """lambda after this step's update: what the next step is taken with."""
     weight: Tensor
-    """What g_r was weighted with: lambda, or its floor."""
+    """What g_r was weighted with in this step: lambda before its update, or its floor."""
     dot: Tensor
     cos: Tensor
     conflict: Tensor
@@ -132,8 +132,8 @@ def craft_step(
 
     gradients.assign_grads(workers)
     optimizer.step()
-    metrics = StepMetrics(loss, norm, l_ret, state.multiplier, weight, gram.dot, cos, conflict, projected)
-    return state.ascend(epsilon, craft), metrics
+    state = state.ascend(epsilon, craft)
+    return state, StepMetrics(loss, norm, l_ret, state.multiplier, weight, gram.dot, cos, conflict, projected)
 
 
 def gate(state: DualState, epsilon: float, craft: CraftConfig) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError
 from craft_ray.models.base import Batch, Features, Model
+from craft_ray.models.readings import AS_STORED, Reading
 
 
 class TokenModel(Model):
@@ -71,7 +72,19 @@ class TensorModel(Model):
     def from_tensors(
         self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None, suffix: Sequence[int] | None = None
     ) -> Features:
-        """Features of a prompt given as tensors, followed by `suffix` tokens, if any."""
+        """Features of a prompt given as tensors, followed by `suffix` tokens, if any.
+
+        Raises:
+            DataError: these are not tensors that the model takes.
+        """
+
+    def readings(self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None) -> list[Reading]:
+        """What the tokens of an imported prompt can mean, the likeliest first; the teacher's numbers decide.
+
+        Raises:
+            DataError: the prompt lacks tokens that nothing says how to put back.
+        """
+        return [AS_STORED]
 
 
 class PackingModel(Model):

@@ -36,8 +36,10 @@ from craft_ray.models.fingerprint import (
     weights_fingerprint,
     without_locations,
 )
+from craft_ray.models.image_tokens import image_reading
 from craft_ray.models.packing import check_packing, packed_forward
-from craft_ray.models.tokens import clip_suffix, targets, token_log_probs, token_loss
+from craft_ray.models.readings import AS_STORED, Reading
+from craft_ray.models.tokens import clip_suffix, listed, targets, token_log_probs, token_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -68,7 +70,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
         self._eos: int | None = self.tokenizer.eos_token_id
         # A chat model ends its turn with a token of its own, which its generation config names.
         own = self.module.generation_config.eos_token_id if self.module.generation_config else None
-        self._stops = sorted({*_listed(own), *_listed(self._eos)})
+        self._stops = sorted({*listed(own), *listed(self._eos)})
         pad = self.tokenizer.pad_token_id
         self._pad: int = pad if pad is not None else (self._eos or 0)
         self._takes_keep = "logits_to_keep" in inspect.signature(self.module.forward).parameters
@@ -364,6 +366,11 @@ class VisionLanguageModel(HuggingFaceModel):
         mark = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
         return tuple(torch.nonzero(input_ids_S == mark).flatten().tolist())
 
+    def readings(self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None) -> list[Reading]:
+        if pixel_values is None or self.image_tokens(torch.from_numpy(input_ids_S)):
+            return [AS_STORED]
+        return [image_reading(self.processor, input_ids_S, pixel_values.shape[-2:])]
+
     def prompt_types(self, input_ids_1S: Tensor) -> dict[str, Tensor]:
         if "token_type_ids" not in inspect.signature(self.module.forward).parameters:
             return {}
@@ -379,11 +386,6 @@ class VisionLanguageModel(HuggingFaceModel):
         settings = without_locations(self.processor.to_dict())
         settings["image_processor"] = without_locations(images.to_dict())
         return [type(images).__name__, settings]
-
-
-def _listed(value: int | list[int] | None) -> list[int]:
-    """Token ids as transformers holds them: none, one, or several."""
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _reason(error: BaseException) -> str:

@@ -12,6 +12,11 @@ from craft_ray.method.pooling import Layout
 from craft_ray.models.base import IGNORE
 
 
+def listed(value: int | list[int] | None) -> list[int]:
+    """Token ids as transformers holds them: none, one, or several."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
 def clip_suffix(tokens: Sequence[int], stops: Collection[int]) -> list[int]:
     """Tokens up to and including the first that is one of `stops`."""
     end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))

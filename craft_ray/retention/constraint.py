@@ -18,7 +18,7 @@ from craft_ray.anchors.reader import open_anchors
 from craft_ray.config import Experiment
 from craft_ray.data.sampler import StepSampler
 from craft_ray.errors import CacheRefused, DataError
-from craft_ray.method.dual import DualState, epsilon_at
+from craft_ray.method.dual import DualState, epsilon_at, epsilon_reached
 from craft_ray.models.base import Model, evaluating
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention import mode_named
@@ -98,7 +98,8 @@ class Constraint:
                 self.share.start(mean_loss(self.mode, rows, self.craft.anchor_batch_size, self._workers))
 
     def described(self) -> list[str]:
-        """One line about the anchors, and one about the method's settings."""
+        """A line each about the retention mode, the anchors and the method's settings; and one about a budget that the
+        run does not reach."""
         craft = self.craft
         budget = f"ε {craft.epsilon_schedule} {craft.epsilon_start:g}"
         if craft.epsilon_final != craft.epsilon_start:
@@ -108,12 +109,20 @@ class Constraint:
         surgery = "projection off"
         if craft.use_grad_projection:
             surgery = f"projection {craft.projection_gate} below cosine {craft.conflict_threshold:g}"
-        return [
+        lines = [
+            f"Retention mode: {self.mode.name}",
             f"{len(self.train_rows)} anchors loaded, {len(self.heldout_rows)} more held out",
             f"CRaFT is enabled: {self.mode.name} ({self.mode.description}), every {craft.retention_freq} step(s), "
             f"{budget}, λ from {craft.initial_lambda:g} by {craft.lambda_lr:g} up to {craft.lambda_max:g}, "
             f"{craft.projection_mode} merge, {surgery}",
         ]
+        if craft.epsilon_decay_steps and self.share is None and self.final_epsilon != craft.epsilon_final:
+            lines.append(
+                f"warning: ε decays over craft.epsilon_decay_steps {craft.epsilon_decay_steps}, but the run has "
+                f"train.steps {self._steps}: it ends at {self.final_epsilon:.4g} instead of {craft.epsilon_final:g}, "
+                f"and that is certified; for a fraction of the run set craft.epsilon_decay"
+            )
+        return lines
 
     # -- a step
 
@@ -170,8 +179,8 @@ class Constraint:
 
     @property
     def final_epsilon(self) -> float:
-        """The budget at the end; where it follows the skill, as it is now."""
-        return self.craft.epsilon_final if self.share is None else self.share.epsilon
+        """The budget at the last step, which is certified; where it follows the skill, as it is now."""
+        return epsilon_reached(self._steps, self.craft) if self.share is None else self.share.epsilon
 
     def certificate(self, step: int) -> dict[str, Any]:
         """L_ret on anchors that training has not seen, against the final budget."""

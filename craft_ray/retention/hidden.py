@@ -127,7 +127,7 @@ class Hidden(RetentionMode[HiddenBatch]):
         """Rounding with a relative mean square of r moves a vector t by a squared distance of r |t|^2. This bounds the
         others: mse by r |t|^2 / D, l1 by the root of that (mean |x| <= sqrt(mean x^2)), cosine by r / 2, plus
         float32's rounding of the difference of two numbers near 1."""
-        relative = NOISE_FLOOR[self.anchors.identity.dtype]
+        relative = NOISE_FLOOR[self.anchors.identity.rounding]
         if self.loss_type == "relative_mse":
             return relative
         if self.loss_type == "cosine":
@@ -144,9 +144,9 @@ class Hidden(RetentionMode[HiddenBatch]):
             batch = self.batch(part).to(self.model.device)
             total += hidden_loss(self.student_vectors(batch), batch.teacher).item() * batch.count
         loss = total / len(rows)
-        tolerance = STEP0_TOLERANCE[identity.dtype, identity.precision]
+        tolerance = STEP0_TOLERANCE[identity.rounding, identity.precision]
         if not loss <= tolerance:
             raise CacheRefused(
                 f"the untouched student is {loss:.2e} away from the cached teacher (relative mean square), "
-                f"{identity.dtype} storage explains {tolerance:.0e}: {self.anchors.remedy}"
+                f"{identity.rounding} storage explains {tolerance:.0e}: {self.anchors.remedy}"
             )

@@ -72,11 +72,11 @@ def _compare_vectors(model: Model, anchors: AnchorSet, rows: Sequence[int]) -> f
             )
             distances.append(hidden_loss(ours, theirs).item())
     worst = max(range(len(rows)), key=lambda i: _nan_is_largest(distances[i]))
-    tolerance = STEP0_TOLERANCE[identity.dtype, identity.precision]
+    tolerance = STEP0_TOLERANCE[identity.rounding, identity.precision]
     if not distances[worst] <= tolerance:
         raise CacheRefused(
             f"anchor {anchors.id(rows[worst])}: the cached vectors are {distances[worst]:.2e} away from what the "
-            f"model gives (relative mean square), {identity.dtype} storage explains {tolerance:.0e}; preprocessing, "
+            f"model gives (relative mean square), {identity.rounding} storage explains {tolerance:.0e}; preprocessing, "
             f"dropout, layers, positions or the teacher is not what the cache was built with: build it again"
         )
     return distances[worst]

@@ -117,7 +117,7 @@ class WandbRun:
         try:
             for record in records:
                 if measured := numbers(record):
-                    self._run.log({"step": record["step"], **measured})
+                    self._run.log({"step": record["step"], **measured, **_earlier_keys(record["step"], measured)})
         except (wandb.Error, OSError) as error:
             raise StorageError(f"Weights & Biases does not accept metrics ({reason(error)})") from None
 
@@ -132,3 +132,11 @@ class WandbRun:
                 f"the run {self.id} was not sent to Weights & Biases in full ({reason(error)}): send it with "
                 f"wandb sync {Path(self._run.dir).parent}"
             ) from None
+
+
+def _earlier_keys(step: int, measured: Mapping[str, float]) -> dict[str, float]:
+    """The keys that panels made for the earlier scripts ask for (docs/migration.md), beside ours."""
+    keys: dict[str, float] = {"train/step": step}
+    if "craft/conflict" in measured:
+        keys["craft/grad_conflict"] = measured["craft/conflict"]
+    return keys

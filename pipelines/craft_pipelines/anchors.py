@@ -34,7 +34,7 @@ from craft_ray.anchors.build import (
 )
 from craft_ray.anchors.forward import tokens_per_pack
 from craft_ray.anchors.importing import import_shards
-from craft_ray.anchors.legacy import LegacyShards
+from craft_ray.anchors.legacy_files import ShardFiles
 from craft_ray.anchors.manifest import (
     MANIFEST,
     SHARDS,
@@ -324,13 +324,13 @@ def import_legacy(legacy: Path, config: Experiment, check: bool, say: Any = prin
     _, folder = anchors_section(config)
     check_kept(folder, "craft.anchor_cache_dir")
     model = load_model(config.model, config.train.precision)
-    shards = LegacyShards(legacy)
+    shards = ShardFiles(legacy)
 
     def reproduced(written: StoragePath, manifest: Manifest) -> None:
         if check:
             report_agreement(say, reforward(written, manifest, config, model, CHECKED_ROWS))
 
-    manifest = import_shards(shards, folder, config, model, reproduced)
+    manifest = import_shards(shards, folder, config, model, reproduced, say)
     say(
         f"anchor cache complete: {manifest.identity.rows} anchors from {len(shards.files)} legacy shards, "
         f"{manifest.vectors} vectors, {readable_bytes(manifest.bytes)}; it is in {folder}"

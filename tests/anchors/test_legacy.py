@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from craft_pipelines.anchors import import_legacy
 
+from craft_ray.anchors.legacy_files import ShardFiles
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.reader import open_anchors
 from craft_ray.anchors.verify import check_files
@@ -20,6 +22,7 @@ from craft_ray.config import Experiment
 from craft_ray.data.source import open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError, StorageError
 from craft_ray.models.base import IGNORE, Model
+from craft_ray.models.huggingface import VisionLanguageModel
 from craft_ray.retention.constraint import open_mode
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
@@ -252,6 +255,177 @@ def test_shorter_shapes_of_vectors(shape: str, pictures: Experiment, tmp_path: P
         torch.save(content, tmp_path / "legacy" / f"shard_{number:03d}.pt")
     assert vectors.ndim == len(shape)
     assert imported(config, tmp_path)[0].startswith("the model reproduces 8 anchors")
+
+
+Shard = dict[str, Any]
+
+
+def plainly_imported(config: Experiment, tmp_path: Path) -> pa.Table:
+    """The table of the unchanged shards' cache, which is put away."""
+    imported(config, tmp_path)
+    result = table(cache_folder(config))
+    shutil.rmtree(cache_folder(config))
+    return result
+
+
+def edit_all(tmp_path: Path, edit: Callable[[Shard], Shard]) -> None:
+    for name in ("shard_000.pt", "shard_001.pt"):
+        change(tmp_path, edit, name)
+
+
+BOTH = {"pooling_strategy": {"vision": "mean", "text": "last"}}
+
+
+@pytest.mark.parametrize(
+    ("meta", "told"),
+    [
+        ({"layers_to_save": [2, 3], **BOTH}, "layers_to_save [2, 3] are blocks, counted from 0: hidden states [3, 4]"),
+        ({"layers_to_save": [-2, -1], "token_pooling": ["vision_token_mean", "text_token_last"]}, None),
+        ({"layers": "-2,-1", "pooling": "vision_token_mean,text_token_last", "hidden_layer": None}, None),
+        ({"layers": "[2, 3]", "pooling": ["mean_image_tokens", "text_last"], "num_vision_tokens": 16}, "blocks"),
+        ({"layer_indices": [3, 4], "pooling_strategy": None, **BOTH, "n_vecs": 2}, None),
+    ],
+)
+def test_meta_of_every_earlier_builder_names_the_vectors(
+    meta: dict, told: str | None, pictures: Experiment, tmp_path: Path
+) -> None:
+    """The vectors stand in the shard's order, the image's first; the config has the other one."""
+    plain = plainly_imported(pictures, tmp_path)
+    edit_all(tmp_path, lambda c: {**c, "teacher_hidden": c["teacher_hidden"].flip(2), "meta": meta})
+    lines = imported(pictures, tmp_path)
+    assert table(cache_folder(pictures)).equals(plain)
+    assert [line for line in lines if told and told in line] == lines[: len(lines) - 2]
+    assert len(lines) == 2 + (told is not None)
+
+
+def test_a_part_of_the_vectors_can_be_imported(pictures: Experiment, tmp_path: Path) -> None:
+    plain = plainly_imported(pictures, tmp_path)
+    part = pictures.changed({"anchors.positions": ["vision_mean"], "anchors.layers": [-1], "anchors.modes": ["hidden"]})
+    imported(part, tmp_path)
+    ours, theirs = (
+        np.array(found["hidden_vision_mean"].to_pylist(), dtype=np.float16).reshape(ROWS, -1, 64)
+        for found in (table(cache_folder(part)), plain)
+    )
+    np.testing.assert_array_equal(ours[:, 0], theirs[:, 1])
+
+
+def test_the_position_that_the_teacher_does_not_give_is_named(pictures: Experiment, tmp_path: Path) -> None:
+    def garble(shard: Shard) -> Shard:
+        shard["teacher_hidden"][:, :, 0] = 1.0
+        return shard
+
+    edit_all(tmp_path, garble)
+    refused(
+        pictures, tmp_path, CacheRefused, 4, "vision_mean is reproduced and text_last is not",
+        "anchors.positions=[vision_mean]",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("meta", "parts"),
+    [
+        ({"layers_to_save": [3, 4]}, ["layers_to_save [3, 4]", "layer 5 is out of range"]),
+        ({"layers_to_save": [1, 2]}, ["layers_to_save [1, 2] (blocks, counted from 0: hidden states [2, 3] here)",
+                                      "anchors.layers [3, 4]: set anchors.layers=[2, 3]"]),
+        ({"layers": "the last two"}, ["layers 'the last two', which names no layers"]),
+        ({"hidden_layer": {"a": 1}}, ["hidden_layer {'a': 1}, which names no layers"]),
+        ({"hidden_layer": -2}, ["hidden_layer [-2], the config says anchors.layers [3, 4]: set anchors.layers=[-2]"]),
+    ],
+)  # fmt: skip
+def test_meta_that_does_not_fit_is_one_line(meta: dict, parts: list[str], pictures: Experiment, tmp_path: Path) -> None:
+    edit_all(tmp_path, lambda c: {**c, "meta": meta})
+    refused(pictures, tmp_path, CacheRefused, 4, *parts)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "prose"])
+def test_rows_are_cut_behind_their_last_label(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """What a teacher went on to generate behind its end of sequence is attended to and has no label."""
+    config: Experiment = request.getfixturevalue(kind)
+    plain = plainly_imported(config, tmp_path)
+
+    def longer(shard: Shard) -> Shard:
+        more = torch.full((len(shard["input_ids"]), 3), 7)
+        shard["input_ids"] = torch.cat([shard["input_ids"], more], 1)
+        shard["attention_mask"] = torch.cat([shard["attention_mask"], torch.ones_like(more)], 1)
+        shard["labels"] = torch.cat([shard["labels"], torch.full_like(more, IGNORE)], 1)
+        return shard
+
+    for file in sorted((tmp_path / "legacy").iterdir()):
+        change(tmp_path, longer, file.name)
+    imported(config, tmp_path)
+    assert table(cache_folder(config)).equals(plain)
+
+
+def test_prompts_without_image_tokens_get_them_back(pictures: Experiment, tmp_path: Path) -> None:
+    """As the processor puts them, before the text; also the line break that it ends a prompt with."""
+    plain = plainly_imported(pictures, tmp_path)
+    model = teacher(pictures)
+    assert isinstance(model, VisionLanguageModel)
+    added = torch.tensor([model.module.config.image_token_id, model.tokenizer.convert_tokens_to_ids("\n")])
+
+    def without(shard: Shard) -> Shard:
+        keep = ~torch.isin(shard["input_ids"], added) | (shard["labels"] != IGNORE)
+        for name in ("input_ids", "attention_mask", "labels"):
+            shard[name] = shard[name][keep].view(len(keep), -1)
+        return shard
+
+    edit_all(tmp_path, without)
+    lines = imported(pictures, tmp_path)
+    assert "tokens put back for the image" in lines[0]
+    assert table(cache_folder(pictures)).equals(plain)
+
+    shutil.rmtree(cache_folder(pictures))
+    edit_all(tmp_path, lambda c: {**c, "input_ids": torch.where(c["labels"] == IGNORE, 3, c["input_ids"])})
+    refused(pictures, tmp_path, CacheRefused, 4, "shard_000.pt", "hold no image tokens, and PaliGemmaProcessor")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"num_shards": 3, "num_anchors": 20}', "holds 2 shards, its metadata.json says 3"),
+        ('{"num_shards": 2, "num_anchors": 13}', "holds 12 anchors, its metadata.json says 13"),
+        ('{"num_shards": 2, "num_samples": 11}', "holds 12 anchors, its metadata.json says 11"),
+        ('{"num_shards": ', "metadata.json is not a JSON object"),
+        ("[2]", "metadata.json is not a JSON object"),
+    ],
+)
+def test_metadata_says_whether_shards_are_missing(
+    content: str, said: str, pictures: Experiment, tmp_path: Path
+) -> None:
+    (tmp_path / "legacy" / "metadata.json").write_text(content)
+    refused(pictures, tmp_path, CacheRefused, 4, said)
+    (tmp_path / "legacy" / "metadata.json").write_text('{"num_shards": 2, "num_anchors": 12, "prompts": ["a"]}')
+    imported(pictures, tmp_path)
+
+
+def test_shards_are_found_by_any_name_and_ordered_by_their_numbers(tmp_path: Path) -> None:
+    names = ["shard_2.pt", "shard_9.pt", "shard_10.pt", "shard-0000.pth", "other.pt", "shard_3.txt"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [file.name for file in ShardFiles(tmp_path).files] == ["shard-0000.pth", *names[:3]]
+    (tmp_path / "shard_9.pth").touch()
+    with pytest.raises(CacheRefused, match=r"holds shard_9\.pt and shard_9\.pth: keep one"):
+        ShardFiles(tmp_path)
+    with pytest.raises(ConfigError, match="there are no legacy shards"):
+        ShardFiles(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("held", "dtype"), [("bfloat16", "float16"), ("bfloat16", "float32"), ("float16", "float32")])
+def test_vectors_may_be_as_coarse_as_the_type_that_held_them(
+    held: str, dtype: str, pictures: Experiment, tmp_path: Path
+) -> None:
+    kind: torch.dtype = getattr(torch, held)
+    config = pictures.changed({"anchors.dtype": dtype, "anchors.modes": ["hidden"]})
+    edit_all(tmp_path, lambda c: {**c, "teacher_hidden": c["teacher_hidden"].to(kind)})
+    imported(config, tmp_path)
+    manifest = read_manifest(cache_folder(config))
+    assert (manifest.identity.rounded_to, manifest.identity.rounding) == (held, held)
+    expected = torch.load(tmp_path / "legacy" / "shard_000.pt", weights_only=True)["teacher_hidden"]
+    found = open_anchors(cache_folder(config)).vectors(range(7), "text_last")[0]
+    kept = expected[:, :, 0].to(getattr(torch, dtype)).numpy()
+    np.testing.assert_array_equal(found[:, 0], kept)
+    model = teacher(config)
+    open_mode(config, model, model.weights_fingerprint()).check_untouched(range(ROWS), 4)
 
 
 def test_positions_of_many_vectors_are_refused(pictures: Experiment, tmp_path: Path) -> None:

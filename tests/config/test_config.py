@@ -66,10 +66,11 @@ CSV, PARQUET = {**TABLE, "format": "csv", "delimiter": ";"}, {**TABLE, "format":
 DATASET = {**TABLE, "format": "dataset", "revision": "v2"}
 TEXT = {**TABLE, "format": "text", "chunk_chars": 99}
 LEROBOT = {
-    **DATA, "format": "lerobot", "revision": "v2", "episodes": [1, 2], "stride": 2,
+    **DATA, "format": "lerobot", "revision": "v2", "episodes": [1, 2], "stride": 2, "sample": 5, "sample_seed": 7,
+    "prompts": "/tmp/prompts.json",
     "rename": {"observation.a": "observation.b"},
 }  # fmt: skip
-INSTEAD = ("columns.answer_index",)
+INSTEAD = ("columns.answer_index", "craft.epsilon_decay")
 """Keys that another key of this list replaces."""
 REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task")
 """Keys without which a section is not valid, or is of another kind."""
@@ -205,6 +206,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("craft.epsilon_start=.nan", "craft.epsilon_start"),
         ("craft.epsilon_start=.inf", "craft.epsilon_start"),
         ("craft.epsilon_decay_steps=-1", "craft.epsilon_decay_steps"),
+        ("craft.epsilon_decay=1.5", "craft.epsilon_decay"),
         ("craft.retention_freq=0", "craft.retention_freq"),
         ("craft.initial_lambda=-1", "craft.initial_lambda"),
         ("craft.lambda_lr=-0.1", "craft.lambda_lr"),
@@ -301,6 +303,10 @@ def test_a_value_that_is_not_valid(override: str, key: str, minimal: Path) -> No
         (
             ["compare.variants={near: {}}", "compare.arms=[far]"],
             "compare.arms: 'far' is no arm and no variant; there are baseline, token_ce, hidden, near",
+        ),
+        (
+            ["craft.epsilon_decay=0.5", "craft.epsilon_decay_steps=3"],
+            "craft: epsilon_decay 0.5 and epsilon_decay_steps 3 both say when epsilon_end is reached: leave one",
         ),
         (["train.warmup_steps=5"], "train.warmup_steps 5 is more than train.steps 4"),
         (["workers.resources_per_worker.GPU=0.5"], "workers: resources_per_worker takes 0.5 GPU, which use_gpu=false"),
@@ -616,6 +622,24 @@ def test_a_config_from_before_budgets_had_a_unit_loads(minimal: Path) -> None:
     tree = yaml.safe_load(dump_config(config))
     del tree["craft"]["epsilon_unit"]
     assert parse_config(tree, "old") == config
+
+
+def test_earlier_names_of_positions_are_accepted_and_told(minimal: Path, caplog: pytest.LogCaptureFixture) -> None:
+    overrides = [
+        "anchors.source.path=org/data",
+        "anchors.positions=[vision_token_mean, text_token_last, mean_masked, suffix]",
+        "compare.variants={near: {positions: [vision_token_mean]}}",
+    ]
+    config = load_config(minimal, overrides)
+    assert config.anchors is not None
+    assert config.anchors.positions == ("vision_mean", "text_last", "masked_mean", "suffix")
+    assert config.changed({"craft.positions": ["text_token_last"]}).craft.positions == ("text_last",)
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.split(": ")[0] for line in told] == ["anchors.positions"] * 3 + ["compare.variants.near.positions"]
+    assert "vision_token_mean is the earlier name of vision_mean" in told[0]
+    assert "each entry only once" in refusal(
+        minimal, overrides[0], "anchors.positions=[vision_token_mean, vision_mean]"
+    )
 
 
 # --- files ----------------------------------------------------------------------------------------------------

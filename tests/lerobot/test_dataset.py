@@ -562,3 +562,35 @@ def test_pictures_that_no_space_is_left_for(images: Path, tmp_path: Path, monkey
     message = refusal(StorageError, lambda: source(images))
     assert f"the pictures of {images} could not be unpacked into {tmp_path / 'file'}" in message
     assert "set HF_DATASETS_CACHE" in message
+
+
+def test_frames_can_be_drawn_at_random(images: Path) -> None:
+    """The same ones for a seed, in their order, after the stride and the limit; and they are part of the identity."""
+    ids = source(images).ids()
+    drawn = source(images, sample=4)
+    assert len(drawn) == 4
+    assert drawn.ids() == [name for name in ids if name in drawn.ids()]
+    assert drawn.ids() == source(images, sample=4).ids() != ids[:4]
+    assert drawn.ids() != source(images, sample=4, sample_seed=1).ids()
+    assert source(images, sample=len(ids) + 1).ids() == ids
+    assert set(source(images, stride=2, sample=3).ids()) <= set(source(images, stride=2).ids())
+    prints = {source(images, **how).fingerprint for how in ({}, {"sample": 4}, {"sample": 4, "sample_seed": 1})}
+    assert len(prints) == 3
+
+
+def test_prompts_of_a_file_replace_the_words_of_the_tasks(images: Path, tmp_path: Path) -> None:
+    file, texts = tmp_path / "prompts.json", ["Pick it up", "Put it down", "Let go"]
+    for content in ({"prompts": texts}, texts):
+        file.write_text(json.dumps(content))
+        found = source(images, prompts=str(file))
+        prompts = {sample.id: sample.prompt for sample in found}
+        assert set(prompts.values()) == set(texts)
+        part = source(images, prompts=str(file), stride=2)
+        assert all(prompts[sample.id] == sample.prompt for sample in part), "a frame keeps its prompt"
+    before = source(images, prompts=str(file)).fingerprint
+    file.write_text(json.dumps(texts[:2]))
+    assert len({before, source(images, prompts=str(file)).fingerprint, source(images).fingerprint}) == 3
+    for wrong in ("[]", "{}", "[1]", '["a", ""]', "no json"):
+        file.write_text(wrong)
+        assert "is no JSON list of texts" in refusal(ConfigError, lambda: source(images, prompts=str(file)))
+    assert "there is no such file" in refusal(ConfigError, lambda: source(images, prompts=str(tmp_path / "none")))

@@ -8,13 +8,15 @@ from itertools import pairwise
 import pytest
 
 from craft_ray.config import CraftConfig
-from craft_ray.method.dual import epsilon_at
+from craft_ray.method.dual import epsilon_at, epsilon_reached
 
 DECAYING = ("linear", "cosine", "exponential")
 
 
-def config(schedule: str, decay_steps: int = 0) -> CraftConfig:
-    return CraftConfig(epsilon_schedule=schedule, epsilon_start=0.2, epsilon_end=0.05, epsilon_decay_steps=decay_steps)
+def config(schedule: str, decay_steps: int = 0, **settings: float) -> CraftConfig:
+    return CraftConfig(
+        epsilon_schedule=schedule, epsilon_start=0.2, epsilon_end=0.05, epsilon_decay_steps=decay_steps, **settings
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,3 +74,24 @@ def test_an_unknown_schedule_is_an_error_that_names_the_known_ones() -> None:
     craft = config("linear").model_copy(update={"epsilon_schedule": "steep"})
     with pytest.raises(ValueError, match=r"steep.*constant, linear, cosine or exponential"):
         epsilon_at(1, 10, craft)
+
+
+@pytest.mark.parametrize("schedule", DECAYING)
+@pytest.mark.parametrize("steps", [2, 18, 101, 10_000])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.8, 1.0])
+def test_a_fraction_of_the_run_is_the_same_curve_for_every_length(schedule: str, steps: int, part: float) -> None:
+    """And its end is reached, so a run is judged by a budget that it had."""
+    craft, last = config(schedule, epsilon_decay=part), steps - 1
+    assert epsilon_reached(steps, craft) == 0.05
+    assert epsilon_at(0, steps, craft) == 0.2
+    middle = round(part * last / 2)
+    as_steps = config(schedule, decay_steps=1_000_000)
+    same = epsilon_at(round(middle / (part * last) * 1_000_000), 10_000_000, as_steps)
+    assert epsilon_at(middle, steps, craft) == pytest.approx(same, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", DECAYING)
+def test_a_decay_that_outlasts_the_run_ends_above_epsilon_end(schedule: str) -> None:
+    assert epsilon_reached(11, config(schedule, decay_steps=20)) == epsilon_at(10, 11, config(schedule, decay_steps=20))
+    assert 0.05 < epsilon_reached(11, config(schedule, decay_steps=20)) < 0.2
+    assert epsilon_reached(11, config(schedule, decay_steps=10)) == 0.05

@@ -80,8 +80,14 @@ def test_metrics_hold_no_graph() -> None:
     assert not any(value.requires_grad for value in vars(metrics).values())
 
 
-def test_the_multiplier_of_this_step_is_the_old_one() -> None:
+def test_the_weights_move_with_the_old_multiplier_and_the_new_one_is_logged() -> None:
     """The dual step follows the primal step, on the L_ret that the primal step saw."""
-    state, metrics = take_step(mlp(), initial_lambda=2.0, violation_clip=None, lambda_lr=0.1)
-    assert metrics.multiplier.item() == 2.0
-    assert state.multiplier.item() == pytest.approx(2.0 + 0.1 * (metrics.retention_loss.item() / 0.1 - 1))
+    modules = [mlp(), mlp()]
+    moving, still = (
+        take_step(module, initial_lambda=2.0, violation_clip=None, lambda_lr=rate)
+        for module, rate in zip(modules, (0.1, 0.0), strict=True)
+    )
+    assert torch.equal(*map(weights, modules))
+    for (state, metrics), rate in ((moving, 0.1), (still, 0.0)):
+        assert metrics.multiplier == state.multiplier
+        assert state.multiplier.item() == pytest.approx(2.0 + rate * (metrics.retention_loss.item() / 0.1 - 1))

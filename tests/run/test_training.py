@@ -493,3 +493,30 @@ def test_runs_of_one_process_share_preprocessed_samples(
     before = len(made)
     list(training(other, RunFolder(tmp_path / "other" / "run"), OneWorker(), NullObserver(), features))
     assert len(made) > before, "another way to read the same data has other features"
+
+
+def test_a_budget_that_the_run_does_not_reach_is_told_and_the_reached_one_is_certified(
+    digits: Digits, cached: Path, tmp_path: Path
+) -> None:
+    class Notes(NullObserver):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.lines.append(text)
+
+    decay = {"craft.epsilon_schedule": "linear", "craft.epsilon_start": 0.5, "craft.epsilon_end": 0.1}
+    for changes, certified in (({"craft.epsilon_decay_steps": 20}, 0.4), ({"craft.epsilon_decay": 0.8}, 0.1)):
+        config, notes = digits.experiment(cached, {**decay, **changes}), Notes()
+        folder = RunFolder(tmp_path / str(certified))
+        folder.begin(config, ["test"])
+        train(config, folder, OneWorker(), notes)
+        assert folder.finished()["epsilon"] == pytest.approx(certified)
+        assert folder.read_metrics()[-1]["craft/epsilon"] == pytest.approx(certified)
+        assert folder.read_metrics()[-1]["craft/lambda"] == folder.finished()["lambda"]
+        warned = [line for line in notes.lines if line.startswith("warning: ")]
+        outlasts = "craft.epsilon_decay_steps 20, but the run has train.steps 6: it ends at 0.4 instead of 0.1"
+        assert [outlasts in line for line in warned] == [True] * (certified == 0.4)
+        for started in ("Retention mode: hidden", "CRaFT is enabled: hidden (layers [3, 4] at text_last"):
+            assert len([line for line in notes.lines if line.startswith(started)]) == 1
+        assert len([line for line in notes.lines if "anchors loaded" in line]) == 1

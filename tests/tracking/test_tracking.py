@@ -256,7 +256,7 @@ parent = tracker.start("sweep", {"tracking": {"mlflow": "http://me:s3cret@host"}
 first, second = tracker.start("trial 0", {}, parent), tracker.start("trial 1", {}, parent)
 for step in (1, 2):
     first.log([{"step": step, "train/loss": 0.5, "craft/lambda": None}])
-    second.log([{"step": step, "train/loss": 0.5}])
+    second.log([{"step": step, "train/loss": 0.5, "craft/conflict": step == 2}])
 first.end("stopped"); second.end("failed"); parent.end("finished")
 (tracker,) = open_trackers(TrackingConfig(wandb="offline", project="test"), folder)
 again = tracker.start("trial 0", {}, parent, id=first.id)
@@ -306,6 +306,8 @@ def test_offline_runs_are_in_the_folder_and_nothing_is_sent(tmp_path: Path) -> N
         if record.HasField("history")
     ]
     assert [(row["step"], row["train/loss"]) for row in logged] == [(1, 0.5), (2, 0.5)]
+    earlier = [(row["train/step"], row["craft/grad_conflict"]) for row in logged]
+    assert earlier == [(row["step"], row["craft/conflict"]) for row in logged] == [(1, 0), (2, 1)]
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1]
 
     everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "ids")

@@ -44,7 +44,7 @@ class Identity(_Frozen):
     positions: tuple[str, ...]
     hidden_size: int
     dtype: str
-    inputs: Literal["raw", "frames", "tensors"]
+    inputs: Literal["raw", "messages", "frames", "tensors"]
     pixel_shape: tuple[int, ...] | None = None
     """Shape of one sample's pixel_values, if inputs are tensors."""
     suffix_from: str

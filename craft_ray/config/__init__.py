@@ -13,6 +13,7 @@ from craft_ray.config.data import (
     TableData,
     TextData,
     as_format,
+    recognised,
 )
 from craft_ray.config.evaluation import (
     EvalSet,
@@ -74,4 +75,5 @@ __all__ = [
     "parse_config",
     "parse_overrides",
     "read_yaml",
+    "recognised",
 ]

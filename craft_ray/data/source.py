@@ -21,6 +21,7 @@ from craft_ray.config import (
     TableData,
     TextData,
     as_format,
+    recognised,
 )
 from craft_ray.data.formats import files_at, format_at, looks_local
 from craft_ray.data.hugging_face import read_dataset, read_parquet
@@ -43,6 +44,8 @@ class Source(Protocol):
     """Whether a sample has a response for the model to give."""
     has_choices: bool
     """Whether it has answers to choose from."""
+    has_conversations: bool
+    """Whether its samples are conversations."""
 
     @property
     def features(self) -> Mapping[str, tuple[int, ...]] | None:
@@ -113,6 +116,7 @@ def _open_table(config: TableData, named: str, key: str) -> TableSource:
         raise ConfigError(f"{key}: {config.path} does not read as {kind} ({reason})") from None
     if not len(table):
         raise DataError(f"{key}: {config.path} holds no sample; specify data with at least one row")
+    config = config.model_copy(update={"columns": recognised(config.columns, table.column_names)})
     check_columns(config.columns, table.column_names, config.path, key)
     if config.limit is not None:
         table = table.select(range(min(config.limit, len(table))))
@@ -137,7 +141,7 @@ def _read(config: TableData, files: Sequence[Path], content: str) -> Table:
 def _reading_settings(config: TableData) -> str:
     """The settings by which rows are read, as text. Caches and runs are identified by its hash: so it stays as when
     every source had all of them, and an unused key leaves it as it was before that key existed."""
-    unused = None if config.columns.answer_index else {"answer_index"}
+    unused = {name for name in ("answer_index", "messages", "tools") if getattr(config.columns, name) is None}
     how = {
         "split": config.split if isinstance(config, HuggingFaceData) else "train",
         "revision": config.revision if isinstance(config, HuggingFaceData) else None,

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from blake3 import blake3
 
 from craft_ray.config import Columns
+from craft_ray.data.conversation import Conversation, alpaca, content_text, image_paths, read_conversation
 from craft_ray.data.ids import CHUNK, Ids
 from craft_ray.data.images import encoded_image
 from craft_ray.data.sample import Sample
@@ -45,7 +46,8 @@ class TableSource:
         self._folder = folder
         self._content = content
         self.name = name
-        self.has_responses = columns.response is not None or columns.answer_index is not None
+        self.has_conversations = columns.messages is not None
+        self.has_responses = bool(columns.response or columns.answer_index or columns.messages)
         self.has_choices = columns.choices is not None
 
     @cached_property
@@ -54,10 +56,15 @@ class TableSource:
         digest = blake3(self._content.encode())
         if self._columns.image is not None:
             for row, cell in enumerate(self._table[self._columns.image]):
-                if isinstance(cell, dict) and not cell.get("bytes"):
-                    cell = cell.get("path")
-                if isinstance(cell, str):
-                    digest.update(encoded_image(cell, self._folder, f"{self.name}, row {row}"))
+                for image in _image_cells(cell) if self.has_conversations else (cell,):
+                    if isinstance(image, dict) and not image.get("bytes"):
+                        image = image.get("path")
+                    if isinstance(image, str):
+                        digest.update(encoded_image(image, self._folder, f"{self.name}, row {row}"))
+        if self._columns.messages is not None:
+            for row, cell in enumerate(self._table[self._columns.messages]):
+                for path in image_paths(cell):
+                    digest.update(encoded_image(path, self._folder, f"{self.name}, row {row}"))
         return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
@@ -88,8 +95,11 @@ class TableSource:
     def _sample(self, row: int, cells: dict[str, Any]) -> Sample:
         columns = self._columns
         where = f"{self.name}, row {row}"
-        image = choices = None
-        if columns.image is not None:
+        image = choices = conversation = None
+        if columns.messages is not None:
+            conversation = self._conversation(cells, columns.messages, where)
+            image = conversation.images[0] if conversation.images else None
+        elif columns.image is not None:
             image = encoded_image(cells[columns.image], self._folder, where)
         if columns.choices is not None:
             options = cells[columns.choices]
@@ -98,14 +108,34 @@ class TableSource:
             choices = tuple(_text(option, where, columns.choices) for option in options)
         return Sample(
             id=f"{row:08d}" if columns.id is None else _text(cells[columns.id], where, columns.id),
-            prompt="" if columns.prompt is None else _text(cells[columns.prompt], where, columns.prompt),
+            prompt=self._prompt(cells, conversation, where),
             image=image,
-            response=self._response(cells, choices, where),
+            response=self._response(cells, choices, conversation, where),
             choices=choices,
+            conversation=conversation,
+            origin=where,
         )
 
-    def _response(self, cells: dict[str, Any], choices: tuple[str, ...] | None, where: str) -> str | None:
+    def _prompt(self, cells: dict[str, Any], conversation: Conversation | None, where: str) -> str:
+        if conversation is not None:
+            return conversation.transcript
+        column = self._columns.prompt
+        return "" if column is None else _text(cells[column], where, column)
+
+    def _conversation(self, cells: dict[str, Any], column: str, where: str) -> Conversation:
+        columns, cell = self._columns, cells[column]
+        if isinstance(cell, str) and "output" in self._table.column_names:
+            return alpaca(cell, cells.get("input"), cells["output"], where)
+        images = None if columns.image is None else _image_cells(cells[columns.image])
+        tools = None if columns.tools is None else cells[columns.tools]
+        return read_conversation(cell, column, images, tools, self._folder, where)
+
+    def _response(
+        self, cells: dict[str, Any], choices: tuple[str, ...] | None, conversation: Conversation | None, where: str
+    ) -> str | None:
         columns = self._columns
+        if conversation is not None:
+            return None if conversation.answer is None else content_text(conversation.answer)
         if columns.answer_index is None:
             return None if columns.response is None else _text(cells[columns.response], where, columns.response)
         assert choices is not None, "Columns refuses an answer_index without choices"
@@ -124,6 +154,13 @@ def check_columns(columns: Columns, present: Sequence[str], path: str, key: str)
                 f"{key}.columns.{role} is '{column}', but {path} has the columns {', '.join(present)}: "
                 f"specify one of them, or null"
             )
+
+
+def _image_cells(cell: Any) -> list[Any]:
+    """The images of a conversation: those of a list of them, or a single one."""
+    if cell is None:
+        return []
+    return cell if isinstance(cell, list) and not isinstance(next(iter(cell), None), (list, int)) else [cell]
 
 
 def _text(value: Any, where: str, column: str) -> str:

@@ -1,9 +1,9 @@
 """Conversations in the forms that data sets have, as the messages that a chat template takes.
 
-    OpenAI, TRL    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-                   content is text, or parts: {"type": "text", "text": ...}, {"type": "image"}
-    ShareGPT       [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
-    Alpaca         {"instruction": "Greet me.", "input": "in French", "output": "Bonjour."}
+OpenAI, TRL    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+               content is text, or parts: {"type": "text", "text": ...}, {"type": "image"}
+ShareGPT       [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+Alpaca         {"instruction": "Greet me.", "input": "in French", "output": "Bonjour."}
 """
 
 from __future__ import annotations

@@ -234,7 +234,9 @@ class ChatTemplate:
     def _content(self, message: Message, where: str) -> Any:
         content, literal = message["content"], message["role"] != "assistant"
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        parts = [{**part, "text": self._literal(part["text"])} if literal and "text" in part else part for part in parts]
+        parts = [
+            {**part, "text": self._literal(part["text"])} if literal and "text" in part else part for part in parts
+        ]
         if self._parts:
             return parts
         if any(part["type"] == "image" for part in parts):

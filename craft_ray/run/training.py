@@ -24,6 +24,7 @@ from craft_ray.errors import ConfigError
 from craft_ray.method.gradients import GradientPair
 from craft_ray.models import load_model
 from craft_ray.models.base import Batch, Features, Model
+from craft_ray.models.capabilities import TokenModel
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.constraint import Constraint, open_mode, split
 from craft_ray.retention.mode import Terms
@@ -41,6 +42,8 @@ from craft_ray.workers import Workers
 
 TASK_STREAM = 0
 """Keeps the order of the task's samples apart from that of the anchors under one seed."""
+BOUNDARIES = 64
+"""Samples of the task, spread over it, whose boundary of prompt and response is looked at before a run."""
 LOCK_WAIT_S = 120
 """An NFS server keeps the lock of a machine that vanished for 90 s."""
 
@@ -152,10 +155,25 @@ class Run:
             f"{self.workers.world_size} worker(s) on {self.workers.device}"
         )
         held = held_by(self.constraints)
+        self._announce_boundaries()
         for line in ["CRaFT is off: plain fine-tuning (the baseline arm)"] if held is None else held.described():
             self.observer.note(line)
         if self.step:
             self.observer.note(f"resuming after step {self.step}")
+
+    def _announce_boundaries(self) -> None:
+        """Tell where prompt and response are tokenised apart, although together they would have other tokens."""
+        if not isinstance(self.model, TokenModel):
+            return
+        count = min(BOUNDARIES, len(self.task))
+        samples = [self.task[i * len(self.task) // count] for i in range(count)]
+        merged = [sample for sample in samples if self.model.boundary_merges(sample)]
+        if merged:
+            self.observer.note(
+                f"in {len(merged)} of {count} samples of the new skill a token would extend over the boundary of prompt "
+                f"and response, which are therefore tokenised apart (first: {merged[0].where}): does a space belong to "
+                f"the response?"
+            )
 
     # -- the state of the run
 

@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from craft_ray.examples.text import byte_tokenizer
+
 CORPUS = [
     "What is the capital of France? The capital of France is Paris. And of Italy? Rome is the capital of Italy.",
     "Name a primary color. One primary color is red. user assistant system model Certainly, be brief!",
@@ -154,3 +156,11 @@ def chat_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def byte_level_chat(template: str) -> PreTrainedTokenizerFast:
+    """A token for each byte and the marks of ChatML: nothing is trained, so it is the same with every version."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer

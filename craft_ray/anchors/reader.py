@@ -62,8 +62,11 @@ def check_sizes(folder: StoragePath, manifest: Manifest) -> None:
 
 
 INPUTS = {
-    "raw": ("image", "prompt"), "messages": ("image", "prompt"), "frames": ("frame", "prompt"), "tensors": ("input_ids", "pixel_values"),
-}  # fmt: skip
+    "raw": ("image", "prompt"),
+    "messages": ("image", "prompt"),
+    "frames": ("frame", "prompt"),
+    "tensors": ("input_ids", "pixel_values"),
+}
 """The columns that hold an anchor's input."""
 
 

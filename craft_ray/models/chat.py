@@ -53,8 +53,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         if not getattr(processor, "chat_template", None):
             raise ConfigError(
-                f"model.chat_template is true, but {path} has no chat template: set it to false, or specify a model that "
-                f"was trained on conversations"
+                f"model.chat_template is true, but {path} has no chat template: set it to false, or specify a model "
+                f"that was trained on conversations"
             )
         self.end, self.end_id = self._end_of_turn()
 
@@ -64,14 +64,14 @@ class ChatTemplate:
         """The first token of its own that the template writes behind an assistant's turn, as text and as a number."""
         asked: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
         try:
-            text = self._render(asked, None, False, "")
-        except DataError as without:  # some templates want a system turn
+            text = self._written_by(asked, None, False, "")
+        except Exception as without:  # some templates want a system turn; others are broken
             try:
-                text = self._render([{"role": "system", "content": "?"}, *asked], None, False, "")
-            except DataError:
+                text = self._written_by([{"role": "system", "content": "?"}, *asked], None, False, "")
+            except Exception:
                 raise ConfigError(
                     f"model.chat_template is true, but the template of {self._path} writes no question with an answer "
-                    f"({without.message.partition(': ')[2]}): set it to false, or mend the template"
+                    f"({first_line(without)}): set it to false, or mend the template"
                 ) from None
         behind = text.rpartition(PROBE)[2]
         own = self._tokenizer.added_tokens_decoder
@@ -203,23 +203,27 @@ class ChatTemplate:
         return Conversation(({"role": "user", "content": parts},), images=(sample.image or b"",))
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, ask: bool, where: str) -> str:
-        """
+        """What the template writes.
+
         Args:
             ask: whether the marks that ask the assistant for a turn follow.
         """
         try:
-            return str(
-                self._processor.apply_chat_template(
-                    self._as_taken(messages, where),
-                    tools=None if tools is None else list(tools),
-                    tokenize=False,
-                    add_generation_prompt=ask,
-                )
-            )
+            return self._written_by(messages, tools, ask, where)
         except DataError:
             raise
         except Exception as error:  # a template is a program of the model's author and can raise anything
             raise self._refusal(error, where) from None
+
+    def _written_by(self, messages: Sequence[Message], tools: Sequence[Any] | None, ask: bool, where: str) -> str:
+        return str(
+            self._processor.apply_chat_template(
+                self._as_taken(messages, where),
+                tools=None if tools is None else list(tools),
+                tokenize=False,
+                add_generation_prompt=ask,
+            )
+        )
 
     def _refusal(self, error: Exception, where: str) -> DataError:
         return DataError(

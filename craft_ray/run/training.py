@@ -170,8 +170,8 @@ class Run:
         merged = [sample for sample in samples if self.model.boundary_merges(sample)]
         if merged:
             self.observer.note(
-                f"in {len(merged)} of {count} samples of the new skill a token would extend over the boundary of prompt "
-                f"and response, which are therefore tokenised apart (first: {merged[0].where}): does a space belong to "
+                f"in {len(merged)} of {count} samples of the new skill a token would extend over the boundary of "
+                f"prompt and response, so they are tokenised apart (first: {merged[0].where}): does a space belong to "
                 f"the response?"
             )
 

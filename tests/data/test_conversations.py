@@ -58,7 +58,8 @@ def test_every_form_is_the_same_conversation(tmp_path: Path) -> None:
     assert one(tmp_path, {"chat": TURNS, "prompt": "x"}, messages="chat") == EXPECTED
     assert one(tmp_path, {"conversations": SHAREGPT}) == EXPECTED
     in_parts = one(tmp_path, {"messages": parts})
-    assert in_parts.transcript == EXPECTED.transcript and len(in_parts.messages) == 4
+    assert in_parts.transcript == EXPECTED.transcript
+    assert len(in_parts.messages) == 4
 
 
 def test_a_sample_has_the_last_turn_as_its_response(tmp_path: Path) -> None:
@@ -67,11 +68,13 @@ def test_a_sample_has_the_last_turn_as_its_response(tmp_path: Path) -> None:
     assert (answered.answer(), answered.prompt) == (
         "Jetzt.", "system: Be brief.\nuser: Wo?\nassistant: Hier.\nuser: Und wann?",
     )  # fmt: skip
-    assert open_.response is None and open_.conversation == Conversation(tuple(asked))
+    assert open_.response is None
+    assert open_.conversation == Conversation(tuple(asked))
     with pytest.raises(DataError, match=r"a\.jsonl, row 1: the conversation ends with a turn of the user"):
         open_.answer()
     other = answered.answering("Bald.")
-    assert other.answer() == "Bald." and other.conversation is not None
+    assert other.answer() == "Bald."
+    assert other.conversation is not None
     assert other.conversation.answer == {"role": "assistant", "content": "Bald."}
     assert answered.answering("Jetzt.") is answered
 

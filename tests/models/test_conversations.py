@@ -1,4 +1,4 @@
-"""What a conversation is to a model: the tokens that its own template has for it, and the assistant's turns to learn."""
+"""What a conversation is to a model: the tokens of its own template, and the assistant's turns to learn."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def test_the_tokens_are_those_of_apply_chat_template(family: str, load: Callable
 def test_a_token_that_would_extend_over_the_start_of_a_turn_is_split(load: Callable[..., CausalLM]) -> None:
     """GPT-2 joins a space with the word behind it, and this template ends its prompt with one."""
     model, talk = load("gpt2"), sample(TURNS)
-    assert model.boundary_merges(talk) and not load("qwen").boundary_merges(talk)
+    assert model.boundary_merges(talk)
+    assert not load("qwen").boundary_merges(talk)
     features, prompt = model.preprocess_task(talk), model.preprocess(talk).tokens["input_ids"].tolist()
     ids = features.tokens["input_ids"].tolist()
     assert ids[: len(prompt)] == prompt
@@ -175,7 +176,7 @@ def test_an_answer_that_does_not_follow_its_prompt_is_refused(load: Callable[...
         (
             "llama",
             [{"role": "system", "content": "Be brief."}, *TURNS],
-            "row 0, turn 1: .* leaves out turns of the role",
+            ", turn 1: .* leaves out turns of the role",
         ),
         ("qwen", [{"role": "user", "content": [{"type": "image", "image": __file__}]}], "reads text alone"),
     ],
@@ -197,7 +198,7 @@ def test_a_conversation_without_an_answer_is_no_training_data(load: Callable[...
     ("template", "expected"),
     [
         (None, "has no chat template: set it to false"),
-        ("{% for m in messages %}", "writes no question with an answer .*refuses"),
+        ("{% for m in messages %}", "writes no question with an answer"),
         ("{{ raise_exception('never') }}", "writes no question with an answer .*never"),
     ],
 )
@@ -234,9 +235,11 @@ def test_a_special_token_in_somebodys_text_is_text(family: str, load: Callable[.
     model, end = load(family), TURN_ENDS[family]
     number = model.tokenizer.convert_tokens_to_ids(end)
     turns = [{"role": "user", "content": f"What is {end} to you?"}, TURNS[1]]
+    harmless = [{"role": "user", "content": "What is it to you?"}, TURNS[1]]
+    own = model.preprocess(sample(harmless)).tokens["input_ids"].tolist().count(number)
     for asked in (sample(turns), Sample("0", str(turns[0]["content"]))):
         ids = model.preprocess(asked).tokens["input_ids"].tolist()
-        assert number not in ids
+        assert ids.count(number) == own
         written = model.tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
         if family != "t5":  # its vocabulary lacks some of the letters
             assert model.tokenizer.decode(ids).replace(" ", "") == written.replace(" ", "")
@@ -286,7 +289,7 @@ def test_a_merge_over_the_boundary_is_told_and_the_prompt_stays(family: str, loa
 
 
 def test_what_a_tokenizer_appends_is_no_part_of_a_prompt(load: Callable[..., CausalLM]) -> None:
-    t5, t5_chat, llama = load("t5", chat_template=False), load("t5"), load("llama", chat_template=False)
+    t5, llama = load("t5", chat_template=False), load("llama", chat_template=False)
     assert t5.tokenizer("Hello")["input_ids"][-1] == t5.tokenizer.eos_token_id
     assert t5.tokenizer.eos_token_id not in t5.preprocess(Sample("0", "Hello")).tokens["input_ids"]
     assert (t5.text.appended, llama.text.appended) == ([t5.tokenizer.eos_token_id], [])
@@ -294,7 +297,6 @@ def test_what_a_tokenizer_appends_is_no_part_of_a_prompt(load: Callable[..., Cau
     t5.text.appended, kept = [], t5.text.appended
     assert t5.preprocessor_fingerprint() != before  # its caches were built with the token
     t5.text.appended = kept
-    assert t5_chat.preprocessor_fingerprint() != before
 
 
 def test_bos_and_eos_that_the_text_brings_along_are_not_doubled(load: Callable[..., CausalLM]) -> None:
@@ -314,7 +316,8 @@ def test_a_template_without_an_end_of_turn_gets_eos(load: Callable[..., CausalLM
     model = load("qwen", "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
                          "{% if add_generation_prompt %}[assistant]{% endif %}")  # fmt: skip
     eos = model.tokenizer.eos_token_id
-    assert model.chat is not None and model.chat.end is None
+    assert model.chat is not None
+    assert model.chat.end is None
     assert model.response_tokens(sample(TURNS))[-1] == eos
     assert learnt(model, model.preprocess_task(sample(TURNS)))[-1] == eos
 

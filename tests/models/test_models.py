@@ -598,20 +598,17 @@ def test_a_conversation_with_images_is_what_the_processor_makes_of_it(
     image, pixels = {"type": "image"}, (png(1), png(2))
     turns = [
         {"role": "user", "content": [image, {"type": "text", "text": "A?"}]},
-        {"role": "assistant", "content": "one"},
+        {"role": "assistant", "content": [{"type": "text", "text": "one"}]},
         {"role": "user", "content": [{"type": "text", "text": "B?"}, image]},
-        {"role": "assistant", "content": "two"},
+        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
     ]
     talk = Sample("0", "", response="two", conversation=Conversation(tuple(turns[:-1]), turns[-1], pixels))
     features = model.preprocess_task(talk)
     shown = iter(decode_image(data, "") for data in pixels)
     filled = [
-        {**turn, "content": [
-            {**part, "image": next(shown)} if part["type"] == "image" else part
-            for part in ([{"type": "text", "text": turn["content"]}] if isinstance(turn["content"], str) else turn["content"])
-        ]}
+        {**turn, "content": [{**p, "image": next(shown)} if p["type"] == "image" else p for p in turn["content"]]}
         for turn in turns
-    ]  # fmt: skip
+    ]
     own = model.processor.apply_chat_template(filled, tokenize=True, return_dict=True, return_tensors="pt")
     assert torch.equal(features.tokens["input_ids"], own["input_ids"][0])
     assert torch.equal(features.images["pixel_values"], own["pixel_values"])

@@ -72,7 +72,9 @@ def test_conversations_through_every_stage(experiment: Experiment, tmp_path: Pat
     run.begin(experiment, ["test"])
     train(experiment, run, OneWorker(), NullObserver())
     result = run.finished()
-    assert result is not None and result["steps"] == 2 and result["retention_loss"] is not None
+    assert result is not None
+    assert result["steps"] == 2
+    assert result["retention_loss"] is not None
     # Scores are of the last turn alone, the loss is of every turn of the assistant.
     features = [model.preprocess_task(sample) for sample in open_source(experiment.task, "task")]
     ends = [model.decode([int(one.tokens["input_ids"][at]) for at in one.layout.predicted]) for one in features]

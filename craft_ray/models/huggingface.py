@@ -209,11 +209,20 @@ class HuggingFaceModel(TokenModel, TensorModel):
         if sample.conversation is None:
             return super().preprocess_task(sample)
         assert self.chat is not None, "check_source refuses conversations without a template"
+        if self.suffix_type:
+            if any(message["role"] == "assistant" for message in sample.conversation.messages):
+                raise DataError(
+                    f"{sample.where}: the conversation has several turns of the assistant, but {self.config.path} sees "
+                    f"all of a prompt at once, earlier answers included: end each row with its first answer"
+                )
+            return super().preprocess_task(sample)
         encoded, learnt = self.encode_learnt(sample)
         end = _listed(self._eos) if self.chat.end is None and self.config.append_eos else []
         features = self.with_suffix(self._prompt(encoded), end, sample.id)
         length = features.layout.length
         learnt += tuple(range(length - len(end), length))
+        if not learnt:
+            raise DataError(f"{sample.where}: the chat template writes nothing of the assistant's turns: mend it")
         return replace(features, layout=replace(features.layout, prompt_length=learnt[0], learnt=learnt))
 
     def response_tokens(self, sample: Sample) -> list[int]:

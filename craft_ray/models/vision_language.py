@@ -60,7 +60,10 @@ class VisionLanguageModel(HuggingFaceModel):
             else:
                 places.append(encoded["input_ids"].shape[1] - behind)
         if cut.merged:
-            raise DataError(f"{sample.where}: a token of the conversation would extend over the end of a turn")
+            raise DataError(
+                f"{sample.where}: in what the chat template of {self.config.path} writes, a token extends over the "
+                f"beginning or the end of a turn, so the turn cannot be learnt: let its marks be special tokens"
+            )
         return encoded, replace(cut, places=places).inside()
 
     def cut(self, sample: Sample) -> Cut:

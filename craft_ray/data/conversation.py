@@ -54,7 +54,7 @@ class Conversation:
         """What an anchor cache holds of it: the turns before the answer as JSON, and the images, one after the
         other."""
         tree = {"messages": self.messages, "tools": self.tools, "image_bytes": [len(image) for image in self.images]}
-        return json.dumps(tree, ensure_ascii=False), b"".join(self.images)
+        return json.dumps(tree, ensure_ascii=False, default=str), b"".join(self.images)
 
     @classmethod
     def from_stored(cls, text: str, data: bytes) -> Conversation:

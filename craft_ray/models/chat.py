@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from craft_ray.data.conversation import Conversation, Message
+from craft_ray.data.conversation import Conversation, Message, content_text
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError, first_line
 
@@ -181,7 +181,7 @@ class ChatTemplate:
         for number, message in enumerate(conversation.messages):
             if message["role"] in self._written:
                 continue
-            other = {**message, "content": f"{PROBE}?"}
+            other = {**message, "content": f"{content_text(message)} {PROBE}"}
             messages = conversation.messages
             changed = (*messages[:number], other, *messages[number + 1 :])
             if message.get("tool_calls") or self._render(

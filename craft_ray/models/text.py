@@ -87,7 +87,10 @@ class TextEncoder:
 
     def _ends(self) -> tuple[list[int], list[int]]:
         """The special tokens that the tokenizer puts in front of a text and behind it."""
-        ids, bare = list(self._tokenizer("a")["input_ids"]), self._bare("a")
+        words = ("a", "0", *(self._tokenizer.decode([number]) for number in range(min(len(self._tokenizer), 300))))
+        word = next((word for word in words if self._bare(word)), "")  # a small vocabulary need not know "a"
+        ids, bare = list(self._tokenizer(word)["input_ids"]), self._bare(word)
+        assert bare, f"{type(self._tokenizer).__name__} has no token for any text"
         for start in range(len(ids) - len(bare) + 1):
             if ids[start : start + len(bare)] == bare:
                 return ids[:start], ids[start + len(bare) :]

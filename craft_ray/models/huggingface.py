@@ -72,7 +72,8 @@ class HuggingFaceModel(TokenModel, TensorModel):
         self._eos: int | None = self.tokenizer.eos_token_id
         # A chat model ends its turn with a token of its own, which its template writes or its generation config names.
         own = self.module.generation_config.eos_token_id if self.module.generation_config else None
-        self._stops = sorted({*_listed(own), *_listed(self._eos), *_listed(self.chat and self.chat.end_id)})
+        turn_end = None if self.chat is None else self.chat.end_id
+        self._stops = sorted({*_listed(own), *_listed(self._eos), *_listed(turn_end)})
         pad = self.tokenizer.pad_token_id
         self._pad: int = pad if pad is not None else (self._eos or 0)
         self._takes_keep = "logits_to_keep" in inspect.signature(self.module.forward).parameters

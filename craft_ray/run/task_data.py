@@ -52,7 +52,7 @@ class TaskData:
         """Where prompt and response are tokenised apart, although together they would have other tokens: a line to
         tell; None where it happens nowhere."""
         model, count = self._model, min(BOUNDARIES, len(self.source))
-        if not isinstance(model, TokenModel):
+        if not isinstance(model, TokenModel) or self.source.features is not None:  # a frame has no text to merge
             return None
         samples = [self.source[i * len(self.source) // count] for i in range(count)]
         merged = [sample for sample in samples if sample.response is not None and model.boundary_merges(sample)]

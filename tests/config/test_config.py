@@ -68,7 +68,7 @@ LEROBOT = {
     **DATA, "format": "lerobot", "revision": "v2", "episodes": [1, 2], "stride": 2,
     "rename": {"observation.a": "observation.b"},
 }  # fmt: skip
-INSTEAD = ("columns.answer_index",)
+INSTEAD = ("columns.answer_index", "columns.messages", "columns.tools")
 """Keys that another key of this list replaces."""
 REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task")
 """Keys without which a section is not valid, or is of another kind."""

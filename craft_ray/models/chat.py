@@ -150,8 +150,9 @@ class ChatTemplate:
         return MARKS_GENERATION.search(self._source(tools)) is not None
 
     def _marked(self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str) -> Rendered:
+        rendered: Any  # the library's own annotation is wrong
         try:
-            texts, marks = render_jinja_template(
+            rendered = render_jinja_template(
                 conversations=[self._as_taken(messages, where)],
                 tools=None if tools is None else list(tools),
                 chat_template=self._source(tools),
@@ -160,13 +161,14 @@ class ChatTemplate:
             )
         except Exception as error:  # as in _render
             raise self._refusal(error, where) from None
-        spans = tuple((start, end) for start, end in marks[0] if start < end)
+        (text,), (marks,) = rendered
+        spans = tuple((start, end) for start, end in marks if start < end)
         if not spans:
             raise DataError(
                 f"{where}: the chat template of {self._path} marks nothing of it with {{% generation %}}, so there is "
                 f"nothing to learn: mend the template, or remove the row"
             )
-        return Rendered(texts[0], spans)
+        return Rendered(text, spans)
 
     # -- messages
 

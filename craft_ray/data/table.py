@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
 from blake3 import blake3
 
-from craft_ray.config import Columns
+from craft_ray.config import INSTRUCTION, Columns
+from craft_ray.data.cells import cut, index_of, shown, text_of
 from craft_ray.data.conversation import Conversation, alpaca, content_text, image_paths, read_conversation
-from craft_ray.data.ids import CHUNK, Ids
+from craft_ray.data.ids import Ids
 from craft_ray.data.images import encoded_image
 from craft_ray.data.sample import Sample
-from craft_ray.errors import ConfigError, DataError
+from craft_ray.errors import ConfigError, DataError, first_line
 from craft_ray.storage.paths import StoragePath
 
 
 class Table(Protocol):
-    """Rows by number, and columns by name: JSON lines, or a table of Hugging Face datasets."""
+    """Rows by number, and columns by name: JSON lines, or a table in Arrow's layout."""
 
     column_names: list[str]
+    """Of every column, with those that the config does not name."""
+    classes: Mapping[str, Sequence[str]]
+    """The names that stand behind the integers of a column."""
+    identity: str
+    """What decides the rows beside the content of the files."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, key: Any) -> Any: ...
+    def row(self, number: int) -> dict[str, Any]:
+        """Cells by column."""
+        ...
 
-    def select(self, rows: Any) -> Table: ...
+    def column(self, name: str) -> Iterator[Any]: ...
+
+    def part(self, start: int, stop: int) -> Table:
+        """The rows from `start` to before `stop`."""
+        ...
+
+    def place(self, number: int) -> tuple[str | None, int]:
+        """The file of a row and its number there; no file if there is only one."""
+        ...
 
 
 class TableSource:
@@ -42,6 +57,7 @@ class TableSource:
             content: hash of the rows and of how they are read.
         """
         self._table = table
+        self._classes = table.classes
         self._columns = columns
         self._folder = folder
         self._content = content
@@ -55,23 +71,29 @@ class TableSource:
         """It includes the content of images, not their paths."""
         digest = blake3(self._content.encode())
         if self._columns.image is not None:
-            for row, cell in enumerate(self._table[self._columns.image]):
+            for row, cell in enumerate(self._table.column(self._columns.image)):
                 for image in _image_cells(cell) if self.has_conversations else (cell,):
                     if isinstance(image, dict) and not image.get("bytes"):
                         image = image.get("path")
                     if isinstance(image, str):
-                        digest.update(encoded_image(image, self._folder, f"{self.name}, row {row}"))
+                        digest.update(encoded_image(image, self._folder, self._where(row)))
         if self._columns.messages is not None:
-            for row, cell in enumerate(self._table[self._columns.messages]):
+            for row, cell in enumerate(self._table.column(self._columns.messages)):
                 for path in image_paths(cell):
-                    digest.update(encoded_image(path, self._folder, f"{self.name}, row {row}"))
+                    digest.update(encoded_image(path, self._folder, self._where(row)))
         return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, row: int) -> Sample:
-        return self._sample(row, self._table[row])
+        try:
+            cells = self._table.row(row)
+        except (ValueError, OverflowError) as error:  # a string that is no UTF-8, a time outside Python's years
+            raise DataError(
+                f"{self._where(row)}: it does not read ({cut(first_line(error))}); fix or remove the row"
+            ) from None
+        return self._sample(cells, self._where(row), f"{row:08d}")
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[row] for row in range(len(self)))
@@ -79,7 +101,7 @@ class TableSource:
     def ids(self) -> Ids:
         ids = Ids(self._each_id())
         if ids.duplicate is not None:
-            raise DataError(f"{self.name}: id '{ids.duplicate}' is in more than one row; ids must be unique")
+            raise DataError(f"{self.name}: id {shown(ids.duplicate)} is in more than one row; ids must be unique")
         return ids
 
     def _each_id(self) -> Iterator[str]:
@@ -87,59 +109,75 @@ class TableSource:
         if column is None:
             yield from (f"{row:08d}" for row in range(len(self)))
             return
-        cells = self._table[column]
-        for start in range(0, len(self), CHUNK):  # reading them one by one takes ten times as long
-            for row, value in enumerate(cells[start : start + CHUNK], start):
-                yield _text(value, f"{self.name}, row {row}", column)
+        try:
+            for row, value in enumerate(self._table.column(column)):
+                # There may be very many: the common case needs no name for an error.
+                plain = isinstance(value, str) and value.isascii()
+                yield value if plain else self._text(value, column, self._where(row))
+        except (ValueError, OverflowError) as error:
+            raise DataError(f"{self.name}: column '{column}' does not read ({cut(first_line(error))})") from None
 
-    def _sample(self, row: int, cells: dict[str, Any]) -> Sample:
+    def _where(self, row: int) -> str:
+        file, number = self._table.place(row)
+        return f"{self.name}, row {number}" if file is None else f"{self.name}: {file}, row {number}"
+
+    def _text(self, value: Any, column: str, where: str) -> str:
+        return text_of(value, where, column, self._classes)
+
+    def _sample(self, cells: dict[str, Any], where: str, number: str) -> Sample:
         columns = self._columns
-        where = f"{self.name}, row {row}"
-        image = choices = conversation = None
-        if columns.messages is not None:
-            conversation = self._conversation(cells, columns.messages, where)
-            image = conversation.images[0] if conversation.images else None
-        elif columns.image is not None:
-            image = encoded_image(cells[columns.image], self._folder, where)
+
+        def text(column: str) -> str:
+            return self._text(cells.get(column), column, where)
+
+        conversation = None if columns.messages is None else self._conversation(cells, columns.messages, where)
+        prompt = "" if columns.prompt is None else text(columns.prompt)
+        image = choices = None
+        if conversation is None and columns.image is not None:
+            image = encoded_image(cells.get(columns.image), self._folder, where)
         if columns.choices is not None:
-            options = cells[columns.choices]
+            options = cells.get(columns.choices)
             if not isinstance(options, list):
-                raise DataError(f"{where}: column '{columns.choices}' holds {options!r}; a list of answers is expected")
-            choices = tuple(_text(option, where, columns.choices) for option in options)
+                raise DataError(
+                    f"{where}: column '{columns.choices}' holds {shown(options)}; a list of answers is expected"
+                )
+            choices = tuple(self._text(option, columns.choices, where) for option in options)
+        response = None if columns.response is None else text(columns.response)
+        if columns.answer_index is not None:
+            assert choices is not None, "Columns refuses an answer_index without choices"
+            position = index_of(cells.get(columns.answer_index), len(choices), where, columns.answer_index)
+            response = choices[position]
+        if conversation is not None:
+            prompt, image = conversation.transcript, next(iter(conversation.images), None)
+            response = None if conversation.answer is None else content_text(conversation.answer)
         return Sample(
-            id=f"{row:08d}" if columns.id is None else _text(cells[columns.id], where, columns.id),
-            prompt=self._prompt(cells, conversation, where),
+            id=number if columns.id is None else text(columns.id),
+            prompt=prompt,
             image=image,
-            response=self._response(cells, choices, conversation, where),
+            response=response,
             choices=choices,
             conversation=conversation,
             origin=where,
         )
 
-    def _prompt(self, cells: dict[str, Any], conversation: Conversation | None, where: str) -> str:
-        if conversation is not None:
-            return conversation.transcript
-        column = self._columns.prompt
-        return "" if column is None else _text(cells[column], where, column)
-
     def _conversation(self, cells: dict[str, Any], column: str, where: str) -> Conversation:
-        columns, cell = self._columns, cells[column]
-        if isinstance(cell, str) and "output" in self._table.column_names:
-            return alpaca(cell, cells.get("input"), cells["output"], where)
-        images = None if columns.image is None else _image_cells(cells[columns.image])
-        tools = None if columns.tools is None else cells[columns.tools]
+        columns, cell = self._columns, cells.get(column)
+        if column == INSTRUCTION and isinstance(cell, str):
+            return alpaca(cell, cells.get("input"), cells.get("output"), where)
+        images = None if columns.image is None else _image_cells(cells.get(columns.image))
+        tools = None if columns.tools is None else cells.get(columns.tools)
         return read_conversation(cell, column, images, tools, self._folder, where)
 
-    def _response(
-        self, cells: dict[str, Any], choices: tuple[str, ...] | None, conversation: Conversation | None, where: str
-    ) -> str | None:
-        columns = self._columns
-        if conversation is not None:
-            return None if conversation.answer is None else content_text(conversation.answer)
-        if columns.answer_index is None:
-            return None if columns.response is None else _text(cells[columns.response], where, columns.response)
-        assert choices is not None, "Columns refuses an answer_index without choices"
-        return choices[_index(cells[columns.answer_index], len(choices), where, columns.answer_index)]
+
+def named_columns(columns: Columns) -> list[str]:
+    """The columns that are read."""
+    more = ("input", "output") if columns.messages == INSTRUCTION else ()
+    return list(dict.fromkeys(name for name in (*columns.model_dump().values(), *more) if name is not None))
+
+
+def text_columns(columns: Columns) -> list[str]:
+    """The columns whose cells become text."""
+    return list(dict.fromkeys(filter(None, (columns.id, columns.prompt, columns.response, columns.choices))))
 
 
 def check_columns(columns: Columns, present: Sequence[str], path: str, key: str) -> None:
@@ -151,7 +189,7 @@ def check_columns(columns: Columns, present: Sequence[str], path: str, key: str)
     for role, column in columns.model_dump().items():
         if column is not None and column not in present:
             raise ConfigError(
-                f"{key}.columns.{role} is '{column}', but {path} has the columns {', '.join(present)}: "
+                f"{key}.columns.{role} is '{column}', but {path} has the columns {cut(', '.join(present))}: "
                 f"specify one of them, or null"
             )
 
@@ -161,18 +199,3 @@ def _image_cells(cell: Any) -> list[Any]:
     if cell is None:
         return []
     return cell if isinstance(cell, list) and not isinstance(next(iter(cell), None), (list, int)) else [cell]
-
-
-def _text(value: Any, where: str, column: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise DataError(f"{where}: column '{column}' holds {value}; fix or remove the row")
-    return str(value)
-
-
-def _index(value: Any, count: int, where: str, column: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-        raise DataError(
-            f"{where}: column '{column}' holds {value!r}; the position of the right one among its {count} choices "
-            f"is expected, a whole number from 0"
-        )
-    return value

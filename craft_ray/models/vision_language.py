@@ -38,9 +38,15 @@ class VisionLanguageModel(HuggingFaceModel):
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
         if sample.image is None and sample.conversation is None:
             raise DataError(f"sample {sample.id} has no image: name the column that holds it (columns.image)")
+        mark = self.processor.image_token
+        marks, most = sample.prompt.count(mark), 0 if self.chat is not None else 1
+        if sample.conversation is None and marks > most:
+            owner = "a sample has one image" if self.chat is None else "the chat template places it"
+            raise DataError(
+                f"sample {sample.id}: its prompt has {mark} {marks} times, but {owner}: leave {most} of them"
+            )
         if self.chat is not None:
             return self._encode(self.chat.prompt(sample), _images(sample), sample)
-        mark = self.processor.image_token
         text = sample.prompt if mark in sample.prompt else mark + sample.prompt
         return self._processed(text, _images(sample))
 

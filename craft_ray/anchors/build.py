@@ -9,7 +9,7 @@ import importlib.metadata
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,7 +25,7 @@ from craft_ray.anchors.manifest import (
     write_manifest,
 )
 from craft_ray.anchors.schema import NUMPY, ROW_GROUP, CacheSchema, hidden_column
-from craft_ray.anchors.teacher import Teacher
+from craft_ray.anchors.teacher import Teacher, stored_input
 from craft_ray.config import AnchorsConfig, Experiment
 from craft_ray.config.modes import stores
 from craft_ray.data.source import Source
@@ -47,6 +47,9 @@ class Content(Protocol):
 
     @property
     def features(self) -> Mapping[str, tuple[int, ...]] | None: ...
+
+    @property
+    def has_conversations(self) -> bool: ...
 
     def __len__(self) -> int: ...
 
@@ -77,13 +80,20 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
         positions=positions,
         hidden_size=model.hidden_size,
         dtype=anchors.dtype,
-        inputs="raw" if source.features is None else "frames",
+        inputs=_inputs(source),
         # Without suffix tokens these two have no effect.
         suffix_from=anchors.suffix_from if with_suffix else "none",
         max_new_tokens=anchors.max_new_tokens if with_suffix else 0,
         source=source.fingerprint,
         rows=len(source),
     )
+
+
+def _inputs(source: Content) -> Literal["raw", "messages", "frames"]:
+    """How the cache stores the anchors of a source."""
+    if source.features is not None:
+        return "frames"
+    return "messages" if source.has_conversations else "raw"
 
 
 @dataclass(frozen=True)
@@ -105,8 +115,9 @@ def estimate(model: Model, source: Source, schema: CacheSchema, anchors: Anchors
         features = token_model(model).preprocess(sample, suffix) if schema.has_suffix else model.preprocess(sample)
         if schema.has_hidden:
             counts += sum(vector_count(features.layout, position) for position in schema.positions)
-        size += len(sample.image or b"") + (len(sample.frame.to_bytes()) if sample.frame else 0)
-        size += len(sample.prompt.encode()) + len(sample.id) + 4 * len(suffix)
+        prompt, image = stored_input(sample)
+        size += len(image or b"") + (len(sample.frame.to_bytes()) if sample.frame else 0)
+        size += len(prompt.encode()) + len(sample.id) + 4 * len(suffix)
     size += counts * schema.vector_size * NUMPY[schema.dtype].itemsize
     empty = pa.BufferOutputStream()
     pq.write_table(schema.arrow().empty_table(), empty)

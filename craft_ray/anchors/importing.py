@@ -37,6 +37,7 @@ class _Unread:
 
     fingerprint: str
     features: None = None
+    has_conversations: bool = False
 
     def __len__(self) -> int:
         return 0

@@ -15,6 +15,7 @@ from blake3 import blake3
 from craft_ray.anchors.manifest import SHARDS, Manifest, read_manifest
 from craft_ray.anchors.ragged import Ragged, write_ragged
 from craft_ray.anchors.schema import NUMPY, hidden_column
+from craft_ray.data.conversation import Conversation
 from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
 from craft_ray.errors import CacheRefused
@@ -60,7 +61,12 @@ def check_sizes(folder: StoragePath, manifest: Manifest) -> None:
             )
 
 
-INPUTS = {"raw": ("image", "prompt"), "frames": ("frame", "prompt"), "tensors": ("input_ids", "pixel_values")}
+INPUTS = {
+    "raw": ("image", "prompt"),
+    "messages": ("image", "prompt"),
+    "frames": ("frame", "prompt"),
+    "tensors": ("input_ids", "pixel_values"),
+}
 """The columns that hold an anchor's input."""
 
 
@@ -102,6 +108,9 @@ class AnchorSet:
         if self.identity.inputs == "frames":
             return Sample(self.id(row), prompt, frame=Frame.from_bytes(self._inputs["frame"][row].tobytes()))
         image = self._inputs["image"][row]
+        if self.identity.inputs == "messages":
+            conversation = Conversation.from_stored(prompt, image.tobytes())
+            return Sample(self.id(row), conversation.transcript, conversation=conversation)
         return Sample(id=self.id(row), prompt=prompt, image=image.tobytes() if len(image) else None)
 
     def tensors(self, row: int) -> tuple[np.ndarray, np.ndarray | None]:

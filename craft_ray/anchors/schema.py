@@ -2,6 +2,7 @@
 
 id              string
 image, prompt   the raw input                                           (inputs: raw)
+image, prompt   images, one after the other, and the turns as JSON      (inputs: messages)
 frame, prompt   the observation of a robot as safetensors, and the task (inputs: frames)
 input_ids, pixel_values                                                 (inputs: tensors, imported caches)
 suffix          list<int32>, the suffix tokens                          (token_ce, or the position `suffix`)
@@ -62,7 +63,7 @@ class CacheSchema:
     hidden_size: int
     dtype: str
     inputs: str
-    """`raw`, `frames` or `tensors`."""
+    """`raw`, `messages`, `frames` or `tensors`."""
 
     @property
     def has_hidden(self) -> bool:
@@ -82,7 +83,7 @@ class CacheSchema:
         if self.inputs == "tensors":
             fields += [pa.field("input_ids", pa.list_(pa.int32())), pa.field("pixel_values", pa.binary())]
         else:
-            seen = "image" if self.inputs == "raw" else "frame"
+            seen = "frame" if self.inputs == "frames" else "image"
             fields += [pa.field(seen, pa.binary()), pa.field("prompt", pa.string())]
         if self.has_suffix:
             fields.append(pa.field("suffix", pa.list_(pa.int32())))

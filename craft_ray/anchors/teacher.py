@@ -19,6 +19,11 @@ from craft_ray.models.base import Features, Model, evaluating
 from craft_ray.models.capabilities import packing_model, token_model
 
 
+def stored_input(sample: Sample) -> tuple[str, bytes | None]:
+    """Prompt and image as a row of the cache holds them."""
+    return (sample.prompt, sample.image) if sample.conversation is None else sample.conversation.stored()
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A model, and what the cache stores of it."""
@@ -36,11 +41,12 @@ class Teacher:
         """The rows of the cache for these samples, in their order."""
         prompts = [self.model.preprocess(sample) for sample in samples]
         ids = [s.id for s in samples]
-        columns: dict[str, pa.Array | list] = {"id": ids, "prompt": [s.prompt for s in samples]}
+        inputs = [stored_input(sample) for sample in samples]
+        columns: dict[str, pa.Array | list] = {"id": ids, "prompt": [prompt for prompt, _ in inputs]}
         if self.schema.inputs == "frames":
             columns["frame"] = [s.frame and s.frame.to_bytes() for s in samples]
         else:
-            columns["image"] = [s.image for s in samples]
+            columns["image"] = [image for _, image in inputs]
         features = prompts
         with evaluating(self.model.module):
             if self.schema.has_suffix:

@@ -3,6 +3,7 @@
 from craft_ray.config.comparison import CompareConfig
 from craft_ray.config.data import (
     ENDINGS,
+    INSTRUCTION,
     AutoData,
     Columns,
     CsvData,
@@ -15,6 +16,7 @@ from craft_ray.config.data import (
     TextData,
     as_format,
     ending,
+    recognised,
 )
 from craft_ray.config.evaluation import (
     EvalSet,
@@ -39,6 +41,7 @@ __all__ = [
     "ARMS",
     "BOUND",
     "ENDINGS",
+    "INSTRUCTION",
     "MOST_VARIANTS",
     "POSITIONS",
     "SQLITE",
@@ -78,4 +81,5 @@ __all__ = [
     "parse_config",
     "parse_overrides",
     "read_yaml",
+    "recognised",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -38,7 +38,14 @@ class Columns(Section):
     """Unique name of a sample. Default: the row number."""
     image: str | None = None
     """A path, encoded bytes (PNG, JPEG), a `{bytes, path}` pair, a data URI or an array of uint8 (height, width[,
-    channel])."""
+    channel]). For a conversation also a list of them."""
+    messages: str | None = None
+    """A conversation: a list of turns with `role` and `content`, or with `from` and `value` (ShareGPT); or the
+    `instruction` of rows that have an `output`, too (Alpaca). It replaces prompt and response, and needs
+    `model.chat_template`. If no column is named and there is no `prompt`, then `messages`, `conversations`,
+    `conversation` or `instruction` is read (docs/conversations.md)."""
+    tools: str | None = None
+    """The tools that a conversation may call: a list of JSON schemas."""
     prompt: str | None = "prompt"
     """The input text of the model."""
     response: str | None = None
@@ -48,8 +55,24 @@ class Columns(Section):
     answer_index: str | None = None
     """Index of the right choice, from 0; replaces the response."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_default_prompt(cls, value: Any) -> Any:
+        """A conversation takes the place of the prompt, which has a default."""
+        if isinstance(value, Mapping) and value.get("messages") is not None:
+            return {"prompt": None} | dict(value)
+        return value
+
     @model_validator(mode="after")
     def _one_answer(self) -> Self:
+        for name in ("prompt", "response", "answer_index"):
+            if self.messages is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"messages '{self.messages}' and {name} '{getattr(self, name)}' are both specified: a conversation "
+                    f"holds prompt and response, leave out one of the two"
+                )
+        if self.tools is not None and self.messages is None:
+            raise ValueError(f"tools '{self.tools}' belong to a conversation: specify messages, too")
         if self.answer_index is not None and self.response is not None:
             raise ValueError(
                 f"response '{self.response}' and answer_index '{self.answer_index}' both give the answer: specify "
@@ -58,6 +81,23 @@ class Columns(Section):
         if self.answer_index is not None and self.choices is None:
             raise ValueError(f"answer_index '{self.answer_index}' is an index into choices: specify choices, too")
         return self
+
+
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Columns that hold conversations by their usual names."""
+INSTRUCTION = "instruction"
+"""The column of Alpaca's rows that stands for a conversation, together with `input` and `output`."""
+
+
+def recognised(columns: Columns, present: Collection[str]) -> Columns:
+    """The columns to read: where a config leaves the prompt at its default and the data have no such column, a
+    conversation that they have by its usual name."""
+    asked = (columns.messages, columns.response, columns.answer_index)
+    if "prompt" in present or columns.prompt != Columns().prompt or asked != (None, None, None):
+        return columns
+    usual = [*CONVERSATIONS, *((INSTRUCTION,) if "output" in present else ())]
+    found = next((name for name in usual if name in present), None)
+    return columns if found is None else columns.model_copy(update={"messages": found, "prompt": None})
 
 
 class Data(Kind):

@@ -23,6 +23,7 @@ from craft_ray.config import (
     TableData,
     TextData,
     as_format,
+    recognised,
 )
 from craft_ray.data.cells import cut
 from craft_ray.data.delimited import read_csv
@@ -49,6 +50,8 @@ class Source(Protocol):
     """Whether a sample has a response for the model to give."""
     has_choices: bool
     """Whether it has answers to choose from."""
+    has_conversations: bool
+    """Whether its samples are conversations."""
 
     @property
     def features(self) -> Mapping[str, tuple[int, ...]] | None:
@@ -116,6 +119,10 @@ def _open_table(config: TableData, named: str, key: str) -> TableSource:
         digest.update(bytes.fromhex(content))
     try:
         table = _read(config, files, digest.hexdigest())
+        columns = recognised(config.columns, table.column_names)
+        if columns != config.columns:
+            config = config.model_copy(update={"columns": columns})
+            table = _read(config, files, digest.hexdigest())
     except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, OSError) as error:
         reason = cut(first_line(error.__cause__ or error))
         raise ConfigError(f"{key}: {config.path} does not read as {kind} ({reason})") from None
@@ -174,7 +181,7 @@ def _read(config: TableData, files: Mapping[Path, str], content: str) -> Table:
 def _reading_settings(config: TableData) -> str:
     """The settings by which rows are read, as text. Caches and runs are identified by its hash: so it stays as when
     every source had all of them, and an unused key leaves it as it was before that key existed."""
-    unused = None if config.columns.answer_index else {"answer_index"}
+    unused = {name for name in ("answer_index", "messages", "tools") if getattr(config.columns, name) is None}
     how = {
         "split": config.split,
         "revision": config.revision if isinstance(config, HuggingFaceData) else None,

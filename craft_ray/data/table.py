@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from craft_ray.config import Columns
+from craft_ray.config import INSTRUCTION, Columns
 from craft_ray.data.cells import cut, index_of, shown, text_of
+from craft_ray.data.conversation import Conversation, alpaca, content_text, image_paths, read_conversation
 from craft_ray.data.ids import Ids
 from craft_ray.data.images import encoded_image
 from craft_ray.data.sample import Sample
@@ -61,7 +62,8 @@ class TableSource:
         self._folder = folder
         self._content = content
         self.name = name
-        self.has_responses = columns.response is not None or columns.answer_index is not None
+        self.has_conversations = columns.messages is not None
+        self.has_responses = bool(columns.response or columns.answer_index or columns.messages)
         self.has_choices = columns.choices is not None
 
     @cached_property
@@ -70,10 +72,15 @@ class TableSource:
         digest = blake3(self._content.encode())
         if self._columns.image is not None:
             for row, cell in enumerate(self._table.column(self._columns.image)):
-                if isinstance(cell, dict) and not cell.get("bytes"):
-                    cell = cell.get("path")
-                if isinstance(cell, str):
-                    digest.update(encoded_image(cell, self._folder, self._where(row)))
+                for image in _image_cells(cell) if self.has_conversations else (cell,):
+                    if isinstance(image, dict) and not image.get("bytes"):
+                        image = image.get("path")
+                    if isinstance(image, str):
+                        digest.update(encoded_image(image, self._folder, self._where(row)))
+        if self._columns.messages is not None:
+            for row, cell in enumerate(self._table.column(self._columns.messages)):
+                for path in image_paths(cell):
+                    digest.update(encoded_image(path, self._folder, self._where(row)))
         return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
@@ -123,8 +130,11 @@ class TableSource:
         def text(column: str) -> str:
             return self._text(cells.get(column), column, where)
 
+        conversation = None if columns.messages is None else self._conversation(cells, columns.messages, where)
         prompt = "" if columns.prompt is None else text(columns.prompt)
-        choices = None
+        image = choices = None
+        if conversation is None and columns.image is not None:
+            image = encoded_image(cells.get(columns.image), self._folder, where)
         if columns.choices is not None:
             options = cells.get(columns.choices)
             if not isinstance(options, list):
@@ -137,18 +147,32 @@ class TableSource:
             assert choices is not None, "Columns refuses an answer_index without choices"
             position = index_of(cells.get(columns.answer_index), len(choices), where, columns.answer_index)
             response = choices[position]
+        if conversation is not None:
+            prompt, image = conversation.transcript, next(iter(conversation.images), None)
+            response = None if conversation.answer is None else content_text(conversation.answer)
         return Sample(
             id=number if columns.id is None else text(columns.id),
             prompt=prompt,
-            image=None if columns.image is None else encoded_image(cells.get(columns.image), self._folder, where),
+            image=image,
             response=response,
             choices=choices,
+            conversation=conversation,
+            origin=where,
         )
+
+    def _conversation(self, cells: dict[str, Any], column: str, where: str) -> Conversation:
+        columns, cell = self._columns, cells.get(column)
+        if column == INSTRUCTION and isinstance(cell, str):
+            return alpaca(cell, cells.get("input"), cells.get("output"), where)
+        images = None if columns.image is None else _image_cells(cells.get(columns.image))
+        tools = None if columns.tools is None else cells.get(columns.tools)
+        return read_conversation(cell, column, images, tools, self._folder, where)
 
 
 def named_columns(columns: Columns) -> list[str]:
     """The columns that are read."""
-    return list(dict.fromkeys(name for name in columns.model_dump().values() if name is not None))
+    more = ("input", "output") if columns.messages == INSTRUCTION else ()
+    return list(dict.fromkeys(name for name in (*columns.model_dump().values(), *more) if name is not None))
 
 
 def text_columns(columns: Columns) -> list[str]:
@@ -168,3 +192,10 @@ def check_columns(columns: Columns, present: Sequence[str], path: str, key: str)
                 f"{key}.columns.{role} is '{column}', but {path} has the columns {cut(', '.join(present))}: "
                 f"specify one of them, or null"
             )
+
+
+def _image_cells(cell: Any) -> list[Any]:
+    """The images of a conversation: those of a list of them, or a single one."""
+    if cell is None:
+        return []
+    return cell if isinstance(cell, list) and not isinstance(next(iter(cell), None), (list, int)) else [cell]

@@ -78,6 +78,10 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         return Taps([layer.input_layernorm for layer in language.layers], language.norm)
 
     def check_source(self, source: Source) -> None:
+        if source.has_conversations:
+            raise ConfigError(
+                f"{source.name} holds conversations, but {self.description} has no chat template for them"
+            )
         if source.features is not None:  # otherwise these are questions and answers
             super().check_source(source)
 

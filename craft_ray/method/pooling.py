@@ -39,6 +39,9 @@ class Layout:
     """Indices of prompt tokens that stand for nothing, such as those of a missing camera. No position selects them."""
     given: int = 0
     """Number of suffix tokens at its start that are given, not predicted."""
+    learnt: tuple[int, ...] | None = None
+    """Indices of the tokens that are predicted, where they are not all of the suffix: the assistant's turns in a
+    conversation."""
 
     @property
     def prompt(self) -> list[int]:
@@ -47,8 +50,10 @@ class Layout:
         return [t for t in range(self.prompt_length) if t not in absent]
 
     @property
-    def predicted(self) -> range:
+    def predicted(self) -> Sequence[int]:
         """Indices of the tokens that are predicted, each from the position before it."""
+        if self.learnt is not None:
+            return self.learnt
         return range(max(self.prompt_length + self.given, 1), self.length)
 
 

@@ -29,7 +29,8 @@ def load_model(
     from craft_ray.extras import require_lerobot
 
     with uncollected():
-        from craft_ray.models.huggingface import CausalLM, VisionLanguageModel
+        from craft_ray.models.causal_lm import CausalLM
+        from craft_ray.models.vision_language import VisionLanguageModel
     from craft_ray.storage.node_cache import local_copy
 
     merged = tuple(local_copy(path, "model.merge_statistics") for path in config.merge_statistics)

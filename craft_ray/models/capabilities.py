@@ -35,11 +35,17 @@ class TokenModel(Model):
 
     @abstractmethod
     def response_tokens(self, sample: Sample) -> list[int]:
-        """The response as suffix tokens, with the end-of-sequence token if the config says so.
+        """The response as suffix tokens, with the end-of-sequence token if the config says so. Of a conversation it is
+        the last turn.
 
         Raises:
             DataError: the sample has no response, or one that the model has no tokens for.
         """
+
+    def boundary_merges(self, sample: Sample) -> bool:
+        """Whether prompt and response as one text have a token that extends over their boundary. They are tokenised
+        apart then, because an answer is generated from the tokens of the prompt."""
+        return False
 
     def preprocess_task(self, sample: Sample) -> Features:
         return self.preprocess(sample, self.response_tokens(sample))
@@ -63,6 +69,15 @@ class TokenModel(Model):
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
         """Suffix tokens as text, without special tokens."""
+
+    def answer_text(self, tokens: Sequence[int], expected: Sequence[int]) -> str:
+        """What `exact_match` compares of an answer: its text as the tokenizer gives it back, which need not be the text
+        in the data (case, accents, spaces).
+
+        Args:
+            expected: the tokens of the right answer. If it holds special tokens other than its end, they count.
+        """
+        return self.decode(tokens).strip()
 
 
 class TensorModel(Model):

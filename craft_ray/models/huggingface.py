@@ -1,4 +1,4 @@
-"""Any causal language model and any image-text-to-text model of transformers, behind one interface.
+"""What causal language models and image-text-to-text models of transformers have in common, behind one interface.
 
 Hidden states are indexed as in transformers' `output_hidden_states`: 0 is the embeddings, k the output of block k,
 and the last one is taken after the final norm (it is not the raw output of the last block). The student's retention
@@ -23,22 +23,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from craft_ray.config import ModelConfig, Precision
-from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError, ModelError
 from craft_ray.method.pooling import Layout, Pooling
 from craft_ray.models.base import Batch, Features, disable_dropout, evaluating
-from craft_ray.models.capabilities import PackingModel, TensorModel, TokenModel
+from craft_ray.models.capabilities import TensorModel, TokenModel
+from craft_ray.models.chat import ChatTemplate
 from craft_ray.models.fingerprint import (
     json_fingerprint,
     tokenizer_identity,
     weights_fingerprint,
-    without_locations,
 )
-from craft_ray.models.image_tokens import image_reading
-from craft_ray.models.packing import check_packing, packed_forward
-from craft_ray.models.readings import AS_STORED, Reading
+from craft_ray.models.text import Cut, TextEncoder
 from craft_ray.models.tokens import clip_suffix, listed, targets, token_log_probs, token_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,6 +47,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
     module: Any
     auto_class: ClassVar[Any]
     processor_class: ClassVar[Any]
+    reads_images: ClassVar[bool] = False
 
     def __init__(
         self, config: ModelConfig, precision: Precision, device: torch.device, weights: str | None = None
@@ -59,6 +57,10 @@ class HuggingFaceModel(TokenModel, TensorModel):
         self.device = device
         self.processor = self._load_processor()
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.text = TextEncoder(self.tokenizer)
+        self.chat: ChatTemplate | None = None
+        if config.chat_template:
+            self.chat = ChatTemplate(self.processor, self.tokenizer, self.reads_images, config.path)
         self.module = self._load_module(weights or config.path).to(device).train()
         if config.disable_dropout:
             disable_dropout(self.module)
@@ -68,9 +70,10 @@ class HuggingFaceModel(TokenModel, TensorModel):
         self.hidden_size: int = text.hidden_size
         self.num_hidden_states: int = text.num_hidden_layers + 1
         self._eos: int | None = self.tokenizer.eos_token_id
-        # A chat model ends its turn with a token of its own, which its generation config names.
+        # A chat model ends its turn with a token of its own, which its template writes or its generation config names.
         own = self.module.generation_config.eos_token_id if self.module.generation_config else None
-        self._stops = sorted({*listed(own), *listed(self._eos)})
+        turn_end = None if self.chat is None else self.chat.end_id
+        self._stops = sorted({*listed(own), *listed(self._eos), *listed(turn_end)})
         pad = self.tokenizer.pad_token_id
         self._pad: int = pad if pad is not None else (self._eos or 0)
         self._takes_keep = "logits_to_keep" in inspect.signature(self.module.forward).parameters
@@ -92,7 +95,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
             return self.processor_class.from_pretrained(self.config.path, **self._options())
         except Exception as error:  # a damaged tokenizer can raise anything, even a bare Exception
             raise ConfigError(
-                f"model.path {path}: no processor or tokenizer loads from it ({_reason(error)}): specify a folder or a "
+                f"model.path {path}: no processor or tokenizer loads from it ({reason(error)}): specify a folder or a "
                 f"hub model that has one"
             ) from error
 
@@ -107,13 +110,13 @@ class HuggingFaceModel(TokenModel, TensorModel):
             )
         except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
             raise ModelError(
-                f"model {path}: its weights are damaged ({_reason(error)}): fetch or save it again"
+                f"model {path}: its weights are damaged ({reason(error)}): fetch or save it again"
             ) from None
         except (OSError, ValueError) as error:
             if "afetensor" in str(error) or "header" in str(error):
-                raise ModelError(f"model {path}: its weights do not load ({_reason(error)})") from None
+                raise ModelError(f"model {path}: its weights do not load ({reason(error)})") from None
             raise ConfigError(
-                f"model.path {path}: no {self.auto_class.__name__} loads from it ({_reason(error)})"
+                f"model.path {path}: no {self.auto_class.__name__} loads from it ({reason(error)})"
             ) from None
         missing = sorted(info["missing_keys"])
         mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
@@ -131,12 +134,26 @@ class HuggingFaceModel(TokenModel, TensorModel):
                 f"{source.name} is a LeRobotDataset, but model.kind is {self.kind}: choose other data, or "
                 f"model.kind=lerobot"
             )
+        if source.has_conversations and self.chat is None:
+            raise ConfigError(
+                f"{source.name} holds conversations, but model.chat_template is false: set it to true, so that the "
+                f"model's own template writes them"
+            )
 
     # -- host side: samples to batches
 
     @abstractmethod
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
         """The model's inputs for a prompt alone, with a batch dimension of one."""
+
+    @abstractmethod
+    def encode_learnt(self, sample: Sample) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+        """The model's inputs for a whole conversation, with a batch dimension of one, and the indices of the tokens
+        that are learnt."""
+
+    @abstractmethod
+    def cut(self, sample: Sample) -> Cut:
+        """The tokens of prompt and response, an image as its mark, cut where the response begins."""
 
     def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
         """Indices of image tokens in a prompt."""
@@ -188,15 +205,50 @@ class HuggingFaceModel(TokenModel, TensorModel):
             raise DataError(f"sample {sample_id} is empty: it has neither a prompt nor a response")
         return Features(tokens, prompt.images, replace(prompt.layout, length=length))
 
+    def preprocess_task(self, sample: Sample) -> Features:
+        """A conversation with all turns of the assistant to learn; else the prompt with its response."""
+        if sample.conversation is None:
+            return super().preprocess_task(sample)
+        assert self.chat is not None, "check_source refuses conversations without a template"
+        if self.suffix_type:
+            if any(message["role"] == "assistant" for message in sample.conversation.messages):
+                raise DataError(
+                    f"{sample.where}: the conversation has several turns of the assistant, but {self.config.path} sees "
+                    f"all of a prompt at once, earlier answers included: end each row with its first answer"
+                )
+            return super().preprocess_task(sample)
+        encoded, learnt = self.encode_learnt(sample)
+        end = listed(self._eos) if self.chat.end is None and self.config.append_eos else []
+        features = self.with_suffix(self._prompt(encoded), end, sample.id)
+        length = features.layout.length
+        learnt += tuple(range(length - len(end), length))
+        if not learnt:
+            raise DataError(f"{sample.where}: the chat template writes nothing of the assistant's turns: mend it")
+        return replace(features, layout=replace(features.layout, prompt_length=learnt[0], learnt=learnt))
+
     def response_tokens(self, sample: Sample) -> list[int]:
-        if sample.response is None:
-            raise DataError(f"sample {sample.id} has no response: name the column that holds it (columns.response)")
-        ids: list[int] = self.tokenizer(sample.response, add_special_tokens=False)["input_ids"]
-        if self.config.append_eos and self._eos is not None:
+        sample.answer()  # there must be one
+        cut = self.cut(sample)
+        ids = cut.ids[cut.places[0] :]
+        closed = self.chat is not None and self.chat.end is not None
+        if self.config.append_eos and not closed and self._eos is not None and ids[-1:] != [self._eos]:
             ids = [*ids, self._eos]
         if not ids:
             raise DataError(f"sample {sample.id} has an empty response: there is nothing to learn from it, remove it")
         return ids
+
+    def boundary_merges(self, sample: Sample) -> bool:
+        return self.cut(sample).merged
+
+    def _written(self, sample: Sample) -> Cut:
+        """What the chat template writes for prompt and response, cut where the response begins."""
+        assert self.chat is not None
+        rendered = self.chat.answered(sample)
+        [(start, stop)] = rendered.spans
+        text = rendered.text[:stop]
+        if not self.config.append_eos and sample.conversation is None and self.chat.end is not None:
+            text = text.removesuffix(self.chat.end)
+        return self.text.cut(text, [start], self.text.written)
 
     def collate(self, features: Sequence[Features], positions: Sequence[str] | None = None) -> Batch:
         inputs = self._pad_batch(features, left=False)
@@ -217,8 +269,8 @@ class HuggingFaceModel(TokenModel, TensorModel):
                 length = f.layout.length
                 (row[width - length :] if left else row[:length]).copy_(f.tokens[name])
             batch[name] = rows
-        for name in features[0].images:
-            batch[name] = torch.cat([f.images[name] for f in features])
+        for name in dict.fromkeys(name for f in features for name in f.images):  # a conversation may have none
+            batch[name] = torch.cat([f.images[name] for f in features if name in f.images])
         return batch
 
     # -- device side
@@ -273,6 +325,14 @@ class HuggingFaceModel(TokenModel, TensorModel):
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def answer_text(self, tokens: Sequence[int], expected: Sequence[int]) -> str:
+        special = {*self.tokenizer.all_special_ids} | {
+            number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        if not special.intersection(_opened(expected, self._stops)):
+            return self.decode(tokens).strip()
+        return str(self.tokenizer.decode(_opened(tokens, self._stops), skip_special_tokens=False)).strip()
+
     # -- identity and storage
 
     def weights_fingerprint(self) -> str:
@@ -281,9 +341,10 @@ class HuggingFaceModel(TokenModel, TensorModel):
     def preprocessor_fingerprint(self) -> str:
         settings = self.config.model_dump(include={"max_length", "chat_template", "append_eos"})
         template = getattr(self.processor, "chat_template", None) if self.config.chat_template else None
-        return json_fingerprint(
-            [self.kind, settings, template, tokenizer_identity(self.tokenizer), self._image_identity()]
-        )
+        identity = [self.kind, settings, template, tokenizer_identity(self.tokenizer), self._image_identity()]
+        if self.text.appended and (self.chat is None or self.reads_images):  # they were part of a prompt before
+            identity.append({"left out": self.text.appended})
+        return json_fingerprint(identity)
 
     def _image_identity(self) -> Any:
         return None
@@ -293,102 +354,12 @@ class HuggingFaceModel(TokenModel, TensorModel):
         self.processor.save_pretrained(folder)
 
 
-class CausalLM(HuggingFaceModel, PackingModel):
-    """A language model: AutoModelForCausalLM with its tokenizer."""
-
-    kind = "causal_lm"
-    default_positions = ("all",)
-    auto_class = transformers.AutoModelForCausalLM
-    processor_class = transformers.AutoTokenizer
-
-    def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
-        if self.config.chat_template:
-            messages = [{"role": "user", "content": sample.prompt}]
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        else:
-            ids = self.tokenizer(sample.prompt)["input_ids"]
-        return {"input_ids": torch.tensor([ids], dtype=torch.long)}
-
-    def check_packing(self) -> None:
-        try:
-            with evaluating(self.module), self.autocast():
-                check_packing(self.module.base_model, 1e-1 if self.precision == "bf16" else 1e-3)
-        except TypeError as error:  # its forward does not accept the layout that attention needs
-            raise ValueError(f"{type(self.module).__name__} cannot be packed ({_reason(error)})") from None
-
-    def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
-        with self.autocast():
-            return packed_forward(self.module.base_model, [f.tokens["input_ids"] for f in features], layers)[0]
+def _opened(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """An answer without the token that ends it."""
+    return list(tokens[:-1] if tokens and tokens[-1] in stops else tokens)
 
 
-class VisionLanguageModel(HuggingFaceModel):
-    """An image-text-to-text model: AutoModelForImageTextToText with its processor."""
-
-    kind = "vision_language"
-    default_positions = ("suffix",)
-    auto_class = transformers.AutoModelForImageTextToText
-    processor_class = transformers.AutoProcessor
-
-    @property
-    def suffix_type(self) -> int:  # type: ignore[override]
-        """PaliGemma marks its suffix with 1 (causal attention); Gemma 3 marks images with 1, others have no types."""
-        return 1 if self.module.config.model_type == "paligemma" else 0
-
-    def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
-        if sample.image is None:
-            raise DataError(f"sample {sample.id} has no image: name the column that holds it (columns.image)")
-        image = decode_image(sample.image, f"sample {sample.id}")
-        mark = self.processor.image_token
-        marks, most = sample.prompt.count(mark), 0 if self.config.chat_template else 1
-        if marks > most:
-            owner = "the chat template places it" if self.config.chat_template else "a sample has one image"
-            raise DataError(
-                f"sample {sample.id}: its prompt has {mark} {marks} times, but {owner}: leave {most} of them"
-            )
-        if self.config.chat_template:
-            content = [{"type": "image", "image": image}, {"type": "text", "text": sample.prompt}]
-            encoded = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
-        else:
-            text = sample.prompt if mark in sample.prompt else mark + sample.prompt
-            encoded = self.processor(images=[image], text=[text], return_tensors="pt")
-        return {name: tensor for name, tensor in encoded.items() if name != "labels"}
-
-    def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
-        config = self.module.config
-        mark = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
-        return tuple(torch.nonzero(input_ids_S == mark).flatten().tolist())
-
-    def readings(self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None) -> list[Reading]:
-        if pixel_values is None or self.image_tokens(torch.from_numpy(input_ids_S)):
-            return [AS_STORED]
-        return [image_reading(self.processor, input_ids_S, pixel_values.shape[-2:])]
-
-    def prompt_types(self, input_ids_1S: Tensor) -> dict[str, Tensor]:
-        if "token_type_ids" not in inspect.signature(self.module.forward).parameters:
-            return {}
-        types = torch.zeros_like(input_ids_1S)
-        if self.suffix_type == 0:
-            types[:, list(self.image_tokens(input_ids_1S[0]))] = 1
-        return {"token_type_ids": types}
-
-    def _image_identity(self) -> Any:
-        # The processor's own settings decide how many image tokens a prompt has, the image processor's what they show;
-        # its class is included, because two backends of one processor resize differently.
-        images = self.processor.image_processor
-        settings = without_locations(self.processor.to_dict())
-        settings["image_processor"] = without_locations(images.to_dict())
-        return [type(images).__name__, settings]
-
-
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of a library's error, with our remedy where the library's is a Python argument."""
     text = str(error).strip()
     if "contains custom code" in text:

@@ -24,7 +24,7 @@ def clip_suffix(tokens: Sequence[int], stops: Collection[int]) -> list[int]:
 
 
 def targets(layouts: Sequence[Layout], input_ids_BS: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(keep_P, targets_BP, count) for next-token prediction of every sample's suffix."""
+    """(keep_P, targets_BP, count) for next-token prediction of every sample's suffix, or of its learnt tokens."""
     spans = [layout.predicted for layout in layouts]
     keep = sorted({t - 1 for span in spans for t in span})
     column_of = {position: column for column, position in enumerate(keep)}
@@ -32,7 +32,7 @@ def targets(layouts: Sequence[Layout], input_ids_BS: Tensor) -> tuple[Tensor, Te
     for row, span in enumerate(spans):
         if span:
             columns = torch.tensor([column_of[t - 1] for t in span])
-            result[row, columns] = input_ids_BS[row, span.start : span.stop]
+            result[row, columns] = input_ids_BS[row, torch.tensor(span)]
     return torch.tensor(keep, dtype=torch.long), result, sum(map(len, spans))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, cast
 
@@ -138,15 +138,16 @@ class EvalData:
         return self._features((row, None))
 
     def answered(self, row: int, response: str | None = None) -> Features:
-        """The prompt with its own response, or with another."""
-        return self._features((row, str(self.source[row].response) if response is None else response))
+        """The prompt with its own response, or with another, of which the response alone is predicted."""
+        return self._features((row, self.source[row].answer() if response is None else response))
 
     def _make(self, key: tuple[int, str | None]) -> Features:
         row, response = key
         sample = self.source[row]
         if response is None:
             return self.model.preprocess(sample)
-        return self.model.preprocess_task(replace(sample, response=response))
+        model, sample = token_model(self.model), sample.answering(response)
+        return model.preprocess(sample, model.response_tokens(sample))
 
 
 @torch.inference_mode()
@@ -183,7 +184,9 @@ def _exact_match(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
     records = []
     for row, tokens in zip(rows, answers, strict=True):
         sample = data.source[row]
-        records.append(_record(sample, model.decode(tokens).strip(), str(sample.response).strip()))
+        own = model.response_tokens(sample)
+        correct = model.answer_text(tokens, own) == model.answer_text(own, own)
+        records.append(_record(sample, model.decode(tokens).strip(), sample.answer().strip(), correct))
     return records
 
 
@@ -203,12 +206,12 @@ def _choice(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
             found[index] = total
     totals, records = iter(found), []
     for sample in samples:
-        choices, response = _choices(sample), str(sample.response)
+        choices, response = _choices(sample), sample.answer()
         own = list(islice(totals, len(choices)))
         prediction = choices[max(range(len(choices)), key=own.__getitem__)]
         wrong = [value for choice, value in zip(choices, own, strict=True) if choice != response]
         margin = own[choices.index(response)] - max(wrong)
-        records.append(_record(sample, prediction, response) | {"margin": margin})
+        records.append(_record(sample, prediction, response, prediction == response) | {"margin": margin})
     return records
 
 
@@ -252,11 +255,11 @@ def _log_likelihoods(model: Model, features: Sequence[Features]) -> list[tuple[f
     return list(zip(log_probs.double().sum(1).tolist(), counts, strict=True))
 
 
-def _record(sample: Sample, prediction: str, response: str) -> dict[str, Any]:
+def _record(sample: Sample, prediction: str, response: str, correct: bool) -> dict[str, Any]:
     return {
         "id": sample.id,
         "prompt": sample.prompt,
         "response": response,
         "prediction": prediction,
-        "correct": prediction == response,
+        "correct": correct,
     }

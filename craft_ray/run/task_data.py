@@ -7,6 +7,7 @@ from craft_ray.data.sampler import StepSampler
 from craft_ray.data.source import open_source
 from craft_ray.errors import ConfigError
 from craft_ray.models.base import Batch, Features, Model
+from craft_ray.models.capabilities import TokenModel
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.constraint import split
 from craft_ray.run.scoring import source_identity
@@ -14,6 +15,8 @@ from craft_ray.workers import Workers
 
 TASK_STREAM = 0
 """Keeps the order of the task's samples apart from that of the anchors under one seed."""
+BOUNDARIES = 64
+"""Samples, spread over the data, whose boundary of prompt and response is looked at before a run."""
 
 
 class TaskData:
@@ -44,6 +47,22 @@ class TaskData:
         """This worker's micro-batches of a step (from 0), on the host."""
         rows = self._sampler.local_batch(step, self._workers.rank, self._workers.world_size)
         return [self._model.collate([self._features(row) for row in part]) for part in split(rows, self._accumulate)]
+
+    def boundary_merges(self) -> str | None:
+        """Where prompt and response are tokenised apart, although together they would have other tokens: a line to
+        tell; None where it happens nowhere."""
+        model, count = self._model, min(BOUNDARIES, len(self.source))
+        if not isinstance(model, TokenModel) or self.source.features is not None:  # a frame has no text to merge
+            return None
+        samples = [self.source[i * len(self.source) // count] for i in range(count)]
+        merged = [sample for sample in samples if sample.response is not None and model.boundary_merges(sample)]
+        if not merged:
+            return None
+        return (
+            f"in {len(merged)} of {count} samples of the new skill a token would extend over the boundary of prompt "
+            f"and response, so they are tokenised apart (first: {merged[0].where}): does a space belong to the "
+            f"response?"
+        )
 
     def _preprocess(self, row: int) -> Features:
         return self._model.preprocess_task(self.source[row])

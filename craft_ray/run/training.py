@@ -145,6 +145,8 @@ class Run:
             f"{self.workers.world_size} worker(s) on {self.workers.device}"
         )
         held = held_by(self.constraints)
+        if (merges := self.task.boundary_merges()) is not None:
+            self.observer.note(merges)
         for line in ["CRaFT is off: plain fine-tuning (the baseline arm)"] if held is None else held.described():
             self.observer.note(line)
         if self.step:

@@ -27,7 +27,7 @@ from craft_ray.config import Experiment
 from craft_ray.data.images import decode_image
 from craft_ray.data.source import open_source
 from craft_ray.errors import DataError, StorageError
-from craft_ray.models import huggingface, load_model
+from craft_ray.models import load_model, vision_language
 from craft_ray.retention.hidden import Hidden
 from tests.support.caches import built, cache_folder, prompts, shards, table, teacher, text_experiment
 from tests.support.experiments import ANSWERED, Digits
@@ -70,7 +70,7 @@ def test_each_image_is_decoded_once(
         decoded.append(what)
         return decode_image(data, what)
 
-    monkeypatch.setattr(huggingface, "decode_image", counted)
+    monkeypatch.setattr(vision_language, "decode_image", counted)
     build_shard(runs, source, range(len(source)), tmp_path / "once.parquet")
     assert sorted(decoded) == sorted(f"sample {source[row].id}" for row in range(len(source)))
 

@@ -70,7 +70,7 @@ LEROBOT = {
     "prompts": "/tmp/prompts.json",
     "rename": {"observation.a": "observation.b"},
 }  # fmt: skip
-INSTEAD = ("columns.answer_index", "craft.epsilon_decay")
+INSTEAD = ("columns.answer_index", "columns.messages", "columns.tools", "craft.epsilon_decay")
 """Keys that another key of this list replaces."""
 REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task")
 """Keys without which a section is not valid, or is of another kind."""
@@ -707,10 +707,9 @@ def parts(hint: Any) -> Iterator[Any]:
 
 
 NO_PATHS = {
-    "name", "variant", "revision", "id", "image", "prompt", "response", "choices", "answer_index", "split", "rename",
-    "delimiter",
-    "positions", "resources_per_worker", "env", "task", "arms", "token_ce", "variants", "maximize", "minimize",
-    "subject_to", "project", "modes", "retention_mode", "epsilon_unit",
+    "name", "variant", "revision", "id", "image", "messages", "tools", "prompt", "response", "choices", "answer_index",
+    "split", "rename", "delimiter", "positions", "resources_per_worker", "env", "task", "arms", "token_ce", "variants",
+    "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit",
 }  # fmt: skip
 """Text fields that are not paths. A new field is added here, or its type makes it absolute."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from craft_ray.config import ModelConfig
+from craft_ray.data.conversation import Conversation
 from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
 from craft_ray.errors import DataError
@@ -552,12 +554,26 @@ TURNS = (
 )
 
 
+@pytest.fixture
+def chatting(folder_of: Callable[[str], Path], tmp_path: Path) -> Callable[[str, str], HuggingFaceModel]:
+    """A model of a family with a chat template."""
+
+    def get(family: str, template: str) -> HuggingFaceModel:
+        folder = shutil.copytree(folder_of(family), tmp_path / family)
+        (folder / "chat_template.jinja").write_text(template)
+        return load_model(settings(family, folder, chat_template=True), "fp32")
+
+    return get
+
+
 @pytest.mark.parametrize("family", ["llama", "llava"])
 def test_a_chat_template_writes_the_prompt(
-    family: str, load: Callable[..., HuggingFaceModel], monkeypatch: pytest.MonkeyPatch
+    family: str,
+    load: Callable[..., HuggingFaceModel],
+    chatting: Callable[[str, str], HuggingFaceModel],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain, model = load(family), load(family, chat_template=True)
-    monkeypatch.setattr(model.processor, "chat_template", TURNS)
+    plain, model = load(family), chatting(family, TURNS)
     sample = replace(samples(family)[0], prompt="Hi")
     features = model.preprocess(sample, [5])
     text = model.tokenizer.decode(features.tokens["input_ids"][:-1])
@@ -567,6 +583,49 @@ def test_a_chat_template_writes_the_prompt(
     assert before != plain.preprocessor_fingerprint()
     monkeypatch.setattr(model.processor, "chat_template", TURNS.replace("[assistant]", "[you]"))
     assert model.preprocessor_fingerprint() != before
+
+
+@pytest.mark.parametrize(("family", "mark"), [("llava", "<image>"), ("gemma3", "<start_of_image>")])
+def test_a_conversation_with_images_is_what_the_processor_makes_of_it(
+    family: str, mark: str, chatting: Callable[[str, str], HuggingFaceModel]
+) -> None:
+    template = (
+        TURNS.replace("<image>", mark).replace("[{{ m.role }}]", "[{{ m.role[0] }}]").replace("[assistant]", "[a]")
+    ).replace(
+        "{% endif %}{% endfor %}{% if add", "{% endif %}{{ eos_token if m.role == 'assistant' }}{% endfor %}{% if add"
+    )
+    model = chatting(family, template)
+    image, pixels = {"type": "image"}, (png(1), png(2))
+    turns = [
+        {"role": "user", "content": [image, {"type": "text", "text": "A?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "one"}]},
+        {"role": "user", "content": [{"type": "text", "text": "B?"}, image]},
+        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+    ]
+    talk = Sample("0", "", response="two", conversation=Conversation(tuple(turns[:-1]), turns[-1], pixels))
+    features = model.preprocess_task(talk)
+    shown = iter(decode_image(data, "") for data in pixels)
+    filled = [
+        {**turn, "content": [{**p, "image": next(shown)} if p["type"] == "image" else p for p in turn["content"]]}
+        for turn in turns
+    ]
+    own = model.processor.apply_chat_template(filled, tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(features.tokens["input_ids"], own["input_ids"][0])
+    assert torch.equal(features.images["pixel_values"], own["pixel_values"])
+    assert len(features.layout.image_tokens) == 8
+    learnt = features.tokens["input_ids"][list(features.layout.predicted)]
+    assert model.tokenizer.decode(learnt) == "one<eos>two<eos>"
+    # Only the last turn is the response, and both ways are the same sequence.
+    answered = model.preprocess(talk, model.response_tokens(talk))
+    assert torch.equal(answered.tokens["input_ids"], features.tokens["input_ids"])
+    assert model.tokenizer.decode(model.response_tokens(talk)) == "two<eos>"
+    # A conversation without an image may share its batch.
+    plain = Sample("1", "", response="two", conversation=Conversation((turns[2] | {"content": "B?"},), turns[-1]))
+    both = model.collate([features, model.preprocess_task(plain)])
+    alone = [model.collate([one]) for one in (features, model.preprocess_task(plain))]
+    losses = [(model.task_loss(batch).item(), batch.tokens) for batch in alone]
+    expected = sum(loss * count for loss, count in losses) / both.tokens
+    assert model.task_loss(both).item() == pytest.approx(expected, rel=1e-5)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------

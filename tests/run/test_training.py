@@ -28,7 +28,7 @@ from craft_ray.errors import CacheRefused, ConfigError, DataError, StorageError
 from craft_ray.models import load_model
 from craft_ray.models.base import Features
 from craft_ray.models.features import FeatureCache
-from craft_ray.models.huggingface import VisionLanguageModel
+from craft_ray.models.vision_language import VisionLanguageModel
 from craft_ray.run.checkpoint import TrainingState, save_checkpoint
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import console_line, validation_line

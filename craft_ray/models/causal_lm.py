@@ -1,0 +1,57 @@
+"""Any causal language model of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import transformers
+from torch import Tensor
+
+from craft_ray.data.sample import Sample
+from craft_ray.models.base import Features, evaluating
+from craft_ray.models.capabilities import PackingModel
+from craft_ray.models.huggingface import HuggingFaceModel, reason
+from craft_ray.models.packing import check_packing, packed_forward
+from craft_ray.models.text import Cut
+
+
+class CausalLM(HuggingFaceModel, PackingModel):
+    """A language model: AutoModelForCausalLM with its tokenizer."""
+
+    kind = "causal_lm"
+    default_positions = ("all",)
+    auto_class = transformers.AutoModelForCausalLM
+    processor_class = transformers.AutoTokenizer
+
+    def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
+        if self.chat is None:
+            return _one(self.text.plain(sample.prompt))
+        return _one(self.text.written(self.chat.prompt(sample)))
+
+    def encode_learnt(self, sample: Sample) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+        assert self.chat is not None
+        rendered = self.chat.learnt(sample)
+        cut = self.text.cut(rendered.text, [at for span in rendered.spans for at in span], self.text.written)
+        return _one(cut.ids), cut.inside()
+
+    def cut(self, sample: Sample) -> Cut:
+        if self.chat is not None:
+            return self._written(sample)
+        return self.text.cut(sample.prompt + sample.answer(), [len(sample.prompt)], self.text.plain)
+
+    def check_packing(self) -> None:
+        try:
+            with evaluating(self.module), self.autocast():
+                check_packing(self.module.base_model, 1e-1 if self.precision == "bf16" else 1e-3)
+        except TypeError as error:  # its forward does not accept the layout that attention needs
+            raise ValueError(f"{type(self.module).__name__} cannot be packed ({reason(error)})") from None
+
+    def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
+        with self.autocast():
+            return packed_forward(self.module.base_model, [f.tokens["input_ids"] for f in features], layers)[0]
+
+
+def _one(ids: Sequence[int]) -> dict[str, Tensor]:
+    """Tokens as a batch of one."""
+    return {"input_ids": torch.tensor([list(ids)], dtype=torch.long)}

@@ -1,0 +1,134 @@
+"""Any image-text-to-text model of transformers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+from craft_ray.data.images import decode_image
+from craft_ray.data.sample import Sample
+from craft_ray.errors import DataError
+from craft_ray.models.chat import LITERAL
+from craft_ray.models.fingerprint import without_locations
+from craft_ray.models.huggingface import HuggingFaceModel
+from craft_ray.models.image_tokens import image_reading
+from craft_ray.models.readings import AS_STORED, Reading
+from craft_ray.models.text import Cut
+
+
+class VisionLanguageModel(HuggingFaceModel):
+    """An image-text-to-text model: AutoModelForImageTextToText with its processor."""
+
+    kind = "vision_language"
+    reads_images = True
+    default_positions = ("suffix",)
+    auto_class = transformers.AutoModelForImageTextToText
+    processor_class = transformers.AutoProcessor
+
+    @property
+    def suffix_type(self) -> int:  # type: ignore[override]
+        """PaliGemma marks its suffix with 1 (causal attention); Gemma 3 marks images with 1, others have no types."""
+        return 1 if self.module.config.model_type == "paligemma" else 0
+
+    def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
+        if sample.image is None and sample.conversation is None:
+            raise DataError(f"sample {sample.id} has no image: name the column that holds it (columns.image)")
+        mark = self.processor.image_token
+        marks, most = sample.prompt.count(mark), 0 if self.chat is not None else 1
+        if sample.conversation is None and marks > most:
+            owner = "a sample has one image" if self.chat is None else "the chat template places it"
+            raise DataError(
+                f"sample {sample.id}: its prompt has {mark} {marks} times, but {owner}: leave {most} of them"
+            )
+        if self.chat is not None:
+            return self._encode(self.chat.prompt(sample), _images(sample), sample)
+        text = sample.prompt if mark in sample.prompt else mark + sample.prompt
+        return self._processed(text, _images(sample))
+
+    def encode_learnt(self, sample: Sample) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+        assert self.chat is not None
+        rendered, images = self.chat.learnt(sample), _images(sample)
+        ends = [at for span in rendered.spans for at in span]
+        cut = self.text.cut(rendered.text, ends, self.text.written)
+        encoded = self._encode(rendered.text, images, sample)
+        places = []
+        for end, place in zip(ends, cut.places, strict=True):
+            # An image stands for many tokens: those behind the last one are counted from the end.
+            behind, mark = len(cut.ids) - place, self.processor.image_token
+            if mark in rendered.text[end:]:
+                head = rendered.text[:end]
+                places.append(self._encode(head, images[: head.count(mark)], sample)["input_ids"].shape[1])
+            else:
+                places.append(encoded["input_ids"].shape[1] - behind)
+        if cut.merged:
+            raise DataError(
+                f"{sample.where}: in what the chat template of {self.config.path} writes, a token extends over the "
+                f"beginning or the end of a turn, so the turn cannot be learnt: let its marks be special tokens"
+            )
+        return encoded, replace(cut, places=places).inside()
+
+    def cut(self, sample: Sample) -> Cut:
+        if self.chat is not None:
+            return self._written(sample)
+        return Cut(self.tokenizer(sample.answer(), add_special_tokens=False)["input_ids"], [0], False)
+
+    def _encode(self, text: str, images: Sequence[Image.Image], sample: Sample) -> dict[str, Tensor]:
+        """What a chat template wrote, as the processor's own `apply_chat_template` encodes it."""
+        if LITERAL in text:
+            raise DataError(
+                f"{sample.where}: the text of a turn holds a special token of the model, which would be read as such: "
+                f"remove it, or name an image by a part of type image"
+            )
+        bos = self.tokenizer.bos_token
+        options = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
+        return self._processed(text, images, **options)
+
+    def _processed(self, text: str, images: Sequence[Image.Image], **options: Any) -> dict[str, Tensor]:
+        encoded = self.processor(images=[list(images)] if images else None, text=[text], return_tensors="pt", **options)
+        tokens = encoded["input_ids"]
+        size = len(self.text.without_appended(tokens[0].tolist()))
+        return {
+            name: tensor[:, :size] if tensor.shape == tokens.shape else tensor
+            for name, tensor in encoded.items()
+            if name != "labels"
+        }
+
+    def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
+        config = self.module.config
+        mark = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
+        return tuple(torch.nonzero(input_ids_S == mark).flatten().tolist())
+
+    def readings(self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None) -> list[Reading]:
+        if pixel_values is None or self.image_tokens(torch.from_numpy(input_ids_S)):
+            return [AS_STORED]
+        return [image_reading(self.processor, input_ids_S, pixel_values.shape[-2:])]
+
+    def prompt_types(self, input_ids_1S: Tensor) -> dict[str, Tensor]:
+        if "token_type_ids" not in inspect.signature(self.module.forward).parameters:
+            return {}
+        types = torch.zeros_like(input_ids_1S)
+        if self.suffix_type == 0:
+            types[:, list(self.image_tokens(input_ids_1S[0]))] = 1
+        return {"token_type_ids": types}
+
+    def _image_identity(self) -> Any:
+        # The processor's own settings decide how many image tokens a prompt has, the image processor's what they show;
+        # its class is included, because two backends of one processor resize differently.
+        images = self.processor.image_processor
+        settings = without_locations(self.processor.to_dict())
+        settings["image_processor"] = without_locations(images.to_dict())
+        return [type(images).__name__, settings]
+
+
+def _images(sample: Sample) -> list[Image.Image]:
+    """The decoded images of a sample, in the order of its text."""
+    encoded = (sample.image or b"",) if sample.conversation is None else sample.conversation.images
+    return [decode_image(data, f"sample {sample.id}") for data in encoded]

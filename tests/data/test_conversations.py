@@ -1,0 +1,204 @@
+"""Conversations in the forms that data sets have come out as the same turns; what is none is named by file and row."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from craft_ray.data.conversation import Conversation
+from craft_ray.data.source import Source, open_source
+from craft_ray.errors import ConfigError, DataError
+from tests.support.caches import json_lines
+from tests.support.configs import data_config
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Wo?"},
+    {"role": "assistant", "content": "Hier."},
+    {"role": "user", "content": "Und wann?"},
+    {"role": "assistant", "content": "Jetzt."},
+]
+SHAREGPT = [
+    {"from": {"user": "human", "assistant": "gpt"}.get(turn["role"], turn["role"]), "value": turn["content"]}
+    for turn in TURNS
+]
+EXPECTED = Conversation(tuple(TURNS[:-1]), TURNS[-1])
+QUESTION = {"role": "user", "content": "Wo?"}
+
+
+def opened(path: Path, **columns: Any) -> Source:
+    return open_source(data_config(path=str(path), **({"columns": columns} if columns else {})), "task")
+
+
+def png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (shade, 0, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def one(folder: Path, row: dict[str, Any], **columns: Any) -> Conversation:
+    found = opened(json_lines(folder / "a.jsonl", [row]), **columns)[0].conversation
+    assert found is not None
+    return found
+
+
+def test_every_form_is_the_same_conversation(tmp_path: Path) -> None:
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS]
+    pq.write_table(pa.table({"messages": [TURNS], "n": [1]}), tmp_path / "a.parquet")
+    assert opened(tmp_path / "a.parquet")[0].conversation == EXPECTED
+    assert one(tmp_path, {"messages": TURNS}) == EXPECTED
+    assert one(tmp_path, {"chat": TURNS, "prompt": "x"}, messages="chat") == EXPECTED
+    assert one(tmp_path, {"conversations": SHAREGPT}) == EXPECTED
+    in_parts = one(tmp_path, {"messages": parts})
+    assert in_parts.transcript == EXPECTED.transcript
+    assert len(in_parts.messages) == 4
+
+
+def test_a_sample_has_the_last_turn_as_its_response(tmp_path: Path) -> None:
+    asked = [*TURNS, {"role": "user", "content": "Warum?"}]
+    answered, open_ = opened(json_lines(tmp_path / "a.jsonl", [{"messages": TURNS}, {"messages": asked}]))
+    assert (answered.answer(), answered.prompt) == (
+        "Jetzt.", "system: Be brief.\nuser: Wo?\nassistant: Hier.\nuser: Und wann?",
+    )  # fmt: skip
+    assert open_.response is None
+    assert open_.conversation == Conversation(tuple(asked))
+    with pytest.raises(DataError, match=r"a\.jsonl, row 1: the conversation ends with a turn of the user"):
+        open_.answer()
+    other = answered.answering("Bald.")
+    assert other.answer() == "Bald."
+    assert other.conversation is not None
+    assert other.conversation.answer == {"role": "assistant", "content": "Bald."}
+    assert answered.answering("Jetzt.") is answered
+
+
+def test_alpaca(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Greet me.", "input": "in French", "output": "Bonjour."},
+        {"instruction": "Greet me.", "input": "", "output": "Hello."},
+    ]
+    first, second = (sample.conversation for sample in opened(json_lines(tmp_path / "a.jsonl", rows)))
+    assert first == Conversation(
+        ({"role": "user", "content": "Greet me.\nin French"},), {"role": "assistant", "content": "Bonjour."}
+    )
+    assert second == Conversation(
+        ({"role": "user", "content": "Greet me."},), {"role": "assistant", "content": "Hello."}
+    )
+
+
+def test_a_prompt_column_and_named_columns_come_first(tmp_path: Path) -> None:
+    path = json_lines(tmp_path / "a.jsonl", [{"prompt": "p", "messages": TURNS, "answer": "a"}])
+    assert opened(path)[0].prompt == "p"
+    assert opened(path, prompt="answer")[0].prompt == "a"
+
+
+def test_tools_and_calls_are_handed_on(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "clock", "arguments": {}}}]}
+    turns = [QUESTION, call, {"role": "tool", "name": "clock", "content": "12"}, TURNS[-1]]
+    for cell in ([tool], json.dumps([tool])):
+        found = one(tmp_path, {"messages": turns, "tools": cell}, messages="messages", tools="tools")
+        assert found.tools == (tool,)
+    assert found.messages == (QUESTION, call | {"content": ""}, turns[2])
+
+
+def test_images_stand_where_the_turns_name_them(tmp_path: Path) -> None:
+    first, second = png(1), png(2)
+    (tmp_path / "1.png").write_bytes(first)
+    uri = "data:image/png;base64," + base64.b64encode(second).decode()
+    image, text = {"type": "image"}, {"type": "text", "text": "Wo?"}
+    expected = Conversation(({"role": "user", "content": [image, text, image]},), None, (first, second))
+    marked = {"messages": [{"role": "user", "content": "<image>Wo?<image>"}], "images": ["1.png", uri]}
+    named = {"messages": [{"role": "user", "content": [image, text, image]}], "images": ["1.png", uri]}
+    inline = [{"type": "image", "image": "1.png"}, text, {"type": "image_url", "image_url": {"url": uri}}]
+    assert one(tmp_path, marked, messages="messages", image="images") == expected
+    assert one(tmp_path, named, messages="messages", image="images") == expected
+    assert one(tmp_path, {"messages": [{"role": "user", "content": inline}]}) == expected
+    assert Conversation.from_stored(*expected.stored()) == expected
+
+
+def test_the_content_of_images_decides_the_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(png(1))
+    inline = [{"type": "text", "text": "Wo?"}, {"type": "image", "image": "1.png"}]
+    for name, row, columns in (
+        ("a", {"messages": [{"role": "user", "content": inline}]}, {"messages": "messages"}),
+        ("b", {"m": [{"role": "user", "content": "<image>?"}], "i": ["1.png"]}, {"messages": "m", "image": "i"}),
+    ):
+        path = json_lines(tmp_path / f"{name}.jsonl", [row])
+        prints = []
+        for shade in (1, 2):
+            (tmp_path / "1.png").write_bytes(png(shade))
+            prints.append(opened(path, **columns).fingerprint)
+        assert prints[0] != prints[1]
+
+
+IMAGED = {"messages": "messages", "image": "images"}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"messages": "Wo?"}, {}, "holds 'Wo\\?'; a list of turns is expected"),
+        ({"messages": []}, {}, "holds \\[\\]; a list of turns is expected"),
+        ({"messages": ["Wo?"]}, {}, "turn 1 is 'Wo\\?'; role and content, or from and value, are expected"),
+        ({"messages": [{"text": "Wo?"}]}, {}, "turn 1 has the fields text; role and content, or from and value"),
+        ({"messages": [QUESTION, {"role": "assistant", "content": " "}]}, {}, "turn 2 \\(assistant\\) is empty"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}]}]}, {}, "turn 1 \\(user\\) is empty"),
+        ({"messages": [{"role": "user"}]}, {}, "turn 1 \\(user\\) is empty"),
+        ({"messages": [{"role": "user", "content": 7}]}, {}, "turn 1 \\(user\\) has the content 7; text or a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, {}, "turn 1 has the part"),
+        ({"messages": [TURNS[-1]]}, {}, "a single turn of the assistant"),
+        ({"conversations": [{"from": "bard", "value": "Wo?"}]}, {}, "turn 1 is from 'bard'; one of human, user, gpt"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            {},
+            "name 1 images, but no column holds any",
+        ),
+        ({"messages": [QUESTION], "images": ["1.png"]}, IMAGED, "name 0 images, but its row holds 1"),
+        (
+            {"messages": [{"role": "user", "content": "<image><image>"}], "images": ["1.png"]},
+            IMAGED,
+            "name 2 images, but its row holds 1",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "https://a.b/c.png"}]}]},
+            {},
+            "the image 'https://a.b/c.png' is not read",
+        ),
+        ({"messages": [QUESTION], "t": "[{"}, {"messages": "messages", "tools": "t"}, "its tools are no JSON"),
+        ({"instruction": "Greet me.", "output": None}, {}, "column 'output' holds None; text is expected"),
+    ],
+)
+def test_what_is_no_conversation(row: dict[str, Any], columns: dict[str, str], expected: str, tmp_path: Path) -> None:
+    good = {"instruction": "a", "output": "b"} if "output" in row else {"messages": TURNS, "conversations": SHAREGPT}
+    name = "conversations" if "conversations" in row else next(iter(row))
+    path = json_lines(tmp_path / "bad.jsonl", [{key: good.get(key) for key in row} | {name: good.get(name)}, row])
+    source = opened(path, **(columns or {"messages": name}))
+    with pytest.raises(DataError, match=rf"bad\.jsonl, row 1(, turn \d)?[:, ].*{expected}") as caught:
+        source[1]
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"messages": "m", "prompt": "p"}, "messages 'm' and prompt 'p' are both specified"),
+        ({"messages": "m", "response": "r"}, "messages 'm' and response 'r' are both specified"),
+        ({"tools": "t"}, "tools 't' belong to a conversation: specify messages, too"),
+    ],
+)
+def test_columns_that_exclude_each_other(columns: dict[str, str], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        data_config(path="a.jsonl", columns=columns)
+
+
+def test_a_column_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"task.columns.messages is 'chat', but .* has the columns messages"):
+        opened(json_lines(tmp_path / "a.jsonl", [{"messages": TURNS}]), messages="chat")

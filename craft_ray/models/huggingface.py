@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar
@@ -23,19 +24,28 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from craft_ray.config import ModelConfig, Precision
-from craft_ray.data.images import decode_image
+from craft_ray.data.images import decode_image, encoded_image
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError, ModelError
 from craft_ray.method.pooling import Layout, Pooling
-from craft_ray.models.base import Batch, Features, disable_dropout, evaluating
+from craft_ray.models.base import Batch, Features, evaluating
 from craft_ray.models.capabilities import PackingModel, TensorModel, TokenModel
+from craft_ray.models.checks import (
+    check_decoder,
+    check_loading,
+    check_states,
+    generates_in_padded_batches,
+    refuse_quantised,
+)
+from craft_ray.models.dropout import disable_dropout
 from craft_ray.models.fingerprint import (
     json_fingerprint,
     tokenizer_identity,
     weights_fingerprint,
     without_locations,
 )
+from craft_ray.models.limits import Limits
 from craft_ray.models.packing import check_packing, packed_forward
 from craft_ray.models.tokens import clip_suffix, targets, token_log_probs, token_loss
 
@@ -60,18 +70,20 @@ class HuggingFaceModel(TokenModel, TensorModel):
         self.module = self._load_module(weights or config.path).to(device).train()
         if config.disable_dropout:
             disable_dropout(self.module)
-        if config.gradient_checkpointing:
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
         text = self.module.config.get_text_config()
         self.hidden_size: int = text.hidden_size
         self.num_hidden_states: int = text.num_hidden_layers + 1
+        self.limits = Limits.of(self.module, self.tokenizer, config.max_length, config.path)
         self._eos: int | None = self.tokenizer.eos_token_id
         # A chat model ends its turn with a token of its own, which its generation config names.
         own = self.module.generation_config.eos_token_id if self.module.generation_config else None
         self._stops = sorted({*_listed(own), *_listed(self._eos)})
         pad = self.tokenizer.pad_token_id
-        self._pad: int = pad if pad is not None else (self._eos or 0)
+        self.pad: int = pad if pad is not None else (self._eos or 0)
         self._takes_keep = "logits_to_keep" in inspect.signature(self.module.forward).parameters
+        check_decoder(self)
+        if config.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def description(self) -> str:
@@ -95,6 +107,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
             ) from error
 
     def _load_module(self, path: str) -> Any:
+        refuse_quantised(path, **self._options())
         try:
             module, info = self.auto_class.from_pretrained(
                 path,
@@ -113,14 +126,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
             raise ConfigError(
                 f"model.path {path}: no {self.auto_class.__name__} loads from it ({_reason(error)})"
             ) from None
-        missing = sorted(info["missing_keys"])
-        mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
-        if missing or mismatched:
-            wrong = f"{len(missing)} weights are missing" if missing else f"{len(mismatched)} have another shape"
-            raise ModelError(
-                f"model {path} did not load completely: {wrong} (e.g. {(missing or mismatched)[0]}), they would be "
-                f"random; save the folder again or choose the right model.kind (it is {self.kind})"
-            )
+        check_loading(module, info, path, self.kind)
         return module
 
     def check_source(self, source: Source) -> None:
@@ -135,6 +141,10 @@ class HuggingFaceModel(TokenModel, TensorModel):
     @abstractmethod
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
         """The model's inputs for a prompt alone, with a batch dimension of one."""
+
+    def probe_prompt(self, tokens: Sequence[int]) -> Features:
+        """A short prompt that shows what the model does with any."""
+        return self._prompt({"input_ids": torch.tensor([tokens[:3]])})
 
     def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
         """Indices of image tokens in a prompt."""
@@ -169,6 +179,12 @@ class HuggingFaceModel(TokenModel, TensorModel):
         return Features(tokens, images, Layout(length, length, self.image_tokens(prompt[0])))
 
     def with_suffix(self, prompt: Features, suffix: Sequence[int], sample_id: str) -> Features:
+        features = self.extended(prompt, suffix)
+        self.limits.check(features.tokens["input_ids"], features.layout, sample_id)
+        return features
+
+    def extended(self, prompt: Features, suffix: Sequence[int]) -> Features:
+        """A preprocessed prompt followed by `suffix` tokens, whatever the limits are."""
         assert prompt.layout.length == prompt.layout.prompt_length, "the prompt already has a suffix"
         tokens = {}
         added = {"input_ids": torch.tensor(list(suffix), dtype=torch.long)}
@@ -176,15 +192,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
             fill = {"attention_mask": 1, "token_type_ids": self.suffix_type}.get(name, 0)
             tail = added.get(name, torch.full((len(suffix),), fill))
             tokens[name] = torch.cat([tensor, tail.to(tensor.dtype)])
-        length = len(tokens["input_ids"])
-        if length > self.config.max_length:
-            raise DataError(
-                f"sample {sample_id} has {length} tokens, model.max_length is {self.config.max_length}: raise it, or "
-                f"shorten the sample (its prompt has {prompt.layout.prompt_length})"
-            )
-        if length == 0:
-            raise DataError(f"sample {sample_id} is empty: it has neither a prompt nor a response")
-        return Features(tokens, prompt.images, replace(prompt.layout, length=length))
+        return Features(tokens, prompt.images, replace(prompt.layout, length=len(tokens["input_ids"])))
 
     def response_tokens(self, sample: Sample) -> list[int]:
         if sample.response is None:
@@ -209,7 +217,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
         width = max(f.layout.length for f in features)
         batch: dict[str, Tensor] = {}
         for name in features[0].tokens:
-            fill = self._pad if name == "input_ids" else 0
+            fill = self.pad if name == "input_ids" else 0
             rows = features[0].tokens[name].new_full((len(features), width), fill)
             for row, f in zip(rows, features, strict=True):
                 length = f.layout.length
@@ -244,7 +252,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
     def hidden_states(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         with self.autocast():
             states = self.module.base_model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states
-        assert len(states) == self.num_hidden_states
+        check_states(states, layers, self)
         return [states[k] for k in layers]
 
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
@@ -252,21 +260,33 @@ class HuggingFaceModel(TokenModel, TensorModel):
 
     @torch.inference_mode()
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
-        inputs = {k: v.to(self.device) for k, v in self._pad_batch(features, left=True).items()}
+        lengths = {f.layout.length for f in features}
+        self.limits.check_continued(max(lengths), max_new_tokens)
+        if len(lengths) > 1 and not self._generates_in_padded_batches:
+            return [tokens for one in features for tokens in self.generate([one], max_new_tokens)]
         settings = transformers.GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._stops or None, pad_token_id=self._pad
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._stops or None, pad_token_id=self.pad
         )
+        with evaluating(self.module), self.autocast():
+            output = self.continued(features, settings)
+        new_tokens = output[:, max(lengths) :].tolist()
+        return [clip_suffix(tokens, self._stops) for tokens in new_tokens]
+
+    @cached_property
+    def _generates_in_padded_batches(self) -> bool:
+        return generates_in_padded_batches(self)
+
+    def continued(self, features: Sequence[Features], settings: transformers.GenerationConfig) -> Any:
+        """What transformers generates from prompts padded on the left."""
+        inputs = {k: v.to(self.device) for k, v in self._pad_batch(features, left=True).items()}
         # transformers fills unset fields of `settings` from the model's own config, where a repetition penalty would
         # change the greedy suffix.
         own_settings = self.module.generation_config
         self.module.generation_config = settings
         try:
-            with evaluating(self.module), self.autocast():
-                output = self.module.generate(**inputs, generation_config=settings)
+            return self.module.generate(**inputs, generation_config=settings)
         finally:
             self.module.generation_config = own_settings
-        new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [clip_suffix(tokens, self._stops) for tokens in new_tokens]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -352,6 +372,10 @@ class VisionLanguageModel(HuggingFaceModel):
             text = sample.prompt if mark in sample.prompt else mark + sample.prompt
             encoded = self.processor(images=[image], text=[text], return_tensors="pt")
         return {name: tensor for name, tensor in encoded.items() if name != "labels"}
+
+    def probe_prompt(self, tokens: Sequence[int]) -> Features:
+        image = encoded_image(np.zeros((32, 32, 3), np.uint8), Path(), "a black image")
+        return self._prompt(self.encode_prompt(Sample("", self.tokenizer.decode(tokens[:1]), image)))
 
     def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
         config = self.module.config

@@ -1,0 +1,229 @@
+"""What a model must be, checked on the model itself when it is loaded.
+
+A loss over a response means what it says only if no token sees those after it, if no sample sees its neighbours in
+the batch, and if the same batch gives the same loss twice. Three passes over a handful of tokens show it for any
+architecture, in the weights' own type.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig
+
+from craft_ray.errors import ConfigError, CraftError, ModelError, first_line
+from craft_ray.models.base import Features, evaluating
+from craft_ray.models.dropout import silence
+
+if TYPE_CHECKING:
+    from craft_ray.models.huggingface import HuggingFaceModel
+
+log = logging.getLogger(__name__)
+
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""Keys of a `config.json` that describe quantised weights: transformers, an older compressed-tensors, MLX."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""Largest norm of a difference of logits relative to the logits, by the type of the weights: rounding differs with the
+shape of a batch and, where experts share it out, with its tokens."""
+
+
+# -- before and while weights are read
+
+
+def refuse_quantised(path: str, **options: Any) -> None:
+    """Refuse a folder or hub model whose config describes quantised weights, before they are read.
+
+    Raises:
+        ConfigError: it does. Training would update and save them without their scales.
+    """
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(path, **options)
+    except (OSError, ValueError):
+        return  # whoever loads the weights says what is wrong with the folder
+    for found in _mappings(settings):
+        for key in QUANTISED:
+            if isinstance(found.get(key), dict):
+                method = found[key].get("quant_method") or found[key].get("mode") or f"{found[key].get('bits')} bits"
+                raise ConfigError(
+                    f"model.path {path}: its weights are quantised ({key} in its config: {method}), and what is "
+                    f"trained and saved are plain weights: specify the model that they were made from, or dequantise "
+                    f"them first (transformers: model.dequantize()) and save a folder without {key}"
+                )
+
+
+def _mappings(value: Any) -> Iterator[dict[str, Any]]:
+    """A config and the configs in it."""
+    if isinstance(value, dict):
+        yield value
+        for inner in value.values():
+            yield from _mappings(inner)
+
+
+def check_loading(module: nn.Module, info: dict[str, Any], path: str, kind: str) -> None:
+    """Check that the weights of a folder and those of the model are the same ones.
+
+    Raises:
+        ModelError: some are missing or have another shape, or the folder has more for a part of the model than that
+            part computes with (scales of quantised weights, biases that the config leaves out).
+    """
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
+    if missing or mismatched:
+        wrong = f"{len(missing)} weights are missing" if missing else f"{len(mismatched)} have another shape"
+        raise ModelError(
+            f"model {path} did not load completely: {wrong} (e.g. {(missing or mismatched)[0]}), they would be "
+            f"random; save the folder again or choose the right model.kind (it is {kind})"
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    parts = {name for name, _ in module.named_modules()}
+    inside = [name for name in unexpected if name.rpartition(".")[0] in parts]
+    if inside:
+        raise ModelError(
+            f"model {path} did not load completely: {len(inside)} of its weights belong to parts of a "
+            f"{type(module).__name__} that do not use them (e.g. {inside[0]}), so it computes something else, as with "
+            f"quantised weights without a quantization_config; specify a folder whose config.json fits its weights"
+        )
+    if unexpected:
+        log.warning(
+            "model %s: %d of its weights are no part of a %s (e.g. %s); they are not loaded, and not in what is saved",
+            *(path, len(unexpected), type(module).__name__, unexpected[0]),
+        )
+
+
+# -- on the loaded module
+
+
+def check_decoder(model: HuggingFaceModel) -> None:
+    """Check that a response is predicted from what comes before it, and from nothing else; switch off any dropout.
+
+    Raises:
+        ModelError: a token sees later ones, a sample sees its neighbours in the batch, or two passes over one batch
+            differ although dropout is to be off.
+    """
+    name, stay = f"model {model.config.path} ({type(model.module).__name__})", "specify a decoder (causal attention)"
+    off = model.config.disable_dropout
+    with _forward_of(model), nullcontext() if off else evaluating(model.module):
+        tokens = probe_tokens(model, 8)
+        prompt = model.probe_prompt(tokens)
+        long, changed, short = (
+            model.extended(prompt, suffix)
+            for suffix in (tokens[:6], tokens[:4] + tokens[6:], tokens[:2])
+        )
+
+        def logits(*features: Features) -> Tensor:
+            batch = model.collate(features).to(model.device)
+            output: Tensor = model.module(**batch.inputs, use_cache=False).logits
+            return output.float()
+
+        together = silence(model.module, lambda: logits(long, short), model.device) if off else logits(long, short)
+        other = logits(changed, short)
+        alone = logits(short)
+
+        start = prompt.layout.length - 1
+        before, behind = slice(start, start + 5), slice(start, start + 3)
+        limit = TOLERANCE[model.module.dtype]
+        causal = apart(together[0, before], other[0, before]) <= limit
+        separate = apart(together[1, behind], other[1, behind]) <= limit
+        unpadded = apart(together[1, behind], alone[0, behind]) <= limit
+        if causal and separate and unpadded:
+            return
+        if apart(together, logits(long, short)) > limit:
+            raise ModelError(
+                f"{name}: two passes over one batch differ in training mode, and no dropout of torch explains it "
+                f"(model.disable_dropout is true): set the randomness in its config.json to zero, or "
+                f"model.disable_dropout=false without anchors"
+            )
+    if not causal:
+        raise ModelError(
+            f"{name}: a token's prediction changes with the tokens behind it, so that the loss of a response would see "
+            f"the answer: {stay}"
+        )
+    if not separate:
+        raise ModelError(f"{name}: a sample's predictions change with the other samples of its batch: {stay}")
+    raise ModelError(
+        f"{name}: a sample's predictions are not the same alone as beside a longer one, with padding: {stay}"
+    )
+
+
+def generates_in_padded_batches(model: HuggingFaceModel) -> bool:
+    """Whether a prompt beside a longer one, padded on the left, is continued as if it were alone; tells if not."""
+    tokens = probe_tokens(model, 8)
+    with _forward_of(model), evaluating(model.module):
+        prompt = model.probe_prompt(tokens)
+        long, short = (model.extended(prompt, t) for t in (tokens, tokens[:2]))
+        settings = GenerationConfig(
+            max_new_tokens=2, do_sample=False, pad_token_id=model.pad, output_logits=True, return_dict_in_generate=True
+        )
+        first, second = (model.continued(features, settings) for features in ([short, long], [short]))
+        limit = TOLERANCE[model.module.dtype]
+        same = apart(first.logits[0][:1], second.logits[0]) <= limit
+        if same and first.sequences[0, -2] == second.sequences[0, -2]:
+            same = apart(first.logits[1][:1], second.logits[1]) <= limit
+    if not same:
+        log.warning(
+            "model %s (%s): what it generates from a prompt changes with the padding beside a longer one, so prompts "
+            "of different lengths are continued one by one, which takes longer",
+            *(model.config.path, type(model.module).__name__),
+        )
+    return same
+
+
+def probe_tokens(model: HuggingFaceModel, count: int) -> list[int]:
+    """Different tokens from all over the vocabulary, none of them special."""
+    special = {*model.tokenizer.all_special_ids, *getattr(model.tokenizer, "added_tokens_decoder", ())}
+    stride = max(1, model.limits.embeddings // count)
+    ids = (index for start in range(stride) for index in range(start, model.limits.embeddings, stride))
+    return list(islice((index for index in ids if index not in special), count))
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """Norm of a difference of logits relative to the logits, each less its mean over the vocabulary."""
+    centred = other - other.mean(-1, keepdim=True)
+    return float((one - other).norm() / centred.norm().clamp_min(1e-30))
+
+
+def check_states(states: Sequence[Tensor] | None, layers: Sequence[int], model: HuggingFaceModel) -> None:
+    """Check that a base model returned what anchors of `layers` need.
+
+    Raises:
+        ModelError: it returned another number of hidden states, or one of `layers` has another width.
+    """
+    name, count = f"model {model.config.path} ({type(model.module).__name__})", len(states or ())
+    if count != model.num_hidden_states:
+        raise ModelError(
+            f"{name} returns {count} hidden states, not one for the embeddings and one for each of its "
+            f"{model.num_hidden_states - 1} layers: choose another model, or anchors.modes=[token_ce]"
+        )
+    assert states is not None
+    for k in layers:
+        if states[k].shape[-1] != model.hidden_size:
+            fitting = [i - count for i in range(count) if states[i].shape[-1] == model.hidden_size][-2:]
+            raise ModelError(
+                f"{name}: hidden state {k} has width {states[k].shape[-1]}, those of its layers have "
+                f"{model.hidden_size}: choose others, for example anchors.layers={fitting}"
+            )
+
+
+@contextmanager
+def _forward_of(model: HuggingFaceModel) -> Iterator[None]:
+    """Passes that leave no trace: no gradients, and random numbers as before; a failure of theirs in one line."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    except (CraftError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the code of an architecture can raise anything
+        raise ModelError(
+            f"model {model.config.path} ({type(model.module).__name__}) does not run on a few tokens "
+            f"({type(error).__name__}: {first_line(error)[:200]}): choose another model, or the right model.kind (it is "
+            f"{model.kind})"
+        ) from error

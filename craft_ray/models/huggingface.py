@@ -20,11 +20,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
 from craft_ray.config import ModelConfig, Precision
-from craft_ray.data.images import decode_image, encoded_image
+from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError, ModelError
@@ -368,14 +369,16 @@ class VisionLanguageModel(HuggingFaceModel):
                 return_tensors="pt",
             )
         else:
-            mark = self.processor.image_token
-            text = sample.prompt if mark in sample.prompt else mark + sample.prompt
-            encoded = self.processor(images=[image], text=[text], return_tensors="pt")
+            encoded = self._encode_plain(image, sample.prompt)
         return {name: tensor for name, tensor in encoded.items() if name != "labels"}
 
+    def _encode_plain(self, image: Image.Image, text: str) -> Any:
+        mark = self.processor.image_token
+        return self.processor(images=[image], text=[text if mark in text else mark + text], return_tensors="pt")
+
     def probe_prompt(self, tokens: Sequence[int]) -> Features:
-        image = encoded_image(np.zeros((32, 32, 3), np.uint8), Path(), "a black image")
-        return self._prompt(self.encode_prompt(Sample("", self.tokenizer.decode(tokens[:1]), image)))
+        encoded = self._encode_plain(Image.new("RGB", (32, 32)), self.tokenizer.decode(tokens[:1]))
+        return self._prompt({name: tensor for name, tensor in encoded.items() if name != "labels"})
 
     def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
         config = self.module.config

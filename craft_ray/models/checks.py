@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,8 +113,7 @@ def check_decoder(model: HuggingFaceModel) -> None:
         tokens = probe_tokens(model, 8)
         prompt = model.probe_prompt(tokens)
         long, changed, short = (
-            model.extended(prompt, suffix)
-            for suffix in (tokens[:6], tokens[:4] + tokens[6:], tokens[:2])
+            model.extended(prompt, suffix) for suffix in (tokens[:6], tokens[:4] + tokens[6:], tokens[:2])
         )
 
         def logits(*features: Features) -> Tensor:
@@ -224,6 +222,6 @@ def _forward_of(model: HuggingFaceModel) -> Iterator[None]:
     except Exception as error:  # the code of an architecture can raise anything
         raise ModelError(
             f"model {model.config.path} ({type(model.module).__name__}) does not run on a few tokens "
-            f"({type(error).__name__}: {first_line(error)[:200]}): choose another model, or the right model.kind (it is "
-            f"{model.kind})"
+            f"({type(error).__name__}: {first_line(error)[:200]}): choose another model, or the right model.kind (it "
+            f"is {model.kind})"
         ) from error

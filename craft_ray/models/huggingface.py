@@ -81,7 +81,10 @@ class HuggingFaceModel(TokenModel, TensorModel):
         self._stops = sorted({*_listed(own), *_listed(self._eos)})
         pad = self.tokenizer.pad_token_id
         self.pad: int = pad if pad is not None else (self._eos or 0)
-        self._takes_keep = "logits_to_keep" in inspect.signature(self.module.forward).parameters
+        takes = inspect.signature(self.module.forward).parameters
+        self._takes_keep = "logits_to_keep" in takes
+        # A loss that balances experts is computed from them, which fails for a single new token and is not used here.
+        self._outputs = {"output_router_logits": False} if "output_router_logits" in takes else {}
         check_decoder(self)
         if config.gradient_checkpointing:
             self.module.gradient_checkpointing_enable({"use_reentrant": False})
@@ -237,8 +240,8 @@ class HuggingFaceModel(TokenModel, TensorModel):
         """Logits [B, P, vocabulary] at the positions that predict a target, through the model's own head."""
         with self.autocast():
             if self._takes_keep:
-                return self.module(**batch.inputs, use_cache=False, logits_to_keep=batch.keep_P).logits
-            return self.module(**batch.inputs, use_cache=False).logits[:, batch.keep_P]
+                return self.module(**batch.inputs, **self._outputs, use_cache=False, logits_to_keep=batch.keep_P).logits
+            return self.module(**batch.inputs, **self._outputs, use_cache=False).logits[:, batch.keep_P]
 
     def token_loss(self, batch: Batch) -> Tensor:
         if not batch.tokens:
@@ -285,7 +288,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
         own_settings = self.module.generation_config
         self.module.generation_config = settings
         try:
-            return self.module.generate(**inputs, generation_config=settings)
+            return self.module.generate(**inputs, **self._outputs, generation_config=settings)
         finally:
             self.module.generation_config = own_settings
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.method.pooling import Layout

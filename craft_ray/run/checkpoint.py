@@ -25,7 +25,6 @@ from craft_ray.storage.files import clear_leftovers, new_folder
 from craft_ray.storage.last import forget_last, point_last
 from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree, remove_tree
 
-
 REFUSED = "refused_"
 """Stands before the name of a checkpoint that holds other weights than the model that was saved."""
 

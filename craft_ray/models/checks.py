@@ -49,13 +49,18 @@ def refuse_quantised(path: str, **options: Any) -> None:
         return  # whoever loads the weights says what is wrong with the folder
     for found in _mappings(settings):
         for key in QUANTISED:
-            if isinstance(found.get(key), dict):
-                method = found[key].get("quant_method") or found[key].get("mode") or f"{found[key].get('bits')} bits"
+            if isinstance(found.get(key), dict) and (method := _method(found[key])):
                 raise ConfigError(
                     f"model.path {path}: its weights are quantised ({key} in its config: {method}), and what is "
                     f"trained and saved are plain weights: specify the model that they were made from, or dequantise "
                     f"them first (transformers: model.dequantize()) and save a folder without {key}"
                 )
+
+
+def _method(settings: dict[str, Any]) -> str | None:
+    """How weights are quantised, as a line says it; None where the settings are about something else."""
+    bits = settings.get("bits") or (settings.get("load_in_4bit") and 4) or (settings.get("load_in_8bit") and 8)
+    return settings.get("quant_method") or (f"{bits} bits" if bits else None)
 
 
 def _mappings(value: Any) -> Iterator[dict[str, Any]]:
@@ -70,8 +75,9 @@ def check_loading(module: nn.Module, info: dict[str, Any], path: str, kind: str)
     """Check that the weights of a folder and those of the model are the same ones.
 
     Raises:
-        ModelError: some are missing or have another shape, or the folder has more for a part of the model than that
-            part computes with (scales of quantised weights, biases that the config leaves out).
+        ModelError: some are missing or have another shape, or the folder has more for a part with weights than that
+            part computes with (scales of quantised weights, biases that the config leaves out). Others are told:
+            another head, or the causal masks that older versions of transformers saved.
     """
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
@@ -82,8 +88,8 @@ def check_loading(module: nn.Module, info: dict[str, Any], path: str, kind: str)
             f"random; save the folder again or choose the right model.kind (it is {kind})"
         )
     unexpected = sorted(info["unexpected_keys"])
-    parts = {name for name, _ in module.named_modules()}
-    inside = [name for name in unexpected if name.rpartition(".")[0] in parts]
+    weighted = {name for name, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))}
+    inside = [name for name in unexpected if name.rpartition(".")[0] in weighted]
     if inside:
         raise ModelError(
             f"model {path} did not load completely: {len(inside)} of its weights belong to parts of a "
@@ -183,7 +189,10 @@ def probe_tokens(model: HuggingFaceModel, count: int) -> list[int]:
 
 
 def apart(one: Tensor, other: Tensor) -> float:
-    """Norm of a difference of logits relative to the logits, each less its mean over the vocabulary."""
+    """Norm of a difference of logits relative to the logits, each less its mean over the vocabulary. Tokens that a
+    model rules out by a logit of the lowest number do not count, nor do those of a model that diverged."""
+    counted = (one.abs() < 1e30) & (other.abs() < 1e30)
+    one, other = one.where(counted, 0), other.where(counted, 0)
     centred = other - other.mean(-1, keepdim=True)
     return float((one - other).norm() / centred.norm().clamp_min(1e-30))
 

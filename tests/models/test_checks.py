@@ -66,7 +66,7 @@ DECODERS: dict[str, dict[str, Any]] = {
 """Dropout everywhere and under every name; sequences mixed by attention, recurrence and convolution; experts."""
 
 ENCODERS: dict[str, dict[str, Any]] = {
-    "Bert": HIDDEN, "Roberta": HIDDEN, "Electra": HIDDEN | {"embedding_size": 32},
+    "Bert": HIDDEN, "Roberta": HIDDEN | {"max_position_embeddings": 512}, "Electra": HIDDEN | {"embedding_size": 32},
     "XLNet": {"d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48, "dropout": P},
 }  # fmt: skip
 
@@ -299,12 +299,14 @@ def test_weights_of_a_part_that_does_not_use_them_are_refused(folder: Path) -> N
 
 
 def test_weights_of_another_head_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    weights = load_file(folder / "model.safetensors") | {"value_head.weight": torch.ones(1, 2)}
+    """And the masks of older versions of transformers, beside the weights that an attention layer's parts have."""
+    extra = {"value_head.weight": torch.ones(1, 2), "model.layers.0.self_attn.masked_bias": torch.tensor(-1e4)}
+    weights = load_file(folder / "model.safetensors") | extra
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with caplog.at_level(logging.WARNING):
         load(folder)
-    [line] = caplog.messages
-    assert f"model {folder}: 1 of its weights are no part of a LlamaForCausalLM (e.g. value_head.weight)" in line
+    [line] = [record.getMessage() for record in caplog.records if record.name == "craft_ray.models.checks"]
+    assert f"model {folder}: 2 of its weights are no part of a LlamaForCausalLM (e.g. " in line
 
 
 # --- tokens and hidden states --------------------------------------------------------------------------------------

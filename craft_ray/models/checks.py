@@ -230,7 +230,7 @@ def _forward_of(model: HuggingFaceModel) -> Iterator[None]:
         raise
     except Exception as error:  # the code of an architecture can raise anything
         raise ModelError(
-            f"model {model.config.path} ({type(model.module).__name__}) does not run on a few tokens "
-            f"({type(error).__name__}: {first_line(error)[:200]}): choose another model, or the right model.kind (it "
-            f"is {model.kind})"
+            f"model {model.config.path} ({type(model.module).__name__}) does not run on {model.probed} "
+            f"({type(error).__name__}: {first_line(error)[:200]}): choose another model, the right model.kind (it is "
+            f"{model.kind}), or a folder whose processor fits its weights"
         ) from error

@@ -146,6 +146,9 @@ class HuggingFaceModel(TokenModel, TensorModel):
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
         """The model's inputs for a prompt alone, with a batch dimension of one."""
 
+    probed = "a few tokens"
+    """What `probe_prompt` holds, in messages."""
+
     def probe_prompt(self, tokens: Sequence[int]) -> Features:
         """A short prompt that shows what the model does with any."""
         return self._prompt({"input_ids": torch.tensor([tokens[:3]])})
@@ -378,6 +381,8 @@ class VisionLanguageModel(HuggingFaceModel):
     def _encode_plain(self, image: Image.Image, text: str) -> Any:
         mark = self.processor.image_token
         return self.processor(images=[image], text=[text if mark in text else mark + text], return_tensors="pt")
+
+    probed = "a few tokens and a picture"
 
     def probe_prompt(self, tokens: Sequence[int]) -> Features:
         encoded = self._encode_plain(Image.new("RGB", (32, 32)), self.tokenizer.decode(tokens[:1]))

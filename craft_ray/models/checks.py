@@ -11,13 +11,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig
+from torch import Tensor
+from transformers import GenerationConfig
 
-from craft_ray.errors import ConfigError, CraftError, ModelError, first_line
+from craft_ray.errors import CraftError, ModelError, first_line
 from craft_ray.models.base import Features, evaluating
 from craft_ray.models.dropout import silence
 
@@ -26,84 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-QUANTISED = ("quantization_config", "compression_config", "quantization")
-"""Keys of a `config.json` that describe quantised weights: transformers, an older compressed-tensors, MLX."""
-
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Largest norm of a difference of logits relative to the logits, by the type of the weights: rounding differs with the
 shape of a batch and, where experts share it out, with its tokens."""
-
-
-# -- before and while weights are read
-
-
-def refuse_quantised(path: str, **options: Any) -> None:
-    """Refuse a folder or hub model whose config describes quantised weights, before they are read.
-
-    Raises:
-        ConfigError: it does. Training would update and save them without their scales.
-    """
-    try:
-        settings, _ = PretrainedConfig.get_config_dict(path, **options)
-    except (OSError, ValueError):
-        return  # whoever loads the weights says what is wrong with the folder
-    for found in _mappings(settings):
-        for key in QUANTISED:
-            if isinstance(found.get(key), dict) and (method := _method(found[key])):
-                raise ConfigError(
-                    f"model.path {path}: its weights are quantised ({key} in its config: {method}), and what is "
-                    f"trained and saved are plain weights: specify the model that they were made from, or dequantise "
-                    f"them first (transformers: model.dequantize()) and save a folder without {key}"
-                )
-
-
-def _method(settings: dict[str, Any]) -> str | None:
-    """How weights are quantised, as a line says it; None where the settings are about something else."""
-    bits = settings.get("bits") or (settings.get("load_in_4bit") and 4) or (settings.get("load_in_8bit") and 8)
-    return settings.get("quant_method") or (f"{bits} bits" if bits else None)
-
-
-def _mappings(value: Any) -> Iterator[dict[str, Any]]:
-    """A config and the configs in it."""
-    if isinstance(value, dict):
-        yield value
-        for inner in value.values():
-            yield from _mappings(inner)
-
-
-def check_loading(module: nn.Module, info: dict[str, Any], path: str, kind: str) -> None:
-    """Check that the weights of a folder and those of the model are the same ones.
-
-    Raises:
-        ModelError: some are missing or have another shape, or the folder has more for a part with weights than that
-            part computes with (scales of quantised weights, biases that the config leaves out). Others are told:
-            another head, or the causal masks that older versions of transformers saved.
-    """
-    missing = sorted(info["missing_keys"])
-    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
-    if missing or mismatched:
-        wrong = f"{len(missing)} weights are missing" if missing else f"{len(mismatched)} have another shape"
-        raise ModelError(
-            f"model {path} did not load completely: {wrong} (e.g. {(missing or mismatched)[0]}), they would be "
-            f"random; save the folder again or choose the right model.kind (it is {kind})"
-        )
-    unexpected = sorted(info["unexpected_keys"])
-    weighted = {name for name, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))}
-    inside = [name for name in unexpected if name.rpartition(".")[0] in weighted]
-    if inside:
-        raise ModelError(
-            f"model {path} did not load completely: {len(inside)} of its weights belong to parts of a "
-            f"{type(module).__name__} that do not use them (e.g. {inside[0]}), so it computes something else, as with "
-            f"quantised weights without a quantization_config; specify a folder whose config.json fits its weights"
-        )
-    if unexpected:
-        log.warning(
-            "model %s: %d of its weights are no part of a %s (e.g. %s); they are not loaded, and not in what is saved",
-            *(path, len(unexpected), type(module).__name__, unexpected[0]),
-        )
-
-
-# -- on the loaded module
 
 
 def check_decoder(model: HuggingFaceModel) -> None:

@@ -14,30 +14,26 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
-from craft_ray.errors import ConfigError, DataError, ModelError
+from craft_ray.errors import ConfigError, DataError
 from craft_ray.method.pooling import Layout, Pooling
 from craft_ray.models.base import Batch, Features, evaluating
 from craft_ray.models.capabilities import PackingModel, TensorModel, TokenModel
 from craft_ray.models.checks import (
     check_decoder,
-    check_loading,
     check_states,
     generates_in_padded_batches,
-    refuse_quantised,
 )
 from craft_ray.models.dropout import disable_dropout
 from craft_ray.models.fingerprint import (
@@ -47,10 +43,9 @@ from craft_ray.models.fingerprint import (
     without_locations,
 )
 from craft_ray.models.limits import Limits
+from craft_ray.models.loading import load_module, load_processor, reason
 from craft_ray.models.packing import check_packing, packed_forward
 from craft_ray.models.tokens import clip_suffix, targets, token_log_probs, token_loss
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class HuggingFaceModel(TokenModel, TensorModel):
@@ -66,9 +61,9 @@ class HuggingFaceModel(TokenModel, TensorModel):
         self.config = config
         self.precision = precision
         self.device = device
-        self.processor = self._load_processor()
+        self.processor = load_processor(self.processor_class, config)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        self.module = self._load_module(weights or config.path).to(device).train()
+        self.module = load_module(self.auto_class, config, weights or config.path).to(device).train()
         if config.disable_dropout:
             disable_dropout(self.module)
         text = self.module.config.get_text_config()
@@ -92,46 +87,6 @@ class HuggingFaceModel(TokenModel, TensorModel):
     @property
     def description(self) -> str:
         return f"a model of kind {self.kind}"
-
-    # -- loading
-
-    def _options(self) -> dict[str, Any]:
-        return {"revision": self.config.revision, "trust_remote_code": self.config.trust_remote_code}
-
-    def _load_processor(self) -> Any:
-        path = Path(self.config.path)
-        if path.is_absolute() and not path.is_dir():
-            raise ConfigError(f"model.path {path}: there is no such folder: specify an existing one, or a hub model")
-        try:
-            return self.processor_class.from_pretrained(self.config.path, **self._options())
-        except Exception as error:  # a damaged tokenizer can raise anything, even a bare Exception
-            raise ConfigError(
-                f"model.path {path}: no processor or tokenizer loads from it ({_reason(error)}): specify a folder or a "
-                f"hub model that has one"
-            ) from error
-
-    def _load_module(self, path: str) -> Any:
-        refuse_quantised(path, **self._options())
-        try:
-            module, info = self.auto_class.from_pretrained(
-                path,
-                dtype=DTYPES[self.config.dtype],
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                **self._options(),
-            )
-        except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-            raise ModelError(
-                f"model {path}: its weights are damaged ({_reason(error)}): fetch or save it again"
-            ) from None
-        except (OSError, ValueError) as error:
-            if "afetensor" in str(error) or "header" in str(error):
-                raise ModelError(f"model {path}: its weights do not load ({_reason(error)})") from None
-            raise ConfigError(
-                f"model.path {path}: no {self.auto_class.__name__} loads from it ({_reason(error)})"
-            ) from None
-        check_loading(module, info, path, self.kind)
-        return module
 
     def check_source(self, source: Source) -> None:
         if source.features is not None:
@@ -341,7 +296,7 @@ class CausalLM(HuggingFaceModel, PackingModel):
             with evaluating(self.module), self.autocast():
                 check_packing(self.module.base_model, 1e-1 if self.precision == "bf16" else 1e-3)
         except TypeError as error:  # its forward does not accept the layout that attention needs
-            raise ValueError(f"{type(self.module).__name__} cannot be packed ({_reason(error)})") from None
+            raise ValueError(f"{type(self.module).__name__} cannot be packed ({reason(error)})") from None
 
     def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
         with self.autocast():
@@ -413,13 +368,3 @@ class VisionLanguageModel(HuggingFaceModel):
 def _listed(value: int | list[int] | None) -> list[int]:
     """Token ids as transformers holds them: none, one, or several."""
     return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of a library's error, with our remedy where the library's is a Python argument."""
-    text = str(error).strip()
-    if "contains custom code" in text:
-        return "it comes with Python code of its own; set model.trust_remote_code=true if you trust it"
-    if isinstance(error, KeyError) or not text:
-        return f"{type(error).__name__} {text}".strip()
-    return text.splitlines()[0][:200]

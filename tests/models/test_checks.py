@@ -305,7 +305,7 @@ def test_weights_of_another_head_are_told(folder: Path, caplog: pytest.LogCaptur
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with caplog.at_level(logging.WARNING):
         load(folder)
-    [line] = [record.getMessage() for record in caplog.records if record.name == "craft_ray.models.checks"]
+    [line] = [record.getMessage() for record in caplog.records if record.name == "craft_ray.models.loading"]
     assert f"model {folder}: 2 of its weights are no part of a LlamaForCausalLM (e.g. " in line
 
 

@@ -23,7 +23,7 @@ from craft_ray.errors import ConfigError, CraftError, DataError, ModelError
 from craft_ray.examples.text import byte_tokenizer
 from craft_ray.models import load_model
 from craft_ray.models.dropout import drawing, silence
-from craft_ray.models.huggingface import HuggingFaceModel
+from craft_ray.models.huggingface import CausalLM, HuggingFaceModel
 
 P = 0.2
 SMALL = {
@@ -342,3 +342,6 @@ def test_a_hidden_state_of_another_width(tmp_path: Path) -> None:
         ModelError, match=r"hidden state 3 has width 16, those of its layers have 32.*layers=\[-3, -2\]"
     ):
         model.hidden_states(batch, [2, 3])
+    assert isinstance(model, CausalLM)
+    with pytest.raises(ValueError, match="its hidden states have different widths"):
+        model.check_packing()

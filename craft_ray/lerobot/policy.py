@@ -27,8 +27,9 @@ from craft_ray.lerobot.dataset import action_chunk
 from craft_ray.lerobot.folder import PolicyFolder, save_folder
 from craft_ray.lerobot.taps import Taps
 from craft_ray.method.pooling import Layout, Pooling
-from craft_ray.models.base import Batch, Features, Model, disable_dropout, evaluating
+from craft_ray.models.base import Batch, Features, Model, evaluating
 from craft_ray.models.capabilities import token_model
+from craft_ray.models.dropout import disable_dropout
 from craft_ray.models.fingerprint import json_fingerprint, tokenizer_identity, weights_fingerprint
 
 ACTION = "action"

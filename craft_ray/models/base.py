@@ -177,16 +177,6 @@ def resolve_layers(layers: Sequence[int], num_hidden_states: int) -> tuple[int, 
     return resolved
 
 
-def disable_dropout(module: nn.Module) -> None:
-    """Set every dropout probability to zero, in layers and in the attributes that functional dropout reads."""
-    for part in module.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = 0.0
-        for name in ("attention_dropout", "activation_dropout", "dropout", "dropout_prob", "layerdrop"):
-            if isinstance(part.__dict__.get(name), float):
-                setattr(part, name, 0.0)
-
-
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put the module in eval mode; afterwards every part is back in its previous mode, also after an exception."""

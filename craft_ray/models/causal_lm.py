@@ -11,7 +11,8 @@ from torch import Tensor
 from craft_ray.data.sample import Sample
 from craft_ray.models.base import Features, evaluating
 from craft_ray.models.capabilities import PackingModel
-from craft_ray.models.huggingface import HuggingFaceModel, reason
+from craft_ray.models.huggingface import HuggingFaceModel
+from craft_ray.models.loading import reason
 from craft_ray.models.packing import check_packing, packed_forward
 from craft_ray.models.text import Cut
 

@@ -12,33 +12,38 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
-from craft_ray.errors import ConfigError, DataError, ModelError
+from craft_ray.errors import ConfigError, DataError
 from craft_ray.method.pooling import Layout, Pooling
-from craft_ray.models.base import Batch, Features, disable_dropout, evaluating
+from craft_ray.models.base import Batch, Features, evaluating
 from craft_ray.models.capabilities import TensorModel, TokenModel
 from craft_ray.models.chat import ChatTemplate
+from craft_ray.models.checks import (
+    check_decoder,
+    check_states,
+    generates_in_padded_batches,
+)
+from craft_ray.models.dropout import disable_dropout
 from craft_ray.models.fingerprint import (
     json_fingerprint,
     tokenizer_identity,
     weights_fingerprint,
 )
+from craft_ray.models.limits import Limits
+from craft_ray.models.loading import load_module, load_processor
 from craft_ray.models.text import Cut, TextEncoder
 from craft_ray.models.tokens import clip_suffix, listed, targets, token_log_probs, token_loss
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class HuggingFaceModel(TokenModel, TensorModel):
@@ -55,78 +60,37 @@ class HuggingFaceModel(TokenModel, TensorModel):
         self.config = config
         self.precision = precision
         self.device = device
-        self.processor = self._load_processor()
+        self.processor = load_processor(self.processor_class, config)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.text = TextEncoder(self.tokenizer)
         self.chat: ChatTemplate | None = None
         if config.chat_template:
             self.chat = ChatTemplate(self.processor, self.tokenizer, self.reads_images, config.path)
-        self.module = self._load_module(weights or config.path).to(device).train()
+        self.module = load_module(self.auto_class, config, weights or config.path).to(device).train()
         if config.disable_dropout:
             disable_dropout(self.module)
-        if config.gradient_checkpointing:
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
         text = self.module.config.get_text_config()
         self.hidden_size: int = text.hidden_size
         self.num_hidden_states: int = text.num_hidden_layers + 1
+        self.limits = Limits.of(self.module, self.tokenizer, config.max_length, config.path)
         self._eos: int | None = self.tokenizer.eos_token_id
         # A chat model ends its turn with a token of its own, which its template writes or its generation config names.
         own = self.module.generation_config.eos_token_id if self.module.generation_config else None
         turn_end = None if self.chat is None else self.chat.end_id
         self._stops = sorted({*listed(own), *listed(self._eos), *listed(turn_end)})
         pad = self.tokenizer.pad_token_id
-        self._pad: int = pad if pad is not None else (self._eos or 0)
-        self._takes_keep = "logits_to_keep" in inspect.signature(self.module.forward).parameters
+        self.pad: int = pad if pad is not None else (self._eos or 0)
+        takes = inspect.signature(self.module.forward).parameters
+        self._takes_keep = "logits_to_keep" in takes
+        # A loss that balances experts is computed from them, which fails for a single new token and is not used here.
+        self._outputs = {"output_router_logits": False} if "output_router_logits" in takes else {}
+        check_decoder(self)
+        if config.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def description(self) -> str:
         return f"a model of kind {self.kind}"
-
-    # -- loading
-
-    def _options(self) -> dict[str, Any]:
-        return {"revision": self.config.revision, "trust_remote_code": self.config.trust_remote_code}
-
-    def _load_processor(self) -> Any:
-        path = Path(self.config.path)
-        if path.is_absolute() and not path.is_dir():
-            raise ConfigError(f"model.path {path}: there is no such folder: specify an existing one, or a hub model")
-        try:
-            return self.processor_class.from_pretrained(self.config.path, **self._options())
-        except Exception as error:  # a damaged tokenizer can raise anything, even a bare Exception
-            raise ConfigError(
-                f"model.path {path}: no processor or tokenizer loads from it ({reason(error)}): specify a folder or a "
-                f"hub model that has one"
-            ) from error
-
-    def _load_module(self, path: str) -> Any:
-        try:
-            module, info = self.auto_class.from_pretrained(
-                path,
-                dtype=DTYPES[self.config.dtype],
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                **self._options(),
-            )
-        except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-            raise ModelError(
-                f"model {path}: its weights are damaged ({reason(error)}): fetch or save it again"
-            ) from None
-        except (OSError, ValueError) as error:
-            if "afetensor" in str(error) or "header" in str(error):
-                raise ModelError(f"model {path}: its weights do not load ({reason(error)})") from None
-            raise ConfigError(
-                f"model.path {path}: no {self.auto_class.__name__} loads from it ({reason(error)})"
-            ) from None
-        missing = sorted(info["missing_keys"])
-        mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
-        if missing or mismatched:
-            wrong = f"{len(missing)} weights are missing" if missing else f"{len(mismatched)} have another shape"
-            raise ModelError(
-                f"model {path} did not load completely: {wrong} (e.g. {(missing or mismatched)[0]}), they would be "
-                f"random; save the folder again or choose the right model.kind (it is {self.kind})"
-            )
-        return module
 
     def check_source(self, source: Source) -> None:
         if source.features is not None:
@@ -154,6 +118,13 @@ class HuggingFaceModel(TokenModel, TensorModel):
     @abstractmethod
     def cut(self, sample: Sample) -> Cut:
         """The tokens of prompt and response, an image as its mark, cut where the response begins."""
+
+    probed = "a few tokens"
+    """What `probe_prompt` holds, in messages."""
+
+    def probe_prompt(self, tokens: Sequence[int]) -> Features:
+        """A short prompt that shows what the model does with any."""
+        return self._prompt({"input_ids": torch.tensor([tokens[:3]])})
 
     def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
         """Indices of image tokens in a prompt."""
@@ -188,6 +159,12 @@ class HuggingFaceModel(TokenModel, TensorModel):
         return Features(tokens, images, Layout(length, length, self.image_tokens(prompt[0])))
 
     def with_suffix(self, prompt: Features, suffix: Sequence[int], sample_id: str) -> Features:
+        features = self.extended(prompt, suffix)
+        self.limits.check(features.tokens["input_ids"], features.layout, sample_id)
+        return features
+
+    def extended(self, prompt: Features, suffix: Sequence[int]) -> Features:
+        """A preprocessed prompt followed by `suffix` tokens, whatever the limits are."""
         assert prompt.layout.length == prompt.layout.prompt_length, "the prompt already has a suffix"
         tokens = {}
         added = {"input_ids": torch.tensor(list(suffix), dtype=torch.long)}
@@ -195,15 +172,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
             fill = {"attention_mask": 1, "token_type_ids": self.suffix_type}.get(name, 0)
             tail = added.get(name, torch.full((len(suffix),), fill))
             tokens[name] = torch.cat([tensor, tail.to(tensor.dtype)])
-        length = len(tokens["input_ids"])
-        if length > self.config.max_length:
-            raise DataError(
-                f"sample {sample_id} has {length} tokens, model.max_length is {self.config.max_length}: raise it, or "
-                f"shorten the sample (its prompt has {prompt.layout.prompt_length})"
-            )
-        if length == 0:
-            raise DataError(f"sample {sample_id} is empty: it has neither a prompt nor a response")
-        return Features(tokens, prompt.images, replace(prompt.layout, length=length))
+        return Features(tokens, prompt.images, replace(prompt.layout, length=len(tokens["input_ids"])))
 
     def preprocess_task(self, sample: Sample) -> Features:
         """A conversation with all turns of the assistant to learn; else the prompt with its response."""
@@ -263,7 +232,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
         width = max(f.layout.length for f in features)
         batch: dict[str, Tensor] = {}
         for name in features[0].tokens:
-            fill = self._pad if name == "input_ids" else 0
+            fill = self.pad if name == "input_ids" else 0
             rows = features[0].tokens[name].new_full((len(features), width), fill)
             for row, f in zip(rows, features, strict=True):
                 length = f.layout.length
@@ -282,8 +251,8 @@ class HuggingFaceModel(TokenModel, TensorModel):
         """Logits [B, P, vocabulary] at the positions that predict a target, through the model's own head."""
         with self.autocast():
             if self._takes_keep:
-                return self.module(**batch.inputs, use_cache=False, logits_to_keep=batch.keep_P).logits
-            return self.module(**batch.inputs, use_cache=False).logits[:, batch.keep_P]
+                return self.module(**batch.inputs, **self._outputs, use_cache=False, logits_to_keep=batch.keep_P).logits
+            return self.module(**batch.inputs, **self._outputs, use_cache=False).logits[:, batch.keep_P]
 
     def token_loss(self, batch: Batch) -> Tensor:
         if not batch.tokens:
@@ -298,7 +267,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
     def hidden_states(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         with self.autocast():
             states = self.module.base_model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states
-        assert len(states) == self.num_hidden_states
+        check_states(states, layers, self)
         return [states[k] for k in layers]
 
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
@@ -306,21 +275,33 @@ class HuggingFaceModel(TokenModel, TensorModel):
 
     @torch.inference_mode()
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
-        inputs = {k: v.to(self.device) for k, v in self._pad_batch(features, left=True).items()}
+        lengths = {f.layout.length for f in features}
+        self.limits.check_continued(max(lengths), max_new_tokens)
+        if len(lengths) > 1 and not self._generates_in_padded_batches:
+            return [tokens for one in features for tokens in self.generate([one], max_new_tokens)]
         settings = transformers.GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._stops or None, pad_token_id=self._pad
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._stops or None, pad_token_id=self.pad
         )
+        with evaluating(self.module), self.autocast():
+            output = self.continued(features, settings)
+        new_tokens = output[:, max(lengths) :].tolist()
+        return [clip_suffix(tokens, self._stops) for tokens in new_tokens]
+
+    @cached_property
+    def _generates_in_padded_batches(self) -> bool:
+        return generates_in_padded_batches(self)
+
+    def continued(self, features: Sequence[Features], settings: transformers.GenerationConfig) -> Any:
+        """What transformers generates from prompts padded on the left."""
+        inputs = {k: v.to(self.device) for k, v in self._pad_batch(features, left=True).items()}
         # transformers fills unset fields of `settings` from the model's own config, where a repetition penalty would
         # change the greedy suffix.
         own_settings = self.module.generation_config
         self.module.generation_config = settings
         try:
-            with evaluating(self.module), self.autocast():
-                output = self.module.generate(**inputs, generation_config=settings)
+            return self.module.generate(**inputs, **self._outputs, generation_config=settings)
         finally:
             self.module.generation_config = own_settings
-        new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [clip_suffix(tokens, self._stops) for tokens in new_tokens]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -357,13 +338,3 @@ class HuggingFaceModel(TokenModel, TensorModel):
 def _opened(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
     """An answer without the token that ends it."""
     return list(tokens[:-1] if tokens and tokens[-1] in stops else tokens)
-
-
-def reason(error: BaseException) -> str:
-    """The first line of a library's error, with our remedy where the library's is a Python argument."""
-    text = str(error).strip()
-    if "contains custom code" in text:
-        return "it comes with Python code of its own; set model.trust_remote_code=true if you trust it"
-    if isinstance(error, KeyError) or not text:
-        return f"{type(error).__name__} {text}".strip()
-    return text.splitlines()[0][:200]

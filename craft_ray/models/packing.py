@@ -143,6 +143,8 @@ def check_packing(base_model: PreTrainedModel, tolerance: float = 1e-2) -> None:
         raise ValueError(f"{name} cannot be packed: a sequence changes with its neighbour")
     with torch.inference_mode():
         output = base_model(second[None].to(base_model.device), use_cache=False, output_hidden_states=True)
+    if len({state.shape[-1] for state in output.hidden_states}) > 1:
+        raise ValueError(f"{name} cannot be packed: its hidden states have different widths")
     alone = output.hidden_states[-1][0].float()
     if not (before - alone).norm() <= tolerance * alone.norm():
         raise ValueError(f"{name} cannot be packed: a sequence differs from the same sequence alone")

@@ -16,6 +16,7 @@ from torch import Tensor
 from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
 from craft_ray.errors import DataError
+from craft_ray.models.base import Features
 from craft_ray.models.chat import LITERAL
 from craft_ray.models.fingerprint import without_locations
 from craft_ray.models.huggingface import HuggingFaceModel
@@ -100,6 +101,12 @@ class VisionLanguageModel(HuggingFaceModel):
             for name, tensor in encoded.items()
             if name != "labels"
         }
+
+    probed = "a few tokens and a picture"
+
+    def probe_prompt(self, tokens: Sequence[int]) -> Features:
+        text = self.processor.image_token + self.tokenizer.decode(tokens[:1])
+        return self._prompt(self._processed(text, [Image.new("RGB", (32, 32))]))
 
     def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
         config = self.module.config

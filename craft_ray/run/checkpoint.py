@@ -8,18 +8,25 @@ points to it. The random numbers of a step are seeded by (seed, step, rank), and
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from craft_ray.errors import StorageError, first_line
+from craft_ray.config import ModelConfig, Precision
+from craft_ray.errors import CraftError, ModelError, StorageError, first_line
+from craft_ray.models import load_model
 from craft_ray.models.base import Model
 from craft_ray.storage.files import clear_leftovers, new_folder
 from craft_ray.storage.last import forget_last, point_last
 from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree, remove_tree
+
+REFUSED = "refused_"
+"""Stands before the name of a checkpoint that holds other weights than the model that was saved."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,18 @@ class TrainingState:
     """The `state_dict` of each constraint that is enforced."""
 
 
-def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int) -> Path:
-    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`."""
+def save_checkpoint(
+    folder: Path,
+    model: Model,
+    state: TrainingState,
+    keep: int,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a checkpoint, point `last` at it, and remove all but the latest `keep`.
+
+    Args:
+        check: is called with its `model` folder before `last` points at it; what it refuses is put aside.
+    """
     target = folder / f"step_{state.step:06d}"
     clear_leftovers(folder)
     with new_folder(target) as temporary:
@@ -54,10 +71,54 @@ def save_checkpoint(folder: Path, model: Model, state: TrainingState, keep: int)
                 f"checkpoint {target} could not be written ({first_line(error)}): free space or choose "
                 f"another output_dir, then resume with --resume; earlier checkpoints are untouched"
             ) from error
+    if check is not None:
+        try:
+            check(target / "model")
+        except CraftError:
+            target.replace(folder / f"{REFUSED}{target.name}")  # no run resumes from it
+            raise
     point_last(folder, target.name)
     for old in sorted(folder.glob("step_*"), key=checkpoint_step)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+def check_saved(config: ModelConfig, precision: Precision, model: Model, folder: Path) -> None:
+    """Load a saved folder as a resumed run does, and compare its weights with those in memory, bit for bit.
+
+    It is loaded on the host, where weights of the type that they are stored in are mapped from the file and not copied.
+
+    Raises:
+        ModelError: it does not load, or holds other weights.
+    """
+    kept = f"{folder.parent.parent}/{REFUSED}{folder.parent.name}"
+    try:
+        loaded = load_model(config, precision, "cpu", weights=str(folder)).module.state_dict()
+    except CraftError as error:
+        raise ModelError(
+            f"what was saved does not load: {error.message}; nothing resumes from it, it is kept in {kept}"
+        ) from error
+    trained = model.module.state_dict()
+    different = [
+        name
+        for name in sorted(trained.keys() | loaded.keys())
+        if name not in trained or name not in loaded or not _equal(trained[name], loaded[name])
+    ]
+    if different:
+        raise ModelError(
+            f"what was saved is not what was trained: {len(different)} of {len(trained)} weights of a "
+            f"{type(model.module).__name__} differ when its folder is loaded again (e.g. {different[0]}), so its "
+            f"save_pretrained does not fit its from_pretrained: choose another model or version of transformers; "
+            f"nothing resumes from the folder, it is kept in {kept}"
+        )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bytes (a NaN equals itself)."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    first, second = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (one, other))
+    return torch.equal(first, second)
 
 
 def adopt_checkpoint(folder: StoragePath, source: Path) -> None:

@@ -26,7 +26,7 @@ from craft_ray.models.features import FeatureCache
 from craft_ray.retention.constraint import Constraint, open_mode
 from craft_ray.retention.mode import Terms
 from craft_ray.retention.update import enforced, held_by, stationarity, update
-from craft_ray.run.checkpoint import TrainingState, load_training_state, save_checkpoint
+from craft_ray.run.checkpoint import TrainingState, check_saved, load_training_state, save_checkpoint
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
@@ -126,6 +126,7 @@ class Run:
         self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=held is not None)
         self.optimizer = make_optimizer(self.gradients.parameters, config.train)
         self.step = 0
+        self._read_back = False  # whether this process has loaded a checkpoint of its own again
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -168,9 +169,15 @@ class Run:
         if self.main:
             constraints = [constraint.state_dict() for constraint in enforced(self.constraints)]
             state = TrainingState(self.step, self.optimizer.state_dict(), self.gradients.reached, constraints)
-            save_checkpoint(self.folder.disk / "checkpoints", self.model, state, self.config.train.keep_checkpoints)
+            keep, check = self.config.train.keep_checkpoints, None if self._read_back else self._check_saved
+            save_checkpoint(self.folder.disk / "checkpoints", self.model, state, keep, check)
+            self._read_back = True
             self.folder.push_checkpoint()
         self.workers.gather(None)  # no worker continues before it is complete
+
+    def _check_saved(self, folder: Path) -> None:
+        check_saved(self.config.model, self.config.train.precision, self.model, folder)
+        self.observer.note("the first checkpoint was loaded again: its weights are those that were trained")
 
     # -- data
 

@@ -32,8 +32,8 @@ from craft_ray.errors import ConfigError, CraftError
 from craft_ray.lerobot.policy import ACTION, IS_PAD, LANGUAGE, LeRobotPolicy
 from craft_ray.method.pooling import Vectors
 from craft_ray.models import load_model
-from craft_ray.models.base import disable_dropout
 from craft_ray.models.capabilities import packing_model, tensor_model, token_model
+from craft_ray.models.dropout import disable_dropout
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train

@@ -239,15 +239,25 @@ def test_a_tokenizer_that_was_used_is_the_same(text_model: Path) -> None:
     assert model.preprocessor_fingerprint() == before
 
 
-def test_another_image_size(digits: Digits, tmp_path: Path) -> None:
+def test_another_scale_of_images(digits: Digits, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(digits.model, tmp_path / "copy"))
-    file = folder / "processor_config.json"
-    settings = json.loads(file.read_text())
-    settings["image_processor"]["size"] = {"height": 16, "width": 16}
-    file.write_text(json.dumps(settings))
+    change_images(folder, image_mean=[0.25, 0.5, 0.5])
     before, after = identity("vision_language", digits.model), identity("vision_language", folder)
     assert before[0] == after[0]
     assert before[1] != after[1]
+
+
+def test_an_image_size_that_the_model_does_not_take(digits: Digits, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(digits.model, tmp_path / "copy"))
+    change_images(folder, size={"height": 16, "width": 16})
+    message = refusal(ModelError, "vision_language", folder)
+    assert "does not run on a few tokens and a picture (RuntimeError: The size of tensor" in message
+
+
+def change_images(folder: Path, **changes: Any) -> None:
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text())
+    change_json(file, image_processor=settings["image_processor"] | changes)
 
 
 def test_the_order_of_keys_does_not_count() -> None:

@@ -40,8 +40,9 @@ from craft_ray.data.sample import Sample
 from craft_ray.errors import DataError
 from craft_ray.examples.text import byte_tokenizer
 from craft_ray.models import load_model
-from craft_ray.models.base import IGNORE, disable_dropout, evaluating, resolve_layers
+from craft_ray.models.base import IGNORE, evaluating, resolve_layers
 from craft_ray.models.capabilities import packing_model
+from craft_ray.models.dropout import disable_dropout
 from craft_ray.models.huggingface import HuggingFaceModel
 from tests.support.experiments import Digits
 

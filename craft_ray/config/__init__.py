@@ -14,6 +14,7 @@ from craft_ray.config.data import (
     TextData,
     as_format,
 )
+from craft_ray.config.differences import deciding_difference, differences
 from craft_ray.config.evaluation import (
     EvalSet,
     EvaluationConfig,
@@ -23,10 +24,11 @@ from craft_ray.config.evaluation import (
     ValidationConfig,
 )
 from craft_ray.config.experiment import Experiment, parse_config
-from craft_ray.config.loading import dump_config, load_config, read_yaml
+from craft_ray.config.loading import dump_config, load_config
 from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import parse_overrides
 from craft_ray.config.paths import SQLITE
+from craft_ray.config.plain_yaml import read_yaml
 from craft_ray.config.retention import AnchorsConfig, CraftConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
 from craft_ray.config.tracking import TrackingConfig
@@ -68,6 +70,8 @@ __all__ = [
     "ValidationConfig",
     "WorkersConfig",
     "as_format",
+    "deciding_difference",
+    "differences",
     "dump_config",
     "load_config",
     "parse_config",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from craft_ray.config.experiment import Experiment, parse_config
 from craft_ray.config.overrides import apply_changes, parse_overrides
+from craft_ray.config.plain_yaml import read_yaml
 from craft_ray.errors import ConfigError
 
 
@@ -35,27 +35,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: Path | No
         raise ConfigError(f"{path} holds {type(tree).__name__}, a config is a mapping of sections")
     apply_changes(tree, parse_overrides(overrides))
     return parse_config(tree, str(path), base)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys: YAML would silently drop the first one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} appears twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(text: str) -> Any:
-    """The content of a YAML document.
-
-    Raises:
-        YAMLError: it is not valid YAML, or has a duplicate key.
-    """
-    return yaml.load(text, _Loader)
 
 
 def dump_config(config: Experiment) -> str:

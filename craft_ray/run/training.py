@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from craft_ray import interruption
 from craft_ray.config import Experiment
 from craft_ray.data.prefetch import prefetch
 from craft_ray.data.sampler import StepSampler
@@ -28,21 +29,22 @@ from craft_ray.models.features import FeatureCache
 from craft_ray.retention.constraint import Constraint, open_mode, split
 from craft_ray.retention.mode import Terms
 from craft_ray.retention.update import held_by, update
+from craft_ray.run.cadence import CheckpointClock
 from craft_ray.run.checkpoint import TrainingState, load_training_state, save_checkpoint
+from craft_ray.run.claim import only_process
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
+from craft_ray.run.identity import take_up
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
 from craft_ray.run.observers import Observer
 from craft_ray.run.optimization import learning_rate, make_optimizer, seed_step
+from craft_ray.run.rows import Rows, check_rows
 from craft_ray.run.scoring import source_identity
 from craft_ray.storage.last import last_checkpoint
-from craft_ray.storage.lock import exclusive_lock
 from craft_ray.workers import Workers
 
 TASK_STREAM = 0
 """Keeps the order of the task's samples apart from that of the anchors under one seed."""
-LOCK_WAIT_S = 120
-"""An NFS server keeps the lock of a machine that vanished for 90 s."""
 
 
 def train(config: Experiment, folder: RunFolder, workers: Workers, observer: Observer) -> None:
@@ -70,26 +72,10 @@ def training(
             yield from folder.read_validation()
             return
         with closing(Run(config, folder, workers, observer, features)) as run:
+            run.check_rows()
             run.held_out.score_teacher()
             yield from run.validations()
             run.conclude()
-
-
-@contextmanager
-def only_process(folder: RunFolder, workers: Workers) -> Iterator[None]:
-    """Let only one process write a run folder. A worker whose driver was killed ends a little later; wait for it.
-
-    Raises:
-        ConfigError: another process is training this run.
-    """
-    if workers.rank != 0:
-        workers.gather(None)  # no worker reads the last checkpoint before the folder is locked
-        yield
-        return
-    refusal = ConfigError(f"another process is training the run {folder.home}: wait until it is done, or stop it")
-    with exclusive_lock(folder.home / ".lock", refusal, wait_s=LOCK_WAIT_S):
-        workers.gather(None)
-        yield
 
 
 @dataclass(frozen=True)
@@ -118,11 +104,13 @@ class Run:
         assert checkpoint is None or isinstance(checkpoint, Path)
         weights = None if checkpoint is None else str(checkpoint / "model")
 
+        self.task = open_source(config.task, "task")
+        if self.main:
+            take_up(folder, config, self.task.fingerprint)
         torch.manual_seed(config.seed)
         self.model: Model = load_model(config.model, config.train.precision, workers.device, weights)
         teacher_weights = None if checkpoint else self.model.weights_fingerprint()
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
-        self.task = open_source(config.task, "task")
         self.model.check_source(self.task)
         if not self.task.has_responses:
             raise ConfigError("task.columns.response names no column: fine-tuning needs responses")
@@ -132,6 +120,7 @@ class Run:
         held = held_by(self.constraints)
         self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=held is not None)
         self.optimizer = make_optimizer(self.gradients.parameters, config.train)
+        self._clock = CheckpointClock(config.train.checkpoint_minutes, workers)
         self.step = 0
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -174,14 +163,27 @@ class Run:
     def _checkpoint(self) -> None:
         if not self.config.train.keep_checkpoints:
             return
+        started = time.monotonic()
         if self.main:
             constraints = [constraint.state_dict() for constraint in self._held]
             state = TrainingState(self.step, self.optimizer.state_dict(), self.gradients.reached, constraints)
             save_checkpoint(self.folder.disk / "checkpoints", self.model, state, self.config.train.keep_checkpoints)
             self.folder.push_checkpoint()
         self.workers.gather(None)  # no worker continues before it is complete
+        self._clock.saved(time.monotonic() - started)
 
     # -- data
+
+    def check_rows(self) -> None:
+        """Check every row of the task and of the held-out sets before they are needed.
+
+        Raises:
+            DataError: a row cannot be used.
+        """
+        how = ["task", self.model.preprocessor_fingerprint()]
+        content = self.task.fingerprint if self.main else ""
+        for rows in [Rows("task", len(self.task), content, self._task_features, how), *self.held_out.rows()]:
+            check_rows(rows, self.config.train.check_minutes, self.workers, self.observer.note)
 
     def _preprocess_task(self, row: int) -> Features:
         return self.model.preprocess_task(self.task[row])
@@ -237,6 +239,7 @@ class Run:
         held, buffer = held_by(self.constraints), MetricsBuffer()
         with closing(self.batches()) as batches:  # type: ignore[type-var]
             while self.step < stop:
+                interruption.check()
                 started = time.perf_counter()
                 data = next(batches)
                 waited = time.perf_counter() - started
@@ -258,7 +261,8 @@ class Run:
                 )
                 self.step += 1
                 last = self.step == config.steps
-                save = last or (config.checkpoint_every and self.step % config.checkpoint_every == 0)
+                due = bool(config.checkpoint_every) and self.step % config.checkpoint_every == 0
+                save = self._clock.due() or due or last
                 log = save or self.step == stop or self.step % config.log_every == 0
                 if log and self.workers.device.type == "cuda":
                     torch.cuda.synchronize()  # the log waits anyway; this way the times add up to what the steps took

@@ -33,9 +33,28 @@ def differences(original: dict[str, Any], given: dict[str, Any], prefix: str = "
             yield f"{prefix}{key} was {value}, is {now}"
 
 
-def deciding_difference(original: Experiment, given: Experiment) -> str | None:
-    """The first key that decides a number and differs, with both values; None if there is no such key."""
-    return next(differences(_deciding(original), _deciding(given)), None)
+def deciding_difference(original: Experiment, given: Experiment, places: bool = False) -> str | None:
+    """The first key that decides a number and differs, with both values; None if there is no such key.
+
+    Args:
+        places: whether the places of data and caches count, because nothing else says what was there.
+    """
+    trees = [_deciding(config) for config in (original, given)]
+    if not places:
+        for tree in trees:
+            _forget_places(tree)
+    return next(differences(*trees), None)
+
+
+def _forget_places(tree: dict[str, Any]) -> None:
+    """Leave out where the inputs are whose content has a hash of its own."""
+    del tree["output_dir"]
+    tree["craft"].pop("anchor_cache_dir")
+    sets = [tree[section][skill] for section in ("validation", "evaluation") for skill in ("old", "new")]
+    sources = [tree["task"], (tree["anchors"] or {}).get("source"), *((found or {}).get("data") for found in sets)]
+    for source in sources:
+        if source is not None:
+            del source["path"]
 
 
 def _deciding(config: Experiment) -> dict[str, Any]:

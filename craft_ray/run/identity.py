@@ -50,7 +50,8 @@ def check_config(folder: RunFolder, config: Experiment) -> None:
         ConfigError: the run began with another config.
     """
     recorded = read_identity(folder)
-    difference = deciding_difference(folder.config() if recorded is None else recorded.config, config)
+    original = folder.config() if recorded is None else recorded.config
+    difference = deciding_difference(original, config, places=recorded is None)
     if difference is not None:
         raise ConfigError(
             f"the run {folder.home} started with another config ({difference}): continue it with its own, or start a "

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from craft_ray import interruption
 from craft_ray.config import DataConfig, EvalSet, RolloutEvalSet, SampleEvalSet
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
@@ -174,6 +175,7 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
     records = []
     with evaluating(model.module):
         for start in range(0, len(mine), eval_set.batch_size):
+            interruption.check()
             records += score(data, mine[start : start + eval_set.batch_size])
     shares = workers.gather(records)
     everyone = [shares[i % workers.world_size][i // workers.world_size] for i in range(len(data.of))]

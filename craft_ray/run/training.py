@@ -120,7 +120,7 @@ class Run:
         held = held_by(self.constraints)
         self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=held is not None)
         self.optimizer = make_optimizer(self.gradients.parameters, config.train)
-        self._clock = CheckpointClock(config.train.checkpoint_minutes, workers)
+        self._clock = CheckpointClock(config.train.checkpoint_minutes if config.train.keep_checkpoints else 0, workers)
         self.step = 0
         if checkpoint is not None:
             self._restore(checkpoint)

@@ -22,6 +22,7 @@ from craft_pipelines.outputs import check_kept
 from craft_pipelines.ray_metrics import BuildMetrics
 from craft_pipelines.session import check_resources, join
 from craft_pipelines.storage_check import check_shared
+from craft_ray import interruption
 from craft_ray.anchors.build import (
     Estimate,
     build_shard,
@@ -195,6 +196,7 @@ def _announce(say: Any, plan: Plan, expected: Estimate, done: dict[str, Any], fo
 def _in_process(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
     writer = ShardWriter(dump_config(config), plan.model_dump_json())
     for name, rows in missing:
+        interruption.check()
         writer.write(name, rows)
         yield name, len(rows)
 

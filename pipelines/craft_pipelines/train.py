@@ -94,7 +94,9 @@ def check_new(config: Experiment) -> RunFolder:
     return folder
 
 
-def resume_run(path: StoragePath, config: Experiment | None = None, changes: Mapping[str, Any] = {}) -> PlannedRun:  # noqa: B006 - it is only read
+def resume_run(
+    path: StoragePath, config: Experiment | None = None, changes: Mapping[str, Any] | None = None
+) -> PlannedRun:
     """A started run, to resume from its last checkpoint (or from the start if it has none yet).
 
     Args:
@@ -105,7 +107,7 @@ def resume_run(path: StoragePath, config: Experiment | None = None, changes: Map
         ConfigError: the run is finished, or what decides a number is not what it started with.
     """
     folder = RunFolder(path.absolute())
-    asked = (config or folder.config()).changed(changes)
+    asked = (config or folder.config()).changed(changes or {})
     if folder.finished() is not None:
         raise ConfigError(f"the run {path} is finished: its scores are in {folder.result}")
     check_config(folder, asked)

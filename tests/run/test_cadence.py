@@ -45,7 +45,7 @@ def test_no_more_than_the_time_is_lost(clock: dict[str, float]) -> None:
     assert due_at(clock, 1.0, 1.0, 200) == [60, 120, 180]
     assert Asked.messages < 30, "the workers seldom talk about it"
     assert due_at(clock, 90.0, 1.0, 4) == [1, 2, 3, 4]
-    assert due_at(clock, 0.01, 1.0, 6_100) == [6_000]
+    assert due_at(clock, 1 / 128, 1.0, 7_700) == [7_680]
 
 
 def test_no_time_means_none_by_time(clock: dict[str, float]) -> None:

@@ -55,7 +55,7 @@ def test_the_first_bad_row_is_named_and_the_others_are_counted() -> None:
     assert caught.value.message == (
         "task: row 3 is bad; 4 more of 400 rows cannot be used either (rows 5, 41, 77, ...)"
     )
-    with pytest.raises(DataError, match="^task: row 3 is bad$"):  # a mistake is not remembered as checked
+    with pytest.raises(DataError, match=r"^task: row 3 is bad$"):  # a mistake is not remembered as checked
         check_rows(rows(400, failing_at(3)), MINUTES, OneWorker(), print)
 
 

@@ -78,10 +78,10 @@ def bounds(field: object) -> str:
     """Limits such as `> 0`."""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     limits = [
-        f"{sign} {getattr(mark, name):g}"
+        f"{sign} {limit}" if isinstance(limit, int) else f"{sign} {limit:g}"
         for mark in getattr(field, "metadata", [])
         for name, sign in signs.items()
-        if hasattr(mark, name)
+        if (limit := getattr(mark, name, None)) is not None
     ]
     return ", " + ", ".join(limits) if limits else ""
 

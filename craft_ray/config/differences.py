@@ -39,22 +39,23 @@ def deciding_difference(original: Experiment, given: Experiment, places: bool = 
     Args:
         places: whether the places of data and caches count, because nothing else says what was there.
     """
-    trees = [_deciding(config) for config in (original, given)]
+    before, after = _deciding(original), _deciding(given)
     if not places:
-        for tree in trees:
-            _forget_places(tree)
-    return next(differences(*trees), None)
+        before, after = _without_places(before), _without_places(after)
+    return next(differences(before, after), None)
 
 
-def _forget_places(tree: dict[str, Any]) -> None:
-    """Leave out where the inputs are whose content has a hash of its own."""
-    del tree["output_dir"]
-    tree["craft"].pop("anchor_cache_dir")
-    sets = [tree[section][skill] for section in ("validation", "evaluation") for skill in ("old", "new")]
-    sources = [tree["task"], (tree["anchors"] or {}).get("source"), *((found or {}).get("data") for found in sets)]
-    for source in sources:
-        if source is not None:
-            del source["path"]
+def _without_places(tree: dict[str, Any]) -> dict[str, Any]:
+    """Leave out where the inputs are whose content has a hash of its own, and how a cache was built, which is in its
+    identity; a run only reads which layers and positions to anchor."""
+    del tree["output_dir"], tree["craft"]["anchor_cache_dir"], tree["task"]["path"]
+    if tree["anchors"] is not None:
+        tree["anchors"] = {key: tree["anchors"][key] for key in ("positions", "layers")}
+    for section in ("validation", "evaluation"):
+        for scored in tree[section].values():
+            if isinstance(scored, dict) and "data" in scored:
+                del scored["data"]["path"]
+    return tree
 
 
 def _deciding(config: Experiment) -> dict[str, Any]:

@@ -74,23 +74,26 @@ def check_task(folder: RunFolder, config: Experiment, fingerprint: str) -> None:
         )
 
 
-def take_up(folder: RunFolder, config: Experiment, task: str) -> None:
-    """Record what a run that has not begun is going to be, or check that it is what it was. The caller holds the run's
-    lock: whatever is trained in the folder from now on is what its `config.yaml` says.
+def check_same(folder: RunFolder, config: Experiment, task: str) -> None:
+    """Check that a run is what it was, if it has begun.
 
     Args:
         task: hash of the task data.
 
     Raises:
-        ConfigError: the run began with another config or other task data.
+        ConfigError: it began with another config or other task data.
     """
     if folder.started:
         check_config(folder, config)
         check_task(folder, config, task)
+
+
+def record(folder: RunFolder, config: Experiment, task: str) -> None:
+    """Record what a run is from now on. The caller holds the run's lock and has checked everything, so that what is
+    trained in the folder is what its `config.yaml` says."""
     folder.write_config(config)
-    write_atomically(
-        folder.path / RECORD, json.dumps({"config": config.model_dump(mode="json"), "task": task}, indent=2)
-    )
+    tree = {"config": config.model_dump(mode="json"), "task": task}
+    write_atomically(folder.path / RECORD, json.dumps(tree, indent=2))
 
 
 def forget_identity(folder: RunFolder) -> None:

@@ -34,7 +34,7 @@ from craft_ray.run.checkpoint import TrainingState, load_training_state, save_ch
 from craft_ray.run.claim import only_process
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
-from craft_ray.run.identity import take_up
+from craft_ray.run.identity import check_same, record
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
 from craft_ray.run.observers import Observer
 from craft_ray.run.optimization import learning_rate, make_optimizer, seed_step
@@ -106,7 +106,7 @@ class Run:
 
         self.task = open_source(config.task, "task")
         if self.main:
-            take_up(folder, config, self.task.fingerprint)
+            check_same(folder, config, self.task.fingerprint)
         torch.manual_seed(config.seed)
         self.model: Model = load_model(config.model, config.train.precision, workers.device, weights)
         teacher_weights = None if checkpoint else self.model.weights_fingerprint()
@@ -128,6 +128,7 @@ class Run:
             for constraint in self.constraints:
                 constraint.check_untouched()
         if self.main:
+            record(folder, config, self.task.fingerprint)
             folder.keep_metrics_until(self.step)  # steps that a lost process logged after its last checkpoint are rerun
             self._announce()
 

@@ -5,6 +5,7 @@ from craft_ray.config.data import (
     ENDINGS,
     AutoData,
     Columns,
+    CsvData,
     DataConfig,
     HuggingFaceData,
     JsonLinesData,
@@ -13,6 +14,7 @@ from craft_ray.config.data import (
     TableData,
     TextData,
     as_format,
+    ending,
 )
 from craft_ray.config.differences import deciding_difference, differences
 from craft_ray.config.evaluation import (
@@ -27,7 +29,7 @@ from craft_ray.config.experiment import Experiment, parse_config
 from craft_ray.config.loading import dump_config, load_config
 from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import parse_overrides
-from craft_ray.config.paths import SQLITE
+from craft_ray.config.paths import SQLITE, matching
 from craft_ray.config.plain_yaml import read_yaml
 from craft_ray.config.retention import AnchorsConfig, CraftConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
@@ -47,6 +49,7 @@ __all__ = [
     "Columns",
     "CompareConfig",
     "CraftConfig",
+    "CsvData",
     "DataConfig",
     "EvalSet",
     "EvaluationConfig",
@@ -73,7 +76,9 @@ __all__ = [
     "deciding_difference",
     "differences",
     "dump_config",
+    "ending",
     "load_config",
+    "matching",
     "parse_config",
     "parse_overrides",
     "read_yaml",

@@ -48,10 +48,20 @@ class StorageError(CraftError):
     """A file that could not be written; what was complete before is untouched."""
 
 
-class Interrupted(CraftError):
-    """A person stopped the command; what was complete is kept."""
+class Interrupted(KeyboardInterrupt):
+    """A person or the system stopped the command; what was complete is kept.
+
+    Not an `Exception`: a library's `except Exception` would swallow it, and the command would go on.
+    """
 
     exit_code = 130
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
 
 
 def first_line(error: object) -> str:

@@ -18,6 +18,7 @@ from craft_ray.config.data import (
     ending,
     recognised,
 )
+from craft_ray.config.differences import deciding_difference, differences
 from craft_ray.config.evaluation import (
     EvalSet,
     EvaluationConfig,
@@ -27,10 +28,11 @@ from craft_ray.config.evaluation import (
     ValidationConfig,
 )
 from craft_ray.config.experiment import Experiment, parse_config
-from craft_ray.config.loading import dump_config, load_config, read_yaml
+from craft_ray.config.loading import dump_config, load_config
 from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import parse_overrides
 from craft_ray.config.paths import SQLITE, matching
+from craft_ray.config.plain_yaml import read_yaml
 from craft_ray.config.retention import AnchorsConfig, CraftConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
 from craft_ray.config.tracking import TrackingConfig
@@ -74,6 +76,8 @@ __all__ = [
     "ValidationConfig",
     "WorkersConfig",
     "as_format",
+    "deciding_difference",
+    "differences",
     "dump_config",
     "ending",
     "load_config",

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field
 
 from craft_ray.config.data import DataConfig
 from craft_ray.config.kinds import Kind, without_unused
-from craft_ray.config.types import Section
+from craft_ray.config.types import Section, SmallSeed
 
 
 class RolloutConfig(Section):
@@ -22,7 +22,7 @@ class RolloutConfig(Section):
     prompt: str | None = None
     """The instruction to the policy, as its data set words it. Default: the simulator's own."""
     episodes: int = Field(20, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: SmallSeed = 0
     """Initial condition of the first episode; the others follow. Choose settings on seeds that are not reported."""
     max_steps: int | None = Field(None, ge=1)
     """Actions after which an episode has failed. Default: equivalent to the simulator's own limit."""

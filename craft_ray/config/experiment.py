@@ -19,7 +19,7 @@ from craft_ray.config.retention import AnchorsConfig, CraftConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
 from craft_ray.config.tracking import TrackingConfig
 from craft_ray.config.training import TrainConfig, WorkersConfig
-from craft_ray.config.types import ARMS, Section, VariantName
+from craft_ray.config.types import ARMS, Section, Seed, VariantName
 from craft_ray.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ class Experiment(Section):
     """Part of the run directories' names: letters, digits, `_`, `-` and `.`."""
     variant: VariantName | None = None
     """Name of this run's arm if it is a variant of a comparison; `craft-ray compare` sets it."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     output_dir: FolderPath = Field("runs", validate_default=True)
     """Folder in which run directories are created: local, on a shared mount, or s3://."""
     model: ModelConfig

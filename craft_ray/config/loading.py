@@ -11,6 +11,7 @@ import yaml
 
 from craft_ray.config.experiment import Experiment, parse_config
 from craft_ray.config.overrides import apply_changes, parse_overrides
+from craft_ray.config.plain_yaml import read_yaml
 from craft_ray.config.types import EARLIER_POSITIONS, current_position
 from craft_ray.errors import ConfigError
 
@@ -51,27 +52,6 @@ def _earlier_positions(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tu
             yield from _earlier_positions(value, f"{prefix}{key}.")
         elif key == "positions" and isinstance(value, list):
             yield from ((f"{prefix}{key}", str(name)) for name in value if str(name) in EARLIER_POSITIONS)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys: YAML would silently drop the first one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} appears twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(text: str) -> Any:
-    """The content of a YAML document.
-
-    Raises:
-        YAMLError: it is not valid YAML, or has a duplicate key.
-    """
-    return yaml.load(text, _Loader)
 
 
 def dump_config(config: Experiment) -> str:

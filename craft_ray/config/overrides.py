@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from craft_ray.config.modes import unit_of
+from craft_ray.config.plain_yaml import read_yaml
 from craft_ray.errors import ConfigError
 
 
@@ -23,7 +24,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(f"'{override}' is not an override: write key=value, e.g. craft.lambda_lr=0.05")
         try:
-            changes[key] = yaml.safe_load(text)
+            changes[key] = read_yaml(text)
         except yaml.YAMLError:
             raise ConfigError(f"the value of '{override}' is not valid YAML") from None
     return changes

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from craft_ray.config.types import Bound, Section
+from craft_ray.config.types import Bound, Section, SmallSeed
 
 
 class ObjectiveConfig(Section):
@@ -40,7 +40,7 @@ class SweepConfig(Section):
     """Number of settings to try; for each point of the grid, if the space has one."""
     sampler: Literal["random", "tpe"] = "random"
     """`tpe` is Optuna's tree-structured Parzen estimator with constraints; it learns from earlier trials."""
-    seed: int = Field(0, ge=0)
+    seed: SmallSeed = 0
     """Seed of the sampler: the same seed draws the same settings."""
     scheduler: Literal["asha", "median", "pbt", "none"] = "asha"
     """Which trials are stopped early (asha, median), or continue from a better trial's weights (pbt)."""

@@ -30,11 +30,18 @@ class TrainConfig(Section):
     log_every: int = Field(1, ge=1)
     """Steps between log lines. Losses are checked this often, and a non-finite one stops the run."""
     checkpoint_every: int = Field(0, ge=0)
-    """Steps between checkpoints; 0 writes one at the end only."""
+    """Steps between checkpoints; 0 writes them by time, and one at the end."""
+    checkpoint_minutes: float = Field(10.0, ge=0)
+    """Minutes after which a checkpoint is written although none is due by steps, so that no more work is lost; 0 writes
+    none by time. If checkpoints take long to write, they are further apart: they take 5 % of the time at most."""
     keep_checkpoints: int = Field(2, ge=0)
     """Number of latest checkpoints that are kept; 0 saves none, not even at the end."""
     prefetch: int = Field(2, ge=1)
     """Batches that are prepared ahead of the step."""
+    check_minutes: float = Field(5.0, ge=0)
+    """All rows of the task, of each held-out set and, at the build of a cache, of the anchors are preprocessed once
+    before the first step, so that a bad row is found then. Longest time for one source, in minutes; the next start on
+    the same data goes on with the rest. 0 checks none."""
 
 
 class WorkersConfig(Section):

@@ -11,6 +11,10 @@ ARMS = ("baseline", "token_ce", "hidden")
 MOST_VARIANTS = 4
 """As many as a report can distinguish by colour."""
 Precision = Literal["fp32", "bf16"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""Torch takes no larger one."""
+SmallSeed = Annotated[int, Field(ge=0, lt=2**32)]
+"""NumPy's older generators, which samplers and simulators use, take no larger one."""
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 BOUND = re.compile(r"\s*(>=|<=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")

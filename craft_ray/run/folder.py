@@ -25,8 +25,8 @@ PACKAGES = ("craft-ray", "torch", "transformers", "ray", "pyarrow", "datasets", 
 
 
 class RunFolder:
-    """`config.yaml`, `env.json`, `metrics.jsonl`, `validation.jsonl`, `tensorboard/`, `checkpoints/`, `evaluation/`,
-    `result.json`."""
+    """`config.yaml`, `identity.json`, `env.json`, `metrics.jsonl`, `validation.jsonl`, `tensorboard/`, `checkpoints/`,
+    `evaluation/`, `result.json`."""
 
     def __init__(self, path: StoragePath, shared: StoragePath | None = None) -> None:
         """
@@ -51,7 +51,13 @@ class RunFolder:
 
     def begin(self, config: Experiment, command: Sequence[str]) -> None:
         """Write the run's config and its environment."""
+        self.write_config(config)
+        self.write_environment(command)
+
+    def write_config(self, config: Experiment) -> None:
         write_atomically(self.path / "config.yaml", dump_config(config))
+
+    def write_environment(self, command: Sequence[str]) -> None:
         write_atomically(self.path / "env.json", json.dumps(environment(command), indent=2))
 
     def config(self) -> Experiment:

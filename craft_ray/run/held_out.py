@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from craft_ray.config import EvalSet, EvaluationConfig, Experiment, ValidationConfig
+from craft_ray.config import EvalSet, EvaluationConfig, Experiment, RolloutEvalSet, ValidationConfig
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
@@ -15,6 +16,7 @@ from craft_ray.models.fingerprint import json_fingerprint
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.kept import Certificate, kept_bounds
 from craft_ray.run.metrics import Record
+from craft_ray.run.rows import Rows
 from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, ratio
 from craft_ray.storage.files import write_atomically
 from craft_ray.workers import Workers
@@ -128,6 +130,16 @@ class HeldOut:
             source = open_eval_set(eval_set, f"{section}.{skill}")
             self._data[section, skill] = EvalData(self._model, source, eval_set, self._features)
         return self._data[section, skill]
+
+    def rows(self) -> Iterator[Rows]:
+        """The rows of each set of held-out samples."""
+        for section in SECTIONS:
+            for skill, eval_set in eval_sets(self._config, section):
+                data = self.data(section, skill, eval_set)
+                if not isinstance(eval_set, RolloutEvalSet):
+                    how = [eval_set.metric, self._model.preprocessor_fingerprint()]
+                    content = data.of.fingerprint if self._main else ""
+                    yield Rows(f"{section}.{skill}.data", len(data.of), content, data.prepare, how)
 
     def _teacher_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
         data = self.data(section, skill, eval_set)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from craft_ray import interruption
 from craft_ray.config import DataConfig, EvalSet, RolloutEvalSet, SampleEvalSet
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
@@ -141,6 +142,20 @@ class EvalData:
         """The prompt with its own response, or with another, of which the response alone is predicted."""
         return self._features((row, self.source[row].answer() if response is None else response))
 
+    def prepare(self, row: int) -> None:
+        """Preprocess everything that the score of a row needs.
+
+        Raises:
+            DataError: the row cannot be scored.
+        """
+        if self.eval_set.metric == "choice":
+            for choice in _choices(self.source[row]):
+                self.answered(row, choice)
+        elif self.eval_set.metric == "perplexity":
+            self.answered(row)
+        else:
+            self.question(row)
+
     def _make(self, key: tuple[int, str | None]) -> Features:
         row, response = key
         sample = self.source[row]
@@ -161,6 +176,7 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
     records = []
     with evaluating(model.module):
         for start in range(0, len(mine), eval_set.batch_size):
+            interruption.check()
             records += score(data, mine[start : start + eval_set.batch_size])
     shares = workers.gather(records)
     everyone = [shares[i % workers.world_size][i // workers.world_size] for i in range(len(data.of))]
@@ -168,7 +184,7 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
         tokens = sum(record["tokens"] for record in everyone)
         if not tokens:
             raise DataError(f"{data.of.name}: the responses hold no token to predict: perplexity needs at least one")
-        value = math.exp(sum(record["nll"] for record in everyone) / tokens)
+        value = _perplexity_of(sum(record["nll"] for record in everyone) / tokens, data.of.name)
     else:
         value = sum(record["correct"] for record in everyone) / len(everyone)
     details = {}
@@ -241,6 +257,24 @@ def _perplexity(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
         {"id": data.source[row].id, "nll": -total, "tokens": count}
         for row, (total, count) in zip(rows, found, strict=True)
     ]
+
+
+def _perplexity_of(nats: float, name: str) -> float:
+    """exp of the mean negative log-likelihood of a token.
+
+    Raises:
+        DataError: it is not a number, or too large for one.
+    """
+    try:
+        value = math.exp(nats)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise DataError(
+            f"{name}: the perplexity of the responses is beyond every number, at {nats:.0f} nats a token: the model "
+            f"does not fit these data, or its training has diverged (lower train.learning_rate)"
+        )
+    return value
 
 
 def _success(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:

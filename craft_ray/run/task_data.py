@@ -10,6 +10,7 @@ from craft_ray.models.base import Batch, Features, Model
 from craft_ray.models.capabilities import TokenModel
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.constraint import split
+from craft_ray.run.rows import Rows
 from craft_ray.run.scoring import source_identity
 from craft_ray.workers import Workers
 
@@ -63,6 +64,12 @@ class TaskData:
             f"and response, so they are tokenised apart (first: {merged[0].where}): does a space belong to the "
             f"response?"
         )
+
+    def rows(self) -> Rows:
+        """Every row, to be checked before the first step."""
+        how = ["task", self._model.preprocessor_fingerprint()]
+        content = self.source.fingerprint if self._workers.rank == 0 else ""
+        return Rows("task", len(self.source), content, self._features, how)
 
     def _preprocess(self, row: int) -> Features:
         return self._model.preprocess_task(self.source[row])

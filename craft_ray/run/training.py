@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from craft_ray import interruption
 from craft_ray.config import Experiment
 from craft_ray.data.prefetch import prefetch
 from craft_ray.errors import ConfigError
@@ -26,21 +27,22 @@ from craft_ray.models.features import FeatureCache
 from craft_ray.retention.constraint import Constraint, open_mode
 from craft_ray.retention.mode import Terms
 from craft_ray.retention.update import enforced, held_by, stationarity, update
+from craft_ray.run.cadence import CheckpointClock
 from craft_ray.run.checkpoint import TrainingState, check_saved, load_training_state, save_checkpoint
+from craft_ray.run.claim import only_process
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
+from craft_ray.run.identity import check_same, record
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
 from craft_ray.run.observers import Observer
 from craft_ray.run.optimization import learning_rate, make_optimizer, seed_step
+from craft_ray.run.rows import check_rows
 from craft_ray.run.task_data import TaskData
 from craft_ray.storage.last import last_checkpoint
-from craft_ray.storage.lock import exclusive_lock
 from craft_ray.workers import Workers
 
 STATIONARITY_BATCHES = 8
 """Batches, at most, on which the two gradients are compared at the end: a twentieth of the run's steps."""
-LOCK_WAIT_S = 120
-"""An NFS server keeps the lock of a machine that vanished for 90 s."""
 
 
 def train(config: Experiment, folder: RunFolder, workers: Workers, observer: Observer) -> None:
@@ -68,26 +70,10 @@ def training(
             yield from folder.read_validation()
             return
         with closing(Run(config, folder, workers, observer, features)) as run:
+            run.check_rows()
             run.held_out.score_teacher()
             yield from run.validations()
             run.conclude()
-
-
-@contextmanager
-def only_process(folder: RunFolder, workers: Workers) -> Iterator[None]:
-    """Let only one process write a run folder. A worker whose driver was killed ends a little later; wait for it.
-
-    Raises:
-        ConfigError: another process is training this run.
-    """
-    if workers.rank != 0:
-        workers.gather(None)  # no worker reads the last checkpoint before the folder is locked
-        yield
-        return
-    refusal = ConfigError(f"another process is training the run {folder.home}: wait until it is done, or stop it")
-    with exclusive_lock(folder.home / ".lock", refusal, wait_s=LOCK_WAIT_S):
-        workers.gather(None)
-        yield
 
 
 @dataclass(frozen=True)
@@ -119,12 +105,15 @@ class Run:
         torch.manual_seed(config.seed)
         self.model: Model = load_model(config.model, config.train.precision, workers.device, weights)
         teacher_weights = None if checkpoint else self.model.weights_fingerprint()
-        self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
         self.task = TaskData(config, self.model, workers, features)
+        if self.main:
+            check_same(folder, config, self.task.source.fingerprint)
+        self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
         self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
         held = held_by(self.constraints)
         self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=held is not None)
         self.optimizer = make_optimizer(self.gradients.parameters, config.train)
+        self._clock = CheckpointClock(config.train.checkpoint_minutes if config.train.keep_checkpoints else 0, workers)
         self.step = 0
         self._read_back = False  # whether this process has loaded a checkpoint of its own again
         if checkpoint is not None:
@@ -133,6 +122,7 @@ class Run:
             for constraint in self.constraints:
                 constraint.check_untouched()
         if self.main:
+            record(folder, config, self.task.source.fingerprint)
             folder.keep_metrics_until(self.step)  # steps that a lost process logged after its last checkpoint are rerun
             self._announce()
 
@@ -166,6 +156,7 @@ class Run:
     def _checkpoint(self) -> None:
         if not self.config.train.keep_checkpoints:
             return
+        started = time.monotonic()
         if self.main:
             constraints = [constraint.state_dict() for constraint in enforced(self.constraints)]
             state = TrainingState(self.step, self.optimizer.state_dict(), self.gradients.reached, constraints)
@@ -174,12 +165,22 @@ class Run:
             self._read_back = True
             self.folder.push_checkpoint()
         self.workers.gather(None)  # no worker continues before it is complete
+        self._clock.saved(time.monotonic() - started)
 
     def _check_saved(self, folder: Path) -> None:
         check_saved(self.config.model, self.config.train.precision, self.model, folder)
         self.observer.note("the first checkpoint was loaded again: its weights are those that were trained")
 
     # -- data
+
+    def check_rows(self) -> None:
+        """Check every row of the task and of the held-out sets before they are needed.
+
+        Raises:
+            DataError: a row cannot be used.
+        """
+        for rows in [self.task.rows(), *self.held_out.rows()]:
+            check_rows(rows, self.config.train.check_minutes, self.workers, self.observer.note)
 
     def batches(self) -> Iterator[StepData]:
         """This worker's part of each remaining step, prepared and copied to the device by another thread."""
@@ -239,6 +240,7 @@ class Run:
         held, buffer = held_by(self.constraints), MetricsBuffer()
         with closing(self.batches()) as batches:  # type: ignore[type-var]
             while self.step < stop:
+                interruption.check()
                 started = time.perf_counter()
                 data = next(batches)
                 waited = time.perf_counter() - started
@@ -260,7 +262,8 @@ class Run:
                 )
                 self.step += 1
                 last = self.step == config.steps
-                save = last or (config.checkpoint_every and self.step % config.checkpoint_every == 0)
+                due = bool(config.checkpoint_every) and self.step % config.checkpoint_every == 0
+                save = self._clock.due() or due or last
                 log = save or self.step == stop or self.step % config.log_every == 0
                 if log and self.workers.device.type == "cuda":
                     torch.cuda.synchronize()  # the log waits anyway; this way the times add up to what the steps took

@@ -40,9 +40,15 @@ def exclusive_lock(path: StoragePath, refusal: CraftError, wait_s: float = 0.0) 
 
 @contextmanager
 def _file_lock(path: Path, refusal: CraftError, wait_s: float) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise StorageError(
+            f"{path.parent} cannot be written to ({error.strerror}): make it writable, or choose another folder"
+        ) from None
     end = time.monotonic() + wait_s
-    with path.open("w") as lock:
+    with file as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from craft_ray.config import Experiment, dump_config, parse_config
+from craft_ray.config import Experiment, parse_config, read_yaml
 from craft_ray.errors import ConfigError
 from craft_ray.run.folder import RunFolder, read_records
 from craft_ray.storage.files import write_atomically
@@ -134,7 +134,7 @@ class SweepFolder:
         tree = {
             "command": plan.command,
             "space": {"name": plan.space.name, "knobs": plan.space.source},
-            "config": yaml.safe_load(dump_config(plan.config)),
+            "config": plan.config.model_dump(mode="json"),
         }
         write_atomically(self.plan, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
@@ -148,7 +148,7 @@ class SweepFolder:
             raise ConfigError(
                 f"{self.path} holds no sweep (no sweep.yaml): specify the folder of a sweep that was started"
             )
-        tree = yaml.safe_load(self.plan.read_text())
+        tree = read_yaml(self.plan.read_text())
         config = parse_config(tree["config"], str(self.plan))
         return Plan(config, parse_space(tree["space"]["knobs"], tree["space"]["name"]), tree["command"])
 

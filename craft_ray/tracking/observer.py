@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from craft_ray.errors import Interrupted, StorageError
+from craft_ray.errors import StorageError
 from craft_ray.tracking.content import flatten
 from craft_ray.tracking.tracker import Status, TrackedRun
 
@@ -69,7 +69,7 @@ class TrackingObserver:
     ) -> None:
         status: Status = "finished"
         if kind is not None:
-            status = "stopped" if issubclass(kind, KeyboardInterrupt | Interrupted) else "failed"
+            status = "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
         for run in list(self._runs):
             with self._surviving(run):
                 run.end(status)

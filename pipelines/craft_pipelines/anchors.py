@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.ray_metrics import BuildMetrics
 from craft_pipelines.session import check_resources, join
 from craft_pipelines.storage_check import check_shared
+from craft_ray import interruption
 from craft_ray.anchors.build import (
     Estimate,
     build_shard,
@@ -47,15 +47,17 @@ from craft_ray.anchors.manifest import (
 )
 from craft_ray.anchors.teacher import Teacher
 from craft_ray.anchors.verify import check_files
-from craft_ray.config import AnchorsConfig, Experiment, dump_config, parse_config
+from craft_ray.config import AnchorsConfig, Experiment, dump_config, parse_config, read_yaml
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError
 from craft_ray.models import load_model
 from craft_ray.quiet import quiet_libraries
 from craft_ray.retention.reforward import Agreement, reforward
+from craft_ray.run.rows import anchor_rows, check_rows
 from craft_ray.storage.files import clear_leftovers, readable_bytes
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, storage_path
+from craft_ray.workers import OneWorker
 
 if TYPE_CHECKING:
     import ray.data
@@ -106,6 +108,7 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
             say(f"anchor cache found in {folder}: {manifest.identity.rows} anchors, no row computed")
             return Built(manifest, 0)
 
+    check_rows(anchor_rows(anchors, model, source, plan.identity), config.train.check_minutes, OneWorker(), say)
     expected = estimate(model, source, plan.identity.schema, anchors)
     _announce(say, plan, expected, done, folder)
     packed = tokens_per_pack(model, anchors)
@@ -193,6 +196,7 @@ def _announce(say: Any, plan: Plan, expected: Estimate, done: dict[str, Any], fo
 def _in_process(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
     writer = ShardWriter(dump_config(config), plan.model_dump_json())
     for name, rows in missing:
+        interruption.check()
         writer.write(name, rows)
         yield name, len(rows)
 
@@ -265,7 +269,7 @@ class ShardWriter:
 
     def __init__(self, config: str, plan: str) -> None:
         self.plan = Plan.model_validate_json(plan)
-        self.experiment = parse_config(yaml.safe_load(config), "config")
+        self.experiment = parse_config(read_yaml(config), "config")
         self.anchors, self.folder = anchors_section(self.experiment)
 
     @cached_property

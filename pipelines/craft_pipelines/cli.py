@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 2 usage or config; 3 finished, but the retention
 budget was not met, or no setting of a sweep is within the bounds; 4 cache
-refused; 130 interrupted; 1 anything else. A user's mistake is reported in
+refused; 130 interrupted (Ctrl-C, SIGTERM); 1 anything else. A user's mistake is reported in
 one line, never as a traceback.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,10 @@ from typing import Annotated
 
 import typer
 
-from craft_ray.config import Experiment, load_config, parse_overrides
-from craft_ray.errors import NOT_MET, ConfigError, CraftError, Interrupted
+from craft_pipelines.ending import end_interrupted, interruption_in
+from craft_ray import interruption
+from craft_ray.config import load_config, parse_overrides
+from craft_ray.errors import NOT_MET, ConfigError, CraftError
 from craft_ray.quiet import uncollected
 from craft_ray.storage.paths import storage_path
 
@@ -35,16 +36,17 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. cra
 
 def main() -> None:
     """Run the command; a known error becomes one line and its exit code."""
-    signal.signal(signal.SIGINT, _interrupted)
+    interruption.listen()
     try:
         app()
-    except CraftError as error:
+    except BaseException as error:
+        # Typer turns an interruption into its exit code. After a signal, any other end is a consequence of it.
+        if interruption.signalled() or interruption_in(error) is not None:
+            end_interrupted(error)
+        if not isinstance(error, CraftError):
+            raise
         print(f"craft-ray: {error.message}", file=sys.stderr)
         sys.exit(error.exit_code)
-
-
-def _interrupted(*_: object) -> None:
-    raise Interrupted("interrupted: complete results are kept, the same command (train: with --resume RUN) resumes")
 
 
 @anchors_app.command("build")
@@ -107,19 +109,26 @@ def train(
     dry_run: Annotated[bool, typer.Option(help="check everything, run 3 steps, print the plan")] = False,
 ) -> None:
     """Fine-tune under the retention budget."""
-    experiment = _experiment(config, overrides, resume)
+    if dry_run and resume is not None:
+        raise ConfigError("--dry-run checks a run that has not started, --resume continues a started one: choose one")
+    if resume is not None and config is not None and "=" in str(config):
+        config, overrides = None, [str(config), *(overrides or [])]
+    if resume is None and config is None:
+        raise ConfigError("no config given: craft-ray train CONFIG, or craft-ray train --resume RUN")
+    experiment = None if config is None else load_config(config, overrides or [])
     with _importing():
         from craft_pipelines import train as stage
         from craft_pipelines.dry_run import dry_run as run_dry
 
-    if dry_run:
-        if resume is not None:
-            raise ConfigError(
-                "--dry-run checks a run that has not started, --resume continues a started one: choose one"
-            )
-        run_dry(experiment)
-        return
-    run = stage.resume_run(storage_path(resume), experiment) if resume else stage.plan_run(experiment)
+    if resume is not None:
+        changed = parse_overrides(overrides or []) if config is None else {}
+        run = stage.resume_run(storage_path(resume), experiment, changed)
+    else:
+        assert experiment is not None
+        if dry_run:
+            run_dry(experiment)
+            return
+        run = stage.plan_run(experiment)
     result = stage.train_run(run)
     print(f"run: {run.folder.path}")
     if result["arm"] != "baseline" and not result["feasible"]:
@@ -287,18 +296,6 @@ def demo(
         raise ConfigError(f"there is no preset '{preset}': choose {' or '.join(stage.PRESETS)}")
     if not stage.demo(out or Path(f"craft-demo-{preset}"), preset, quick):
         sys.exit(NOT_MET)
-
-
-def _experiment(config: Path | None, overrides: list[str] | None, resume: str | None) -> Experiment:
-    if resume is not None and config is not None and "=" in str(config):
-        raise ConfigError("a run resumes with the config it started with: --resume takes no key=value")
-    if config is not None:
-        return load_config(config, overrides or [])
-    if resume is None:
-        raise ConfigError("no config given: craft-ray train CONFIG, or craft-ray train --resume RUN")
-    from craft_ray.run.folder import RunFolder
-
-    return RunFolder(storage_path(resume)).config()
 
 
 @contextmanager

@@ -19,10 +19,13 @@ from craft_pipelines.console import QuarterObserver, following
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.session import join
 from craft_pipelines.train import PlannedRun, check_inputs, resources, run_name, run_on_trainer
-from craft_ray.config import ARMS, Experiment
+from craft_ray.config import ARMS, DataConfig, Experiment
+from craft_ray.data.source import open_source
 from craft_ray.errors import ConfigError
 from craft_ray.report.html import write_report
 from craft_ray.run.folder import RunFolder, command_line
+from craft_ray.run.identity import check_config, check_task
+from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, storage_path
 
 CONSTRAINED_COST = 2.0
@@ -36,15 +39,25 @@ def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folde
         CacheRefused, ConfigError, ...: as in the single stages.
     """
     check_kept(folder, "output_dir, or --out,")
+    refusal = ConfigError(f"another process is running the comparison {folder}: wait until it is done, or stop it")
+    with exclusive_lock(folder / ".lock", refusal):
+        return _compare(config, arms, seeds, folder)
+
+
+def _compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folder: StoragePath) -> dict[str, Any]:
     configs = [arm_config(config, arm, seed, folder, arms) for arm in arms for seed in seeds]
     if config.craft.anchor_cache_dir is not None and config.anchors is not None:
         build(config)
     runs = [_planned(run) for run in configs]
     for run in runs[:: len(seeds)]:
         check_inputs(run.config)
+    _check_finished(runs)
     open_runs = [run for run in runs if run.folder.finished() is None]
     if len(open_runs) < len(runs):
         print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are finished already")
+    for run in open_runs:
+        if not run.folder.started:
+            run.folder.write_environment(command_line())
     if open_runs:
         _train_groups(open_runs)
     return write_report([run.folder for run in runs], folder, title=config.name, command=shlex.join(command_line()))
@@ -99,14 +112,28 @@ def met(result: dict[str, Any]) -> bool:
 
 
 def _planned(config: Experiment) -> PlannedRun:
+    """A run to train, or one that is taken over as it is: it has to be the same run.
+
+    Raises:
+        ConfigError: the run in the folder began with another config.
+    """
     folder = RunFolder(storage_path(config.output_dir) / run_name(config))
-    if not folder.started:
-        folder.begin(config, command_line())
-    elif folder.config() != config:
-        raise ConfigError(
-            f"the run {folder.path} was made with another config: choose another output folder, or delete this one"
-        )
+    if folder.started:
+        check_config(folder, config)
     return PlannedRun(config, folder)
+
+
+def _check_finished(runs: Sequence[PlannedRun]) -> None:
+    """Check that finished runs were trained on the data that are there now; open ones check that themselves.
+
+    Raises:
+        ConfigError: a run was trained on other data.
+    """
+    fingerprints: dict[DataConfig, str] = {}
+    for config, folder in [(run.config, run.folder) for run in runs if run.folder.finished() is not None]:
+        if config.task not in fingerprints:
+            fingerprints[config.task] = open_source(config.task, "task").fingerprint
+        check_task(folder, config, fingerprints[config.task])
 
 
 def _train_groups(runs: Sequence[PlannedRun]) -> None:

@@ -22,7 +22,7 @@ from craft_pipelines.train import PlannedRun, train_run
 from craft_ray.config import Experiment, dump_config, load_config
 from craft_ray.errors import ConfigError
 from craft_ray.extras import install, missing, require_lerobot
-from craft_ray.run.folder import RunFolder, command_line
+from craft_ray.run.folder import RunFolder
 from craft_ray.shipped import shipped
 from craft_ray.storage.files import new_folder, write_atomically
 from craft_ray.sweep.space import load_space
@@ -153,8 +153,6 @@ def _teach(config: Experiment) -> None:
     if folder.finished() is not None:
         print(f"  found in {folder.path}")
         return
-    if not folder.started:
-        folder.begin(config, command_line())
     train_run(PlannedRun(config, folder))
 
 

@@ -51,6 +51,7 @@ def dry_run(config: Experiment) -> None:
             for section in SECTIONS:
                 for skill, eval_set in eval_sets(config, section):
                     run.held_out.data(section, skill, eval_set)
+            run.check_rows()
             run.loop(until=STEPS)
             run.close()
         finally:

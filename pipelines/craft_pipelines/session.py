@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from ray.job_config import JobConfig
 
 from craft_pipelines.authentication import check_access, refused
 from craft_pipelines.runtime_env import of_driver
+from craft_ray import interruption
 from craft_ray.errors import ConfigError, first_line
 
 RAY_SETTINGS = {
@@ -83,6 +85,9 @@ def join(dashboard: bool = False) -> None:
                     f"Ray does not start on this machine ({first_line(error)}): try again when it is less busy, set "
                     f"RAY_ADDRESS to a cluster, or use no Ray processes (workers.num_workers=0)"
                 ) from None
+    if threading.current_thread() is threading.main_thread():
+        interruption.listen_again()
+    interruption.check()
 
 
 @contextmanager

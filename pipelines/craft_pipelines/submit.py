@@ -68,7 +68,7 @@ def submit(command: Sequence[str], address: str | None, folder: Path, wait: bool
         return 0
     try:
         info = Log(client, job).follow()
-    except Interrupted:
+    except KeyboardInterrupt:
         raise Interrupted("; ".join([f"interrupted: the job {job} keeps running", *hints(address, job)])) from None
     except ConnectionError:
         remedies = "; ".join(hints(address, job))

@@ -7,17 +7,16 @@ processes. `num_workers: 0` is Ray Train's local mode: the same function in this
 from __future__ import annotations
 
 import json
-import signal
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import ray.train
 import torch
 import torch.distributed
-import yaml
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -33,17 +32,24 @@ from craft_pipelines.storage_check import check_shared
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.matching import select
 from craft_ray.anchors.reader import check_shards, check_sizes
-from craft_ray.config import Experiment, WorkersConfig, dump_config, parse_config
-from craft_ray.errors import ConfigError, CraftError, Interrupted, StorageError
+from craft_ray.config import Experiment, WorkersConfig, dump_config, parse_config, read_yaml
+from craft_ray.errors import ConfigError, CraftError, Interrupted, StorageError, first_line
 from craft_ray.quiet import quiet_libraries
+from craft_ray.run.checkpoint import checkpoint_step
+from craft_ray.run.claim import claimed, remove_unstarted
 from craft_ray.run.folder import RunFolder, command_line
+from craft_ray.run.identity import check_config
 from craft_ray.run.mirror import mirrored_folder
 from craft_ray.run.training import training
 from craft_ray.storage.files import write_atomically
+from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import ObjectPath, StoragePath, remove_tree, storage_path
 from craft_ray.tracking import TrackedRun, Tracker, TrackingObserver, open_trackers
 from craft_ray.tracking.tensorboard import TensorBoardObserver
 from craft_ray.workers import OneWorker, ProcessGroup, Workers
+
+ABORT_S = 30.0
+"""How long an interrupted run waits for its workers to end."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,12 @@ def run_name(config: Experiment) -> str:
 
 
 def plan_run(config: Experiment) -> PlannedRun:
-    """A new run in the output folder of its config.
+    """A new run in the output folder of its config. Nothing is written before the run is claimed.
 
     Raises:
         ConfigError: a run of that name exists.
     """
-    folder = check_new(config)
-    folder.begin(config, command_line())
-    return PlannedRun(config, folder)
+    return PlannedRun(config, check_new(config))
 
 
 def check_new(config: Experiment) -> RunFolder:
@@ -90,33 +94,24 @@ def check_new(config: Experiment) -> RunFolder:
     return folder
 
 
-def resume_run(path: StoragePath, config: Experiment) -> PlannedRun:
+def resume_run(
+    path: StoragePath, config: Experiment | None = None, changes: Mapping[str, Any] | None = None
+) -> PlannedRun:
     """A started run, to resume from its last checkpoint (or from the start if it has none yet).
 
+    Args:
+        config: what it is resumed with; by default its own.
+        changes: new values, by dotted key, for what decides no number.
+
     Raises:
-        ConfigError: the run is finished, or `config` is not the one it started with.
+        ConfigError: the run is finished, or what decides a number is not what it started with.
     """
     folder = RunFolder(path.absolute())
-    original = folder.config()
+    asked = (config or folder.config()).changed(changes or {})
     if folder.finished() is not None:
         raise ConfigError(f"the run {path} is finished: its scores are in {folder.result}")
-    if original != config:
-        key = next(iter(differences(original.model_dump(), config.model_dump())))
-        raise ConfigError(
-            f"the run {path} started with another config ({key}): resume it with its own, craft-ray train --resume "
-            f"{path}"
-        )
-    return PlannedRun(config, folder)
-
-
-def differences(original: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The keys in which two configs differ, one at a time, with both values."""
-    for key in dict.fromkeys([*original, *given]):  # the kinds of a section have different keys
-        value, now = original.get(key), given.get(key)
-        if isinstance(value, dict) and isinstance(now, dict):
-            yield from differences(value, now, f"{prefix}{key}.")
-        elif value != now:
-            yield f"{prefix}{key} was {value}, is {now}"
+    check_config(folder, asked)
+    return PlannedRun(asked, folder)
 
 
 def check_inputs(config: Experiment) -> None:
@@ -131,27 +126,48 @@ def check_inputs(config: Experiment) -> None:
 
 
 def train_run(run: PlannedRun) -> dict[str, Any]:
-    """Train one run, with its log lines on the console."""
-    observer = ConsoleObserver(run.config.train.steps, run.config.arm)
-    try:
-        check_inputs(run.config)
-        trackers = open_trackers(run.config.tracking, run.folder.path)
-        with (
-            TrackingObserver(observer, [tracked(tracker, run) for tracker in trackers]) as watched,
-            following(run.folder.progress, watched),
-        ):
-            run_on_trainer([run])
-    except Interrupted:
-        raise Interrupted(f"interrupted: continue with craft-ray train --resume {run.folder.path}") from None
-    except CraftError:
+    """Train one run, with its log lines on the console.
+
+    Raises:
+        ConfigError: another command is training it.
+    """
+    with claimed(run.folder):
         if not run.folder.started:
-            remove_tree(run.folder.path)  # a mistake before the first step leaves nothing behind
-        raise
-    finally:
-        observer.close()
+            run.folder.write_environment(command_line())
+        observer = ConsoleObserver(run.config.train.steps, run.config.arm)
+        try:
+            check_inputs(run.config)
+            trackers = open_trackers(run.config.tracking, run.folder.path)
+            with (
+                TrackingObserver(observer, [tracked(tracker, run) for tracker in trackers]) as watched,
+                following(run.folder.progress, watched),
+            ):
+                run_on_trainer([run])
+        except KeyboardInterrupt:
+            raise Interrupted(_kept(run)) from None
+        except CraftError:
+            remove_unstarted(run.folder)  # a mistake before the first step leaves nothing behind
+            raise
+        finally:
+            observer.close()
     result = run.folder.finished()
     assert result is not None
     return result
+
+
+def _kept(run: PlannedRun) -> str:
+    """What an interruption has left of a run, and how to go on."""
+    path, records = run.folder.path, run.folder.read_metrics()
+    if not records:
+        return "interrupted before the first step: nothing was kept, start the run again with the same command"
+    step, last = records[-1]["step"], last_checkpoint(run.folder.checkpoints)
+    resume = f"craft-ray train --resume {path}"
+    if last is None:
+        return (
+            f"interrupted after step {step}, before the first checkpoint: nothing was kept, and {resume} starts from "
+            f"the beginning (train.checkpoint_every=N keeps every N-th step)"
+        )
+    return f"interrupted after step {step}: continue from the checkpoint at step {checkpoint_step(last)} with {resume}"
 
 
 def tracked(tracker: Tracker, run: PlannedRun) -> TrackedRun:
@@ -164,11 +180,23 @@ def tracked(tracker: Tracker, run: PlannedRun) -> TrackedRun:
 
 
 class _Trainer(TorchTrainer):
-    """Without the process that distributes Ray datasets to the workers: our workers read their data themselves."""
+    """Without the process that distributes Ray datasets to the workers: our workers read their data themselves. And
+    without Ray's handler of Ctrl-C, which ignores a second one: ours stays, and `abort` ends the workers."""
+
+    _controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
         every = super()._create_default_callbacks()  # type: ignore[misc]  # of Train V2's trainer
         return [each for each in every if not isinstance(each, DatasetsCallback)]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """End the workers of a run that this process no longer waits for."""
+        if self._controller is not None:
+            with suppress(Exception):  # the controller ends before it can answer, or is lost already
+                ray.get(self._controller.abort.remote(), timeout=ABORT_S)
 
 
 def run_on_trainer(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
@@ -212,23 +240,28 @@ def run_on_trainer(runs: Sequence[PlannedRun], supervised: bool = False) -> None
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
-    interrupt = signal.getsignal(signal.SIGINT)
+    resumes = f"the same command (train: with --resume {runs[0].folder.path}) resumes"
     try:
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]  # of Train V2's Result
-    except SystemExit:  # how Ray's own handler of SIGINT ends `fit`
-        raise Interrupted("interrupted") from None
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
     except ray.train.WorkerGroupError as error:
         failures = list(error.worker_failures.values())
         mistake = next((failure for failure in failures if isinstance(failure, CraftError)), None)
         if mistake is None and any(map(is_loss, failures)):
             mistake = CraftError(
                 f"a worker was lost more than workers.max_failures={workers.max_failures} times (with its machine, or "
-                f"out of memory): the same command (train: with --resume {runs[0].folder.path}) resumes"
+                f"out of memory): {resumes}"
             )
         raise mistake or error from None
+    except (ray.train.ControllerError, *LOST_PROCESS_ERRORS) as error:
+        raise CraftError(
+            f"the process that controls the run was lost, often because the machine is out of memory "
+            f"({first_line(getattr(error, 'controller_failure', error))}): use fewer or smaller processes at a time; "
+            f"{resumes}"
+        ) from None
     finally:
-        if signal.getsignal(signal.SIGINT) is not interrupt:
-            signal.signal(signal.SIGINT, interrupt)  # `fit` on the main thread leaves its own handler behind
         remove_tree(scratch)
     if outcome is not None and outcome["error"] is not None:
         raise CraftError.from_message(**outcome["error"])
@@ -264,11 +297,9 @@ def _run_worker(loop: dict[str, Any]) -> dict[str, Any]:
         for text, path in loop["runs"]:
             run = RunFolder(storage_path(path))
             if run.finished() is None:
-                config = parse_config(yaml.safe_load(text), str(run.path / "config.yaml"))
+                config = parse_config(read_yaml(text), str(run.path / "config.yaml"))
                 with mirrored_folder(run, main=workers.rank == 0) as folder:
                     _train_in_worker(config, folder, workers, StopSignal(run.path) if loop["supervised"] else None)
-    except Interrupted:
-        raise
     except CraftError as error:
         message = {"message": error.message, "exit_code": error.exit_code}
         if workers.world_size == 1:

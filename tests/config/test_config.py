@@ -112,7 +112,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "train": {
         "steps": 9, "batch_size": 8, "accumulate": 2, "learning_rate": 0.5, "schedule": "linear", "warmup_steps": 2,
         "weight_decay": 0.0, "betas": [0.5, 0.75], "max_grad_norm": None, "precision": "bf16", "log_every": 3,
-        "checkpoint_every": 4, "keep_checkpoints": 1, "prefetch": 5,
+        "checkpoint_every": 4, "checkpoint_minutes": 2.5, "keep_checkpoints": 1, "prefetch": 5, "check_minutes": 1.5,
     },
     "evaluation.old": scored(TEXT),
     "evaluation.new": ROLLOUT,
@@ -266,6 +266,9 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("compare.variants={near: {epsilon_start: 0}}", "compare.variants.near"),
         ("variant=baseline", "variant"),
         ("seed=-1", "seed"),
+        (f"seed={2**70}", "seed"),
+        (f"sweep.seed={2**40}", "sweep.seed"),
+        ("train.checkpoint_minutes=-1", "train.checkpoint_minutes"),
         ("name=12", "name"),
     ],
 )
@@ -513,6 +516,33 @@ def test_two_mistakes_are_reported_at_once(minimal: Path) -> None:
     message = refusal(minimal, "train.steps=0", "craft.lamda_lr=3")
     assert "train.steps" in message
     assert "did you mean craft.lambda_lr?" in message
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [
+        *[("0100", 100), ("007", 7), ("1_000", 1000)],
+        *[(text, None) for text in ("2:30", "off", "no", "Yes", "2026-11-29", "0b11")],
+    ],
+)
+def test_a_value_means_what_is_written(written: str, number: int | None, minimal: Path) -> None:
+    """YAML 1.1 reads each of these as something else."""
+    minimal.write_text(MINIMAL + f"evaluation: {{old: {{data: {{path: org/data, columns: {{id: {written}}}}}}}}}\n")
+    config = load_config(minimal, [f"model.revision={written}"])
+    assert config.model.revision == written
+    assert config.evaluation.old.data.columns.id == written
+    if number is None:
+        assert f"'{written}'" in refusal(minimal, f"train.steps={written}")
+    else:
+        assert load_config(minimal, [f"train.steps={written}"]).train.steps == number
+    saved = minimal.with_name("saved.yaml")
+    saved.write_text(dump_config(config))
+    assert load_config(saved) == config
+
+
+@pytest.mark.parametrize(("written", "value"), [("off", False), ("no", False), ("on", True), ("true", True)])
+def test_a_truth_value_is_read_from_its_words(written: str, value: bool, minimal: Path) -> None:
+    assert load_config(minimal, [f"craft.enabled={written}"]).craft.enabled is value
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "", "train.steps=[1"])

@@ -224,7 +224,10 @@ def test_the_teachers_statistics_stay_and_the_checkpoint_is_a_teacher(world: Pat
 
 def test_without_a_multiplier_it_is_lerobots_own_step(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Closely: gradients of one pass are the same, and are clipped by a norm that is added up in another order."""
-    off = {"craft.initial_lambda": 0.0, "craft.lambda_lr": 0.0, "craft.use_grad_projection": False}
+    off = {
+        "craft.initial_lambda": 0.0, "craft.lambda_lr": 0.0, "craft.lambda_floor": 0.0,
+        "craft.use_grad_projection": False,
+    }  # fmt: skip
     student, update = crafted(world, tmp_path / "run", off)
     assert all(record["lambda"] == 0 for record in update.records)
     monkeypatch.setattr(loop, "make_pre_post_processors", keeping_statistics)

@@ -12,9 +12,8 @@ import ray
 import yaml
 from craft_pipelines import cli
 from craft_pipelines.anchors import build
-from craft_pipelines.train import differences
 
-from craft_ray.config import dump_config
+from craft_ray.config import differences, dump_config
 from tests.support.experiments import Digits
 
 Command = Callable[..., tuple[int, str, str]]

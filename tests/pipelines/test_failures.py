@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.train
 from craft_pipelines import anchors as stage
 from craft_pipelines.anchors import MAX_DEATHS, build
 from craft_pipelines.failures import LOST_PROCESS_ERRORS, node_was_lost
-from craft_pipelines.train import is_loss
+from craft_pipelines.train import is_loss, plan_run, run_on_trainer
 from ray import ActorID
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import (
@@ -22,8 +23,10 @@ from ray.exceptions import (
     OutOfMemoryError,
     WorkerCrashedError,
 )
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
+from craft_ray.config import parse_config
 from craft_ray.errors import CraftError
 from tests.support.caches import prompts, text_experiment
 
@@ -104,3 +107,24 @@ def test_a_build_gives_up_after_deaths_of_teachers_not_of_nodes(
     else:
         with pytest.raises(CraftError, match=f"died {MAX_DEATHS + 1} times in a row"):
             build(config, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ActorDiedError(),
+        ray.train.ControllerError(OutOfMemoryError("the node ran out of memory")),
+    ],
+)
+def test_a_lost_controller_is_one_line_with_the_way_on(
+    error: Exception, text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TorchTrainer, "fit", fit)
+    tree = {"model": {"path": str(text_model)}, "task": {"path": "task.jsonl"}, "train": {"steps": 1}}
+    config = parse_config(tree | {"output_dir": str(tmp_path), "workers": {"num_workers": 0}}, "test")
+    with pytest.raises(CraftError, match=rf"out of memory .*--resume {tmp_path}/run-hidden-seed0\) resumes") as caught:
+        run_on_trainer([plan_run(config)])
+    assert "\n" not in caught.value.message

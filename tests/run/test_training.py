@@ -274,6 +274,7 @@ def test_resuming_with_another_cache_is_refused(digits: Digits, cached: Path, tm
     build(other, say=lambda _: None)
     with pytest.raises(CacheRefused, match="resume with the cache that it started with"):
         train(other, folder, OneWorker(), NullObserver())
+    assert folder.config() == config, "what is refused leaves no trace"
 
 
 FULL_DISK = """

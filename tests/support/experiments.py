@@ -53,6 +53,13 @@ class Digits:
                 "epsilon_start": 0.001,
                 "conflict_threshold": 0.5,  # the projection fires at nearly every step
             },
-            "train": {"steps": 6, "batch_size": 8, "learning_rate": 2e-3, "warmup_steps": 2, "checkpoint_every": 2},
+            "train": {
+                "steps": 6,
+                "batch_size": 8,
+                "learning_rate": 2e-3,
+                "warmup_steps": 2,
+                "checkpoint_every": 2,
+                "check_minutes": 0,  # decoding all images would take longer than the steps
+            },
             "workers": {"num_workers": 0},
         }

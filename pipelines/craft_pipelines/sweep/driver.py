@@ -24,10 +24,10 @@ from craft_pipelines.sweep.schedulers import check_scheduler, scheduler_of
 from craft_pipelines.sweep.search import PlannedSearch, begin_population, open_trials, sampler_of, trial_count
 from craft_pipelines.sweep.tracking import SweepTracking
 from craft_pipelines.sweep.trial import TRIAL, CraftTrial
-from craft_pipelines.train import check_inputs, differences, resources
+from craft_pipelines.train import check_inputs, resources
 from craft_ray.anchors.manifest import is_complete, read_manifest
 from craft_ray.anchors.matching import select
-from craft_ray.config import DataConfig, EvalSet, Experiment, RolloutConfig, RolloutEvalSet
+from craft_ray.config import DataConfig, EvalSet, Experiment, RolloutConfig, RolloutEvalSet, differences
 from craft_ray.errors import ConfigError, CraftError, Interrupted
 from craft_ray.run.folder import command_line
 from craft_ray.run.held_out import eval_sets
@@ -166,9 +166,7 @@ def _resume_advice(folder: SweepFolder) -> Iterator[None]:
     command can be given again."""
     try:
         yield
-    except (Interrupted, SystemError) as error:
-        if isinstance(error, SystemError) and not isinstance(error.__cause__, Interrupted):
-            raise  # Ray wraps the error that a signal raises while it waits
+    except KeyboardInterrupt:
         raise Interrupted(f"interrupted: resume with craft-ray sweep --resume {folder.path}") from None
     except Exception:
         if folder.new and not folder.trials():

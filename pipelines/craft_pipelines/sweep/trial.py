@@ -18,6 +18,7 @@ from craft_ray.errors import CraftError
 from craft_ray.quiet import quiet_libraries
 from craft_ray.run.checkpoint import adopt_checkpoint, checkpoint_step
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.identity import forget_identity
 from craft_ray.run.metrics import Record
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import copy_tree, remove_tree, storage_path
@@ -77,6 +78,7 @@ class CraftTrial(tune.Trainable):
         (source,) = Path(checkpoint).glob("step_*")
         self._reports.close()
         self._trial.drop_reports_after(checkpoint_step(source))
+        forget_identity(self._run)  # it goes on as the other trial did, and with its own setting
         adopt_checkpoint(self._run.checkpoints, source)
         self._reports = self._stream(after=checkpoint_step(source))
 
@@ -86,6 +88,7 @@ class CraftTrial(tune.Trainable):
         after = 0
         if self._plan.config.sweep.scheduler == "pbt":
             if changed := {key: value for key, value in config.items() if key != TRIAL}:
+                forget_identity(self._run)
                 self._trial.begin(changed)  # to a better trial's setting, or one beside it
             # It resumes from its checkpoint, so it does not repeat its reports, except for the last: it may have been
             # lost before it recorded its end.

@@ -1,0 +1,65 @@
+"""What differs between two configs, and whether it decides a number of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from craft_ray.config.experiment import Experiment
+
+FREE = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.prefetch",
+    "train.check_minutes",
+    "workers",
+    "tracking",
+    "compare",
+    "sweep",
+    "objective",
+)
+"""Keys and sections that decide no number of a run, up to the rounding of another number of workers."""
+
+
+def differences(original: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys in which two configs differ, one at a time, with both values."""
+    for key in dict.fromkeys([*original, *given]):  # the kinds of a section have different keys
+        value, now = original.get(key), given.get(key)
+        if isinstance(value, dict) and isinstance(now, dict):
+            yield from differences(value, now, f"{prefix}{key}.")
+        elif value != now:
+            yield f"{prefix}{key} was {value}, is {now}"
+
+
+def deciding_difference(original: Experiment, given: Experiment, places: bool = False) -> str | None:
+    """The first key that decides a number and differs, with both values; None if there is no such key.
+
+    Args:
+        places: whether the places of data and caches count, because nothing else says what was there.
+    """
+    before, after = _deciding(original), _deciding(given)
+    if not places:
+        before, after = _without_places(before), _without_places(after)
+    return next(differences(before, after), None)
+
+
+def _without_places(tree: dict[str, Any]) -> dict[str, Any]:
+    """Leave out where the inputs are whose content has a hash of its own, and how a cache was built, which is in its
+    identity; a run only reads which layers and positions to anchor."""
+    del tree["output_dir"], tree["craft"]["anchor_cache_dir"], tree["task"]["path"]
+    if tree["anchors"] is not None:
+        tree["anchors"] = {key: tree["anchors"][key] for key in ("positions", "layers")}
+    for section in ("validation", "evaluation"):
+        for scored in tree[section].values():
+            if isinstance(scored, dict) and "data" in scored:
+                del scored["data"]["path"]
+    return tree
+
+
+def _deciding(config: Experiment) -> dict[str, Any]:
+    sections = {key.partition(".")[0] for key in FREE if "." in key}
+    free = {key: True for key in FREE if "." not in key}
+    within = {section: {key.partition(".")[2] for key in FREE if key.startswith(f"{section}.")} for section in sections}
+    return config.model_dump(exclude={**free, **within})

@@ -1,0 +1,101 @@
+"""What a run is: the config and the task data that it began with.
+
+Both are recorded in the run's folder before the first step, and compared whenever the run is taken up again. What
+decides no number may change on the way.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from craft_ray.config import Experiment, deciding_difference, parse_config
+from craft_ray.config.differences import FREE
+from craft_ray.errors import ConfigError, StorageError
+from craft_ray.run.folder import RunFolder
+from craft_ray.storage.files import write_atomically
+
+RECORD = "identity.json"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """The record of a run."""
+
+    config: Experiment
+    task: str
+    """Hash of the task data and of how they are read."""
+
+
+def read_identity(folder: RunFolder) -> RunIdentity | None:
+    """The record of a run; None if it has not begun, or began with a version that kept none.
+
+    Raises:
+        StorageError: the record is damaged.
+    """
+    path = folder.path / RECORD
+    if not path.exists():
+        return None
+    try:
+        tree = json.loads(path.read_text())
+        return RunIdentity(parse_config(tree["config"], str(path)), str(tree["task"]))
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(f"{path} is damaged: restore it, or start a new run") from None
+
+
+def check_config(folder: RunFolder, config: Experiment) -> None:
+    """Check that a run that has begun may be taken up with a config.
+
+    Raises:
+        ConfigError: the run began with another config.
+    """
+    recorded = read_identity(folder)
+    original = folder.config() if recorded is None else recorded.config
+    difference = deciding_difference(original, config, places=recorded is None)
+    if difference is not None:
+        raise ConfigError(
+            f"the run {folder.home} started with another config ({difference}): continue it with its own, or start a "
+            f"new run with another name=... or seed=...; only what decides no number may change ({', '.join(FREE)})"
+        )
+
+
+def check_task(folder: RunFolder, config: Experiment, fingerprint: str) -> None:
+    """Check that a run that has begun may be taken up with task data.
+
+    Raises:
+        ConfigError: the run began with other data.
+    """
+    recorded = read_identity(folder)
+    if recorded is not None and recorded.task != fingerprint:
+        raise ConfigError(
+            f"task.path {config.task.path} is not what it was when the run {folder.home} began: its data had the "
+            f"fingerprint {recorded.task[:12]}, and now have {fingerprint[:12]}: restore them, or start a new run with "
+            f"another name=... or seed=..."
+        )
+
+
+def check_same(folder: RunFolder, config: Experiment, task: str) -> None:
+    """Check that a run is what it was, if it has begun.
+
+    Args:
+        task: hash of the task data.
+
+    Raises:
+        ConfigError: it began with another config or other task data.
+    """
+    if folder.started:
+        check_config(folder, config)
+        check_task(folder, config, task)
+
+
+def record(folder: RunFolder, config: Experiment, task: str) -> None:
+    """Record what a run is from now on. The caller holds the run's lock and has checked everything, so that what is
+    trained in the folder is what its `config.yaml` says."""
+    folder.write_config(config)
+    tree = {"config": config.model_dump(mode="json"), "task": task}
+    write_atomically(folder.path / RECORD, json.dumps(tree, indent=2))
+
+
+def forget_identity(folder: RunFolder) -> None:
+    """Let a run go on as another one: population based training gives a trial another setting on its way."""
+    (folder.path / RECORD).unlink(missing_ok=True)

@@ -1,0 +1,164 @@
+"""All rows of a source are prepared once before the first step, so that a row that cannot be used ends a command in its
+first minutes, and not at the step that draws it.
+
+What was found is kept in the node's cache under a hash of the data and of everything that prepares them: the next run
+on them checks nothing again. Where the time does not suffice, the next run goes on with the rows that are left.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from craft_ray import interruption
+from craft_ray.anchors.manifest import Identity
+from craft_ray.config import AnchorsConfig
+from craft_ray.data.source import Source
+from craft_ray.errors import DataError
+from craft_ray.models.base import Model
+from craft_ray.models.capabilities import token_model
+from craft_ray.models.fingerprint import json_fingerprint
+from craft_ray.storage.files import write_atomically
+from craft_ray.storage.node_cache import node_cache
+from craft_ray.workers import Workers
+
+SAY_S = 10.0
+"""Time between two lines about a check that takes long."""
+EXAMPLES = 3
+GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source, and what a stage does with each of them before the model sees it."""
+
+    key: str
+    """The source's key in the configuration."""
+    count: int
+    content: str
+    """Hash of the data and of how they are read; only the first worker's counts."""
+    prepare: Callable[[int], object]
+    how: Sequence[Any]
+    """Everything else that decides whether a row can be prepared."""
+
+    @property
+    def identity(self) -> str:
+        return json_fingerprint([importlib.metadata.version("craft-ray"), self.content, list(self.how)])
+
+
+def anchor_rows(anchors: AnchorsConfig, model: Model, source: Source, identity: Identity) -> Rows:
+    """The anchors of a cache, as its teacher reads them. Of a suffix that the teacher has yet to generate, the one
+    token that it has at least."""
+
+    def prepare(row: int) -> None:
+        sample = source[row]
+        prompt = model.preprocess(sample)
+        if identity.schema.has_suffix:
+            tokens = token_model(model)
+            given = anchors.suffix_from == "response"
+            tokens.with_suffix(prompt, tokens.response_tokens(sample) if given else [0], sample.id)
+
+    return Rows(
+        "anchors.source",
+        len(source),
+        source.fingerprint,
+        prepare,
+        ["anchors", identity.preprocessor, identity.suffix_from],
+    )
+
+
+@dataclass
+class _Found:
+    """What one worker has found in its share."""
+
+    checked: int = 0
+    """How many of its rows, in their order."""
+    bad: list[int] = field(default_factory=list)
+    first: tuple[int, str] | None = None
+    """The lowest bad row, and what is wrong with it."""
+
+    def add(self, row: int, message: str) -> None:
+        self.bad.append(row)
+        if self.first is None or row < self.first[0]:
+            self.first = (row, message)
+
+
+def check_rows(rows: Rows, minutes: float, workers: Workers, say: Callable[[str], None]) -> None:
+    """Prepare every row once; the workers share them.
+
+    Args:
+        minutes: the longest time that this may take; 0 checks nothing.
+        say: receives the progress of a check that takes long, and how many rows are left.
+
+    Raises:
+        DataError: a row cannot be used; it says how many more.
+    """
+    if not minutes:
+        return
+    record = node_cache() / "checked-rows" / f"{rows.identity}.json"
+    before = workers.gather(_checked(record))[0]
+    if before >= rows.count:
+        return
+    shares = workers.gather(_check_share(rows, before, minutes, workers, say))
+    _refuse(rows, shares)
+    whole = sum(share.checked for share in shares) == rows.count - before
+    # The rows that all workers have reached, in their common order.
+    checked = rows.count if whole else before + len(shares) * min(share.checked for share in shares)
+    if workers.rank == 0:
+        write_atomically(record, json.dumps({"checked": checked}))
+        if not whole:
+            say(
+                f"{checked} of {rows.count} rows of {rows.key} are checked after {minutes:g} minutes "
+                f"(train.check_minutes); the next start goes on with the others"
+            )
+
+
+def _checked(record: Path) -> int:
+    return int(json.loads(record.read_text())["checked"]) if record.exists() else 0
+
+
+def _check_share(rows: Rows, before: int, minutes: float, workers: Workers, say: Callable[[str], None]) -> _Found:
+    """Check this worker's rows, in an order that is spread over the whole source."""
+    found, stride = _Found(), _stride(rows.count)
+    started = said = time.monotonic()
+    for place in range(before + workers.rank, rows.count, workers.world_size):
+        interruption.check()
+        now = time.monotonic()
+        if now - started > 60 * minutes:
+            break
+        if workers.rank == 0 and now - said > SAY_S:
+            said = now
+            say(f"checking the rows of {rows.key}: {place} of {rows.count}")
+        row = place * stride % rows.count
+        try:
+            rows.prepare(row)
+        except DataError as error:
+            found.add(row, error.message)
+        found.checked += 1
+    return found
+
+
+def _refuse(rows: Rows, shares: Sequence[_Found]) -> None:
+    bad = sorted(row for share in shares for row in share.bad)
+    if not bad:
+        return
+    _, message = min(share.first for share in shares if share.first is not None)
+    more = f"; {len(bad) - 1} more of {rows.count} rows cannot be used either (rows " if bad[1:] else ""
+    if more:
+        more += ", ".join(map(str, bad[1 : 1 + EXAMPLES])) + (", ...)" if len(bad) > 1 + EXAMPLES else ")")
+    raise DataError(f"{rows.key}: {message}{more}")
+
+
+def _stride(count: int) -> int:
+    """A step that visits every row once and leaves no large gap before the last: coprime to `count`, by the golden
+    ratio."""
+    stride = max(1, round(count * GOLDEN))
+    while math.gcd(stride, count) != 1:
+        stride += 1
+    return stride

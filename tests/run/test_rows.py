@@ -1,0 +1,181 @@
+"""Every row is checked before the first step: what is found, what it costs, and what is not done twice."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from craft_pipelines.anchors import build
+from craft_pipelines.dry_run import dry_run
+
+from craft_ray.config import Experiment, parse_config
+from craft_ray.errors import DataError
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.rows import Rows, check_rows
+from craft_ray.run.training import train
+from craft_ray.workers import OneWorker
+
+MINUTES = 5.0
+
+
+def rows(count: int, prepare: Callable[[int], object], content: str = "data") -> Rows:
+    return Rows("task", count, content, prepare, ["how"])
+
+
+def failing_at(*bad: int) -> Callable[[int], None]:
+    def prepare(row: int) -> None:
+        if row in bad:
+            raise DataError(f"row {row} is bad")
+
+    return prepare
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 89, 144, 400, 1000, 4181])
+def test_each_row_is_prepared_once_and_never_again(count: int) -> None:
+    seen: Counter[int] = Counter()
+    for _ in range(2):
+        check_rows(rows(count, lambda row: seen.update([row])), MINUTES, OneWorker(), print)
+    assert seen == Counter(range(count))
+    check_rows(rows(count, lambda row: seen.update([row]), "other data"), MINUTES, OneWorker(), print)
+    assert set(seen.values()) == {2}
+
+
+def test_the_first_bad_row_is_named_and_the_others_are_counted() -> None:
+    with pytest.raises(DataError) as caught:
+        check_rows(rows(400, failing_at(300, 3, 41, 5, 77)), MINUTES, OneWorker(), print)
+    assert caught.value.message == (
+        "task: row 3 is bad; 4 more of 400 rows cannot be used either (rows 5, 41, 77, ...)"
+    )
+    with pytest.raises(DataError, match=r"^task: row 3 is bad$"):  # a mistake is not remembered as checked
+        check_rows(rows(400, failing_at(3)), MINUTES, OneWorker(), print)
+
+
+def test_where_the_time_does_not_suffice_the_next_start_goes_on() -> None:
+    said: list[str] = []
+    seen: Counter[int] = Counter()
+
+    def slow(row: int) -> None:
+        seen[row] += 1
+        threading.Event().wait(0.002)
+
+    for _ in range(100):
+        check_rows(rows(60, slow), 0.01 / 60, OneWorker(), said.append)
+        if len(seen) == 60:
+            break
+    assert seen == Counter(range(60))
+    assert len(said) > 1
+    assert all("of 60 rows of task are checked" in line and "train.check_minutes" in line for line in said)
+
+
+def test_no_time_checks_nothing() -> None:
+    check_rows(rows(3, failing_at(0, 1, 2)), 0.0, OneWorker(), print)
+
+
+@dataclass
+class Pair:
+    """Two workers, a thread each."""
+
+    rank: int
+    barrier: threading.Barrier
+    shared: dict[int, Any]
+    world_size: int = 2
+    device: torch.device = field(default=torch.device("cpu"))
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        raise AssertionError
+
+    def gather(self, value: Any) -> list[Any]:
+        self.shared[self.rank] = value
+        self.barrier.wait()
+        values = [self.shared[0], self.shared[1]]
+        self.barrier.wait()
+        return values
+
+
+def test_workers_share_the_rows_and_all_of_them_refuse() -> None:
+    barrier, shared, seen = threading.Barrier(2), {}, [Counter[int](), Counter[int]()]
+
+    def refused(rank: int, bad: tuple[int, ...]) -> str | None:
+        def prepare(row: int) -> None:
+            seen[rank][row] += 1
+            failing_at(*bad)(row)
+
+        try:
+            check_rows(rows(101, prepare, str(bad)), MINUTES, Pair(rank, barrier, shared), print)
+        except DataError as error:
+            return error.message
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(refused, (0, 1), ((), ()))) == [None, None]
+        assert seen[0] + seen[1] == Counter(range(101))
+        assert abs(seen[0].total() - seen[1].total()) <= 1
+        first, second = pool.map(refused, (0, 1), ((17, 60), (17, 60)))
+    assert first == second == "task: row 17 is bad; 1 more of 101 rows cannot be used either (rows 60)"
+
+
+# -- in the stages
+
+
+def written(path: Path, bad: dict[int, dict[str, str]]) -> Path:
+    good = [{"prompt": f"Q{row}", "response": str(row)} for row in range(40)]
+    path.write_text("".join(json.dumps(bad.get(row, cells)) + "\n" for row, cells in enumerate(good)))
+    return path
+
+
+@pytest.fixture
+def config(text_model: Path, tmp_path: Path) -> Experiment:
+    """A run on 40 good rows; none of the bad ones below is in its first batches."""
+    columns = {"prompt": "prompt", "response": "response"}
+    tree = {
+        "output_dir": str(tmp_path / "runs"),
+        "model": {"path": str(text_model), "max_length": 64, "append_eos": False},
+        "task": {"path": str(written(tmp_path / "task.jsonl", {})), "columns": columns},
+        "craft": {"enabled": False, "anchor_cache_dir": str(tmp_path / "cache")},
+        "anchors": {"source": {"path": str(tmp_path / "task.jsonl"), "columns": columns}},
+        "evaluation": {"new": {"metric": "perplexity", "data": {"path": str(tmp_path / "task.jsonl")}}},
+        "train": {"steps": 1, "batch_size": 2},
+        "workers": {"num_workers": 0},
+    }
+    tree["evaluation"]["new"]["data"]["columns"] = columns  # type: ignore[index]
+    return parse_config(tree, "test")
+
+
+LONG, EMPTY = {"prompt": "long " * 60, "response": "x"}, {"prompt": "Q", "response": ""}
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "said"),
+    [
+        ("task", {3: LONG}, r"^task: sample 00000003 has \d+ tokens, model\.max_length is 64: [^;]*$"),
+        ("task", {38: EMPTY, 39: LONG}, r"^task: sample 00000038 has an empty response.*; 1 more of 40 .*\(rows 39\)"),
+        ("evaluation.new.data", {3: LONG}, r"^evaluation\.new\.data: sample 00000003 has \d+ tokens"),
+    ],
+)
+def test_a_bad_row_ends_a_run_before_its_first_step(
+    key: str, bad: dict[int, dict[str, str]], said: str, config: Experiment, tmp_path: Path
+) -> None:
+    config = config.changed({f"{key}.path": str(written(tmp_path / "bad.jsonl", bad)), "craft.anchor_cache_dir": None})
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(DataError, match=said):
+        train(config, folder, OneWorker(), NullObserver())
+    assert not folder.started
+    with pytest.raises(DataError, match=said):
+        dry_run(config)
+
+
+def test_a_bad_anchor_ends_a_build_before_its_first_shard(config: Experiment, tmp_path: Path) -> None:
+    config = config.changed({"anchors.source.path": str(written(tmp_path / "bad.jsonl", {30: LONG, 31: LONG}))})
+    with pytest.raises(DataError, match=r"^anchors\.source: sample 00000030 has .*; 1 more of 40 rows"):
+        build(config, say=lambda _: None)
+    assert not list((tmp_path / "cache").rglob("*.parquet"))
+    assert build(config.changed({"anchors.source.limit": 30}), say=lambda _: None).rows_computed == 30

@@ -18,6 +18,7 @@ from craft_ray.anchors.manifest import MANIFEST, SHARDS, Identity, Manifest, Sha
 from craft_ray.anchors.schema import ROW_GROUP, CacheSchema, hidden_column, vectors_array
 from craft_ray.anchors.storage import stored
 from craft_ray.config import Experiment
+from craft_ray.config.modes import stores
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.models.base import Model
 from craft_ray.storage.files import checksum, clear_leftovers, new_folder
@@ -54,6 +55,12 @@ def import_shards(
         ConfigError: a position has more than one vector.
         CacheRefused: the shards do not fit the config.
     """
+    assert config.anchors is not None
+    if stores(config.anchors.modes, "logits"):
+        raise ConfigError(
+            "legacy shards hold no logits, anchors.modes asks for them: set anchors.modes to [hidden], [token_ce] or "
+            "both, or build the cache of logits with 'craft-ray anchors build'"
+        )
     identity = identity_of(config, model, _Unread(shards.fingerprint)).model_copy(update={"inputs": "tensors"})
     ragged = [p for p in identity.positions if p not in ONE_VECTOR]
     if identity.schema.has_hidden and ragged:

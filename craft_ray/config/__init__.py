@@ -27,7 +27,7 @@ from craft_ray.config.loading import dump_config, load_config, read_yaml
 from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import parse_overrides
 from craft_ray.config.paths import SQLITE
-from craft_ray.config.retention import AnchorsConfig, CraftConfig
+from craft_ray.config.retention import AnchorsConfig, CraftConfig, LogitsConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
 from craft_ray.config.tracking import TrackingConfig
 from craft_ray.config.training import TrainConfig, WorkersConfig
@@ -52,6 +52,7 @@ __all__ = [
     "HuggingFaceData",
     "JsonLinesData",
     "LeRobotData",
+    "LogitsConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "ParquetData",

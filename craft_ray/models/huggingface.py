@@ -29,20 +29,20 @@ from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError, ModelError
 from craft_ray.method.pooling import Layout, Pooling
 from craft_ray.models.base import Batch, Features, disable_dropout, evaluating
-from craft_ray.models.capabilities import PackingModel, TensorModel, TokenModel
+from craft_ray.models.capabilities import LogitsModel, PackingModel, TensorModel
 from craft_ray.models.fingerprint import (
     json_fingerprint,
     tokenizer_identity,
     weights_fingerprint,
     without_locations,
 )
-from craft_ray.models.packing import check_packing, packed_forward
+from craft_ray.models.packing import check_packing, packed_forward, packed_logits
 from craft_ray.models.tokens import clip_suffix, targets, token_log_probs, token_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class HuggingFaceModel(TokenModel, TensorModel):
+class HuggingFaceModel(LogitsModel, TensorModel):
     """What causal language models and vision-language models share; a subclass says how a prompt is encoded."""
 
     module: Any
@@ -65,6 +65,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
         text = self.module.config.get_text_config()
         self.hidden_size: int = text.hidden_size
         self.num_hidden_states: int = text.num_hidden_layers + 1
+        self.vocabulary: int = text.vocab_size
         self._eos: int | None = self.tokenizer.eos_token_id
         # A chat model ends its turn with a token of its own, which its generation config names.
         own = self.module.generation_config.eos_token_id if self.module.generation_config else None
@@ -225,7 +226,6 @@ class HuggingFaceModel(TokenModel, TensorModel):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def logits(self, batch: Batch) -> Tensor:
-        """Logits [B, P, vocabulary] at the positions that predict a target, through the model's own head."""
         with self.autocast():
             if self._takes_keep:
                 return self.module(**batch.inputs, use_cache=False, logits_to_keep=batch.keep_P).logits
@@ -319,6 +319,11 @@ class CausalLM(HuggingFaceModel, PackingModel):
     def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
         with self.autocast():
             return packed_forward(self.module.base_model, [f.tokens["input_ids"] for f in features], layers)[0]
+
+    def packed_logits(self, features: Sequence[Features], keep_N: Tensor) -> Tensor:
+        sequences = [f.tokens["input_ids"] for f in features]
+        with self.autocast():
+            return packed_logits(self.module, sequences, keep_N, through_keep=self._takes_keep)
 
 
 class VisionLanguageModel(HuggingFaceModel):

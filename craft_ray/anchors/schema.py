@@ -108,8 +108,13 @@ class CacheSchema:
 
     @property
     def has_suffix(self) -> bool:
-        of_logits = self.logits is not None and "suffix" in self.logits.positions
-        return stores(self.modes, "suffix") or (self.has_hidden and "suffix" in self.positions) or of_logits
+        return stores(self.modes, "suffix") or self.reads_suffix
+
+    @property
+    def reads_suffix(self) -> bool:
+        """Whether the teacher is run on suffix tokens after it has generated them."""
+        hidden = self.positions if self.has_hidden else ()
+        return "suffix" in (*hidden, *(self.logits.positions if self.logits else ()))
 
     @property
     def vector_size(self) -> int:

@@ -61,9 +61,10 @@ class Teacher:
         with evaluating(self.model.module):
             if self.schema.has_suffix:
                 suffixes = columns["suffix"] = self.suffixes(samples, prompts)
-                # Decoding an image is expensive, so its prompt is extended and not preprocessed again.
-                model = token_model(self.model)
-                extended = [model.with_suffix(*one) for one in zip(prompts, suffixes, ids, strict=True)]
+                if self.schema.reads_suffix:
+                    # Decoding an image is expensive, so its prompt is extended and not preprocessed again.
+                    model = token_model(self.model)
+                    extended = [model.with_suffix(*one) for one in zip(prompts, suffixes, ids, strict=True)]
             if self.schema.has_hidden:
                 features = extended if "suffix" in self.schema.positions else prompts
                 for position, rows in self.vectors(ids, features).items():
@@ -118,6 +119,7 @@ class Teacher:
                 passes = padded_logits(logits_model(self.model), features, position, self.config.batch_size)
             tokens, log_probs = ([np.empty(0)] * len(features) for _ in range(2))
             for rows, counts, logits_NV in passes:
+                assert logits_NV.shape[1] == what.vocabulary, "a model has as many logits as it says"
                 tokens_NK = top_tokens(logits_NV, what.k)
                 log_probs_NC = class_log_probs(logits_NV, tokens_NK, what.temperature)
                 owners, ends = [ids[row] for row in rows], np.cumsum(counts)[:-1]

@@ -17,7 +17,7 @@ from craft_ray.anchors.build import estimate
 from craft_ray.anchors.manifest import Identity, read_manifest
 from craft_ray.anchors.reader import open_anchors
 from craft_ray.anchors.show import describe
-from craft_ray.config import Experiment
+from craft_ray.config import CompareConfig, CraftConfig, Experiment
 from craft_ray.data.source import open_source
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.method.pooling import token_positions
@@ -27,7 +27,7 @@ from craft_ray.retention.logits import Logits
 from craft_ray.retention.token_ce import TokenCE
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
-from craft_ray.run.training import train
+from craft_ray.run.training import Run, train
 from craft_ray.workers import OneWorker
 from tests.support.caches import built, cache_folder, json_lines, prompts, table, teacher, text_experiment
 from tests.support.experiments import Digits
@@ -162,8 +162,6 @@ def test_a_run_is_held_to_it_and_resumes(text_model: Path, tmp_path: Path) -> No
         place = RunFolder(tmp_path / name)
         place.begin(config, ["test"])
         if name == "resumed":
-            from craft_ray.run.training import Run
-
             part = Run(config, place, OneWorker(), NullObserver())
             part.loop(until=2)
             part.close()
@@ -174,6 +172,13 @@ def test_a_run_is_held_to_it_and_resumes(text_model: Path, tmp_path: Path) -> No
         assert result["retention_mode"] == "logits"
         assert result["epsilon"] == 0.05
     assert finals["whole"] == finals["resumed"]
+
+
+def test_a_variant_of_a_comparison_has_its_own_budget() -> None:
+    base = CraftConfig(epsilon_start=0.3)
+    own = CompareConfig(variants={"lwf": {"retention_mode": "logits"}}).craft_settings("lwf", base)
+    variant = CraftConfig.model_validate({**base.model_dump(), **own})
+    assert (variant.epsilon_start, variant.epsilon_unit) == (0.05, "kl_nats")
 
 
 # -- sizes and words

@@ -3,7 +3,7 @@
     craft-ray demo --out craft-demo          # makes teacher and data
     python benchmarks/method_choices.py craft-demo --out choices.json [--seeds 0 1 2] [--only K gate]
     craft-ray demo --preset text --out craft-text
-    python benchmarks/method_choices.py craft-text --preset text --only position token_ce fixed
+    python benchmarks/method_choices.py craft-text --preset text --only position token_ce fixed logits
 
 Scores are on the validation split: choices are made on it, and the demo reports the test split.
 """
@@ -11,6 +11,7 @@ Scores are on the validation split: choices are made on it, and the demo reports
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import tempfile
@@ -18,9 +19,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from craft_pipelines.anchors import build
 
+from craft_ray.anchors.manifest import SHARDS, read_manifest
+from craft_ray.anchors.matching import select
+from craft_ray.anchors.schema import hidden_column, log_probs_column, tokens_column
 from craft_ray.config import Experiment, load_config
 from craft_ray.config.loading import read_yaml
 from craft_ray.quiet import quiet_libraries
@@ -28,12 +33,15 @@ from craft_ray.run.folder import RunFolder, environment
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.scoring import ratio
 from craft_ray.run.training import train
+from craft_ray.storage.paths import storage_path
 from craft_ray.workers import OneWorker
 
 POSITIONS = {
     "digits": ("text_last", "vision_mean", "masked_mean", "last_token", "first_token", "every_4", "all", "suffix"),
     "text": ("masked_mean", "last_token", "first_token", "every_8", "every_4", "all", "suffix"),
 }
+LOGITS = {"digits": ("suffix", "text_last"), "text": ("all", "every_4", "suffix")}
+"""Positions of mode `logits`; the first is compared in more detail."""
 FIXED = {"craft.lambda_lr": 0.0}
 
 COMMON: dict[str, dict[str, Any]] = {
@@ -72,15 +80,39 @@ COMMON: dict[str, dict[str, Any]] = {
 CONFIGS = Path(__file__).parent.parent / "pipelines" / "configs"
 
 
+def of_logits(position: str, k: int = 32, temperature: float = 1.0, **craft: Any) -> dict[str, Any]:
+    """Settings of a run in mode `logits`, with a cache of its own."""
+    return {
+        "anchors.modes": ["logits"],
+        "anchors.logits": {"k": k, "temperature": temperature, "positions": [position]},
+        "craft.retention_mode": "logits",
+        "craft.positions": None,
+        "craft.epsilon_start": 0.05,
+        **{f"craft.{name}": value for name, value in craft.items()},
+    }
+
+
 def variants(preset: str) -> dict[str, dict[str, Any]]:
     """The name and the changed settings of every run."""
-    positions = {f"position {p}": {"craft.positions": [p]} for p in POSITIONS[preset]}
+    best, *others = LOGITS[preset]
     rule = {
         f"original rule, position {p}": {**original_rule(), "craft.positions": [p], "craft.layers": [-2]}
         for p in ("vision_mean", "suffix")
         if p in POSITIONS[preset]
     }
-    return COMMON | positions | rule
+    return (
+        COMMON
+        | {f"position {p}": {"craft.positions": [p]} for p in POSITIONS[preset]}
+        | rule
+        | {f"logits {best}, budget {eps:g}": of_logits(best, epsilon_start=eps) for eps in (0.02, 0.05, 0.1, 0.2)}
+        | {
+            f"logits {best}, fixed λ {lam:g}": of_logits(best, lambda_lr=0.0, initial_lambda=lam)
+            for lam in (0.1, 1.0, 10.0)
+        }
+        | {f"logits {best}, k = {k}": of_logits(best, k) for k in (1, 4, 16)}
+        | {f"logits {best}, temperature {t:g}": of_logits(best, temperature=t) for t in (2.0,)}
+        | {f"logits {other}": of_logits(other) for other in others}
+    )
 
 
 def original_rule() -> dict[str, Any]:
@@ -108,9 +140,35 @@ def prepared(demo: Path, scratch: Path, preset: str, others: Mapping[str, Any] |
     return config
 
 
+def with_cache(config: Experiment, changes: Mapping[str, Any]) -> Experiment:
+    """The config with a run's changes, and with a cache of its own if they change what is stored."""
+    own = {key: value for key, value in changes.items() if key.startswith("anchors.")}
+    config = config.changed(changes)
+    if own:
+        name = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
+        config = config.changed({"craft.anchor_cache_dir": f"{config.craft.anchor_cache_dir}-{name}"})
+        build(config, say=lambda _: None)
+    return config
+
+
+def anchor_bytes(config: Experiment) -> float:
+    """Bytes of the cache that a run's mode reads, for each anchor."""
+    folder = storage_path(config.craft.anchor_cache_dir or "")
+    identity, mode = read_manifest(folder).identity, config.craft.retention_mode
+    _, positions = select(folder, identity, config)
+    columns = {
+        "hidden": [hidden_column(p) for p in positions],
+        "logits": [column(p) for p in positions for column in (tokens_column, log_probs_column)],
+        "token_ce": [],
+    }[mode]
+    if mode == "token_ce" or "suffix" in positions:
+        columns.append("suffix")
+    return float(pq.read_table(str(folder / SHARDS), columns=columns).nbytes / identity.rows)
+
+
 def run(config: Experiment, changes: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     """One run; its result, with the course of lambda."""
-    config = config.changed({**changes, "seed": seed})
+    config = with_cache(config, {**changes, "seed": seed})
     place = RunFolder(folder)
     place.begin(config, ["benchmarks/method_choices.py"])
     train(config, place, OneWorker(), NullObserver())
@@ -123,6 +181,7 @@ def run(config: Experiment, changes: Mapping[str, Any], seed: int, folder: Path)
         "lambda_last_quarter": statistics.mean(lambdas[-len(lambdas) // 4 :]),
         "lambda_cap": config.craft.lambda_max,
         "conflicts": conflicts,
+        "anchor_bytes": anchor_bytes(config),
     }
 
 
@@ -169,7 +228,7 @@ def row_text(name: str, rows: list[dict[str, Any]], plain: list[dict[str, Any]])
         f"{listed([row['lambda_last_quarter'] for row in rows], '.1f')} | "
         f"{listed([row['lambda_max_seen'] for row in rows], '.1f')} | "
         f"{listed([row['conflicts'] for row in rows], 'd')} | "
-        f"{statistics.median(row['seconds'] for row in rows):.0f} |"
+        f"{rows[0]['anchor_bytes']:.0f} | {statistics.median(row['seconds'] for row in rows):.0f} |"
     )
 
 

@@ -130,6 +130,7 @@ SECTIONS = (
     (config.Experiment, ""),
     (config.ModelConfig, "model."),
     (config.AnchorsConfig, "anchors."),
+    (config.LogitsConfig, "anchors.logits."),
     (config.CraftConfig, "craft."),
     (config.TrainConfig, "train."),
     (config.ValidationConfig, "validation."),

@@ -24,15 +24,15 @@ from craft_ray.anchors.manifest import (
     Shard,
     write_manifest,
 )
-from craft_ray.anchors.schema import NUMPY, ROW_GROUP, CacheSchema, hidden_column
+from craft_ray.anchors.schema import NUMPY, ROW_GROUP, CacheSchema, StoredLogits
 from craft_ray.anchors.teacher import Teacher, stored_input
 from craft_ray.config import AnchorsConfig, Experiment
 from craft_ray.config.modes import stores
 from craft_ray.data.source import Source
 from craft_ray.errors import CacheRefused, ConfigError
-from craft_ray.method.pooling import vector_count
+from craft_ray.method.pooling import is_mean, vector_count
 from craft_ray.models.base import Model, resolve_layers
-from craft_ray.models.capabilities import token_model
+from craft_ray.models.capabilities import logits_model, token_model
 from craft_ray.storage.files import checksum, new_file
 from craft_ray.storage.paths import StoragePath, readable
 
@@ -68,7 +68,8 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
         raise ConfigError(f"anchors.layers: {error}") from None
     positions = anchors.positions or model.default_positions
     model.check_anchors(anchors.modes, positions)
-    with_suffix = stores(anchors.modes, "suffix") or "suffix" in positions
+    logits = stored_logits(anchors, model) if stores(anchors.modes, "logits") else None
+    with_suffix = stores(anchors.modes, "suffix") or "suffix" in (*positions, *(logits.positions if logits else ()))
     return Identity(
         teacher=model.weights_fingerprint(),
         kind=model.kind,
@@ -84,6 +85,7 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
         # Without suffix tokens these two have no effect.
         suffix_from=anchors.suffix_from if with_suffix else "none",
         max_new_tokens=anchors.max_new_tokens if with_suffix else 0,
+        logits=logits,
         source=source.fingerprint,
         rows=len(source),
     )
@@ -96,12 +98,33 @@ def _inputs(source: Content) -> Literal["raw", "messages", "frames"]:
     return "messages" if source.has_conversations else "raw"
 
 
+def stored_logits(anchors: AnchorsConfig, model: Model) -> StoredLogits:
+    """What mode `logits` stores of this model.
+
+    Raises:
+        ConfigError: its logits cannot be read, k exceeds its vocabulary, or a position is not one of single tokens.
+    """
+    vocabulary, asked = logits_model(model).vocabulary, anchors.logits
+    if asked.k > vocabulary:
+        raise ConfigError(f"anchors.logits.k is {asked.k}, the model's vocabulary has {vocabulary} tokens: lower k")
+    positions = asked.positions or model.default_positions
+    for position in positions:
+        if is_mean(position):
+            raise ConfigError(
+                f"anchors.logits.positions has {position}, a mean over tokens, but a next token follows a single one: "
+                f"choose e.g. suffix or all"
+            )
+    return StoredLogits(k=asked.k, temperature=asked.temperature, positions=positions, vocabulary=vocabulary)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Expected size of a cache, from some of its rows."""
 
     bytes: int
     vectors_per_row: float
+    tokens_per_row: float
+    """Tokens with logits."""
 
 
 def estimate(model: Model, source: Source, schema: CacheSchema, anchors: AnchorsConfig) -> Estimate:
@@ -110,20 +133,24 @@ def estimate(model: Model, source: Source, schema: CacheSchema, anchors: Anchors
     # Spread over the source: data are often sorted, so that the first rows are alike.
     samples = [source[i * len(source) // rows] for i in range(rows)]
     suffix = [0] * anchors.max_new_tokens if schema.has_suffix else []
-    counts, size = 0, 0
+    counts, tokens, size = 0, 0, 0
     for sample in samples:
         features = token_model(model).preprocess(sample, suffix) if schema.has_suffix else model.preprocess(sample)
         if schema.has_hidden:
             counts += sum(vector_count(features.layout, position) for position in schema.positions)
+        if schema.logits is not None:
+            tokens += sum(vector_count(features.layout, position) for position in schema.logits.positions)
         prompt, image = stored_input(sample)
         size += len(image or b"") + (len(sample.frame.to_bytes()) if sample.frame else 0)
         size += len(prompt.encode()) + len(sample.id) + 4 * len(suffix)
     size += counts * schema.vector_size * NUMPY[schema.dtype].itemsize
+    if schema.logits is not None:
+        size += tokens * schema.logits.token_bytes(schema.dtype)
     empty = pa.BufferOutputStream()
     pq.write_table(schema.arrow().empty_table(), empty)
     shards = math.ceil(len(source) / anchors.rows_per_shard)
     total = size / rows * len(source) + shards * empty.tell()
-    return Estimate(bytes=round(total), vectors_per_row=counts / rows)
+    return Estimate(bytes=round(total), vectors_per_row=counts / rows, tokens_per_row=tokens / rows)
 
 
 def build_shard(teacher: Teacher, source: Source, rows: Sequence[int], path: StoragePath) -> None:
@@ -137,16 +164,17 @@ def write_shard(path: StoragePath, schema: CacheSchema, row_groups: Iterable[pa.
     """One Parquet file, which appears when it is complete."""
     arrow = schema.arrow()
     packed = ("id", "prompt", "input_ids", "suffix")
-    hidden = [f"{c}.list.element.list.element" for c in map(hidden_column, schema.positions)]
+    nested = [name for name in arrow.names if pa.types.is_list(arrow.field(name).type) and name not in packed]
+    dense = [f"{name}.list.element.list.element" for name in nested]
     with (
         new_file(path) as temporary,
         pq.ParquetWriter(
             temporary,
             arrow,
-            # Encoded images and hidden states do not compress.
+            # Encoded images, hidden states and log-probabilities do not compress.
             compression={
                 **dict.fromkeys(packed, "zstd"),
-                **dict.fromkeys(["image", "frame", "pixel_values", *hidden], "none"),
+                **dict.fromkeys(["image", "frame", "pixel_values", *dense], "none"),
             },
             use_dictionary=False,  # hidden states do not repeat; a dictionary and statistics only cost
             write_statistics=False,

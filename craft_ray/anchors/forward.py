@@ -17,8 +17,9 @@ from craft_ray.config import AnchorsConfig
 from craft_ray.errors import ConfigError
 from craft_ray.method.pooling import Layout, is_mean, token_positions, vector_count
 from craft_ray.models.base import Features, Model
-from craft_ray.models.capabilities import PackingModel, packing_model
+from craft_ray.models.capabilities import LogitsModel, PackingModel, packing_model
 from craft_ray.models.packing import DEFAULT_BUDGET, plan_packs
+from craft_ray.models.tokens import at_anchored
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,42 @@ def packed_vectors(
             yield Pooled(position, rows, counts, values_LND.transpose(0, 1).flatten(1))
 
 
-def pool_pack(hidden_LTD: Tensor, layouts: Sequence[Layout], position: str) -> tuple[Tensor, list[int]]:
-    """The vectors [L, N, D] of a pack at one position, and how many each of its sequences has."""
+@torch.inference_mode()
+def padded_logits(
+    model: LogitsModel, features: Sequence[Features], position: str, batch_size: int
+) -> Iterator[tuple[list[int], list[int], Tensor]]:
+    """The logits of all anchors at one position, in batches padded on the right: the rows, how many tokens each has,
+    and the logits [N, V] at these."""
+    for rows in by_length(features, batch_size):
+        chosen = [features[i] for i in rows]
+        batch, row_N, column_N = at_anchored(model.collate(chosen, [position]))
+        logits_BPV = model.logits(batch.to(model.device))
+        yield rows, [vector_count(f.layout, position) for f in chosen], logits_BPV[row_N, column_N]
+
+
+@torch.inference_mode()
+def packed_logits(
+    model: PackingModel, features: Sequence[Features], position: str, budget: int
+) -> Iterator[tuple[list[int], list[int], Tensor]]:
+    """The same, in packs of up to `budget` tokens."""
+    for rows in plan_packs([f.layout.length for f in features], budget):
+        chosen = [features[i] for i in rows]
+        tokens = tokens_in_pack([f.layout for f in chosen], position)
+        yield rows, [len(own) for own in tokens], model.packed_logits(chosen, torch.cat(tokens))
+
+
+def tokens_in_pack(layouts: Sequence[Layout], position: str) -> list[Tensor]:
+    """The tokens that a position selects in each sequence of a pack, counted from the pack's start."""
     starts = accumulate((layout.length for layout in layouts), initial=0)
-    tokens = [
+    return [
         torch.tensor(token_positions(layout, position)) + start
         for layout, (start, _) in zip(layouts, pairwise(starts), strict=True)
     ]
+
+
+def pool_pack(hidden_LTD: Tensor, layouts: Sequence[Layout], position: str) -> tuple[Tensor, list[int]]:
+    """The vectors [L, N, D] of a pack at one position, and how many each of its sequences has."""
+    tokens = tokens_in_pack(layouts, position)
     if not is_mean(position):
         index_N = torch.cat(tokens).to(hidden_LTD.device)
         return hidden_LTD[:, index_N], [len(own) for own in tokens]

@@ -20,6 +20,7 @@ from craft_ray.anchors.reading import choose_reading, reproduced_positions
 from craft_ray.anchors.schema import COARSENESS, ROW_GROUP, CacheSchema, hidden_column, vectors_array
 from craft_ray.anchors.storage import stored
 from craft_ray.config import Experiment
+from craft_ray.config.modes import stores
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.models.base import Model
 from craft_ray.models.capabilities import tensor_model
@@ -62,6 +63,12 @@ def import_shards(
         CacheRefused: the shards do not fit the config.
     """
     reader = tensor_model(model)
+    assert config.anchors is not None
+    if stores(config.anchors.modes, "logits"):
+        raise ConfigError(
+            "legacy shards hold no logits, anchors.modes asks for them: set anchors.modes to [hidden], [token_ce] or "
+            "both, or build the cache of logits with 'craft-ray anchors build'"
+        )
     identity = identity_of(config, model, _Unread(shards.fingerprint)).model_copy(update={"inputs": "tensors"})
     ragged = [p for p in identity.positions if p not in ONE_VECTOR]
     if identity.schema.has_hidden and ragged:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from craft_ray.anchors.schema import CacheSchema
+from craft_ray.anchors.schema import CacheSchema, StoredLogits
 from craft_ray.errors import CacheRefused
 from craft_ray.models.fingerprint import json_fingerprint
 from craft_ray.storage.files import write_atomically
@@ -51,9 +51,18 @@ class Identity(_Frozen):
     """Shape of one sample's pixel_values, if inputs are tensors."""
     suffix_from: str
     max_new_tokens: int
+    logits: StoredLogits | None = None
     source: str
     """Hash of the anchor inputs."""
     rows: int
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without logits there is no entry of theirs, so that a cache keeps the fingerprint that it always had."""
+        tree: dict[str, Any] = serialize(self)
+        if self.logits is None:
+            del tree["logits"]
+        return tree
 
     @property
     def fingerprint(self) -> str:
@@ -69,7 +78,9 @@ class Identity(_Frozen):
 
     @property
     def schema(self) -> CacheSchema:  # type: ignore[override]  # hides a method that pydantic has deprecated
-        return CacheSchema(self.modes, self.positions, self.layers, self.hidden_size, self.dtype, self.inputs)
+        return CacheSchema(
+            self.modes, self.positions, self.layers, self.hidden_size, self.dtype, self.inputs, self.logits
+        )
 
 
 class Shard(_Frozen):

@@ -53,7 +53,32 @@ def select(folder: StoragePath, found: Identity, config: Experiment) -> tuple[tu
         positions = craft.positions or (config.anchors and config.anchors.positions) or positions
         _check_contains(folder, "layers", layers, found.layers)
         _check_contains(folder, "positions", positions, found.positions)
+    if stores([craft.retention_mode], "logits"):
+        positions = _logits_positions(folder, config, found)
     return layers, positions
+
+
+def _logits_positions(folder: StoragePath, config: Experiment, found: Identity) -> tuple[str, ...]:
+    """The positions of the cached logits, if they are what the config says of them."""
+    held = found.logits
+    assert held is not None, "a cache with this mode has logits"
+    if config.anchors is not None and "logits" in config.anchors.modes:
+        asked = config.anchors.logits
+        for what, ours, theirs in (
+            ("k", asked.k, held.k),
+            ("temperature", asked.temperature, held.temperature),
+            ("positions", asked.positions or held.positions, held.positions),
+        ):
+            if ours != theirs:
+                raise CacheRefused(
+                    f"the cache in {folder} holds logits of {what} {_shown(theirs)}, anchors.logits.{what} is "
+                    f"{_shown(ours)}: change the config, or build the cache again"
+                )
+    return held.positions
+
+
+def _shown(value: object) -> str:
+    return _listed(value) if isinstance(value, tuple) else str(value)
 
 
 def _wanted_layers(config: Experiment, found: Identity) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from craft_ray.anchors.manifest import SHARDS, Manifest, read_manifest
 from craft_ray.anchors.ragged import Ragged, write_ragged
-from craft_ray.anchors.schema import NUMPY, hidden_column
+from craft_ray.anchors.schema import NUMPY, hidden_column, log_probs_column, tokens_column
 from craft_ray.data.conversation import Conversation
 from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
@@ -87,6 +87,16 @@ class AnchorSet:
             position: Ragged(expanded / hidden_column(position), NUMPY[schema.dtype], schema.vector_size)
             for position in (schema.positions if schema.has_hidden else ())
         }
+        self._likeliest: dict[str, tuple[Ragged, Ragged]] = {}
+        if schema.logits is not None:
+            token_type, log_prob_type = NUMPY[schema.logits.token_type], NUMPY[schema.dtype]
+            self._likeliest = {
+                position: (
+                    Ragged(expanded / tokens_column(position), token_type, schema.logits.k),
+                    Ragged(expanded / log_probs_column(position), log_prob_type, schema.logits.classes),
+                )
+                for position in schema.logits.positions
+            }
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -127,6 +137,12 @@ class AnchorSet:
         """Vectors of some rows, [B, V, L, D] in the storage type, and which are real, [B, V]."""
         values, valid = self._hidden[position].gather(rows)
         return values.reshape(*values.shape[:2], len(self.identity.layers), -1), valid
+
+    def likeliest(self, rows: Sequence[int], position: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """At the tokens of some rows: the most likely next tokens [B, T, k], the log-probabilities of the classes
+        [B, T, C] in the storage type, and which are real [B, T]."""
+        (tokens, valid), (log_probs, _) = (column.gather(rows) for column in self._likeliest[position])
+        return tokens.reshape(*valid.shape, -1), log_probs.reshape(*valid.shape, -1), valid
 
     def split(self, holdout: float, seed: int = 0) -> tuple[list[int], list[int]]:
         """Rows to train on and rows held out, decided for each row by a hash of its id alone: it stays the same when

@@ -8,6 +8,10 @@ input_ids, pixel_values                                                 (inputs:
 suffix          list<int32>, the suffix tokens                          (token_ce, or the position `suffix`)
 hidden_<pos>    list<fixed_size_list<float16|float32>[L * D]>, one entry for each vector of that position;
                 an entry is the vector at each cached layer, one after the other
+tokens_<pos>    list<fixed_size_list<uint16|int32>[k]>, one entry for each token of that position: the most likely next
+                tokens, the most likely first                            (logits)
+log_probs_<pos> list<fixed_size_list<float16|float32>[C]>: the log-probabilities of those tokens, and at the end that of
+                all others together; without the last one where k is the whole vocabulary
 """
 
 from __future__ import annotations
@@ -17,14 +21,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
 
 from craft_ray.config.modes import stores
 
 ROW_GROUP = 256
 """Rows that the teacher processes at once: sorted by length, run, and written as one row group. It bounds memory."""
 
-ARROW = {"float16": pa.float16(), "float32": pa.float32()}
-NUMPY: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+ARROW = {"float16": pa.float16(), "float32": pa.float32(), "uint16": pa.uint16(), "int32": pa.int32()}
+NUMPY: dict[str, np.dtype] = {
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+    "uint16": np.dtype("<u2"),
+    "int32": np.dtype("<i4"),
+}
 
 COARSENESS = ("float32", "float16", "bfloat16")
 """Types of stored vectors, the finest first. Caches are written in the first two, earlier ones also in the third."""
@@ -53,6 +63,39 @@ def hidden_column(position: str) -> str:
     return f"hidden_{position}"
 
 
+def tokens_column(position: str) -> str:
+    return f"tokens_{position}"
+
+
+def log_probs_column(position: str) -> str:
+    return f"log_probs_{position}"
+
+
+class StoredLogits(BaseModel):
+    """What mode `logits` stores, as a part of a cache's identity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    k: int
+    temperature: float
+    positions: tuple[str, ...]
+    vocabulary: int
+
+    @property
+    def classes(self) -> int:
+        """Log-probabilities at a token: those of k tokens, and of all others together if there are any."""
+        return min(self.k + 1, self.vocabulary)
+
+    @property
+    def token_type(self) -> str:
+        """Smallest type that holds every token id."""
+        return "uint16" if self.vocabulary <= 1 << 16 else "int32"
+
+    def token_bytes(self, dtype: str) -> int:
+        """Bytes at one token."""
+        return self.k * NUMPY[self.token_type].itemsize + self.classes * NUMPY[dtype].itemsize
+
+
 @dataclass(frozen=True)
 class CacheSchema:
     """The columns of a cache."""
@@ -64,6 +107,7 @@ class CacheSchema:
     dtype: str
     inputs: str
     """`raw`, `messages`, `frames` or `tensors`."""
+    logits: StoredLogits | None = None
 
     @property
     def has_hidden(self) -> bool:
@@ -71,7 +115,13 @@ class CacheSchema:
 
     @property
     def has_suffix(self) -> bool:
-        return stores(self.modes, "suffix") or (self.has_hidden and "suffix" in self.positions)
+        return stores(self.modes, "suffix") or self.reads_suffix
+
+    @property
+    def reads_suffix(self) -> bool:
+        """Whether the teacher is run on suffix tokens after it has generated them."""
+        hidden = self.positions if self.has_hidden else ()
+        return "suffix" in (*hidden, *(self.logits.positions if self.logits else ()))
 
     @property
     def vector_size(self) -> int:
@@ -90,6 +140,11 @@ class CacheSchema:
         if self.has_hidden:
             vector = pa.list_(ARROW[self.dtype], self.vector_size)
             fields += [pa.field(hidden_column(p), pa.list_(vector)) for p in self.positions]
+        if self.logits is not None:
+            tokens = pa.list_(ARROW[self.logits.token_type], self.logits.k)
+            log_probs = pa.list_(ARROW[self.dtype], self.logits.classes)
+            fields += [pa.field(tokens_column(p), pa.list_(tokens)) for p in self.logits.positions]
+            fields += [pa.field(log_probs_column(p), pa.list_(log_probs)) for p in self.logits.positions]
         return pa.schema(fields)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from craft_ray.anchors.manifest import MANIFEST, SHARDS, Manifest, Plan, read_manifest, read_plan
+from craft_ray.anchors.schema import StoredLogits
 from craft_ray.storage.files import readable_bytes
 from craft_ray.storage.paths import StoragePath
 
@@ -34,6 +35,9 @@ def _complete(folder: StoragePath, manifest: Manifest) -> list[str]:
             f"{list(identity.layers)} of 0 to {identity.num_hidden_states - 1}, width {identity.hidden_size}"
         )
         facts["positions"] = ", ".join(identity.positions)
+    if schema.logits is not None:
+        facts["logits"] = logits_in_words(schema.logits, identity.dtype)
+    if schema.has_hidden or schema.logits is not None:
         facts["storage"] = identity.dtype
     if schema.has_suffix:
         whose = {"teacher": "the teacher's own", "response": "the data's responses"}[identity.suffix_from]
@@ -47,6 +51,17 @@ def _complete(folder: StoragePath, manifest: Manifest) -> list[str]:
         "written by": ", ".join(f"{name} {version}" for name, version in manifest.written_by.items()),
     }
     return lines + [f"  {name:<13}{value}" for name, value in facts.items()]
+
+
+def logits_in_words(logits: StoredLogits, dtype: str, tokens_per_row: float | None = None) -> str:
+    """What mode `logits` stores, and its size."""
+    many = "" if tokens_per_row is None else f"{tokens_per_row:.1f} tokens an anchor, "
+    others = " and the mass of the others" if logits.classes > logits.k else ""
+    heated = f" at temperature {logits.temperature:g}" if logits.temperature != 1 else ""
+    return (
+        f"the {logits.k} most likely of {logits.vocabulary} next tokens{others}{heated}, at "
+        f"{', '.join(logits.positions)} ({many}{logits.token_bytes(dtype)} bytes a token)"
+    )
 
 
 def _half_written(folder: StoragePath, plan: Plan) -> list[str]:

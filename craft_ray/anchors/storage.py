@@ -1,4 +1,4 @@
-"""Hidden states in the type that the cache stores, refused if that type cannot hold them."""
+"""What a teacher yields, in the type that the cache stores, refused if that type cannot hold it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from craft_ray.errors import DataError
 TORCH = {"float16": torch.float16, "float32": torch.float32}
 
 
-def stored(values_NF: Tensor, ids: Sequence[str], counts: Sequence[int], dtype: str) -> np.ndarray:
+def stored(
+    values_NF: Tensor, ids: Sequence[str], counts: Sequence[int], dtype: str, what: str = "hidden states"
+) -> np.ndarray:
     """Vectors in the storage type, on the host; `counts[i]` of them belong to anchor `ids[i]`.
 
     The conversion and its check run where the values are, so that only the smaller type is moved.
@@ -28,9 +30,7 @@ def stored(values_NF: Tensor, ids: Sequence[str], counts: Sequence[int], dtype: 
         anchor = ids[int(np.searchsorted(np.cumsum(counts), first, side="right"))]
         largest = values_NF[first].float().abs().max().item()
         if not np.isfinite(largest):
-            raise DataError(
-                f"the teacher's hidden states of anchor {anchor} are not finite: check the model and the input"
-            )
+            raise DataError(f"the teacher's {what} of anchor {anchor} are not finite: check the model and the input")
         raise DataError(
             f"a hidden state of anchor {anchor} is {largest:.3g}, {dtype} ends at {np.finfo(dtype).max:.3g}: set "
             f"anchors.dtype to float32"

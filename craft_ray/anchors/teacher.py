@@ -1,4 +1,4 @@
-"""The teacher run on anchors: hidden states at the chosen layers and positions, and its greedy suffix tokens."""
+"""The teacher run on anchors: hidden states at the chosen layers and positions, greedy suffix tokens, logits."""
 
 from __future__ import annotations
 
@@ -10,13 +10,29 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from craft_ray.anchors.forward import Pooled, by_length, packed_vectors, padded_vectors, tokens_per_pack
-from craft_ray.anchors.schema import CacheSchema, hidden_column, vectors_array
+from craft_ray.anchors.forward import (
+    Pooled,
+    by_length,
+    packed_logits,
+    packed_vectors,
+    padded_logits,
+    padded_vectors,
+    tokens_per_pack,
+)
+from craft_ray.anchors.schema import (
+    CacheSchema,
+    StoredLogits,
+    hidden_column,
+    log_probs_column,
+    tokens_column,
+    vectors_array,
+)
 from craft_ray.anchors.storage import stored
 from craft_ray.config import AnchorsConfig
 from craft_ray.data.sample import Sample
+from craft_ray.method.divergence import class_log_probs, top_tokens
 from craft_ray.models.base import Features, Model, evaluating
-from craft_ray.models.capabilities import packing_model, token_model
+from craft_ray.models.capabilities import logits_model, packing_model, token_model
 
 
 def stored_input(sample: Sample) -> tuple[str, bytes | None]:
@@ -47,17 +63,21 @@ class Teacher:
             columns["frame"] = [s.frame and s.frame.to_bytes() for s in samples]
         else:
             columns["image"] = [image for _, image in inputs]
-        features = prompts
+        extended = prompts
         with evaluating(self.model.module):
             if self.schema.has_suffix:
                 suffixes = columns["suffix"] = self.suffixes(samples, prompts)
-                if "suffix" in self.schema.positions and self.schema.has_hidden:
+                if self.schema.reads_suffix:
                     # Decoding an image is expensive, so its prompt is extended and not preprocessed again.
                     model = token_model(self.model)
-                    features = [model.with_suffix(*one) for one in zip(prompts, suffixes, ids, strict=True)]
+                    extended = [model.with_suffix(*one) for one in zip(prompts, suffixes, ids, strict=True)]
             if self.schema.has_hidden:
+                features = extended if "suffix" in self.schema.positions else prompts
                 for position, rows in self.vectors(ids, features).items():
                     columns[hidden_column(position)] = vectors_array(rows, self.schema.vector_size, self.schema.dtype)
+            if self.schema.logits is not None:
+                features = extended if "suffix" in self.schema.logits.positions else prompts
+                columns |= self.likeliest(ids, features, self.schema.logits)
         return pa.table(columns, schema=self.schema.arrow())
 
     def suffixes(self, samples: Sequence[Sample], prompts: Sequence[Features]) -> list[list[int]]:
@@ -90,7 +110,35 @@ class Teacher:
                 result[pooled.position][row] = vectors
         return result
 
+    @torch.inference_mode()
+    def likeliest(self, ids: Sequence[str], features: Sequence[Features], what: StoredLogits) -> dict[str, pa.Array]:
+        """The columns of the most likely next tokens and their log-probabilities.
+
+        Raises:
+            DataError: a logit is not a number.
+        """
+        columns: dict[str, pa.Array] = {}
+        for position in what.positions:
+            if self.pack_tokens:
+                passes = packed_logits(packing_model(self.model), features, position, self.pack_tokens)
+            else:
+                passes = padded_logits(logits_model(self.model), features, position, self.config.batch_size)
+            tokens, log_probs = ([np.empty(0)] * len(features) for _ in range(2))
+            for rows, counts, logits_NV in passes:
+                assert logits_NV.shape[1] == what.vocabulary, "a model has as many logits as it says"
+                tokens_NK = top_tokens(logits_NV, what.k)
+                log_probs_NC = class_log_probs(logits_NV, tokens_NK, what.temperature)
+                owners, ends = [ids[row] for row in rows], np.cumsum(counts)[:-1]
+                values = stored(log_probs_NC, owners, counts, self.schema.dtype, "logits")
+                for row, own, likely in zip(
+                    rows, np.split(tokens_NK.cpu().numpy(), ends), np.split(values, ends), strict=True
+                ):
+                    tokens[row], log_probs[row] = own, likely
+            columns[tokens_column(position)] = vectors_array(tokens, what.k, what.token_type)
+            columns[log_probs_column(position)] = vectors_array(log_probs, what.classes, self.schema.dtype)
+        return columns
+
     def _split(self, pooled: Pooled, ids: Sequence[str]) -> list[np.ndarray]:
         owners = [ids[row] for row in pooled.rows]
-        values = stored(pooled.values_NF, owners, pooled.counts, self.schema.dtype)
+        values = stored(pooled.values_NF, owners, pooled.counts, self.schema.dtype, "hidden states")
         return np.split(values, np.cumsum(pooled.counts)[:-1])

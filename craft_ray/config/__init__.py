@@ -33,7 +33,7 @@ from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import parse_overrides
 from craft_ray.config.paths import SQLITE, matching
 from craft_ray.config.plain_yaml import read_yaml
-from craft_ray.config.retention import AnchorsConfig, CraftConfig
+from craft_ray.config.retention import AnchorsConfig, CraftConfig, LogitsConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
 from craft_ray.config.tracking import TrackingConfig
 from craft_ray.config.training import TrainConfig, WorkersConfig
@@ -60,6 +60,7 @@ __all__ = [
     "HuggingFaceData",
     "JsonLinesData",
     "LeRobotData",
+    "LogitsConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "ParquetData",

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
-Stored = Literal["vectors", "suffix"]
-"""`vectors`: hidden states at the anchored layers and positions. `suffix`: the tokens after the prompt."""
+Stored = Literal["vectors", "suffix", "logits"]
+"""`vectors`: hidden states at the anchored layers and positions. `suffix`: the tokens after the prompt. `logits`: the
+most likely next tokens and their log-probabilities, as `anchors.logits` says."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ RETENTION_MODES: dict[str, ModeFacts] = {
         "craft_ray.retention.token_ce:TokenCE",
         stores=frozenset({"suffix"}),
         units={"": Unit("nats", "nats a token")},
+    ),
+    # A divergence is 0 for every untouched student. Of a calibrated teacher, perplexity rises by about exp(KL).
+    "logits": ModeFacts(
+        "craft_ray.retention.logits:Logits",
+        stores=frozenset({"logits"}),
+        units={"": Unit("kl_nats", "nats a token from the teacher", 0.05)},
     ),
 }
 

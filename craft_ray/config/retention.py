@@ -13,12 +13,27 @@ from craft_ray.config.paths import FolderPath
 from craft_ray.config.types import Fraction, Layers, Positions, Section, distinct
 
 
+class LogitsConfig(Section):
+    """What retention mode `logits` stores at every token of its positions."""
+
+    k: int = Field(32, ge=1)
+    """Most likely next tokens that are stored, with their log-probabilities. All others are one class, whose mass is
+    stored, too."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature at which the distributions of teacher and student are compared. The mass of the other tokens depends
+    on it, so it belongs to the cache."""
+    positions: Positions = None
+    """Tokens after which the next token is predicted: any positions but means, e.g. `suffix` or `all`. Default: the
+    model's own default for anchors (docs/anchors.md)."""
+
+
 class AnchorsConfig(Section):
     """The samples that the teacher is run on, and which of its outputs are stored."""
 
     source: DataConfig
     modes: Annotated[tuple[RetentionMode, ...], AfterValidator(distinct)] = ("hidden", "token_ce")
-    """`hidden` stores hidden states, `token_ce` the teacher's own greedily generated suffix tokens."""
+    """`hidden` stores hidden states, `token_ce` the teacher's own greedily generated suffix tokens, `logits` the
+    teacher's most likely next tokens."""
     positions: Positions = None
     """Token positions whose hidden states are stored. Default: `suffix` for vision-language models, `all` for
     language models, which performed best (docs/anchors.md)."""
@@ -26,7 +41,8 @@ class AnchorsConfig(Section):
     """Indices into the hidden states: 0 is the embeddings, k the output of block k, the last one after the final
     norm. Negative indices count from the end."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Storage type. float16 refuses values that overflow."""
+    """Storage type of hidden states and log-probabilities. float16 refuses values that overflow."""
+    logits: LogitsConfig = LogitsConfig()
     max_new_tokens: int = Field(16, ge=1)
     """Longest suffix that the teacher generates."""
     suffix_from: Literal["teacher", "response"] = "teacher"

@@ -42,5 +42,6 @@ def load_model(
             from craft_ray.lerobot.kinds import load_policy
 
         return load_policy(config, precision, torch.device(device), weights)
+    kinds: dict[str, type[CausalLM] | type[VisionLanguageModel]]
     kinds = {"causal_lm": CausalLM, "vision_language": VisionLanguageModel}
     return kinds[config.kind](config, precision, torch.device(device), weights)

@@ -80,6 +80,17 @@ class TokenModel(Model):
         return self.decode(tokens).strip()
 
 
+class LogitsModel(TokenModel):
+    """A model whose logits can be read after any of its tokens."""
+
+    vocabulary: int
+    """Number of logits at a token."""
+
+    @abstractmethod
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits [B, P, vocabulary] at the P positions of `batch.keep_P`, through the model's own head."""
+
+
 class TensorModel(Model):
     """A model that accepts tensors as inputs (of an imported cache)."""
 
@@ -114,6 +125,10 @@ class PackingModel(Model):
         """
 
     @abstractmethod
+    def packed_logits(self, features: Sequence[Features], keep_N: Tensor) -> Tensor:
+        """Logits [N, vocabulary] at N tokens of such a row, counted from its start."""
+
+    @abstractmethod
     def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
         """Hidden states [L, T, D] of samples laid end to end in one row of T tokens, each as if it were alone. The
         module must be in eval mode."""
@@ -131,6 +146,20 @@ def token_model(model: Model) -> TokenModel:
         f"{model.description} has no action tokens: anchor its hidden states at positions of the prompt "
         f"(anchors.modes=[hidden], anchors.positions=[{','.join(model.default_positions)}]), and score it by episodes "
         f"(metric success)"
+    )
+
+
+def logits_model(model: Model) -> LogitsModel:
+    """The model, if its logits can be read.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if isinstance(model, LogitsModel):
+        return model
+    raise ConfigError(
+        f"retention mode logits needs a language or vision-language model, {model.description} does not show its "
+        f"logits: choose hidden, or for a policy with action tokens token_ce"
     )
 
 

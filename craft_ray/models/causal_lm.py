@@ -52,6 +52,10 @@ class CausalLM(HuggingFaceModel, PackingModel):
         with self.autocast():
             return packed_forward(self.module.base_model, [f.tokens["input_ids"] for f in features], layers)[0]
 
+    def packed_logits(self, features: Sequence[Features], keep_N: Tensor) -> Tensor:
+        with self.autocast():
+            return packed_logits(self.module, [f.tokens["input_ids"] for f in features], keep_N, self._takes_keep)
+
 
 def _one(ids: Sequence[int]) -> dict[str, Tensor]:
     """Tokens as a batch of one."""

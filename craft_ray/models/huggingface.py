@@ -27,7 +27,7 @@ from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.method.pooling import Layout, Pooling
 from craft_ray.models.base import Batch, Features, evaluating
-from craft_ray.models.capabilities import TensorModel, TokenModel
+from craft_ray.models.capabilities import LogitsModel, TensorModel
 from craft_ray.models.chat import ChatTemplate
 from craft_ray.models.checks import (
     check_decoder,
@@ -46,7 +46,7 @@ from craft_ray.models.text import Cut, TextEncoder
 from craft_ray.models.tokens import clip_suffix, listed, targets, token_log_probs, token_loss
 
 
-class HuggingFaceModel(TokenModel, TensorModel):
+class HuggingFaceModel(LogitsModel, TensorModel):
     """What causal language models and vision-language models share; a subclass says how a prompt is encoded."""
 
     module: Any
@@ -72,6 +72,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
         text = self.module.config.get_text_config()
         self.hidden_size: int = text.hidden_size
         self.num_hidden_states: int = text.num_hidden_layers + 1
+        self.vocabulary: int = text.vocab_size
         self.limits = Limits.of(self.module, self.tokenizer, config.max_length, config.path)
         self._eos: int | None = self.tokenizer.eos_token_id
         # A chat model ends its turn with a token of its own, which its template writes or its generation config names.
@@ -248,7 +249,6 @@ class HuggingFaceModel(TokenModel, TensorModel):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def logits(self, batch: Batch) -> Tensor:
-        """Logits [B, P, vocabulary] at the positions that predict a target, through the model's own head."""
         with self.autocast():
             if self._takes_keep:
                 return self.module(**batch.inputs, **self._outputs, use_cache=False, logits_to_keep=batch.keep_P).logits

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -97,10 +97,6 @@ def packed_forward(
     cu_seqlens[i]:cu_seqlens[i + 1]. Both are inference tensors on the model's device.
     """
     _refuse_unpackable(base_model)
-    lengths = [sequence.numel() for sequence in sequences]
-    if not lengths or not all(lengths) or any(sequence.ndim != 1 for sequence in sequences):
-        shapes = [tuple(sequence.shape) for sequence in sequences]
-        raise ValueError(f"a pack is made of 1-D sequences with at least one token, got shapes {shapes}")
     states = base_model.config.num_hidden_layers + 1
     if not layers or not all(-states <= layer < states for layer in layers):
         raise ValueError(
@@ -109,18 +105,47 @@ def packed_forward(
         )
 
     with torch.inference_mode(), packed_attention(base_model):
-        layout = PackLayout.of(lengths, base_model.device)
-        positions_T = torch.cat([torch.arange(length) for length in lengths])
-        output = base_model(
-            input_ids=torch.cat(list(sequences))[None].to(base_model.device),
-            position_ids=positions_T[None].to(base_model.device),
-            use_cache=False,
-            # Given a list, transformers 5.23 keeps the states of those layers only; older ones keep them all.
-            output_hidden_states=list(layers),
-            craft_pack=layout,
-        )
+        inputs, layout = _pack(sequences, base_model.device)
+        # Given a list, transformers 5.23 keeps the states of those layers only; older ones keep them all.
+        output = base_model(**inputs, craft_pack=layout, output_hidden_states=list(layers))
         hidden_LTD = torch.stack([output.hidden_states[layer][0] for layer in layers])
     return hidden_LTD, layout.cu_seqlens
+
+
+def packed_logits(
+    model: PreTrainedModel, sequences: Sequence[Tensor], keep_N: Tensor, through_keep: bool = True
+) -> Tensor:
+    """Logits [N, V] at N tokens of a pack, counted from its start, through the model's own head.
+
+    Args:
+        model: the whole model, in eval mode.
+        through_keep: whether its forward takes `logits_to_keep`; without it, all logits are computed.
+    """
+    base_model = cast(PreTrainedModel, model.base_model)
+    _refuse_unpackable(base_model)
+    with torch.inference_mode(), packed_attention(base_model):
+        inputs, layout = _pack(sequences, base_model.device)
+        keep_N = keep_N.to(base_model.device)
+        if through_keep:
+            logits_NV: Tensor = model(**inputs, craft_pack=layout, logits_to_keep=keep_N).logits[0]
+        else:
+            logits_NV = model(**inputs, craft_pack=layout).logits[0, keep_N]
+    return logits_NV
+
+
+def _pack(sequences: Sequence[Tensor], device: torch.device) -> tuple[dict[str, Any], PackLayout]:
+    """The sequences end to end as a model takes them, and where each is."""
+    lengths = [sequence.numel() for sequence in sequences]
+    if not lengths or not all(lengths) or any(sequence.ndim != 1 for sequence in sequences):
+        shapes = [tuple(sequence.shape) for sequence in sequences]
+        raise ValueError(f"a pack is made of 1-D sequences with at least one token, got shapes {shapes}")
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    inputs = {
+        "input_ids": torch.cat(list(sequences))[None].to(device),
+        "position_ids": positions_T[None].to(device),
+        "use_cache": False,
+    }
+    return inputs, PackLayout.of(lengths, device)
 
 
 def check_packing(base_model: PreTrainedModel, tolerance: float = 1e-2) -> None:

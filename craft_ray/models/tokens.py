@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from craft_ray.method.pooling import Layout
-from craft_ray.models.base import IGNORE
+from craft_ray.models.base import IGNORE, Batch
 
 
 def listed(value: int | list[int] | None) -> list[int]:
@@ -34,6 +35,15 @@ def targets(layouts: Sequence[Layout], input_ids_BS: Tensor) -> tuple[Tensor, Te
             columns = torch.tensor([column_of[t - 1] for t in span])
             result[row, columns] = input_ids_BS[row, torch.tensor(span)]
     return torch.tensor(keep, dtype=torch.long), result, sum(map(len, spans))
+
+
+def at_anchored(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
+    """The batch, changed so that a model's `logits` are those at its anchored tokens, and the row and column in them
+    of each of these N tokens, sample after sample. On the host."""
+    assert batch.pooling is not None
+    index_BV, valid_BV = batch.pooling.index_BV, batch.pooling.valid_BV
+    keep_P, column_N = index_BV[valid_BV].unique(return_inverse=True)
+    return replace(batch, keep_P=keep_P), valid_BV.nonzero()[:, 0], column_N
 
 
 def token_loss(logits_NV: Tensor, targets_N: Tensor, count: int) -> Tensor:

@@ -25,6 +25,7 @@ LOSSES = {
     "cosine": "1 − cosine",
     "l1": "mean absolute error",
 }
+OF_TOKENS = {"token_ce": "nats per token", "logits": "nats per token from the teacher"}
 
 
 def percent(value: float | None) -> str:
@@ -78,7 +79,7 @@ def success_interval(score: dict[str, Any], when: str) -> list[float] | None:
 def loss_unit(run: FinishedRun) -> str:
     """The unit of a run's retention loss."""
     craft = run.config.craft
-    return "nats per token" if craft.retention_mode == "token_ce" else LOSSES[craft.loss_type]
+    return OF_TOKENS.get(craft.retention_mode) or LOSSES[craft.loss_type]
 
 
 def workers_of(run: FinishedRun) -> str:

@@ -12,11 +12,13 @@ from craft_ray.anchors.matching import check_model
 from craft_ray.anchors.reader import AnchorSet, open_anchors
 from craft_ray.anchors.schema import STEP0_AGREEMENT, STEP0_TOLERANCE
 from craft_ray.config import Experiment
+from craft_ray.config.modes import stores
 from craft_ray.errors import CacheRefused
 from craft_ray.method.distance import hidden_loss
 from craft_ray.method.pooling import Vectors
 from craft_ray.models.base import Model
 from craft_ray.retention.hidden import Hidden
+from craft_ray.retention.logits import Logits
 from craft_ray.retention.mode import batches_of
 from craft_ray.retention.token_ce import TokenCE
 from craft_ray.storage.paths import StoragePath
@@ -31,6 +33,8 @@ class Agreement:
     rows: int
     distance: float | None
     """The largest relative mean square of a row; None where the cache has no hidden states."""
+    divergence: float | None
+    """The mean KL divergence from the cached logits, in nats a token; None where the cache has none."""
     tokens: int | None
     """Suffix tokens compared; None where they are not the teacher's own."""
     equal_tokens: int
@@ -53,10 +57,15 @@ def reforward(folder: StoragePath, manifest: Manifest, config: Experiment, model
     distance = None
     if "hidden" in identity.modes:
         distance = _compare_vectors(model, anchors, rows)
+    divergence = None
+    if stores(identity.modes, "logits"):
+        logits = Logits(model, anchors)
+        logits.check_untouched(rows, BATCH)
+        divergence = logits.mean_divergence(rows, BATCH)
     tokens, equal = None, 0
     if identity.schema.has_suffix and identity.suffix_from == "teacher":
         tokens, equal = _compare_tokens(model, anchors, rows)
-    return Agreement(count, distance, tokens, equal)
+    return Agreement(count, distance, divergence, tokens, equal)
 
 
 def _compare_vectors(model: Model, anchors: AnchorSet, rows: Sequence[int]) -> float:

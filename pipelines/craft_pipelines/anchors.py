@@ -45,12 +45,14 @@ from craft_ray.anchors.manifest import (
     read_plan,
     write_plan,
 )
+from craft_ray.anchors.show import logits_in_words
 from craft_ray.anchors.teacher import Teacher
 from craft_ray.anchors.verify import check_files
 from craft_ray.config import AnchorsConfig, Experiment, dump_config, parse_config, read_yaml
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError
 from craft_ray.models import load_model
+from craft_ray.models.base import Model
 from craft_ray.quiet import quiet_libraries
 from craft_ray.retention.reforward import Agreement, reforward
 from craft_ray.run.rows import anchor_rows, check_rows
@@ -93,10 +95,24 @@ def build(config: Experiment, say: Any = print) -> Built:
         return _build(config, anchors, folder, say)
 
 
-def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say: Any) -> Built:
+def preview(config: Experiment, say: Any = print) -> None:
+    """Say what a build would store and how large it would be. Nothing is written."""
+    anchors, folder = anchors_section(config)
+    model, source = _opened(config, anchors)
+    identity = identity_of(config, model, source)
+    _announce(say, identity, estimate(model, source, identity.schema, anchors), folder)
+
+
+def _opened(config: Experiment, anchors: AnchorsConfig) -> tuple[Model, Source]:
+    """The teacher and the anchors, which it can read."""
     model = load_model(config.model, config.train.precision)
     source = open_source(anchors.source, "anchors.source")
     model.check_source(source)
+    return model, source
+
+
+def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say: Any) -> Built:
+    model, source = _opened(config, anchors)
     ids = source.ids()
     plan = _plan(folder, identity_of(config, model, source), anchors)
     done = finished_shards(folder, plan, ids)
@@ -110,7 +126,9 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
 
     check_rows(anchor_rows(anchors, model, source, plan.identity), config.train.check_minutes, OneWorker(), say)
     expected = estimate(model, source, plan.identity.schema, anchors)
-    _announce(say, plan, expected, done, folder)
+    _announce(say, plan.identity, expected, folder)
+    if done:
+        say(f"{len(done)} of {len(plan.shards())} shards exist already")
     packed = tokens_per_pack(model, anchors)
     passes = f"packs of up to {packed} tokens" if packed else f"batches of {anchors.batch_size} anchors, padded"
     say(f"forward passes on {passes}")
@@ -177,8 +195,7 @@ def check_present(folder: StoragePath, done: dict[str, Any]) -> None:
             )
 
 
-def _announce(say: Any, plan: Plan, expected: Estimate, done: dict[str, Any], folder: StoragePath) -> None:
-    identity = plan.identity
+def _announce(say: Any, identity: Identity, expected: Estimate, folder: StoragePath) -> None:
     what = []
     if "hidden" in identity.modes:
         what.append(
@@ -187,10 +204,10 @@ def _announce(say: Any, plan: Plan, expected: Estimate, done: dict[str, Any], fo
         )
     if "token_ce" in identity.modes:
         what.append(f"up to {identity.max_new_tokens} suffix tokens")
-    say(f"building the anchor cache in {folder}: {identity.rows} anchors, {' and '.join(what)}")
+    if identity.logits is not None:
+        what.append(logits_in_words(identity.logits, identity.dtype, expected.tokens_per_row))
+    say(f"building the anchor cache in {folder}: {identity.rows} anchors, {'; '.join(what)}")
     say(f"estimated size {readable_bytes(expected.bytes)} ({expected.bytes} bytes)")
-    if done:
-        say(f"{len(done)} of {len(plan.shards())} shards exist already")
 
 
 def _in_process(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
@@ -314,6 +331,8 @@ def report_agreement(say: Any, agreement: Agreement) -> None:
     what = []
     if agreement.distance is not None:
         what.append(f"largest relative mean square {agreement.distance:.1e}")
+    if agreement.divergence is not None:
+        what.append(f"divergence of the logits {agreement.divergence:.1e} nats a token")
     if agreement.tokens is not None:
         what.append(f"{agreement.equal_tokens} of {agreement.tokens} suffix tokens equal")
     say(f"the model reproduces {agreement.rows} anchors: {', '.join(what) or 'nothing to compare'}")

@@ -50,13 +50,17 @@ def main() -> None:
 
 
 @anchors_app.command("build")
-def anchors_build(config: Config, overrides: Overrides = None) -> None:
+def anchors_build(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would store, and its size")] = False,
+) -> None:
     """Run the teacher over the anchors; resumes an interrupted build."""
     experiment = load_config(config, overrides or [])
     with _importing():
-        from craft_pipelines.anchors import build
+        from craft_pipelines.anchors import build, preview
 
-    build(experiment)
+    (preview if dry_run else build)(experiment)
 
 
 @anchors_app.command("show")

@@ -97,7 +97,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         **{f"source.{k}": v for k, v in LEROBOT.items()}, "modes": ["token_ce"], "positions": ["every_3", "suffix"],
         "layers": [0, -1], "dtype": "float32", "max_new_tokens": 3, "suffix_from": "response", "batch_size": 5,
         "pack_tokens": 999, "rows_per_shard": 11, "actors": 2, "cpus_per_actor": 0.5, "gpus_per_actor": 0.25,
-        "threads_per_actor": 2,
+        "threads_per_actor": 2, "logits.k": 5, "logits.temperature": 2.0, "logits.positions": ["suffix"],
     },
     "craft": {
         "enabled": False, "anchor_cache_dir": "/tmp/cache", "anchor_batch_size": 8, "anchor_holdout": 0.3,

@@ -268,7 +268,7 @@ class LeRobotPolicy(Model):
         return list(self.folder.processors.before.steps)
 
     def save(self, folder: Path, final: Path | None = None) -> None:
-        save_folder(self.folder, folder, final)
+        save_folder(self.folder, folder, final, self.adapter)
 
 
 def _step_identity(step: Any) -> Any:

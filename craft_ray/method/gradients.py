@@ -127,6 +127,9 @@ class GradientPair:
 
         Returns:
             That mean loss, a detached float32 scalar on the device.
+
+        Raises:
+            ModelError: the loss depends on none of the parameters.
         """
         for buffer in self.buffers:
             buffer[row].zero_()
@@ -136,6 +139,11 @@ class GradientPair:
         losses = []
         for batch in micro_batches:
             loss = loss_of(batch)
+            if not loss.requires_grad:
+                raise ModelError(
+                    f"the {('task', 'retention')[row]} loss depends on no weight that is trained: unfreeze some, or "
+                    f"choose other adapter.target_modules, or other layers to anchor"
+                )
             if len(micro_batches) > 1:
                 loss = loss * (batch.count / total)
             loss.backward()

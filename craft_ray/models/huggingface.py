@@ -113,6 +113,10 @@ class HuggingFaceModel(TokenModel, TensorModel):
             raise ConfigError(
                 f"model.path {path}: no {self.auto_class.__name__} loads from it ({_reason(error)})"
             ) from None
+        if getattr(module, "_hf_peft_config_loaded", False):  # a local one does not come here
+            raise ConfigError(
+                f"model.path {path} is an adapter on the hub: download it, and specify its folder as model.path"
+            )
         missing = sorted(info["missing_keys"])
         mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
         if missing or mismatched:
@@ -287,7 +291,10 @@ class HuggingFaceModel(TokenModel, TensorModel):
         return None
 
     def save(self, folder: Path, final: Path | None = None) -> None:
-        self.module.save_pretrained(folder)
+        if self.adapter is None:
+            self.module.save_pretrained(folder)
+        else:
+            self.adapter.save(folder)
         self.processor.save_pretrained(folder)
 
 

@@ -23,6 +23,7 @@ from craft_ray.data.source import open_source
 from craft_ray.errors import ConfigError
 from craft_ray.method.gradients import GradientPair
 from craft_ray.models import load_model
+from craft_ray.models.adapters import attach
 from craft_ray.models.base import Batch, Features, Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.constraint import Constraint, open_mode, split
@@ -121,6 +122,9 @@ class Run:
         torch.manual_seed(config.seed)
         self.model: Model = load_model(config.model, config.train.precision, workers.device, weights)
         teacher_weights = None if checkpoint else self.model.weights_fingerprint()
+        if config.adapter is not None and teacher_weights is not None:
+            torch.manual_seed(config.seed)  # the adapter's first values do not depend on how the model was loaded
+            attach(self.model, config.adapter, config.model, teacher_weights)
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
         self.task = open_source(config.task, "task")
         self.model.check_source(self.task)

@@ -97,7 +97,9 @@ class Experiment(Section):
             if settings["epsilon_start"] is None:
                 settings["epsilon_start"] = 1.0  # an arm without a budget is a mistake only where it is compared
             if not isinstance(own.get("adapter", {}), Mapping | None):
-                raise ValueError(f"{where}.adapter is {own['adapter']!r}: give settings of the section adapter, or null")
+                raise ValueError(
+                    f"{where}.adapter is {own['adapter']!r}: give settings of the section adapter, or null"
+                )
             adapter = self.compare.adapter_settings(arm, self.adapter)
             for name, section, tree in (("craft", CraftConfig, settings), ("adapter", AdapterConfig, adapter)):
                 if tree is not None:

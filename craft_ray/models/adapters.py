@@ -136,13 +136,18 @@ def load(model: Model, folder: Path, of: ModelConfig) -> None:
     try:
         state = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"the adapter {folder}: {WEIGHTS} does not load ({first_line(error)}): save it again") from None
+        raise ModelError(
+            f"the adapter {folder}: {WEIGHTS} does not load ({first_line(error)}): save it again"
+        ) from None
     adapter = _injected(model, config, base, f"the adapter {folder}")
     expected = {PREFIX + name: tensor for name, tensor in _state(model.module).items()}
     for wrong, what in (
         (sorted(expected.keys() - state.keys()), "are missing"),
         (sorted(state.keys() - expected.keys()), "are unknown"),
-        (sorted(n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape), "have another shape"),
+        (
+            sorted(n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape),
+            "have another shape",
+        ),
     ):
         if wrong:
             raise ConfigError(
@@ -196,7 +201,9 @@ def _settings(folder: Path) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         return settings
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the adapter {folder}: {CONFIG} does not load ({first_line(error)}): save it again") from None
+        raise ConfigError(
+            f"the adapter {folder}: {CONFIG} does not load ({first_line(error)}): save it again"
+        ) from None
 
 
 def _state(module: nn.Module) -> dict[str, Any]:

@@ -86,9 +86,9 @@ class MetricsBuffer:
             "craft/retention_loss": numbers["craft/retention_loss"] if measured else None,
             "craft/lambda": numbers["craft/lambda"] if retained else None,
             "craft/epsilon": host.epsilon,
-            "craft/grad_dot": numbers["craft/grad_dot"] if measured else None,
+            "craft/grad_dot": _or_none(numbers["craft/grad_dot"]),
             "craft/grad_cos": _or_none(numbers["craft/grad_cos"]),
-            "craft/conflict": bool(numbers["craft/conflict"]) if measured else None,
+            "craft/conflict": None if math.isnan(numbers["craft/conflict"]) else bool(numbers["craft/conflict"]),
             "perf/step_s": host.step_s,
             "perf/data_s": host.data_s,
         }

@@ -22,6 +22,7 @@ from craft_ray.data.sampler import StepSampler
 from craft_ray.data.source import open_source
 from craft_ray.errors import ConfigError
 from craft_ray.method.gradients import GradientPair
+from craft_ray.method.step import compares_gradients
 from craft_ray.models import load_model
 from craft_ray.models.adapters import attach
 from craft_ray.models.base import Batch, Features, Model
@@ -134,7 +135,8 @@ class Run:
 
         self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
         held = held_by(self.constraints)
-        self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=held is not None)
+        apart = held is not None and compares_gradients(held.craft)
+        self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=apart)
         self.optimizer = make_optimizer(self.gradients.parameters, config.train)
         self.step = 0
         if checkpoint is not None:

@@ -215,7 +215,9 @@ def evaluate(
 
 @app.command("merge")
 def merge(
-    run: Annotated[str, typer.Argument(help="a run that trained an adapter, or one of its checkpoints", show_default=False)],
+    run: Annotated[
+        str, typer.Argument(help="a run that trained an adapter, or one of its checkpoints", show_default=False)
+    ],
     out: Annotated[str, typer.Argument(help="a new folder for the whole model", show_default=False)],
 ) -> None:
     """Add a run's adapter to the weights of its teacher, and save a model that loads without PEFT."""

@@ -48,7 +48,8 @@ def check(report: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("cache_build", marks=pytest.mark.slow), "retention_modes", "anchor_fetch", "surgery"]
+    "name",
+    [pytest.param("cache_build", marks=pytest.mark.slow), "retention_modes", "anchor_fetch", "surgery", "adapters"],
 )
 def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(run(name, tmp_path / "report.json", monkeypatch), name)

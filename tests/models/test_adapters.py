@@ -176,7 +176,7 @@ def test_an_adapter_of_another_model_is_refused(text_model: Path, tmp_path: Path
     (tmp_path / "saved" / adapters.BASE).unlink()  # as PEFT saves it: only names and shapes tell
     settings = json.loads((tmp_path / "saved" / adapters.CONFIG).read_text())
     (tmp_path / "saved" / adapters.CONFIG).write_text(json.dumps(settings | {"r": 2}))
-    with pytest.raises(ConfigError, match="does not fit model.path .*have another shape") as error:
+    with pytest.raises(ConfigError, match=r"does not fit model.path .*have another shape") as error:
         load_model(ModelConfig(path=str(text_model)), "fp32", weights=str(tmp_path / "saved"))
     one_line(error)
     (tmp_path / "saved" / adapters.CONFIG).write_text(json.dumps(settings | {"peft_type": "LOHA"}))

@@ -1,0 +1,111 @@
+"""An adapter in a LeRobot policy: in LeRobot's own PEFT form, and merged into a plain policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lerobot")
+
+from lerobot.policies.factory import get_policy_class
+from peft import PeftConfig, PeftModel
+
+from craft_ray.config import AdapterConfig, ModelConfig
+from craft_ray.data.frame import Frame
+from craft_ray.data.sample import Sample
+from craft_ray.errors import ConfigError
+from craft_ray.lerobot.policy import LeRobotPolicy
+from craft_ray.models import adapters, load_model
+from craft_ray.models.base import Batch, disable_dropout
+from tests.support.robots import TASKS
+from tests.support.robots_others import small_act, small_pi05, small_pi05_sizes, small_smolvla
+
+
+@pytest.fixture(autouse=True)
+def pi05_is_small() -> Iterator[None]:
+    with small_pi05_sizes():
+        yield
+
+
+def policy(path: Path, weights: Path | None = None) -> LeRobotPolicy:
+    config = ModelConfig(kind="lerobot", path=str(path))
+    model = load_model(config, "fp32", weights=None if weights is None else str(weights))
+    assert isinstance(model, LeRobotPolicy)
+    return model
+
+
+def batch_of(model: LeRobotPolicy) -> Batch:
+    random = np.random.default_rng(0)
+    pictures = {"observation.images.camera0": random.integers(0, 256, (64, 64, 3), np.uint8)}
+    state = {"observation.state": random.uniform(-1, 1, 4).astype(np.float32)}
+    frame = Frame(pictures, state, random.uniform(-1, 1, (5, 4)).astype(np.float32))
+    return model.collate([model.preprocess_task(Sample("a", TASKS[0], frame=frame))])
+
+
+def loss(model: LeRobotPolicy, of: Any = None) -> float:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        batch = batch_of(model)
+        return float(model.task_loss(batch) if of is None else of.forward(model.inputs(batch))[0])
+
+
+MAKERS: dict[str, Any] = {
+    "act": small_act,
+    "pi05": small_pi05,
+    "smolvla": lambda folder: small_smolvla(folder, train_expert_only=False),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_folder_is_lerobots_own_and_merges(kind: str, tmp_path: Path) -> None:
+    base = MAKERS[kind](tmp_path / "base")
+    model = policy(base)
+    plain = loss(model)
+    teacher = model.weights_fingerprint()
+    frozen = {name for name, p in model.module.named_parameters() if not p.requires_grad}
+    adapters.attach(model, AdapterConfig(r=2), model.config, teacher)
+    assert loss(model) == plain, "the untouched student is the teacher"
+    with torch.no_grad():
+        for name, parameter in model.module.named_parameters():
+            assert parameter.requires_grad == ("lora_" in name)
+            assert not parameter.requires_grad or name.split(".lora_")[0] + ".weight" not in frozen
+            if "lora_B" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    expected = loss(model)
+    assert abs(expected - plain) > 1e-4
+    model.save(tmp_path / "saved")
+
+    # as LeRobot's make_policy does for use_peft
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["use_peft"] is True
+    found = PeftConfig.from_pretrained(tmp_path / "saved")
+    theirs = get_policy_class(kind).from_pretrained(found.base_model_name_or_path)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path / "saved", config=found, is_trainable=True)
+    disable_dropout(theirs.train())
+    assert loss(model, theirs.get_base_model()) == expected
+
+    again = policy(base, tmp_path / "saved")
+    assert loss(again) == expected
+    assert again.adapter is not None
+    assert again.adapter.base == teacher
+
+    adapters.merge(model)
+    assert {name for name, p in model.module.named_parameters() if not p.requires_grad} == frozen
+    model.save(tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["use_peft"] is False
+    for merged in (policy(tmp_path / "merged"), policy(tmp_path / "saved")):
+        assert loss(merged) == pytest.approx(expected, rel=1e-4)
+        assert merged.weights_fingerprint() == model.weights_fingerprint()
+
+
+def test_an_adapter_that_cannot_keep_anything_is_refused(tmp_path: Path) -> None:
+    model = policy(MAKERS["smolvla"](tmp_path / "base"))
+    expert = AdapterConfig(target_modules=r".*lm_expert\..*q_proj")
+    adapters.attach(model, expert, model.config, "-")
+    with pytest.raises(ConfigError, match="no adapter is in the part of this smolvla that reads the prompt"):
+        model.check_anchors(["hidden"], ["all"])

@@ -111,8 +111,8 @@ def craft_step(
 
     if not compares_gradients(craft):
         a, b = surgery.merge(craft.projection_mode, state.multiplier)
-        terms = [(a, task_loss, task), (craft.retention_freq * b, retention_loss, anchors)]
-        loss, l_ret = gradients.backward_sum(terms, workers)
+        retention = (craft.retention_freq * b, retention_loss, anchors)
+        loss, l_ret = gradients.backward_sum([(a, task_loss, task), retention], workers)
         gradients.assign_grads(workers)
         norm = clip_grad_norm_(gradients.parameters, torch.inf if max_norm is None else max_norm)
         optimizer.step()

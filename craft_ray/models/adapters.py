@@ -88,13 +88,14 @@ def attach(model: Model, config: AdapterConfig, of: ModelConfig, base: str) -> N
         )
     module = model.module
     targets = _targets(module, config.target_modules)
-    _check_known("adapter.modules_to_save", config.modules_to_save, module)
+    ends = sorted({name.rpartition(".")[2] for name in _names(module)})
+    whole = _matching("adapter.modules_to_save", config.modules_to_save, module, ends)
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
-        modules_to_save=list(config.modules_to_save) or None,
+        modules_to_save=whole or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights=config.init,
@@ -246,7 +247,7 @@ def _targets(module: nn.Module, wanted: str | Sequence[str]) -> str | list[str]:
     if wanted == "all-linear":
         return list(_linear_layers(module))
     if not isinstance(wanted, str):
-        _check_known(key, wanted, module)
+        _matching(key, wanted, module, _last_parts(module))
         return list(wanted)
     try:
         pattern = re.compile(wanted)
@@ -283,15 +284,25 @@ def _last_parts(module: nn.Module) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in _linear_layers(module)})
 
 
-def _check_known(key: str, wanted: Sequence[str], module: nn.Module) -> None:
-    """Refuse a name that no module has; PEFT accepts it if another one matches."""
-    names = _names(module)
+def _matching(key: str, wanted: Sequence[str], module: nn.Module, candidates: Sequence[str]) -> list[str]:
+    """The names of the modules that these names, or ends of names, stand for.
+
+    Args:
+        candidates: names to suggest for one that stands for none.
+
+    Raises:
+        ConfigError: one stands for none. PEFT accepts it if another one matches.
+    """
+    names, found = _names(module), []
     for entry in wanted:
-        if not any(name == entry or name.endswith(f".{entry}") for name in names):
-            near = _nearest(entry, names if "." in entry else sorted({name.rpartition(".")[2] for name in names}), 3)
+        matching = [name for name in names if name == entry or name.endswith(f".{entry}")]
+        if not matching:
+            near = _nearest(entry, names if "." in entry else candidates, 3)
             raise ConfigError(
                 f"{key}: no module of the model is named '{entry}', or ends with it; the nearest are {', '.join(near)}"
             )
+        found += matching
+    return found
 
 
 def _nearest(name: str, names: Sequence[str], count: int) -> list[str]:

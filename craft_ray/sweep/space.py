@@ -212,8 +212,8 @@ def parse_space(tree: Any, name: str) -> Space:
         if not (key in KNOBS or (section in SECTIONS and separator)) or key in PINNED:
             raise ConfigError(
                 f"{where} cannot be searched: all trials share one teacher, one anchor cache, one evaluation and one "
-                f"way of saving; knobs are keys of craft, train and adapter (except {', '.join(PINNED)}), task.limit "
-                f"and seed"
+                f"way of saving; knobs are keys of craft and train (except {', '.join(PINNED)}) and of adapter, "
+                f"task.limit and seed"
             )
         entries = entry if isinstance(entry, list) else [entry]
         if not entries:

@@ -683,7 +683,7 @@ def parts(hint: Any) -> Iterator[Any]:
 NO_PATHS = {
     "name", "variant", "revision", "id", "image", "prompt", "response", "choices", "answer_index", "split", "rename",
     "positions", "resources_per_worker", "env", "task", "arms", "token_ce", "variants", "maximize", "minimize",
-    "subject_to", "project", "target_modules", "modules_to_save",
+    "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules", "modules_to_save",
 }  # fmt: skip
 """Text fields that are not paths. A new field is added here, or its type makes it absolute."""
 

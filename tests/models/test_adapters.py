@@ -23,9 +23,11 @@ from craft_ray.models.base import Model
 IDS = torch.arange(24).view(2, 12) % 97 + 3
 
 
-def adapted(path: Path, dtype: str = "float32", moved: float = 0.1, **settings: Any) -> Model:
+def adapted(
+    path: Path, dtype: str = "float32", moved: float = 0.1, gradient_checkpointing: bool = False, **settings: Any
+) -> Model:
     """The model with an adapter that training has moved."""
-    config = ModelConfig(path=str(path), dtype=dtype)  # type: ignore[arg-type]
+    config = ModelConfig(path=str(path), dtype=dtype, gradient_checkpointing=gradient_checkpointing)  # type: ignore[arg-type]
     model = load_model(config, "fp32")
     torch.manual_seed(0)
     adapters.attach(model, AdapterConfig(**{"r": 4, **settings}), config, model.weights_fingerprint())
@@ -70,6 +72,15 @@ def test_a_bfloat16_base_has_a_float32_adapter(text_model: Path, tmp_path: Path)
     model.save(tmp_path / "saved")
     again = load_model(ModelConfig(path=str(text_model), dtype="bfloat16"), "fp32", weights=str(tmp_path / "saved"))
     assert torch.equal(logits(again.module), logits(model.module))
+
+
+def test_checkpointing_of_activations_does_not_change_the_gradients(text_model: Path) -> None:
+    plain, saving = adapted(text_model), adapted(text_model, gradient_checkpointing=True)
+    for model in (plain, saving):
+        model.module(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    for one, two in zip(plain.module.parameters(), saving.module.parameters(), strict=True):
+        assert (one.grad is None) == (not one.requires_grad)
+        assert one.grad is None or torch.allclose(one.grad, two.grad, atol=1e-6)
 
 
 @pytest.mark.parametrize(

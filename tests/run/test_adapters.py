@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from craft_pipelines.anchors import build
 from craft_pipelines.compare import arm_config
-from craft_pipelines.evaluate import model_folder
+from craft_pipelines.evaluate import evaluate, model_folder
 from craft_pipelines.merge import merge
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -20,6 +22,7 @@ from craft_ray.data.sampler import StepSampler
 from craft_ray.data.source import open_source
 from craft_ray.errors import ConfigError, ModelError
 from craft_ray.models import load_model
+from craft_ray.report.settings import differences
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.optimization import learning_rate
@@ -89,7 +92,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(digits: Digits, 
 
 
 def test_a_run_merges_into_a_plain_folder(digits: Digits, cached: Path, tmp_path: Path) -> None:
-    config = digits.experiment(cached, {**LORA, "train.steps": 3})
+    config = digits.experiment(cached, {**LORA, **digits.scored(limit=8), "train.steps": 3})
     run = trained(config, tmp_path / "run")
     said: list[str] = []
     merge(run.path, tmp_path / "merged", said.append)
@@ -105,6 +108,10 @@ def test_a_run_merges_into_a_plain_folder(digits: Digits, cached: Path, tmp_path
         losses = [float(model.task_loss(batch)) for model in (base, unmerged, plain)]
     assert abs(losses[1] - losses[0]) > 1e-3
     assert losses[2] == pytest.approx(losses[1], abs=1e-5)
+
+    scored = evaluate(config, [run.path, tmp_path / "merged"], None, said.append)
+    assert scored[1].scores["new"].value == run.finished()["new"]["after"]
+    assert len({model.weights for model in scored}) == 3
 
     with pytest.raises(ConfigError, match="exists"):
         merge(run.path, tmp_path / "merged")
@@ -144,6 +151,9 @@ def test_arms_with_and_without_an_adapter(digits: Digits, tmp_path: Path) -> Non
         "baseline": 16, "full": None, "small": 2, "same": 16,
     }  # fmt: skip
     assert runs["small"].craft.epsilon_start == 0.5
+    finished: Any = [SimpleNamespace(arm=arm, config=run) for arm, run in runs.items()]
+    shown = {difference.key: difference.values for difference in differences(finished)}
+    assert shown["adapter"] == ("lora, r 16", "null", "lora, r 2", "lora, r 16")
     fresh = digits.experiment(tmp_path, {"compare.variants": {"low": {"adapter": {}}}})
     assert arm_config(fresh, "low", 0, tmp_path, ["low"]).adapter == AdapterConfig()
     assert arm_config(fresh, "baseline", 0, tmp_path, ["baseline"]).adapter is None

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.adapters import LORA
 from benchmarks.harness import Ratio, Row, Timings, Variant, interleaved
 from benchmarks.memory import peak_in_process
 from benchmarks.syncs import host_syncs
 from benchmarks.variants import SETTINGS
-from craft_ray.config import CraftConfig
+from craft_ray.config import AdapterConfig, CraftConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +85,7 @@ def test_the_gpu_script_needs_neither_ray_nor_pydantic(tmp_path: Path) -> None:
 
 def test_settings_without_pydantic_are_a_config() -> None:
     assert vars(SETTINGS).items() <= CraftConfig(**vars(SETTINGS)).model_dump().items()
+    assert {"kind": "lora", **vars(LORA)} == AdapterConfig(**vars(LORA)).model_dump()
 
 
 @pytest.mark.slow

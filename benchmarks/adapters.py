@@ -47,7 +47,7 @@ def made(
     """The product's step on a model of its own."""
     task = RetentionTask.of(language_model(SHAPES[size], dtype=dtype, device=device).train(), batch, length)
     if adapter is not None:
-        model: Any = SimpleNamespace(module=task.model, adapter=None)
+        model: Any = SimpleNamespace(module=task.model, adapter=None, merged_adapter=None)
         attach(model, adapter, SimpleNamespace(path=size, revision=None), "-")  # type: ignore[arg-type]
     return ours(task, settings=settings)
 

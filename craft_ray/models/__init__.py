@@ -62,6 +62,7 @@ def _merged(config: ModelConfig, precision: Precision, device: torch.device) -> 
     model = _load(config, precision, device, base)
     adapters.load(model, folder, config.model_copy(update={"path": base}))
     adapters.merge(model)
+    model.merged_adapter = folder
     return model
 
 

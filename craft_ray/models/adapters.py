@@ -79,7 +79,7 @@ def attach(model: Model, config: AdapterConfig, of: ModelConfig, base: str) -> N
     require_peft("the config has a section adapter")
     from peft import LoraConfig
 
-    if is_adapter(of.path):
+    if model.merged_adapter is not None:
         raise ConfigError(
             f"model.path {of.path} is an adapter, and a checkpoint of the section adapter would name it as its base, "
             f"which PEFT does not load: merge it first (craft-ray merge RUN OUT), or leave the section adapter out"

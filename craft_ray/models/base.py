@@ -90,6 +90,8 @@ class Model(ABC):
     """Number of hidden states: the embeddings and the output of every block."""
     adapter: Adapter | None = None
     """What is trained in place of the model's own weights (craft_ray/models/adapters.py)."""
+    merged_adapter: Path | None = None
+    """The folder of an adapter that is part of the weights, because the config's path names it."""
     default_positions: ClassVar[tuple[str, ...]]
     """The anchor positions with the best measurements for this kind of model (docs/anchors.md)."""
 

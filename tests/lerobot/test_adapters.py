@@ -13,17 +13,24 @@ import torch
 
 pytest.importorskip("lerobot")
 
+from craft_pipelines.anchors import build
 from lerobot.policies.factory import get_policy_class
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
 
-from craft_ray.config import AdapterConfig, ModelConfig
+from craft_ray.config import AdapterConfig, ModelConfig, parse_config
 from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError
 from craft_ray.lerobot.policy import LeRobotPolicy
+from craft_ray.lerobot.size import sized
 from craft_ray.models import adapters, load_model
 from craft_ray.models.base import Batch, disable_dropout
-from tests.support.robots import TASKS
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import Run, train
+from craft_ray.workers import OneWorker
+from tests.support.robots import TASKS, small_policy, write_dataset
 from tests.support.robots_others import small_act, small_pi05, small_pi05_sizes, small_smolvla
 
 
@@ -42,7 +49,8 @@ def policy(path: Path, weights: Path | None = None) -> LeRobotPolicy:
 
 def batch_of(model: LeRobotPolicy) -> Batch:
     random = np.random.default_rng(0)
-    pictures = {"observation.images.camera0": random.integers(0, 256, (64, 64, 3), np.uint8)}
+    _, height, width = model.features["observation.images.camera0"]
+    pictures = {"observation.images.camera0": random.integers(0, 256, (height, width, 3), np.uint8)}
     state = {"observation.state": random.uniform(-1, 1, 4).astype(np.float32)}
     frame = Frame(pictures, state, random.uniform(-1, 1, (5, 4)).astype(np.float32))
     return model.collate([model.preprocess_task(Sample("a", TASKS[0], frame=frame))])
@@ -57,6 +65,7 @@ def loss(model: LeRobotPolicy, of: Any = None) -> float:
 
 MAKERS: dict[str, Any] = {
     "act": small_act,
+    "pi0_fast": small_policy,
     "pi05": small_pi05,
     "smolvla": lambda folder: small_smolvla(folder, train_expert_only=False),
 }
@@ -84,7 +93,8 @@ def test_the_folder_is_lerobots_own_and_merges(kind: str, tmp_path: Path) -> Non
     # as LeRobot's make_policy does for use_peft
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["use_peft"] is True
     found = PeftConfig.from_pretrained(tmp_path / "saved")
-    theirs = get_policy_class(kind).from_pretrained(found.base_model_name_or_path)
+    with sized(base):
+        theirs = get_policy_class(kind).from_pretrained(found.base_model_name_or_path)
     theirs = PeftModel.from_pretrained(theirs, tmp_path / "saved", config=found, is_trainable=True)
     disable_dropout(theirs.train())
     assert loss(model, theirs.get_base_model()) == expected
@@ -109,3 +119,28 @@ def test_an_adapter_that_cannot_keep_anything_is_refused(tmp_path: Path) -> None
     adapters.attach(model, expert, model.config, "-")
     with pytest.raises(ConfigError, match="no adapter is in the part of this smolvla that reads the prompt"):
         model.check_anchors(["hidden"], ["all"])
+
+
+def test_a_run_resumes_bit_for_bit_on_the_cache_of_full_training(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", 2, 6, 64, ("camera0",), task=TASKS)
+    tree = {
+        "model": {"kind": "lerobot", "path": str(small_act(tmp_path / "base"))},
+        "task": {"path": str(data)},
+        "anchors": {"source": {"path": str(data)}, "modes": ["hidden"], "positions": ["all"]},
+        "craft": {"anchor_cache_dir": str(tmp_path / "anchors"), "anchor_batch_size": 4, "anchor_holdout": 0.25},
+        "train": {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 1},
+        "workers": {"num_workers": 0},
+    }
+    build(parse_config(tree, "test"), say=lambda _: None)
+    config = parse_config({**tree, "adapter": {"r": 2}}, "test")
+    weights = []
+    for name, cut in (("whole", None), ("cut", 2)):
+        folder = RunFolder(tmp_path / "runs" / name)
+        folder.begin(config, ["test"])
+        if cut is not None:
+            Run(config, folder, OneWorker(), NullObserver()).loop(until=cut)
+        train(config, folder, OneWorker(), NullObserver())
+        weights.append(load_file(folder.checkpoints / "last" / "model" / adapters.WEIGHTS))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(tensor.any() for name, tensor in weights[0].items() if "lora_B" in name)

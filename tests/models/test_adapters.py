@@ -140,7 +140,7 @@ def test_the_state_of_an_adapter_is_two_hundredths_of_full_training() -> None:
         return sum(buffer.numel() * buffer.element_size() for buffer in pair.buffers) + moments
 
     full = state()
-    model = cast(Model, SimpleNamespace(module=module, adapter=None))
+    model = cast(Model, SimpleNamespace(module=module, adapter=None, merged_adapter=None))
     adapters.attach(model, AdapterConfig(r=8), ModelConfig(path="smollm2"), "-")
     assert 0.01 < state() / full <= 0.02
 
@@ -168,7 +168,7 @@ def test_a_shared_weight_is_not_adapted() -> None:
         num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     for settings in ({"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}):
-        model = cast(Model, SimpleNamespace(module=LlamaForCausalLM(shape), adapter=None))
+        model = cast(Model, SimpleNamespace(module=LlamaForCausalLM(shape), merged_adapter=None))
         with pytest.raises(ConfigError, match="shares its weights with") as error:
             adapters.attach(model, AdapterConfig(**settings), ModelConfig(path="tiny"), "-")  # type: ignore[arg-type]
         one_line(error)

@@ -30,7 +30,7 @@ from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import Run, train
 from craft_ray.workers import OneWorker
-from tests.support.robots import TASKS, small_policy, write_dataset
+from tests.support.robots import TASKS, small_policy, smooth_chunks, write_dataset
 from tests.support.robots_others import small_act, small_pi05, small_pi05_sizes, small_smolvla
 
 
@@ -52,7 +52,7 @@ def batch_of(model: LeRobotPolicy) -> Batch:
     _, height, width = model.features["observation.images.camera0"]
     pictures = {"observation.images.camera0": random.integers(0, 256, (height, width, 3), np.uint8)}
     state = {"observation.state": random.uniform(-1, 1, 4).astype(np.float32)}
-    frame = Frame(pictures, state, random.uniform(-1, 1, (5, 4)).astype(np.float32))
+    frame = Frame(pictures, state, smooth_chunks(1)[0])
     return model.collate([model.preprocess_task(Sample("a", TASKS[0], frame=frame))])
 
 

@@ -29,8 +29,8 @@ LORA: Any = SimpleNamespace(
 )
 """The settings of `AdapterConfig`, for machines without pydantic."""
 ATTENTION: Any = SimpleNamespace(**{**vars(LORA), "target_modules": ("q_proj", "v_proj")})
-ONE_ROW: Any = SimpleNamespace(**{**vars(SETTINGS), "use_grad_projection": False, "log_angle": False})
-TWO_ROWS: Any = SimpleNamespace(**{**vars(SETTINGS), "use_grad_projection": False})
+TWO_ROWS: Any = SimpleNamespace(**{**vars(SETTINGS), "use_grad_projection": False, "lambda_floor": 0.0})
+ONE_ROW: Any = SimpleNamespace(**{**vars(TWO_ROWS), "log_angle": False})
 CPU = torch.device("cpu")
 
 

@@ -32,6 +32,7 @@ SETTINGS: Any = SimpleNamespace(
     lambda_lr=0.1,
     lambda_max=10.0,
     lambda_kp=0.0,
+    lambda_floor=0.35,
     violation="relative",
     violation_clip=1.0,
     retention_ema=0.9,
@@ -105,7 +106,7 @@ def operate(gradients: GradientPair, state: DualState, settings: Any = SETTINGS)
     gram = gradients.gram()
     conflict = gram.cos < settings.conflict_threshold
     removed = surgery.projection(gram, conflict & gate(state, EPSILON, settings))
-    a, b = surgery.merge(settings.projection_mode, state.multiplier)
+    a, b = surgery.merge(settings.projection_mode, surgery.floored(state.multiplier, gram, settings.lambda_floor))
     c = settings.retention_freq * b - a * removed
     scale = surgery.clip_factor(surgery.merged_norm(gram, a, c), MAX_NORM)
     gradients.combine(scale * a, scale * c)

@@ -92,7 +92,8 @@ def test_the_multiplier_of_this_step_is_the_old_one() -> None:
 @pytest.mark.parametrize("accumulate", [(8,), (1, 7)])
 def test_without_projection_and_angle_one_row_takes_the_same_step(mode: str, accumulate: tuple[int, ...]) -> None:
     settings = {
-        "use_grad_projection": False, "projection_mode": mode, "initial_lambda": 1.7, "retention_freq": 3,
+        "use_grad_projection": False, "lambda_floor": 0.0, "projection_mode": mode, "initial_lambda": 1.7,
+        "retention_freq": 3,
     }  # fmt: skip
     apart, together = mlp(), mlp()
     state, metrics = take_step(apart, accumulate=accumulate, **settings)
@@ -110,7 +111,7 @@ def test_without_projection_and_angle_one_row_takes_the_same_step(mode: str, acc
 def test_one_row_is_half_the_memory_of_two() -> None:
     sizes = {}
     for log_angle in (True, False):
-        config = craft_config(use_grad_projection=False, log_angle=log_angle)
+        config = craft_config(use_grad_projection=False, lambda_floor=0.0, log_angle=log_angle)
         pair = GradientPair(mlp().named_parameters(), with_retention=compares_gradients(config))
         sizes[log_angle] = sum(buffer.nbytes for buffer in pair.buffers)
     assert sizes[False] * 2 == sizes[True]

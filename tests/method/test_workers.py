@@ -37,7 +37,7 @@ SHARES = {
     "micro-batches of different counts": Shares(task=((1, 2), (4, 1)), anchors=((2, 2), (1, 3))),
 }
 
-ONE_ROW = {"use_grad_projection": False, "log_angle": False}
+ONE_ROW = {"use_grad_projection": False, "log_angle": False, "lambda_floor": 0.0}
 
 
 def named_error(name: str) -> Callable[[str], str]:

@@ -26,7 +26,8 @@ from craft_ray.report.settings import differences
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.optimization import learning_rate
-from craft_ray.run.training import TASK_STREAM, Run, train
+from craft_ray.run.task_data import TASK_STREAM
+from craft_ray.run.training import Run, train
 from craft_ray.sweep.space import parse_space
 from craft_ray.workers import OneWorker
 from tests.support.experiments import Digits

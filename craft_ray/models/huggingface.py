@@ -291,10 +291,7 @@ class HuggingFaceModel(TokenModel, TensorModel):
         return None
 
     def save(self, folder: Path, final: Path | None = None) -> None:
-        if self.adapter is None:
-            self.module.save_pretrained(folder)
-        else:
-            self.adapter.save(folder)
+        (self.module.save_pretrained if self.adapter is None else self.adapter.save)(folder)
         self.processor.save_pretrained(folder)
 
 

@@ -1,7 +1,8 @@
-"""One GPU in under eight minutes: building the cache, the retention step, memory, and waits for the device.
+"""One GPU in under eight minutes: building the cache, the retention step, memory, adapters, waits for the device.
 
-Needs torch and transformers; neither Ray nor pydantic. Models have random weights in bfloat16, up to the size of
-Gemma 2B. A size that does not fit in memory, or for which no time is left, is reported as such.
+Needs torch and transformers; neither Ray nor pydantic. Adapters need PEFT, and are left out without it. Models have
+random weights in bfloat16, up to the size of Gemma 2B. A size that does not fit in memory, or for which no time is
+left, is reported as such.
 `--tiny` runs the same on a CPU in seconds.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.adapters import measure_adapters
 from benchmarks.harness import CPU_TIME, CUDA, Clock, Report, Row, Variant, arguments, interleaved, one_thread
 from benchmarks.syncs import host_syncs
 from benchmarks.variants import (
@@ -34,6 +36,7 @@ from benchmarks.workload import (
     perceptron_task,
     random_texts,
 )
+from craft_ray.extras import missing
 from craft_ray.models.packing import packed_forward, plan_packs
 
 LIMIT_S = 400.0
@@ -196,6 +199,15 @@ def measure_step(session: Session, size: str, batch: int, length: int) -> None:
     session.report.add(Row(f"{where}: waits of craft_step", waits["craft_step"], "waits", note=str(waits)))
 
 
+def measure_lora(session: Session, size: str, batch: int, length: int) -> None:
+    if reason := missing("peft"):
+        session.report.add(Row(f"{size} adapters", None, note=reason))
+        return
+    measure_adapters(
+        session.report, size, batch, length, session.rounds, session.clock, session.device, session.dtype, budget_s=15
+    )
+
+
 def peak_memory(run: Callable[[], None]) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -235,6 +247,7 @@ def main() -> None:
                 f"{size} {batch}x{length}",
                 lambda size=size, batch=batch, length=length: measure_step(session, size, batch, length),  # type: ignore[misc]
             )
+        session.attempt(f"{size} adapters", lambda size=size: measure_lora(session, size, *cases[-1]))  # type: ignore[misc]
     session.report.finish(options.json)
 
 

@@ -15,7 +15,7 @@ from benchmarks.workload import RetentionTask
 from craft_ray.method import surgery
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import RETENTION, TASK, GradientPair
-from craft_ray.method.step import Loss, craft_step, gate
+from craft_ray.method.step import Loss, compares_gradients, craft_step, gate, task_step
 from craft_ray.workers import OneWorker
 
 EPSILON, MAX_NORM, MULTIPLIER = 0.03, 1.0, 0.7
@@ -26,11 +26,13 @@ SETTINGS: Any = SimpleNamespace(
     conflict_threshold=-0.1,
     use_grad_projection=True,
     projection_gate="violated",
+    log_angle=True,
     projection_mode="weighted",
     initial_lambda=1.0,
     lambda_lr=0.1,
     lambda_max=10.0,
     lambda_kp=0.0,
+    lambda_floor=0.35,
     violation="relative",
     violation_clip=1.0,
     retention_ema=0.9,
@@ -53,10 +55,12 @@ class Ours:
         task: Any,
         anchors: Any,
         optimizer: AdamW | None = None,
+        settings: Any = SETTINGS,
     ) -> None:
         named = list(parameters)
-        self.gradients = GradientPair(named)
-        self.optimizer = optimizer or optimizer_of([p for _, p in named])
+        self.settings = settings
+        self.gradients = GradientPair(named, with_retention=compares_gradients(settings))
+        self.optimizer = optimizer or optimizer_of(self.gradients.parameters)
         self.device = named[0][1].device
         self.state = DualState.start(SETTINGS, self.device)
         self.losses, self.batches = (task_loss, retention_loss), (task, anchors)
@@ -69,7 +73,18 @@ class Ours:
             [self.batches[1]],
             self.state,
             EPSILON,
-            craft=SETTINGS,
+            craft=self.settings,
+            optimizer=self.optimizer,
+            gradients=self.gradients,
+            workers=OneWorker(self.device),
+            max_norm=MAX_NORM,
+        )
+
+    def task_step(self) -> None:
+        """A step without retention."""
+        task_step(
+            self.losses[0],
+            [self.batches[0]],
             optimizer=self.optimizer,
             gradients=self.gradients,
             workers=OneWorker(self.device),
@@ -81,9 +96,9 @@ class Ours:
             self.gradients.backward(row, self.losses[row], [self.batches[row]], OneWorker(self.device))
 
 
-def ours(task: RetentionTask, optimizer: AdamW | None = None) -> Ours:
+def ours(task: RetentionTask, optimizer: AdamW | None = None, settings: Any = SETTINGS) -> Ours:
     parameters = task.model.named_parameters()
-    return Ours(parameters, task.task_loss, task.retention_loss, task.task, task.anchors, optimizer)
+    return Ours(parameters, task.task_loss, task.retention_loss, task.task, task.anchors, optimizer, settings)
 
 
 def operate(gradients: GradientPair, state: DualState, settings: Any = SETTINGS) -> None:
@@ -91,7 +106,7 @@ def operate(gradients: GradientPair, state: DualState, settings: Any = SETTINGS)
     gram = gradients.gram()
     conflict = gram.cos < settings.conflict_threshold
     removed = surgery.projection(gram, conflict & gate(state, EPSILON, settings))
-    a, b = surgery.merge(settings.projection_mode, state.multiplier)
+    a, b = surgery.merge(settings.projection_mode, surgery.floored(state.multiplier, gram, settings.lambda_floor))
     c = settings.retention_freq * b - a * removed
     scale = surgery.clip_factor(surgery.merged_norm(gram, a, c), MAX_NORM)
     gradients.combine(scale * a, scale * c)

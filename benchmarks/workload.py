@@ -53,11 +53,12 @@ SHAPES = {
     "tiny": Shape(width=32, layers=2, inner=64, heads=2, vocabulary=256, head_size=16),
     "10m": Shape(width=256, layers=8, inner=1024, heads=4, vocabulary=8192),
     "100m": Shape(width=768, layers=10, inner=3072, heads=12, vocabulary=16384),
+    "smollm2": Shape(width=576, layers=30, inner=1536, heads=9, vocabulary=49152, kv_heads=3),
     "400m": Shape(width=1024, layers=18, inner=4096, heads=8, vocabulary=65536, head_size=128),
     "1b": Shape(width=1536, layers=20, inner=6144, heads=8, vocabulary=131072, head_size=192),
     "2.5b": Shape(width=2048, layers=18, inner=16384, heads=8, vocabulary=257216, head_size=256),
 }
-"""`2.5b` has the size of Gemma 2B, the language model of PaliGemma."""
+"""`smollm2` has the size of SmolLM2-135M; `2.5b` has the size of Gemma 2B, the language model of PaliGemma."""
 
 
 def language_model(

@@ -59,7 +59,7 @@ def type_name(annotation: object) -> str:
     if origin is typing.Annotated:
         return type_name(arguments[0])
     if origin is typing.Literal:
-        return " \\| ".join(str(a) for a in arguments)
+        return " \\| ".join(str(a).lower() if isinstance(a, bool) else str(a) for a in arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if a is type(None) else type_name(a) for a in arguments)
     if origin is tuple:
@@ -129,6 +129,7 @@ def kinds_table(kinds: list[type[Kind]], prefix: str) -> str:
 SECTIONS = (
     (config.Experiment, ""),
     (config.ModelConfig, "model."),
+    (config.AdapterConfig, "adapter."),
     (config.AnchorsConfig, "anchors."),
     (config.LogitsConfig, "anchors.logits."),
     (config.CraftConfig, "craft."),

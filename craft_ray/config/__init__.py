@@ -1,5 +1,6 @@
 """The experiment as frozen models, read and validated once, on entry. Neither torch nor ray is imported here."""
 
+from craft_ray.config.adapter import AdapterConfig
 from craft_ray.config.comparison import CompareConfig
 from craft_ray.config.data import (
     ENDINGS,
@@ -47,6 +48,7 @@ __all__ = [
     "MOST_VARIANTS",
     "POSITIONS",
     "SQLITE",
+    "AdapterConfig",
     "AnchorsConfig",
     "AutoData",
     "Columns",

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from craft_ray.config.adapter import AdapterConfig
 from craft_ray.config.modes import unit_of
 from craft_ray.config.retention import CraftConfig
 from craft_ray.config.types import ARMS, MOST_VARIANTS, Section, VariantName, distinct
@@ -23,7 +24,8 @@ class CompareConfig(Section):
     """`craft` settings in which the token_ce arm differs, e.g. `{epsilon_start: 0.1}`: nats, not squares."""
     variants: Annotated[dict[VariantName, dict[str, Any]], Field(max_length=MOST_VARIANTS)] = {}
     """Additional constrained arms by name, each with the `craft` settings in which it differs from the config, e.g.
-    `{hidden_prefix: {retention_mode: hidden, positions: [vision_mean, text_last]}}`."""
+    `{hidden_prefix: {retention_mode: hidden, positions: [vision_mean, text_last]}}`. The key `adapter` changes the
+    section of that name: `{full: {adapter: null}, low_rank: {adapter: {r: 4}}}`."""
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -39,9 +41,18 @@ class CompareConfig(Section):
             return {"enabled": False}
         if arm in self.variants:
             own = {"enabled": True, **self.variants[arm]}
+            own.pop("adapter", None)
         else:
             own = {"enabled": True, "retention_mode": arm, **(self.token_ce if arm == "token_ce" else {})}
         unit = unit_of({**craft.model_dump(), **own})
         if unit is not None and unit.name != craft.epsilon_unit:
             own = {"epsilon_start": unit.default_budget, "epsilon_end": None} | own | {"epsilon_unit": unit.name}
         return own
+
+    def adapter_settings(self, arm: str, adapter: AdapterConfig | None) -> dict[str, Any] | None:
+        """The section `adapter` of an arm or variant; None if it trains all weights."""
+        settings = None if adapter is None else adapter.model_dump()
+        if "adapter" not in self.variants.get(arm, {}):
+            return settings
+        own = self.variants[arm]["adapter"]
+        return None if own is None else {**(settings or {}), **own}

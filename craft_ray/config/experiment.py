@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from craft_ray.config.adapter import AdapterConfig
 from craft_ray.config.comparison import CompareConfig
 from craft_ray.config.data import DataConfig
 from craft_ray.config.evaluation import EvaluationConfig, ValidationConfig
@@ -34,6 +35,8 @@ class Experiment(Section):
     output_dir: FolderPath = Field("runs", validate_default=True)
     """Folder in which run directories are created: local, on a shared mount, or s3://."""
     model: ModelConfig
+    adapter: AdapterConfig | None = None
+    """An adapter to train in place of all weights."""
     task: DataConfig
     """Training data of the new skill."""
     anchors: AnchorsConfig | None = None
@@ -56,6 +59,7 @@ class Experiment(Section):
     def _consistent(self) -> Self:
         self._check_batches()
         self._check_arms()
+        self._check_adapter()
         self._check_keep()
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
@@ -113,17 +117,35 @@ class Experiment(Section):
             settings = {**self.craft.model_dump(), **self.compare.craft_settings(arm, self.craft)}
             if settings["epsilon_start"] is None:
                 settings["epsilon_start"] = 1.0  # an arm without a budget is a mistake only where it is compared
-            try:
-                CraftConfig.model_validate(settings)
-            except ValidationError as error:
-                reasons = "; ".join(explain({**e, "loc": ("craft", *e["loc"])}, Experiment) for e in error.errors())
-                raise ValueError(f"{where}: {reasons}") from None
+            if not isinstance(own.get("adapter", {}), Mapping | None):
+                raise ValueError(
+                    f"{where}.adapter is {own['adapter']!r}: give settings of the section adapter, or null"
+                )
+            adapter = self.compare.adapter_settings(arm, self.adapter)
+            for name, section, tree in (("craft", CraftConfig, settings), ("adapter", AdapterConfig, adapter)):
+                if tree is not None:
+                    _check_section(name, section, tree, where)
+
+    def _check_adapter(self) -> None:
+        if self.adapter is not None and self.adapter.dropout and self.model.disable_dropout:
+            raise ValueError(
+                f"adapter.dropout is {self.adapter.dropout:g}, but model.disable_dropout turns dropout off, because "
+                f"anchors compare student and teacher: leave it out, or set model.disable_dropout=false"
+            )
 
     def changed(self, changes: Mapping[str, Any]) -> Experiment:
         """A copy with values at dotted keys changed, validated again."""
         tree = self.model_dump()
         apply_changes(tree, changes)
         return parse_config(tree, "command line")
+
+
+def _check_section(name: str, section: type[Section], tree: Mapping[str, Any], where: str) -> None:
+    try:
+        section.model_validate(tree)
+    except ValidationError as error:
+        reasons = "; ".join(explain({**e, "loc": (name, *e["loc"])}, Experiment) for e in error.errors())
+        raise ValueError(f"{where}: {reasons}") from None
 
 
 def parse_config(tree: dict[str, Any], where: str, base: Path | None = None) -> Experiment:

@@ -128,6 +128,9 @@ class CraftConfig(Section):
 
     use_grad_projection: bool = True
     """When the gradients conflict, remove from the task gradient the part that opposes the retention gradient."""
+    log_angle: bool = True
+    """Log the angle between the gradients (`craft/grad_cos`, `craft/grad_dot`, `craft/conflict`). Without it, without
+    the projection and with `lambda_floor: 0`, both losses share one copy of the gradients."""
     conflict_threshold: float = Field(-0.1, ge=-1, le=1)
     """Cosine below which the gradients conflict."""
     projection_gate: Literal["always", "violated"] = "violated"

@@ -36,6 +36,7 @@ from craft_ray.lerobot.tokenizers import (
     local_names,
     without_remote_code,
 )
+from craft_ray.models.adapters import Adapter
 
 WEIGHTS = "model.safetensors"
 SUPPORTED = ("pi0_fast", "pi05", "smolvla", "act")
@@ -96,7 +97,7 @@ def load_folder(config: ModelConfig, device: torch.device, weights: str | None) 
             raise ConfigError(f"model.path {path}: no {settings.type} can be built ({first_line(error)})") from None
     if "dtype" not in vars(settings):
         policy.float()  # smolvla takes the dtype in which its vision-language model was published
-    load_weights(policy, Path(weights) if weights else path)
+    load_weights(policy, path if weights is None else _resolve(config.model_copy(update={"path": weights})))
     return PolicyFolder(path, policy, _processors(config, settings, path, tokenizer), own_device)
 
 
@@ -359,18 +360,21 @@ def _merged(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return result
 
 
-def save_folder(found: PolicyFolder, folder: Path, final: Path | None = None) -> None:
-    """Write a folder that both LeRobot's `from_pretrained` and `load_folder` load. Tokenizers inside the policy's own
-    folder are copied.
+def save_folder(found: PolicyFolder, folder: Path, final: Path | None = None, adapter: Adapter | None = None) -> None:
+    """Write a folder that both LeRobot's `from_pretrained` and `load_folder` load; with an adapter, the one that
+    LeRobot's `make_policy` loads, with the adapter in place of the weights. Tokenizers inside the policy's own folder
+    are copied.
 
     Args:
         final: the folder's final path, if it is first written elsewhere.
     """
     settings = found.policy.config
     device, settings.device = settings.device, found.device
+    settings.use_peft = adapter is not None
     try:
         with _silent():
-            found.policy.save_pretrained(folder)
+            (found.policy.save_pretrained if adapter is None else adapter.save)(folder)
+            settings.save_pretrained(folder)
             found.processors.before.save_pretrained(folder)
             found.processors.after.save_pretrained(folder)
     finally:

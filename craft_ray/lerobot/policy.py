@@ -269,7 +269,7 @@ class LeRobotPolicy(Model):
         return list(self.folder.processors.before.steps)
 
     def save(self, folder: Path, final: Path | None = None) -> None:
-        save_folder(self.folder, folder, final)
+        save_folder(self.folder, folder, final, self.adapter)
 
 
 def _step_identity(step: Any) -> Any:
@@ -296,12 +296,18 @@ def check_trained(part: nn.Module, settings: Any) -> None:
     Raises:
         ConfigError: none of its weights is trained, so a retention loss would have no gradient.
     """
-    if not any(parameter.requires_grad for parameter in part.parameters()):
+    if any(parameter.requires_grad for parameter in part.parameters()):
+        return
+    if not settings.train_expert_only:
         raise ConfigError(
-            f"only the action expert of this {settings.type} is trained (train_expert_only), so the hidden states of "
-            f"the prompt cannot change: set train_expert_only to false in the config.json of its folder, or train "
-            f"without retention (craft.enabled=false)"
+            f"no adapter is in the part of this {settings.type} that reads the prompt, so its hidden states cannot "
+            f"change: choose other adapter.target_modules, or train without retention (craft.enabled=false)"
         )
+    raise ConfigError(
+        f"only the action expert of this {settings.type} is trained (train_expert_only), so the hidden states of "
+        f"the prompt cannot change: set train_expert_only to false in the config.json of its folder, or train "
+        f"without retention (craft.enabled=false)"
+    )
 
 
 def padded(rows: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:

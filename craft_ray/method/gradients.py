@@ -64,7 +64,7 @@ class GradientPair:
     """The task and the retention gradient of `parameters`, in one flat [2, P] buffer per dtype.
 
     The memory beyond ordinary training is one copy of the gradients, the second row. `with_retention=False`
-    leaves it out (the baseline arm).
+    leaves it out (the baseline arm, and a run that needs no angle between the two).
 
     Args:
         parameters: named parameters; those that do not require a gradient are skipped.
@@ -127,21 +127,77 @@ class GradientPair:
 
         Returns:
             That mean loss, a detached float32 scalar on the device.
+
+        Raises:
+            ModelError: the loss depends on none of the parameters.
         """
-        for buffer in self.buffers:
-            buffer[row].zero_()
-        for p, view in zip(self.parameters, self.views[row], strict=True):
-            p.grad = view
+        self._start(row)
         total = sum(batch.count for batch in micro_batches)
         losses = []
         for batch in micro_batches:
-            loss = loss_of(batch)
+            loss = self._trained(loss_of(batch), row)
             if len(micro_batches) > 1:
                 loss = loss * (batch.count / total)
             loss.backward()
             losses.append(loss.detach().float())
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         return self._mean_over_workers(row, loss, total, workers)
+
+    def backward_sum(
+        self, terms: Sequence[tuple[Tensor | float, Callable[[Any], Tensor], Sequence[Counted]]], workers: AllReduce
+    ) -> list[Tensor]:
+        """Fill row 0 with the gradient of a sum of losses, each times its factor: one row, and one reduction.
+
+        Args:
+            terms: for each loss its factor, the loss of a micro-batch, and this worker's micro-batches.
+
+        Returns:
+            Each mean loss over all micro-batches of all workers, without its factor, as in `backward`.
+
+        Raises:
+            ModelError: a loss depends on none of the parameters.
+        """
+        self._start(TASK)
+        counts = [sum(batch.count for batch in batches) for _, _, batches in terms]
+        shares = self._shares(counts, workers)
+        means = []
+        for row, ((factor, loss_of, batches), count, share) in enumerate(zip(terms, counts, shares, strict=True)):
+            losses = []
+            for batch in batches:
+                loss = self._trained(loss_of(batch), row) * (batch.count / count)
+                (loss * (factor * share)).to(loss.dtype).backward()
+                losses.append(loss.detach().float())
+            means.append(torch.stack(losses).sum() * share)
+        if workers.world_size > 1:
+            together = torch.stack(means)
+            workers.all_reduce(together)
+            means = list(together)
+            for buffer in self.buffers:
+                workers.all_reduce(buffer[TASK])
+        return [mean.float() for mean in means]
+
+    def _shares(self, counts: Sequence[int], workers: AllReduce) -> Sequence[Tensor | float]:
+        """This worker's share of the terms that each mean loss averages."""
+        if workers.world_size == 1:
+            return [1.0] * len(counts)
+        own = torch.tensor(counts, dtype=torch.float64, device=self.buffers[0].device)
+        every = own.clone()
+        workers.all_reduce(every)
+        return list(own / every)
+
+    def _start(self, row: int) -> None:
+        for buffer in self.buffers:
+            buffer[row].zero_()
+        for p, view in zip(self.parameters, self.views[row], strict=True):
+            p.grad = view
+
+    def _trained(self, loss: Tensor, row: int) -> Tensor:
+        if not loss.requires_grad:
+            raise ModelError(
+                f"the {('task', 'retention')[row]} loss depends on no weight that is trained: unfreeze some, or choose "
+                f"other adapter.target_modules, or other layers to anchor"
+            )
+        return loss
 
     def _mean_over_workers(self, row: int, loss: Tensor, count: int, workers: AllReduce) -> Tensor:
         if workers.world_size == 1:

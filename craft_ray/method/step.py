@@ -14,6 +14,9 @@ The retention gradient is computed every K-th step and counts K times, once for 
 descended on average, and with it the meaning of lambda, does not depend on K. With the violation bounded (dual.py),
 lambda neither diverges nor runs to its cap; docs/method.md has measurements of the alternatives.
 
+Without the projection, the floor, and the angle in the log (`compares_gradients`), nothing needs the two gradients
+apart: that of a L_task + K b L_ret, with the merge's a and b, accumulates in one row.
+
 All numbers of the step stay on the device; the caller reads them when it writes its log.
 """
 
@@ -112,6 +115,17 @@ def craft_step(
         nan = loss.new_full((), torch.nan)
         return state, StepMetrics(loss, norm, nan, state.multiplier, nan, nan, nan, nan, nan)
 
+    if not compares_gradients(craft):
+        a, b = surgery.merge(craft.projection_mode, state.multiplier)
+        retention = (craft.retention_freq * b, retention_loss, anchors)
+        loss, l_ret = gradients.backward_sum([(a, task_loss, task), retention], workers)
+        gradients.assign_grads(workers)
+        norm = clip_grad_norm_(gradients.parameters, torch.inf if max_norm is None else max_norm)
+        optimizer.step()
+        nan = loss.new_full((), torch.nan)
+        metrics = StepMetrics(loss, norm, l_ret, state.multiplier, state.multiplier, nan, nan, nan, nan)
+        return state.observe(l_ret, craft).ascend(epsilon, craft), metrics
+
     loss = gradients.backward(TASK, task_loss, task, workers)
     l_ret = gradients.backward(RETENTION, retention_loss, anchors, workers)
     state = state.observe(l_ret, craft)
@@ -134,6 +148,11 @@ def craft_step(
     optimizer.step()
     state = state.ascend(epsilon, craft)
     return state, StepMetrics(loss, norm, l_ret, state.multiplier, weight, gram.dot, cos, conflict, projected)
+
+
+def compares_gradients(craft: CraftConfig) -> bool:
+    """Whether a step needs the two gradients apart, and so a pair with two rows."""
+    return craft.use_grad_projection or craft.log_angle or craft.lambda_floor > 0
 
 
 def gate(state: DualState, epsilon: float, craft: CraftConfig) -> Tensor:

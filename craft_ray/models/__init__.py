@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,32 +17,68 @@ if TYPE_CHECKING:  # craft_ray.models.packing needs only torch and transformers,
 def load_model(
     config: ModelConfig, precision: Precision, device: torch.device | str = "cpu", weights: str | None = None
 ) -> Model:
-    """The model of a configuration, in training mode.
+    """The model of a configuration, in training mode. If its path is the folder of an adapter, the adapter is merged
+    into the model that it belongs to.
 
     Args:
         precision: arithmetic of its forward passes; teacher and student must use the same.
         weights: another folder to take the weights from (a checkpoint); processor and limits are still the config's.
+            If it is the folder of an adapter, the adapter is put into the config's model, and is all that trains.
 
     Raises:
-        ConfigError: nothing loads from the path.
+        ConfigError: nothing loads from the path, or the adapter does not belong to this model.
         ModelError: its weights do not load completely.
     """
-    from craft_ray.extras import require_lerobot
+    from craft_ray.storage.node_cache import local_copy
 
     with uncollected():
-        from craft_ray.models.causal_lm import CausalLM
-        from craft_ray.models.vision_language import VisionLanguageModel
-    from craft_ray.storage.node_cache import local_copy
+        from craft_ray.models import adapters
 
     merged = tuple(local_copy(path, "model.merge_statistics") for path in config.merge_statistics)
     config = config.model_copy(update={"path": local_copy(config.path, "model.path"), "merge_statistics": merged})
     weights = None if weights is None else local_copy(weights, "a checkpoint")
+    adapted = weights is not None and adapters.is_adapter(weights)
+    if adapters.is_adapter(config.path) and (weights is None or adapted):
+        model = _merged(config, precision, torch.device(device))
+    else:
+        model = _load(config, precision, torch.device(device), None if adapted else weights)
+    if weights is not None and adapted:
+        adapters.load(model, Path(weights), config)
+    return model
+
+
+def _merged(config: ModelConfig, precision: Precision, device: torch.device) -> Model:
+    """The model that the adapter at `config.path` belongs to, with the adapter merged into it. It has the adapter's
+    processor, or its own if the adapter's folder has none."""
+    from craft_ray.models import adapters
+    from craft_ray.storage.node_cache import local_copy
+
+    folder = Path(config.path)
+    base, revision = adapters.base_of(folder)
+    base = local_copy(base, f"the model that the adapter {folder} belongs to")
+    if config.kind != "lerobot" and not (folder / "tokenizer_config.json").exists():
+        config = config.model_copy(update={"path": base})
+    config = config.model_copy(update={"revision": revision})
+    model = _load(config, precision, device, base)
+    adapters.load(model, folder, config.model_copy(update={"path": base}))
+    adapters.merge(model)
+    model.merged_adapter = folder
+    return model
+
+
+def _load(config: ModelConfig, precision: Precision, device: torch.device, weights: str | None) -> Model:
+    from craft_ray.extras import require_lerobot
+
     if config.kind == "lerobot":
         require_lerobot("model.kind is lerobot")
         with uncollected():
             from craft_ray.lerobot.kinds import load_policy
 
-        return load_policy(config, precision, torch.device(device), weights)
+        return load_policy(config, precision, device, weights)
+    with uncollected():
+        from craft_ray.models.causal_lm import CausalLM
+        from craft_ray.models.vision_language import VisionLanguageModel
+
     kinds: dict[str, type[CausalLM] | type[VisionLanguageModel]]
     kinds = {"causal_lm": CausalLM, "vision_language": VisionLanguageModel}
-    return kinds[config.kind](config, precision, torch.device(device), weights)
+    return kinds[config.kind](config, precision, device, weights)

@@ -21,6 +21,7 @@ from craft_ray.method.pooling import Layout, Pooling
 
 if TYPE_CHECKING:  # loading a model needs no pydantic
     from craft_ray.data.source import Source
+    from craft_ray.models.adapters import Adapter
 
 IGNORE = -100
 """Target of a token that is not predicted."""
@@ -87,6 +88,10 @@ class Model(ABC):
     hidden_size: int
     num_hidden_states: int
     """Number of hidden states: the embeddings and the output of every block."""
+    adapter: Adapter | None = None
+    """What is trained in place of the model's own weights (craft_ray/models/adapters.py)."""
+    merged_adapter: Path | None = None
+    """The folder of an adapter that is part of the weights, because the config's path names it."""
     default_positions: ClassVar[tuple[str, ...]]
     """The anchor positions with the best measurements for this kind of model (docs/anchors.md)."""
 
@@ -144,7 +149,7 @@ class Model(ABC):
 
     @abstractmethod
     def weights_fingerprint(self) -> str:
-        """Hash of the names, types, shapes and values of all weights."""
+        """Hash of the names, types, shapes and values of all weights, those of an adapter included."""
 
     @abstractmethod
     def preprocessor_fingerprint(self) -> str:
@@ -152,7 +157,7 @@ class Model(ABC):
 
     @abstractmethod
     def save(self, folder: Path, final: Path | None = None) -> None:
-        """Write a folder that `from_pretrained` loads.
+        """Write a folder that `from_pretrained` loads; with an adapter, PEFT's folder of the adapter alone.
 
         Args:
             final: the folder's final path, if it is first written elsewhere.

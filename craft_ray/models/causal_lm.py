@@ -13,7 +13,7 @@ from craft_ray.models.base import Features, evaluating
 from craft_ray.models.capabilities import PackingModel
 from craft_ray.models.huggingface import HuggingFaceModel
 from craft_ray.models.loading import reason
-from craft_ray.models.packing import check_packing, packed_forward
+from craft_ray.models.packing import check_packing, packed_forward, packed_logits
 from craft_ray.models.text import Cut
 
 

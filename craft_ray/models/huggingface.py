@@ -331,7 +331,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         return None
 
     def save(self, folder: Path, final: Path | None = None) -> None:
-        self.module.save_pretrained(folder)
+        (self.module.save_pretrained if self.adapter is None else self.adapter.save)(folder)
         self.processor.save_pretrained(folder)
 
 

@@ -113,6 +113,10 @@ def check_complete(module: nn.Module, info: dict[str, Any], path: str, kind: str
             part computes with (scales of quantised weights, biases that the config leaves out). Others are told:
             another head, or the causal masks that older versions of transformers saved.
     """
+    if getattr(module, "_hf_peft_config_loaded", False):  # a local one does not come here
+        raise ConfigError(
+            f"model.path {path} is an adapter on the hub: download it, and specify its folder as model.path"
+        )
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
     if missing or mismatched:

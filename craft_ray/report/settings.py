@@ -34,7 +34,9 @@ def differences(runs: Sequence[FinishedRun]) -> list[Difference]:
     for run in runs:
         first = arms.setdefault(run.arm, run)
         _check_one_arm(first, run)
-    flat = [dict(_flat(run.config.model_dump(mode="json"))) for run in arms.values()]
+    flat = [
+        _settings(run, together=any(other.config.adapter is None for other in arms.values())) for run in arms.values()
+    ]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
     found = []
     for key in keys:
@@ -42,6 +44,18 @@ def differences(runs: Sequence[FinishedRun]) -> list[Difference]:
         if key.split(".")[0] not in WHERE and len({value for value in values if value != UNUSED}) > 1:
             found.append(Difference(key, values))
     return found
+
+
+def _settings(run: FinishedRun, together: bool) -> dict[str, Any]:
+    """A run's settings by dotted key.
+
+    Args:
+        together: show an adapter as one setting, because another arm has none.
+    """
+    tree, adapter = run.config.model_dump(mode="json"), run.config.adapter
+    if together:
+        tree["adapter"] = None if adapter is None else f"{adapter.kind}, r {adapter.r}"
+    return dict(_flat(tree))
 
 
 UNUSED = "–"

@@ -91,10 +91,10 @@ class MetricsBuffer:
             "craft/lambda": numbers["craft/lambda"] if retained else None,
             "craft/weight": numbers["craft/weight"] if measured else None,
             "craft/epsilon": host.epsilon,
-            "craft/grad_dot": numbers["craft/grad_dot"] if measured else None,
+            "craft/grad_dot": _or_none(numbers["craft/grad_dot"]),
             "craft/grad_cos": _or_none(numbers["craft/grad_cos"]),
-            "craft/conflict": bool(numbers["craft/conflict"]) if measured else None,
-            "craft/projected": bool(numbers["craft/projected"]) if measured else None,
+            "craft/conflict": _flag(numbers["craft/conflict"]),
+            "craft/projected": _flag(numbers["craft/projected"]),
             "perf/step_s": host.step_s,
             "perf/data_s": host.data_s,
         }
@@ -103,6 +103,11 @@ class MetricsBuffer:
 def _or_none(number: float) -> float | None:
     """None for NaN, which JSON does not have."""
     return None if math.isnan(number) else number
+
+
+def _flag(number: float) -> bool | None:
+    """None for NaN: the two gradients were not compared."""
+    return None if math.isnan(number) else bool(number)
 
 
 def console_line(records: Sequence[Record], steps: int, mode: str) -> str:
@@ -132,13 +137,14 @@ def console_line(records: Sequence[Record], steps: int, mode: str) -> str:
     if record["craft/lambda"] is not None:
         parts += [f"λ={number('craft/lambda')}", f"ε={number('craft/epsilon', small(record['craft/epsilon']))}"]
     if retention is not None:
-        parts += [
-            f"weight={number('craft/weight', of=retention)}",
-            f"conflict={'✓' if retention['craft/conflict'] else '✗'}",
-            f"projected={'✓' if retention['craft/projected'] else '✗'}",
-            f"dot={number('craft/grad_dot', of=retention)}",
-            f"cos={number('craft/grad_cos', of=retention)}",
-        ]
+        parts.append(f"weight={number('craft/weight', of=retention)}")
+        if retention["craft/conflict"] is not None:
+            parts += [
+                f"conflict={'✓' if retention['craft/conflict'] else '✗'}",
+                f"projected={'✓' if retention['craft/projected'] else '✗'}",
+                f"dot={number('craft/grad_dot', of=retention)}",
+                f"cos={number('craft/grad_cos', of=retention)}",
+            ]
         if retention is not record:
             parts.append(f"retention at step {retention['step']}")
     return " | ".join(parts)

@@ -21,7 +21,9 @@ from craft_ray.config import Experiment
 from craft_ray.data.prefetch import prefetch
 from craft_ray.errors import ConfigError
 from craft_ray.method.gradients import GradientPair
+from craft_ray.method.step import compares_gradients
 from craft_ray.models import load_model
+from craft_ray.models.adapters import attach
 from craft_ray.models.base import Batch, Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.constraint import Constraint, open_mode
@@ -105,13 +107,17 @@ class Run:
         torch.manual_seed(config.seed)
         self.model: Model = load_model(config.model, config.train.precision, workers.device, weights)
         teacher_weights = None if checkpoint else self.model.weights_fingerprint()
+        if config.adapter is not None and teacher_weights is not None:
+            torch.manual_seed(config.seed)  # the adapter's first values do not depend on how the model was loaded
+            attach(self.model, config.adapter, config.model, teacher_weights)
         self.task = TaskData(config, self.model, workers, features)
         if self.main:
             check_same(folder, config, self.task.source.fingerprint)
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
         self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
         held = held_by(self.constraints)
-        self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=held is not None)
+        apart = held is not None and compares_gradients(held.craft)
+        self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=apart)
         self.optimizer = make_optimizer(self.gradients.parameters, config.train)
         self._clock = CheckpointClock(config.train.checkpoint_minutes if config.train.keep_checkpoints else 0, workers)
         self.step = 0
@@ -298,9 +304,10 @@ class Run:
             self.observer.done(result)
 
     def _stationarity(self) -> float | None:
-        """The residual of the solution's condition on several batches; None in plain fine-tuning."""
+        """The residual of the solution's condition on several batches; None in plain fine-tuning, and where the two
+        gradients are not kept apart."""
         held = held_by(self.constraints)
-        if held is None:
+        if held is None or not compares_gradients(held.craft):
             return None
         count = min(max(self.config.train.steps // 20, 1), STATIONARITY_BATCHES)
         data = [self._step_data(index * held.craft.retention_freq) for index in range(count)]

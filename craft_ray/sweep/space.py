@@ -32,7 +32,7 @@ Params = dict[str, Any]
 NUMBERS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}
 KINDS = (*NUMBERS, "choice", "grid")
 SHIPPED = ("craft", "ablation", "smoke")
-SECTIONS = ("craft", "train")
+SECTIONS = ("craft", "train", "adapter")
 KNOBS = ("task.limit", "seed")
 PINNED = ("craft.anchor_cache_dir", "train.precision", "train.checkpoint_every", "train.keep_checkpoints")
 DIGITS = 4
@@ -212,7 +212,8 @@ def parse_space(tree: Any, name: str) -> Space:
         if not (key in KNOBS or (section in SECTIONS and separator)) or key in PINNED:
             raise ConfigError(
                 f"{where} cannot be searched: all trials share one teacher, one anchor cache, one evaluation and one "
-                f"way of saving; knobs are keys of craft and train (except {', '.join(PINNED)}), task.limit and seed"
+                f"way of saving; knobs are keys of craft and train (except {', '.join(PINNED)}) and of adapter, "
+                f"task.limit and seed"
             )
         entries = entry if isinstance(entry, list) else [entry]
         if not entries:

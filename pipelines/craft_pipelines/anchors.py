@@ -293,7 +293,13 @@ class ShardWriter:
     def teacher(self) -> Teacher:
         quiet_libraries()
         torch.set_num_threads(self.anchors.threads_per_actor)
-        device = torch.device("cuda" if self.anchors.gpus_per_actor else "cpu")
+        wanted, present = self.anchors.gpus_per_actor, torch.cuda.device_count()
+        if wanted > present:
+            raise ConfigError(
+                f"anchors.gpus_per_actor is {wanted:g}, but the teacher's process has {present} GPUs: set it to at "
+                f"most that"
+            )
+        device = torch.device("cuda" if wanted else "cpu")
         model = load_model(self.experiment.model, self.experiment.train.precision, device)
         return Teacher(model, self.plan.identity.schema, self.anchors)
 

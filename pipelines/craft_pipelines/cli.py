@@ -226,6 +226,20 @@ def evaluate(
     stage.evaluate(experiment, [storage_path(each) for each in checkpoint or []], storage_path(out) if out else None)
 
 
+@app.command("merge")
+def merge(
+    run: Annotated[
+        str, typer.Argument(help="a run that trained an adapter, or one of its checkpoints", show_default=False)
+    ],
+    out: Annotated[str, typer.Argument(help="a new folder for the whole model", show_default=False)],
+) -> None:
+    """Add a run's adapter to the weights of its teacher, and save a model that loads without PEFT."""
+    with _importing():
+        from craft_pipelines.merge import merge as stage
+
+    stage(storage_path(run).absolute(), storage_path(out).absolute())
+
+
 @app.command("report")
 def report(
     runs: Annotated[list[str], typer.Argument(help="run directories", show_default=False)],

@@ -74,6 +74,7 @@ def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arm
     if arm == "baseline" and len(arms) > 1:
         settings = _settings(config, preferred(config, arms)) | settings
     changes: dict[str, Any] = {
+        "adapter": config.compare.adapter_settings(arm, config.adapter),
         "variant": arm if arm in config.compare.variants else None,
         "seed": seed,
         "output_dir": str(folder / "runs"),

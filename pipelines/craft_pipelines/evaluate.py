@@ -16,6 +16,7 @@ from craft_ray.config import Experiment
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError
 from craft_ray.models import load_model
+from craft_ray.models.adapters import CONFIG as ADAPTER
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.run.folder import RunFolder
@@ -101,9 +102,9 @@ def model_folder(path: StoragePath) -> StoragePath:
     """
     if not path.exists():
         raise ConfigError(f"--checkpoint {path} does not exist: give a run, one of its checkpoints, or a model folder")
-    if (path / "config.json").exists():
+    if _holds_model(path):
         return path.resolve()
-    if (path / "model" / "config.json").exists():
+    if _holds_model(path / "model"):
         return (path / "model").resolve()
     if not (path / "config.yaml").exists():
         raise ConfigError(f"--checkpoint {path} is neither a run, nor a checkpoint of one, nor a model folder")
@@ -113,6 +114,10 @@ def model_folder(path: StoragePath) -> StoragePath:
             f"--checkpoint {path}: the run has no checkpoint (yet): train it with train.keep_checkpoints > 0"
         )
     return last / "model"
+
+
+def _holds_model(path: StoragePath) -> bool:
+    return (path / "config.json").exists() or (path / ADAPTER).exists()
 
 
 def labelled(folders: Sequence[StoragePath]) -> dict[str, StoragePath]:

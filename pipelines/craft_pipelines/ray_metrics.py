@@ -175,7 +175,8 @@ def gauge_values(records: Sequence[Record]) -> dict[str, float | None]:
         loss, epsilon = measured[-1]["craft/retention_loss"], measured[-1]["craft/epsilon"]
         values["craft_retention_loss"] = loss
         values["craft_violation"] = max(0.0, loss / epsilon - 1)
-        values["craft_conflict_rate"] = sum(record["craft/conflict"] for record in measured) / len(measured)
+        compared = [record["craft/conflict"] for record in measured if record["craft/conflict"] is not None]
+        values["craft_conflict_rate"] = sum(compared) / len(compared) if compared else None
     for gauge, key in (("craft_step_seconds", "perf/step_s"), ("craft_data_seconds", "perf/data_s")):
         values[gauge] = sum(record[key] for record in records) / len(records)
     return values

@@ -310,3 +310,10 @@ def test_verify_finds_a_duplicate_anchor(config: Experiment) -> None:
     with pytest.raises(CacheRefused) as caught:
         check_files(folder, double)
     check_error(caught.value, 4, "anchor a0 is in shard-00000.parquet and again in copy.parquet")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_teacher_on_a_gpu_that_is_not_there(whole: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        built(whole.changed({"craft.anchor_cache_dir": str(tmp_path / "anchors"), "anchors.gpus_per_actor": 1}))
+    check_error(caught.value, 2, "anchors.gpus_per_actor is 1, but the teacher's process has 0 GPUs")

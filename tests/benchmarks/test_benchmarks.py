@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.adapters import LORA
 from benchmarks.harness import Ratio, Row, Timings, Variant, interleaved
 from benchmarks.memory import peak_in_process
 from benchmarks.syncs import host_syncs
 from benchmarks.variants import SETTINGS
-from craft_ray.config import CraftConfig
+from craft_ray.config import AdapterConfig, CraftConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +49,8 @@ def check(report: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("cache_build", marks=pytest.mark.slow), "retention_modes", "anchor_fetch", "surgery"]
+    "name",
+    [pytest.param("cache_build", marks=pytest.mark.slow), "retention_modes", "anchor_fetch", "surgery", "adapters"],
 )
 def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(run(name, tmp_path / "report.json", monkeypatch), name)
@@ -83,6 +85,7 @@ def test_the_gpu_script_needs_neither_ray_nor_pydantic(tmp_path: Path) -> None:
 
 def test_settings_without_pydantic_are_a_config() -> None:
     assert vars(SETTINGS).items() <= CraftConfig(**vars(SETTINGS)).model_dump().items()
+    assert {"kind": "lora", **vars(LORA)} == AdapterConfig(**vars(LORA)).model_dump()
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ LEROBOT = {
 }  # fmt: skip
 INSTEAD = ("columns.answer_index", "columns.messages", "columns.tools", "craft.epsilon_decay")
 """Keys that another key of this list replaces."""
-REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task")
+REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task", "adapter.kind")
 """Keys without which a section is not valid, or is of another kind."""
 
 
@@ -92,6 +92,10 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16", "max_length": 77, "chat_template": True, "append_eos": False, "disable_dropout": False,
         "gradient_checkpointing": True, "merge_statistics": ["org/data"],
     },
+    "adapter": {
+        "kind": "lora", "r": 4, "alpha": 32, "dropout": 0.125, "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head"], "use_rslora": True, "use_dora": True, "init": "gaussian",
+    },
     "task": DATASET,
     "anchors": {
         **{f"source.{k}": v for k, v in LEROBOT.items()}, "modes": ["token_ce"], "positions": ["every_3", "suffix"],
@@ -106,7 +110,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "lambda_floor": 0.2, "keep": 0.9, "keep_confidence": 0.7,
         "violation": "absolute", "violation_clip": None, "retention_ema": 0.5, "epsilon_schedule": "linear",
         "epsilon_start": 0.5, "epsilon_unit": "nats", "epsilon_end": 0.25, "epsilon_decay_steps": 3,
-        "use_grad_projection": False,
+        "use_grad_projection": False, "log_angle": False,
         "conflict_threshold": 0.5, "projection_gate": "always", "projection_mode": "task_priority",
     },
     "train": {
@@ -739,7 +743,8 @@ def parts(hint: Any) -> Iterator[Any]:
 NO_PATHS = {
     "name", "variant", "revision", "id", "image", "messages", "tools", "prompt", "response", "choices", "answer_index",
     "split", "rename", "delimiter", "positions", "resources_per_worker", "env", "task", "arms", "token_ce", "variants",
-    "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit",
+    "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules",
+    "modules_to_save",
 }  # fmt: skip
 """Text fields that are not paths. A new field is added here, or its type makes it absolute."""
 

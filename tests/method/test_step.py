@@ -8,7 +8,7 @@ from torch import nn
 
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import GradientPair
-from craft_ray.method.step import StepMetrics, craft_step, task_step
+from craft_ray.method.step import StepMetrics, compares_gradients, craft_step, task_step
 from tests.support.worlds import ONE, batch, craft_config, mlp, squared_error
 
 Result = tuple[DualState, StepMetrics]
@@ -18,7 +18,8 @@ def take_step(
     module: nn.Module, *, accumulate: tuple[int, ...] = (8,), anchors: bool = True, **craft: object
 ) -> Result:
     """One AdamW step; the new state and the metrics."""
-    config, pair = craft_config(**craft), GradientPair(module.named_parameters())
+    config = craft_config(**craft)
+    pair = GradientPair(module.named_parameters(), with_retention=compares_gradients(config))
     result = craft_step(
         squared_error(module), batch(1).split(*accumulate), squared_error(module),
         batch(2).split(*accumulate) if anchors else None, DualState.start(config), 0.1,
@@ -91,3 +92,32 @@ def test_the_weights_move_with_the_old_multiplier_and_the_new_one_is_logged() ->
     for (state, metrics), rate in ((moving, 0.1), (still, 0.0)):
         assert metrics.multiplier == state.multiplier
         assert state.multiplier.item() == pytest.approx(2.0 + rate * (metrics.retention_loss.item() / 0.1 - 1))
+
+
+@pytest.mark.parametrize("mode", ["weighted", "equal", "task_priority"])
+@pytest.mark.parametrize("accumulate", [(8,), (1, 7)])
+def test_without_projection_and_angle_one_row_takes_the_same_step(mode: str, accumulate: tuple[int, ...]) -> None:
+    settings = {
+        "use_grad_projection": False, "lambda_floor": 0.0, "projection_mode": mode, "initial_lambda": 1.7,
+        "retention_freq": 3,
+    }  # fmt: skip
+    apart, together = mlp(), mlp()
+    state, metrics = take_step(apart, accumulate=accumulate, **settings)
+    found, one_row = take_step(together, accumulate=accumulate, log_angle=False, **settings)
+    torch.testing.assert_close(weights(together), weights(apart), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.state_dict(), state.state_dict(), rtol=1e-6, atol=0.0)
+    for name in ("task_loss", "retention_loss", "multiplier", "grad_norm"):
+        torch.testing.assert_close(
+            getattr(one_row, name), getattr(metrics, name), rtol=1e-5, atol=1e-6, check_dtype=False
+        )
+    assert not metrics.cos.isnan()
+    assert all(value.isnan() for value in (one_row.dot, one_row.cos, one_row.conflict))
+
+
+def test_one_row_is_half_the_memory_of_two() -> None:
+    sizes = {}
+    for log_angle in (True, False):
+        config = craft_config(use_grad_projection=False, lambda_floor=0.0, log_angle=log_angle)
+        pair = GradientPair(mlp().named_parameters(), with_retention=compares_gradients(config))
+        sizes[log_angle] = sum(buffer.nbytes for buffer in pair.buffers)
+    assert sizes[False] * 2 == sizes[True]

@@ -16,7 +16,7 @@ from torch.multiprocessing import spawn
 from craft_ray.errors import ModelError
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import TASK, GradientPair
-from craft_ray.method.step import craft_step, task_step
+from craft_ray.method.step import compares_gradients, craft_step, task_step
 from craft_ray.workers import ProcessGroup, Workers
 from tests.support.worlds import ONE, Batch, Terms, batch, craft_config, mlp, squared_error
 
@@ -37,6 +37,8 @@ SHARES = {
     "micro-batches of different counts": Shares(task=((1, 2), (4, 1)), anchors=((2, 2), (1, 3))),
 }
 
+ONE_ROW = {"use_grad_projection": False, "log_angle": False, "lambda_floor": 0.0}
+
 
 def named_error(name: str) -> Callable[[str], str]:
     return lambda message: f"{name}: {message}"
@@ -51,11 +53,13 @@ def share(data: Batch, sizes: tuple[tuple[int, ...], ...], workers: Workers) -> 
     return data.split(*flat)[start : start + len(sizes[workers.rank])]
 
 
-def train(shares: Shares, workers: Workers) -> dict[str, Tensor]:
+def train(shares: Shares, workers: Workers, **changes: Any) -> dict[str, Tensor]:
     """Five steps in which surgery fires each time: the anchors hold the network where the task drives it away."""
     module = mlp()
-    config = craft_config(projection_gate="always", conflict_threshold=0.5, lambda_lr=0.3, retention_ema=0.9)
-    pair, state = GradientPair(module.named_parameters()), DualState.start(config)
+    settings = {"projection_gate": "always", "conflict_threshold": 0.5, "lambda_lr": 0.3, "retention_ema": 0.9}
+    config = craft_config(**settings | changes)
+    pair = GradientPair(module.named_parameters(), with_retention=compares_gradients(config))
+    state = DualState.start(config)
     optimizer = torch.optim.AdamW(pair.parameters, lr=1e-2)
     log: dict[str, list[Tensor]] = {}
     for step in range(STEPS):
@@ -99,6 +103,7 @@ def run_worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     workers = ProcessGroup(torch.device("cpu"))
     found: dict[str, Any] = {name: train(shares, workers) for name, shares in SHARES.items()}
+    found |= {f"{name}, one row": train(shares, workers, **ONE_ROW) for name, shares in SHARES.items()}
     found["late"] = late_parameter(workers)
     found["reached"] = reached_by_one(workers)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -130,6 +135,16 @@ def test_two_workers_are_one(shares: str, one: dict[str, Tensor], two: list[dict
         assert found[shares].keys() == one.keys()
         for name, expected in one.items():
             torch.testing.assert_close(found[shares][name], expected, rtol=1e-4, atol=1e-6, msg=named_error(name))
+
+
+def test_two_workers_are_one_without_a_second_row(two: list[dict[str, Any]]) -> None:
+    expected = train(SHARES["equal"], ONE, **ONE_ROW)
+    assert expected["cos"].isnan().all()
+    for found in two:
+        for shares in SHARES:
+            torch.testing.assert_close(
+                found[f"{shares}, one row"], expected, rtol=1e-4, atol=1e-6, equal_nan=True, msg=named_error(shares)
+            )
 
 
 @pytest.mark.parametrize("shares", SHARES)

@@ -82,6 +82,7 @@ def test_a_trial_above_the_median_continues() -> None:
         ({"sweep__scheduler": "pbt", "sweep__parallel": 1}, None, "leave sweep.parallel out"),
         ({"sweep__scheduler": "pbt"}, {"seed": {"randint": [0, 9]}}, "cannot change seed during training"),
         ({"sweep__scheduler": "pbt"}, {"craft.enabled": {"choice": [True, False]}}, "cannot change craft.enabled"),
+        ({"sweep__scheduler": "pbt"}, {"adapter.r": {"choice": [2, 4]}}, "cannot change adapter.r during training"),
         ({"sweep__scheduler": "pbt"}, {"craft.lambda_lr": {"grid": [0.1, 0.2]}}, "cannot change a grid"),
         ({"sweep__scheduler": "pbt", "workers__num_workers": 2}, None, "set workers.num_workers to 1"),
     ],

@@ -68,7 +68,7 @@ def check_scheduler(plan: Plan) -> None:
             raise ConfigError("sweep.scheduler pbt takes turns on the whole cluster: leave sweep.parallel out")
         if sweep.repeat > 1:
             raise ConfigError("sweep.scheduler pbt changes a setting during training: leave sweep.repeat out")
-        fixed = [key for key in plan.space.knobs if key in FIXED]
+        fixed = [key for key in plan.space.knobs if key in FIXED or key.startswith("adapter.")]
         if fixed or len(plan.space.grid()) > 1:
             raise ConfigError(f"sweep.scheduler pbt cannot change {', '.join(fixed) or 'a grid'} during training")
 

@@ -1,0 +1,44 @@
+"""`craft-ray merge`: the adapter of a run in the weights of its teacher, as a plain folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from craft_pipelines.outputs import check_kept
+from craft_ray.errors import ConfigError
+from craft_ray.models import adapters, load_model
+from craft_ray.run.folder import RunFolder
+from craft_ray.storage.files import new_folder
+from craft_ray.storage.last import last_checkpoint
+from craft_ray.storage.paths import StoragePath
+
+
+def merge(path: StoragePath, out: StoragePath, say: Any = print) -> None:
+    """Save the model of a run, with its adapter merged, into a new folder.
+
+    Args:
+        path: the run, whose last checkpoint is taken, or one of its checkpoints.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint, it has no adapter, or `out` exists.
+    """
+    check_kept(out, "OUT")
+    if out.exists():
+        raise ConfigError(f"{out} exists: choose a new folder for the merged model")
+    is_run = (path / "config.yaml").exists()
+    checkpoint = last_checkpoint(RunFolder(path).checkpoints) if is_run else path.resolve()
+    if checkpoint is None or not (checkpoint / "model").exists():
+        raise ConfigError(
+            f"{path} is neither a run with a checkpoint (train.keep_checkpoints > 0) nor a checkpoint of one: specify "
+            f"one of them"
+        )
+    config = RunFolder(path if is_run else checkpoint.parent.parent).config()
+    model_folder = checkpoint / "model"
+    if not (model_folder / adapters.CONFIG).exists():
+        raise ConfigError(f"{model_folder} is a whole model already, its run trained no adapter: use it as it is")
+    model = load_model(config.model, config.train.precision, weights=str(model_folder))
+    adapters.merge(model)
+    with new_folder(out, last="config.json") as temporary:
+        model.save(temporary, final=out if isinstance(out, Path) else None)
+    say(f"merged the adapter of {checkpoint} into {config.model.path}: {out}")

@@ -22,6 +22,7 @@ from craft_pipelines.submit import DASHBOARD, dashboard
 from craft_ray.anchors import manifest
 from craft_ray.errors import ConfigError
 from tests.support.clusters import BIN, HOST, Cluster, free_ports
+from tests.support.commands import one_line
 
 SECRETS = (
     "AWS_SECRET_ACCESS_KEY",
@@ -44,13 +45,6 @@ SECRETS = (
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=400)
     return process.returncode, out, err
-
-
-def one_line(err: str) -> str:
-    lines = err.strip().splitlines()
-    assert len(lines) == 1, err
-    assert lines[0].startswith("craft-ray: ")
-    return lines[0]
 
 
 # --------------------------------------------------------------------------------------- what is sent to the cluster

@@ -31,7 +31,7 @@ from craft_ray.config.retention import AnchorsConfig, CraftConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
 from craft_ray.config.tracking import TrackingConfig
 from craft_ray.config.training import TrainConfig, WorkersConfig
-from craft_ray.config.types import ARMS, BOUND, MOST_VARIANTS, POSITIONS, Precision, RetentionMode, Section
+from craft_ray.config.types import ARMS, BOUND, MOST_VARIANTS, POSITIONS, Precision, Section
 
 __all__ = [
     "ARMS",
@@ -56,7 +56,6 @@ __all__ = [
     "ObjectiveConfig",
     "ParquetData",
     "Precision",
-    "RetentionMode",
     "RolloutConfig",
     "RolloutEvalSet",
     "SampleEvalSet",

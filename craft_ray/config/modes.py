@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
 
 Stored = Literal["vectors", "suffix"]
 """`vectors`: hidden states at the anchored layers and positions. `suffix`: the tokens after the prompt."""
@@ -24,6 +26,8 @@ class Unit:
 class ModeFacts:
     """The facts about one retention mode."""
 
+    implementation: str
+    """Module and class; it needs torch, so it is imported only where it is used."""
     stores: frozenset[Stored]
     units: Mapping[str, Unit]
     """By `craft.loss_type`, or under the single key "" where the mode has one loss."""
@@ -34,6 +38,7 @@ class ModeFacts:
 
 RETENTION_MODES: dict[str, ModeFacts] = {
     "hidden": ModeFacts(
+        "craft_ray.retention.hidden:Hidden",
         stores=frozenset({"vectors"}),
         units={
             "relative_mse": Unit("relative_mse", "parts of the teacher's mean square", 0.05),
@@ -43,8 +48,21 @@ RETENTION_MODES: dict[str, ModeFacts] = {
         },
     ),
     # The teacher's own uncertainty is part of this loss, and differs from teacher to teacher.
-    "token_ce": ModeFacts(stores=frozenset({"suffix"}), units={"": Unit("nats", "nats a token")}),
+    "token_ce": ModeFacts(
+        "craft_ray.retention.token_ce:TokenCE",
+        stores=frozenset({"suffix"}),
+        units={"": Unit("nats", "nats a token")},
+    ),
 }
+
+
+def _known(name: str) -> str:
+    if name not in RETENTION_MODES:
+        raise ValueError(f"'{name}' is not a retention mode; the modes are {', '.join(RETENTION_MODES)}")
+    return name
+
+
+RetentionMode = Annotated[str, AfterValidator(_known)]
 
 
 def stores(modes: Iterable[str], what: Stored) -> bool:

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from craft_ray.config.data import DataConfig
-from craft_ray.config.modes import unit_of
+from craft_ray.config.modes import RetentionMode, unit_of
 from craft_ray.config.paths import FolderPath
-from craft_ray.config.types import Fraction, Layers, Positions, RetentionMode, Section, distinct
+from craft_ray.config.types import Fraction, Layers, Positions, Section, distinct
 
 
 class AnchorsConfig(Section):
@@ -60,6 +60,7 @@ class CraftConfig(Section):
     retention_freq: int = Field(1, ge=1)
     """K: the retention gradient is computed every K-th step (docs/method.md)."""
     retention_mode: RetentionMode = "hidden"
+    """How the loss of the old skill is measured; docs/method.md describes the modes."""
     loss_type: Literal["relative_mse", "mse", "cosine", "l1"] = "relative_mse"
     """Distance of hidden states. `relative_mse` divides by the teacher's mean square, so that epsilon is relative."""
     positions: Positions = None
@@ -86,7 +87,7 @@ class CraftConfig(Section):
     epsilon_start: float = Field(0.05, gt=0)
     """The retention budget (at the start, where a schedule tightens it). Only `relative_mse` has a default: what
     fits in another unit depends on the teacher."""
-    epsilon_unit: Literal["relative_mse", "mse", "cosine", "l1", "nats"] | None = None
+    epsilon_unit: str | None = None
     """What the budget is counted in. Filled in from `retention_mode` and `loss_type`, so that a saved budget is refused
     where they change and the number does not."""
     epsilon_end: float | None = Field(None, gt=0)

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-RetentionMode = Literal["hidden", "token_ce"]
 ARMS = ("baseline", "token_ce", "hidden")
 MOST_VARIANTS = 4
 """As many as a report can distinguish by colour."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
-from craft_ray.retention.hidden import Hidden
+from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.retention.mode import RetentionMode
-from craft_ray.retention.token_ce import TokenCE
 
-MODES: dict[str, type[RetentionMode[Any]]] = {mode.name: mode for mode in (Hidden, TokenCE)}
+
+def mode_named(name: str) -> type[RetentionMode[Any]]:
+    """The class of a retention mode. `craft_ray/config/modes.py` lists the modes."""
+    module, _, own_name = RETENTION_MODES[name].implementation.partition(":")
+    mode: type[RetentionMode[Any]] = getattr(import_module(module), own_name)
+    return mode

@@ -21,7 +21,7 @@ from craft_ray.errors import CacheRefused, DataError
 from craft_ray.method.dual import DualState, epsilon_at
 from craft_ray.models.base import Model, evaluating
 from craft_ray.models.features import FeatureCache
-from craft_ray.retention import MODES
+from craft_ray.retention import mode_named
 from craft_ray.retention.mode import RetentionMode, Terms, batches_of
 from craft_ray.storage.paths import storage_path
 from craft_ray.workers import Workers
@@ -54,7 +54,7 @@ def open_mode(
     if craft.enabled:
         model.check_anchors([craft.retention_mode], positions)
     anchors = open_anchors(folder, manifest)
-    return MODES[craft.retention_mode].open(craft, model, anchors, layers, positions, features or FeatureCache())
+    return mode_named(craft.retention_mode).open(craft, model, anchors, layers, positions, features or FeatureCache())
 
 
 class Constraint:

@@ -679,7 +679,7 @@ def parts(hint: Any) -> Iterator[Any]:
 NO_PATHS = {
     "name", "variant", "revision", "id", "image", "prompt", "response", "choices", "answer_index", "split", "rename",
     "positions", "resources_per_worker", "env", "task", "arms", "token_ce", "variants", "maximize", "minimize",
-    "subject_to", "project",
+    "subject_to", "project", "modes", "retention_mode", "epsilon_unit",
 }  # fmt: skip
 """Text fields that are not paths. A new field is added here, or its type makes it absolute."""
 

@@ -57,6 +57,7 @@ COMMON: dict[str, dict[str, Any]] = {
         for start in (0.2, 0.5)
     },
     "PI term": {"craft.lambda_kp": 3.0},
+    **{f"floor {floor:g}": {"craft.lambda_floor": floor} for floor in (0.2, 0.35, 0.5, 0.9)},
     "budget 0.1, position suffix": {"craft.epsilon_start": 0.1, "craft.positions": ["suffix"]},
     "budget 0.1, positions text_last and suffix": {
         "craft.epsilon_start": 0.1,
@@ -72,19 +73,20 @@ def variants(preset: str) -> dict[str, dict[str, Any]]:
     return COMMON | {f"position {p}": {"craft.positions": [p]} for p in POSITIONS[preset]}
 
 
-def prepared(demo: Path, scratch: Path, preset: str) -> Experiment:
+def prepared(demo: Path, scratch: Path, preset: str, others: Mapping[str, Any] | None = None) -> Experiment:
     """The demo's comparison on validation data, with a cache that holds every position."""
     config = load_config(Path(__file__).parent.parent / f"pipelines/configs/demo_{preset}.yaml", base=demo)
     changes: dict[str, Any] = {
         "workers.num_workers": 0,
         "craft.anchor_cache_dir": str(scratch / "anchors"),
+        "craft.lambda_floor": 0.0,
         "anchors.positions": list(POSITIONS[preset]),
         "craft.positions": list(config.anchors.positions or ()) if config.anchors else None,
         "output_dir": str(scratch),
     }
     for skill in ("old", "new"):
         changes[f"evaluation.{skill}.data.path"] = str(demo / "data" / f"{skill}_val.parquet")
-    config = config.changed(changes)
+    config = config.changed(changes | dict(others or {}))
     build(config)
     return config
 
@@ -113,13 +115,15 @@ def main() -> None:
     parser.add_argument("--preset", choices=POSITIONS, default="digits")
     parser.add_argument("--out", type=Path, default=Path("method_choices.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--anchors", type=int, default=None, help="use only this many")
     parser.add_argument("--only", nargs="*", default=[], help="prefixes of the variants' names")
     arguments = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
     table: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        config = prepared(arguments.demo.absolute(), Path(scratch), arguments.preset)
+        fewer = {} if arguments.anchors is None else {"anchors.source.limit": arguments.anchors}
+        config = prepared(arguments.demo.absolute(), Path(scratch), arguments.preset, fewer)
         wanted = ("plain", *arguments.only) if arguments.only else ("",)  # all ratios are relative to plain
         for name, changes in variants(arguments.preset).items():
             if not name.startswith(wanted):

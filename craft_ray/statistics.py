@@ -58,6 +58,43 @@ def rate_interval(rate: float, trials: int) -> list[float]:
     return [max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)]
 
 
+def paired_change_bounds(lost: int, gained: int, trials: int, confidence: float) -> tuple[float, float]:
+    """One-sided lower and upper bound of the change of a success rate between two passes over the same trials.
+
+    d -+ z sqrt(b + c - n d^2) / n,   d = (c - b)/n,   b = lost + 1/2, c = gained + 1/2, n = trials + 2
+
+    A. Agresti and Y. Min, Simple improved confidence intervals for comparing matched proportions, Statistics in
+    Medicine 24 (2005). The half counts give a width where no trial, or each, has changed.
+
+    Args:
+        lost, gained: trials that succeeded only in the first, or only in the second pass.
+    """
+    assert 0 <= lost + gained <= trials
+    b, c, n = lost + 0.5, gained + 0.5, trials + 2
+    change = (c - b) / n
+    half = normal_quantile(confidence) * math.sqrt(b + c - n * change**2) / n
+    return max(-1.0, change - half), min(1.0, change + half)
+
+
+def ratio_of_sums_bounds(tops: Sequence[float], bottoms: Sequence[float], confidence: float) -> tuple[float, float]:
+    """One-sided lower and upper bound of R = sum(tops) / sum(bottoms) over independent pairs, by the delta method:
+
+    R -+ z sqrt(n/(n-1) sum (top - R bottom)^2) / sum(bottoms)
+    """
+    n, total = len(tops), math.fsum(bottoms)
+    value = math.fsum(tops) / total
+    if n < 2:
+        return -math.inf, math.inf
+    rest = math.fsum((top - value * bottom) ** 2 for top, bottom in zip(tops, bottoms, strict=True))
+    half = normal_quantile(confidence) * math.sqrt(rest * n / (n - 1)) / total
+    return value - half, value + half
+
+
+def normal_quantile(confidence: float) -> float:
+    """The z with P(Z < z) = confidence for Z ~ N(0, 1)."""
+    return NormalDist().inv_cdf(confidence)
+
+
 def t_quantile(freedom: int, level: float) -> float:
     """The t with P(|T| < t) = level for T with `freedom` degrees of freedom, by bisection of the angle."""
     low, high = 0.0, math.pi / 2

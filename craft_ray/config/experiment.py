@@ -56,6 +56,7 @@ class Experiment(Section):
     def _consistent(self) -> Self:
         self._check_batches()
         self._check_arms()
+        self._check_keep()
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}"
@@ -75,6 +76,26 @@ class Experiment(Section):
                     raise ValueError(
                         f"{key} {size} does not divide over {number} workers{within} times {accumulate} micro-batches"
                     )
+
+    def _check_keep(self) -> None:
+        """Check that a stated part of the old skill is measured while the run trains."""
+        if self.craft.keep is None or not self.craft.enabled:
+            return
+        if self.validation.old is None:
+            raise ValueError(
+                f"craft.keep {self.craft.keep} is measured on validation data of the old skill: add validation.old"
+            )
+        if self.craft.epsilon_schedule != "constant":
+            raise ValueError(
+                f"craft.keep {self.craft.keep} moves epsilon by what validations measure, and craft.epsilon_schedule "
+                f"is {self.craft.epsilon_schedule}: leave one of them out"
+            )
+        if not 0 < self.validation.every < self.train.steps:
+            raise ValueError(
+                f"craft.keep {self.craft.keep} moves the budget at each validation, and validation.every is "
+                f"{self.validation.every} in a run of {self.train.steps} steps: set it to e.g. "
+                f"{max(self.train.steps // 10, 1)}"
+            )
 
     def _check_arms(self) -> None:
         """Check that the chosen arms exist and that the settings of each are valid."""

@@ -76,12 +76,23 @@ class CraftConfig(Section):
     lambda_max: float = Field(10.0, gt=0)
     lambda_kp: float = Field(0.0, ge=0)
     """Proportional gain in addition to the integral gain `lambda_lr` (a PI controller); 0 is plain dual ascent."""
+    lambda_floor: Fraction = 0.35
+    """The retention gradient always counts at least this much beside the task gradient: λ is at least this times
+    |g_t|/|g_r|. Below 1 it changes no solution, and each step still descends on the task (docs/method.md); 0 lets a
+    budget that is met switch retention off."""
     violation: Literal["relative", "absolute"] = "relative"
     """`relative`: mean L_ret / epsilon - 1; `absolute`: mean L_ret - epsilon."""
     violation_clip: float | None = Field(1.0, gt=0)
     """Bound on the size of one violation, so that lambda changes at a bounded rate. None: unbounded."""
     retention_ema: Fraction = 0.9
     """Decay of the running mean of L_ret that the multiplier follows; 0 follows the last value."""
+
+    keep: float | None = Field(None, gt=0, lt=1)
+    """Part of the teacher's score on the old skill that must be kept, e.g. 0.95. The budget then follows the score on
+    `validation.old`: `epsilon_start` is only the first one (docs/keep.md)."""
+    keep_confidence: float = Field(0.8, ge=0.5, lt=1)
+    """Confidence of the lower bound of the kept part that must reach `keep` in validations; 0.5 takes the score as it
+    is."""
 
     epsilon_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     epsilon_start: float = Field(0.05, gt=0)
@@ -102,7 +113,8 @@ class CraftConfig(Section):
     projection_gate: Literal["always", "violated"] = "violated"
     """`violated` projects only while the mean of L_ret is over the budget (docs/method.md)."""
     projection_mode: Literal["weighted", "equal", "task_priority"] = "weighted"
-    """How the gradients are merged: g_t + lambda g_r | (g_t + g_r)/2 | g_t + min(lambda, 1) g_r."""
+    """How the gradients are merged: g_t + lambda g_r | (g_t + g_r)/2 | g_t + min(lambda, 1) g_r, where g_r
+    counts K times at every K-th step."""
 
     @model_validator(mode="before")
     @classmethod

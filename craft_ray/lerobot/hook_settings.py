@@ -21,10 +21,15 @@ def accumulated() -> int:
 def check_experiment(experiment: Experiment) -> None:
     """
     Raises:
-        ConfigError: CRaFT is off, or the experiment names no anchor cache, or statistics to merge.
+        ConfigError: CRaFT is off, or the experiment names no anchor cache, a part to keep, or statistics to merge.
     """
     if not experiment.craft.enabled or experiment.craft.anchor_cache_dir is None:
         raise ConfigError("craft_updates needs craft.enabled and craft.anchor_cache_dir: build a cache and name it")
+    if experiment.craft.keep is not None:
+        raise ConfigError(
+            f"craft.keep {experiment.craft.keep} follows validations, and LeRobot's loop runs none: hold L_ret to "
+            f"craft.epsilon_start, or train with craft-ray train"
+        )
     if experiment.model.merge_statistics:
         raise ConfigError(
             "craft_updates leaves LeRobot's processors with the teacher's statistics, and model.merge_statistics would "

@@ -6,7 +6,8 @@
     L        = running mean of L_ret
     if cos(g_t, g_r) < tau and the gate is open:
         g_t <- g_t - (<g_t, g_r>/|g_r|^2) g_r                one-sided projection
-    theta   <- AdamW(theta, clip(merge(g_t, K g_r, lambda)))
+    w        = max(lambda, rho |g_t|/|g_r|)              rho < 1: a floor that moves no solution (surgery.py)
+    theta   <- AdamW(theta, clip(merge(g_t, K g_r, w)))
     lambda  <- clip(lambda + eta (L/epsilon_t - 1), 0, lambda_max)
 
 The retention gradient is computed every K-th step and counts K times, once for each of them: so the Lagrangian that is
@@ -46,9 +47,14 @@ class StepMetrics:
     retention_loss: Tensor
     multiplier: Tensor
     """lambda as it was used in this step."""
+    weight: Tensor
+    """What g_r was weighted with: lambda, or its floor."""
     dot: Tensor
     cos: Tensor
     conflict: Tensor
+    """Whether the cosine is below the threshold."""
+    projected: Tensor
+    """Whether the conflict was projected away; the gate decides."""
 
 
 def task_step(
@@ -104,18 +110,21 @@ def craft_step(
             task_loss, task, optimizer=optimizer, gradients=gradients, workers=workers, max_norm=max_norm
         )
         nan = loss.new_full((), torch.nan)
-        return state, StepMetrics(loss, norm, nan, state.multiplier, nan, nan, nan)
+        return state, StepMetrics(loss, norm, nan, state.multiplier, nan, nan, nan, nan, nan)
 
     loss = gradients.backward(TASK, task_loss, task, workers)
     l_ret = gradients.backward(RETENTION, retention_loss, anchors, workers)
     state = state.observe(l_ret, craft)
 
     gram = gradients.gram()
-    cos = torch.where(l_ret > noise_floor, gram.cos, torch.nan)
+    directed = l_ret > noise_floor
+    cos = torch.where(directed, gram.cos, torch.nan)
     conflict = cos < craft.conflict_threshold
+    projected = conflict & gate(state, epsilon, craft)
 
-    removed = surgery.projection(gram, conflict & gate(state, epsilon, craft))
-    a, b = surgery.merge(craft.projection_mode, state.multiplier)
+    removed = surgery.projection(gram, projected)
+    weight = torch.where(directed, surgery.floored(state.multiplier, gram, craft.lambda_floor), state.multiplier)
+    a, b = surgery.merge(craft.projection_mode, weight)
     c = craft.retention_freq * b - a * removed
     norm = surgery.merged_norm(gram, a, c)
     scale = surgery.clip_factor(norm, max_norm)
@@ -123,7 +132,7 @@ def craft_step(
 
     gradients.assign_grads(workers)
     optimizer.step()
-    metrics = StepMetrics(loss, norm, l_ret, state.multiplier, gram.dot, cos, conflict)
+    metrics = StepMetrics(loss, norm, l_ret, state.multiplier, weight, gram.dot, cos, conflict, projected)
     return state.ascend(epsilon, craft), metrics
 
 

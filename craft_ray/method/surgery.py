@@ -21,6 +21,19 @@ def projection(gram: Gram, conflict: Tensor) -> Tensor:
     return where(conflict, gram.dot / gram.retention_sq, 0.0)
 
 
+def floored(multiplier: Tensor, gram: Gram, floor: float) -> Tensor:
+    """max(lambda, floor |g_t|/|g_r|): what g_r is weighted with, so that it never counts less than `floor` of g_t.
+
+    With a floor below 1, g = g_t + w g_r vanishes only where g_t = -lambda g_r, because at the floor |w g_r| < |g_t|.
+    So the solutions are those of the constrained problem, and <g, g_t> > 0 wherever the floor decides: the task's loss
+    keeps falling. Without one, lambda falls to 0 while the budget is met, and what could be kept for nothing is lost.
+    """
+    if floor == 0:
+        return multiplier
+    least = floor * (gram.task_sq / gram.retention_sq).sqrt()
+    return where(gram.retention_sq > 0, multiplier.maximum(least), multiplier)
+
+
 def merge(mode: str, multiplier: Tensor) -> tuple[float, Tensor]:
     """The coefficients (a, b) of g = a g_t + b g_r."""
     if mode == "weighted":

@@ -207,7 +207,7 @@ def _fit_log_axis(axes: Axes, runs: Sequence[FinishedRun], plain: Sequence[Finis
     values = [record["craft/retention_loss"] for run in runs for record in run.metrics]
     values += [run.result["retention_loss"] for run in (*runs, *plain)]
     positive = [value for value in values if value and math.isfinite(value)]
-    budget = runs[0].config.craft.epsilon_final
+    budget = runs[0].result["epsilon"]
     top = max([*positive, runs[0].config.craft.epsilon_start])
     bottom = max(min([*positive, budget]) / 1.6, budget / 10**DECADES_BELOW)
     axes.set_ylim(bottom, top * 2.2)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from craft_ray.report.runs import FinishedRun
+from craft_ray.run.kept import in_words
 from craft_ray.run.scoring import HIGHER_IS_BETTER
 from craft_ray.statistics import rate_interval
 
@@ -101,11 +102,21 @@ def headline(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) ->
     return [_sentence(next(run for run in runs if run.arm == arm), numbers) for arm, numbers in summary.items()]
 
 
+def certificates(runs: Sequence[FinishedRun]) -> list[str]:
+    """For each run with a stated part of the old skill to keep, whether it did."""
+    return [
+        f"{run.style.label}, seed {run.seed}: {in_words(run.result['certificate'])}"
+        for run in runs
+        if "certificate" in run.result
+    ]
+
+
 def _sentence(run: FinishedRun, numbers: dict[str, Any]) -> str:
     parts = [_old_and_new(run, numbers)]
     if run.arm != "baseline" and numbers["feasible"] is not None:
+        held = "target kept" if "certificate" in run.result else f"budget met on {judged_on(run)}"
         verdict = f"{numbers['feasible']} of {numbers['runs']} {'run' if numbers['runs'] == 1 else 'runs'}"
-        parts.append(f"budget met on {judged_on(run)} in {verdict}")
+        parts.append(f"{held} in {verdict}")
     return f"{run.style.label} {'; '.join(parts)}."
 
 

@@ -7,7 +7,7 @@ others are drawn, the budget and its multiplier, and the certificate at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from craft_ray.method.dual import DualState, epsilon_at
 from craft_ray.models.base import Model, evaluating
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention import mode_named
+from craft_ray.retention.keep import KeptShare
 from craft_ray.retention.mode import RetentionMode, Terms, batches_of
 from craft_ray.storage.paths import storage_path
 from craft_ray.workers import Workers
@@ -70,6 +71,7 @@ class Constraint:
         self.fingerprint = mode.anchors.fingerprint
         self.train_rows, self.heldout_rows = mode.anchors.split(self.craft.anchor_holdout)
         self.dual = DualState.start(self.craft, workers.device) if self.craft.enabled else None
+        self.share = None if self.craft.keep is None else KeptShare(self.craft.keep, self.craft.epsilon_start)
         self._workers = workers
         self._steps = config.train.steps
         self._micro_batches = config.train.accumulate
@@ -83,13 +85,17 @@ class Constraint:
         return self.dual is not None
 
     def check_untouched(self) -> None:
-        """Check that the untouched student reproduces the cache, if training is held to it.
+        """Check that the untouched student reproduces the cache, if training is held to it; note its loss if the budget
+        follows the skill.
 
         Raises:
             CacheRefused: it does not.
         """
         if self.held:
             self.mode.check_untouched(self.train_rows[:STEP0_ANCHORS], self.craft.anchor_batch_size)
+            if self.share is not None:
+                rows = self.train_rows[:STEP0_ANCHORS]
+                self.share.start(mean_loss(self.mode, rows, self.craft.anchor_batch_size, self._workers))
 
     def described(self) -> list[str]:
         """One line about the anchors, and one about the method's settings."""
@@ -97,6 +103,8 @@ class Constraint:
         budget = f"ε {craft.epsilon_schedule} {craft.epsilon_start:g}"
         if craft.epsilon_final != craft.epsilon_start:
             budget += f" to {craft.epsilon_final:g}"
+        if craft.keep is not None:
+            budget = f"keep {craft.keep:.0%} of the old skill, ε from {craft.epsilon_start:g}"
         surgery = "projection off"
         if craft.use_grad_projection:
             surgery = f"projection {craft.projection_gate} below cosine {craft.conflict_threshold:g}"
@@ -119,7 +127,23 @@ class Constraint:
 
     def epsilon(self, step: int) -> float:
         """The budget at a step (from 0)."""
-        return epsilon_at(step, self._steps, self.craft)
+        return epsilon_at(step, self._steps, self.craft) if self.share is None else self.share.epsilon
+
+    def observe(self, validation: Mapping[str, Any]) -> None:
+        """Let the budget follow what a validation measured of the skill.
+
+        Raises:
+            DataError: the teacher scores zero on the skill, so no part of it can be kept.
+        """
+        if self.share is None or not self.held:
+            return
+        if validation["old/bound"] is None:
+            raise DataError(
+                f"craft.keep {self.craft.keep}: the teacher scores 0 on validation.old, so no part of it can be kept; "
+                f"use data that it can do, or hold L_ret to craft.epsilon_start"
+            )
+        assert self.dual is not None
+        self.share.observe(float(self.dual.mean_loss), validation["old/bound"])
 
     # -- results
 
@@ -141,11 +165,17 @@ class Constraint:
     def validation(self, step: int) -> dict[str, float]:
         """`heldout/retention_loss` and `heldout/violation`, max(0, L_ret / epsilon - 1) at the final epsilon."""
         loss = self.heldout_loss(step)
-        return {"heldout/retention_loss": loss, "heldout/violation": max(0.0, loss / self.craft.epsilon_final - 1)}
+        return {"heldout/retention_loss": loss, "heldout/violation": max(0.0, loss / self.final_epsilon - 1)}
+
+    @property
+    def final_epsilon(self) -> float:
+        """The budget at the end; where it follows the skill, as it is now."""
+        return self.craft.epsilon_final if self.share is None else self.share.epsilon
 
     def certificate(self, step: int) -> dict[str, Any]:
         """L_ret on anchors that training has not seen, against the final budget."""
-        loss, epsilon = self.heldout_loss(step), self.craft.epsilon_final
+        loss, epsilon = self.heldout_loss(step), self.final_epsilon
+        multiplier = None if self.dual is None else float(self.dual.multiplier)
         return {
             "retention_mode": self.mode.name,
             "retention_loss": loss,
@@ -153,7 +183,8 @@ class Constraint:
             "violation": max(0.0, loss / epsilon - 1),
             "feasible": loss <= epsilon,
             "heldout_anchors": len(self.heldout_rows),
-            "lambda": None if self.dual is None else float(self.dual.multiplier),
+            "lambda": multiplier,
+            "slackness": None if multiplier is None else multiplier * (loss - epsilon),
             "lambda_max": self.craft.lambda_max,
             "cache": self.fingerprint,
         }
@@ -163,7 +194,8 @@ class Constraint:
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on: the multiplier's state, and which cache it belongs to."""
         assert self.dual is not None, "a constraint that is only measured has no state"
-        return {"dual": self.dual.state_dict(), "cache": self.fingerprint}
+        state = {"dual": self.dual.state_dict(), "cache": self.fingerprint}
+        return state if self.share is None else {**state, "share": self.share.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -177,6 +209,8 @@ class Constraint:
                 f"{self.fingerprint}: resume with the cache that it started with"
             )
         self.dual = DualState.from_state_dict(state["dual"], self._workers.device)
+        if self.share is not None:
+            self.share.load_state_dict(state["share"])
 
 
 def split(rows: Sequence[int], parts: int) -> list[Sequence[int]]:

@@ -8,18 +8,46 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from craft_ray.method.gradients import Counted, GradientPair
+from craft_ray.method.gradients import RETENTION, TASK, Counted, GradientPair
 from craft_ray.method.step import StepMetrics, craft_step, task_step
+from craft_ray.method.surgery import merged_norm
 from craft_ray.retention.constraint import Constraint
 from craft_ray.retention.mode import Terms
 from craft_ray.workers import Workers
 
 
+def enforced(constraints: Sequence[Constraint]) -> list[Constraint]:
+    """Those that training is held to, rather than only measured against."""
+    return [constraint for constraint in constraints if constraint.held]
+
+
 def held_by(constraints: Sequence[Constraint]) -> Constraint | None:
     """The constraint that training is held to; None in plain fine-tuning."""
-    held = [constraint for constraint in constraints if constraint.held]
+    held = enforced(constraints)
     assert len(held) <= 1, "one multiplier per run"
     return held[0] if held else None
+
+
+def stationarity(
+    task_loss: Callable[[Any], Tensor],
+    task: Sequence[Counted],
+    constraint: Constraint,
+    anchors: Sequence[Terms],
+    *,
+    gradients: GradientPair,
+    workers: Workers,
+) -> float:
+    """|g_t + lambda g_r| / |g_t|: 0 at a solution where the budget binds, 1 where lambda is 0 or the gradients are
+    orthogonal. It is as noisy as the batch is small.
+
+    Args:
+        task, anchors: this worker's micro-batches on its device.
+    """
+    assert constraint.dual is not None
+    gradients.backward(TASK, task_loss, task, workers)
+    gradients.backward(RETENTION, constraint.mode.loss, anchors, workers)
+    gram = gradients.gram()
+    return float(merged_norm(gram, 1.0, constraint.dual.multiplier) / gram.task_sq.sqrt())
 
 
 def update(
@@ -45,7 +73,7 @@ def update(
             task_loss, task, optimizer=optimizer, gradients=gradients, workers=workers, max_norm=max_norm
         )
         nan = loss.new_full((), float("nan"))
-        return StepMetrics(loss, norm, nan, nan, nan, nan, nan)
+        return StepMetrics(loss, norm, nan, nan, nan, nan, nan, nan, nan)
     assert constraint.dual is not None
     constraint.dual, metrics = craft_step(
         task_loss,

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from craft_ray.config import EvalSet, EvaluationConfig, Experiment, ValidationConfig
-from craft_ray.errors import ConfigError
+from craft_ray.errors import ConfigError, DataError
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.models.fingerprint import json_fingerprint
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.kept import Certificate, kept_bounds
 from craft_ray.run.metrics import Record
 from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, ratio
 from craft_ray.storage.files import write_atomically
@@ -53,6 +54,8 @@ class HeldOut:
         self._features = features
         self._data: dict[tuple[str, str], EvalData] = {}
         self._before: dict[tuple[str, str], Score] = {}
+        self._after: dict[tuple[str, str], Score] = {}
+        """The student's last scores."""
         self._main = workers.rank == 0
         if self._main and teacher_weights is not None:
             write_atomically(self._weights_file, json.dumps({"weights": teacher_weights}))
@@ -66,12 +69,16 @@ class HeldOut:
                 self._before[section, skill] = self._teacher_score(section, skill, eval_set)
 
     def validation(self) -> Record:
-        """`old/score`, `old/ratio` (to the teacher's), and the same for `new`. A ratio to a teacher's zero is None."""
+        """`old/score`, `old/ratio` (to the teacher's), and the same for `new`. A ratio to a teacher's zero is None.
+        `old/bound` is the ratio's lower bound at `craft.keep_confidence`."""
         record: Record = {}
         for skill, eval_set in eval_sets(self._config, "validation"):
             before, after = self._before["validation", skill], self._student_score("validation", skill, eval_set)
             record[f"{skill}/score"] = after.value
             record[f"{skill}/ratio"] = ratio(before.metric, after.value, before.value)
+            if skill == "old":
+                bounds = kept_bounds(before, after, self._config.craft.keep_confidence)
+                record["old/bound"] = None if bounds is None else bounds[0]
         return record
 
     def evaluation(self) -> dict[str, Any]:
@@ -86,11 +93,30 @@ class HeldOut:
                 "ratio": ratio(before.metric, after.value, before.value),
                 "samples": before.samples,
             }
+            bounds = kept_bounds(before, after)
+            if skill == "old" and bounds is not None:
+                result[skill] |= {"ratio_low": bounds[0], "ratio_high": bounds[1]}
             for when, seen in (("before", before), ("after", after)):
                 result[skill] |= {f"{name}_{when}": value for name, value in seen.details.items()}
             if self._main:
                 self._folder.write_predictions(f"{skill}_after", after.records)
         return result
+
+    def certificate(self, keep: float) -> dict[str, Any]:
+        """Whether `keep` of the old skill is kept, for `result.json`: on test data, or where the config has none on the
+        validation data, which the budget followed."""
+        section = "evaluation" if self._config.evaluation.old is not None else "validation"
+        eval_set = dict(eval_sets(self._config, section))["old"]
+        before = self._before[section, "old"]
+        after = self._after.get((section, "old")) or self._student_score(section, "old", eval_set)
+        kept, bounds = ratio(before.metric, after.value, before.value), kept_bounds(before, after)
+        if kept is None or bounds is None:
+            raise DataError(
+                f"craft.keep {keep}: the teacher scores 0 on {section}.old, so no part of it can be kept; use data "
+                f"that it can do"
+            )
+        certificate = Certificate(keep, kept, *bounds, after.samples)
+        return {"certificate": {**certificate.as_dict(), "judged_on": section}, "feasible": kept >= keep}
 
     def data(self, section: str, skill: str, eval_set: EvalSet) -> EvalData:
         """A held-out set, opened once.
@@ -134,7 +160,9 @@ class HeldOut:
         return score
 
     def _student_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
-        return evaluate(self.data(section, skill, eval_set), self._workers)
+        score = evaluate(self.data(section, skill, eval_set), self._workers)
+        self._after[section, skill] = score
+        return score
 
     def _own_teacher_score(self, section: str, skill: str) -> Path:
         """The score that this run started with; a run can be moved and still be resumed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from craft_ray.errors import DataError
 from craft_ray.method.step import StepMetrics
+from craft_ray.run.kept import in_words
 
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -20,9 +22,11 @@ FIELDS = (
     "train/grad_norm",
     "craft/retention_loss",
     "craft/lambda",
+    "craft/weight",
     "craft/grad_dot",
     "craft/grad_cos",
     "craft/conflict",
+    "craft/projected",
 )
 
 
@@ -48,8 +52,8 @@ class MetricsBuffer:
 
     def add(self, metrics: StepMetrics, host: HostSide) -> None:
         numbers = (
-            metrics.task_loss, metrics.grad_norm, metrics.retention_loss, metrics.multiplier,
-            metrics.dot, metrics.cos, metrics.conflict,
+            metrics.task_loss, metrics.grad_norm, metrics.retention_loss, metrics.multiplier, metrics.weight,
+            metrics.dot, metrics.cos, metrics.conflict, metrics.projected,
         )  # fmt: skip
         self._device.append(torch.stack([number.detach().double() for number in numbers]))
         self._host.append(host)
@@ -85,10 +89,12 @@ class MetricsBuffer:
             "train/lr": host.lr,
             "craft/retention_loss": numbers["craft/retention_loss"] if measured else None,
             "craft/lambda": numbers["craft/lambda"] if retained else None,
+            "craft/weight": numbers["craft/weight"] if measured else None,
             "craft/epsilon": host.epsilon,
             "craft/grad_dot": numbers["craft/grad_dot"] if measured else None,
             "craft/grad_cos": _or_none(numbers["craft/grad_cos"]),
             "craft/conflict": bool(numbers["craft/conflict"]) if measured else None,
+            "craft/projected": bool(numbers["craft/projected"]) if measured else None,
             "perf/step_s": host.step_s,
             "perf/data_s": host.data_s,
         }
@@ -99,11 +105,14 @@ def _or_none(number: float) -> float | None:
     return None if math.isnan(number) else number
 
 
-def console_line(record: Record, steps: int, mode: str) -> str:
-    """A step as one line. Steps between two retention steps show only what was measured."""
+def console_line(records: Sequence[Record], steps: int, mode: str) -> str:
+    """The last of these steps as one line. Where it is between two retention steps, the line shows the numbers of the
+    last retention step among them, and which step that was."""
+    record = records[-1]
+    retention = next((r for r in reversed(records) if r["craft/retention_loss"] is not None), None)
 
-    def number(key: str, form: str = ".3f") -> str:
-        value = record[key]
+    def number(key: str, form: str = ".3f", of: Record = record) -> str:
+        value = of[key]
         return "nan" if value is None else format(value, form)
 
     def small(value: float) -> str:
@@ -118,16 +127,20 @@ def console_line(record: Record, steps: int, mode: str) -> str:
         f"data_s={number('perf/data_s')}",
         f"mode={mode}",
     ]
-    if record["craft/retention_loss"] is not None:
-        parts.append(f"L_ret={number('craft/retention_loss', small(record['craft/retention_loss']))}")
+    if retention is not None:
+        parts.append(f"L_ret={number('craft/retention_loss', small(retention['craft/retention_loss']), retention)}")
     if record["craft/lambda"] is not None:
         parts += [f"λ={number('craft/lambda')}", f"ε={number('craft/epsilon', small(record['craft/epsilon']))}"]
-    if record["craft/conflict"] is not None:
+    if retention is not None:
         parts += [
-            f"conflict={'✓' if record['craft/conflict'] else '✗'}",
-            f"dot={number('craft/grad_dot')}",
-            f"cos={number('craft/grad_cos')}",
+            f"weight={number('craft/weight', of=retention)}",
+            f"conflict={'✓' if retention['craft/conflict'] else '✗'}",
+            f"projected={'✓' if retention['craft/projected'] else '✗'}",
+            f"dot={number('craft/grad_dot', of=retention)}",
+            f"cos={number('craft/grad_cos', of=retention)}",
         ]
+        if retention is not record:
+            parts.append(f"retention at step {retention['step']}")
     return " | ".join(parts)
 
 
@@ -141,6 +154,8 @@ def validation_line(record: Record, steps: int) -> str:
             parts.append(f"{skill} {record[f'{skill}/score']:.3f}{of_teacher}")
     if "heldout/retention_loss" in record:
         parts.append(f"held-out L_ret={record['heldout/retention_loss']:.4g}")
+    if "craft/next_epsilon" in record:
+        parts.append(f"at least {record['old/bound']:.1%} kept, next ε={record['craft/next_epsilon']:.4g}")
     return " | ".join(parts)
 
 
@@ -154,12 +169,14 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     ]
     if scores:
         lines.append("; ".join(scores))
+    if "certificate" in result:
+        lines.append(in_words(result["certificate"]))
     if result["retention_loss"] is not None:
         held = result["heldout_anchors"]
         judged = f"{held} held-out anchors" if held else "the training anchors (none were held out)"
         loss = f"retention loss {result['retention_loss']:.4g} on {judged}"
-        verdict = "met" if result["feasible"] else "NOT met"
-        lines.append(loss if result["arm"] == "baseline" else f"{loss}, budget {result['epsilon']:g}: {verdict}")
+        verdict = "met" if result["retention_loss"] <= result["epsilon"] else "NOT met"
+        lines.append(loss if result["arm"] == "baseline" else f"{loss}, budget {result['epsilon']:.4g}: {verdict}")
         if not result["feasible"] and result["lambda"] is not None and result["lambda"] >= result["lambda_max"]:
             lines.append(
                 f"λ is at its cap, {result['lambda_max']:g}: raise craft.lambda_max, train longer, or allow a larger ε"

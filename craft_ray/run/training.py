@@ -18,29 +18,27 @@ import torch
 
 from craft_ray.config import Experiment
 from craft_ray.data.prefetch import prefetch
-from craft_ray.data.sampler import StepSampler
-from craft_ray.data.source import open_source
 from craft_ray.errors import ConfigError
 from craft_ray.method.gradients import GradientPair
 from craft_ray.models import load_model
-from craft_ray.models.base import Batch, Features, Model
+from craft_ray.models.base import Batch, Model
 from craft_ray.models.features import FeatureCache
-from craft_ray.retention.constraint import Constraint, open_mode, split
+from craft_ray.retention.constraint import Constraint, open_mode
 from craft_ray.retention.mode import Terms
-from craft_ray.retention.update import held_by, update
+from craft_ray.retention.update import enforced, held_by, stationarity, update
 from craft_ray.run.checkpoint import TrainingState, load_training_state, save_checkpoint
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
 from craft_ray.run.observers import Observer
 from craft_ray.run.optimization import learning_rate, make_optimizer, seed_step
-from craft_ray.run.scoring import source_identity
+from craft_ray.run.task_data import TaskData
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.workers import Workers
 
-TASK_STREAM = 0
-"""Keeps the order of the task's samples apart from that of the anchors under one seed."""
+STATIONARITY_BATCHES = 8
+"""Batches, at most, on which the two gradients are compared at the end: a twentieth of the run's steps."""
 LOCK_WAIT_S = 120
 """An NFS server keeps the lock of a machine that vanished for 90 s."""
 
@@ -122,12 +120,7 @@ class Run:
         self.model: Model = load_model(config.model, config.train.precision, workers.device, weights)
         teacher_weights = None if checkpoint else self.model.weights_fingerprint()
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
-        self.task = open_source(config.task, "task")
-        self.model.check_source(self.task)
-        if not self.task.has_responses:
-            raise ConfigError("task.columns.response names no column: fine-tuning needs responses")
-        self._task_features = features.source(self._preprocess_task, *source_identity(config.task, self.model))
-
+        self.task = TaskData(config, self.model, workers, features)
         self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
         held = held_by(self.constraints)
         self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=held is not None)
@@ -159,13 +152,9 @@ class Run:
 
     # -- the state of the run
 
-    @property
-    def _held(self) -> list[Constraint]:
-        return [constraint for constraint in self.constraints if constraint.held]
-
     def _restore(self, checkpoint: Path) -> None:
         state = load_training_state(checkpoint)
-        for constraint, saved in zip(self._held, state.constraints, strict=True):
+        for constraint, saved in zip(enforced(self.constraints), state.constraints, strict=True):
             constraint.load_state_dict(saved)
         self.optimizer.load_state_dict(state.optimizer)
         self.gradients.restore_reached(state.reached)
@@ -175,7 +164,7 @@ class Run:
         if not self.config.train.keep_checkpoints:
             return
         if self.main:
-            constraints = [constraint.state_dict() for constraint in self._held]
+            constraints = [constraint.state_dict() for constraint in enforced(self.constraints)]
             state = TrainingState(self.step, self.optimizer.state_dict(), self.gradients.reached, constraints)
             save_checkpoint(self.folder.disk / "checkpoints", self.model, state, self.config.train.keep_checkpoints)
             self.folder.push_checkpoint()
@@ -183,22 +172,16 @@ class Run:
 
     # -- data
 
-    def _preprocess_task(self, row: int) -> Features:
-        return self.model.preprocess_task(self.task[row])
-
     def batches(self) -> Iterator[StepData]:
         """This worker's part of each remaining step, prepared and copied to the device by another thread."""
-        config, device, held = self.config.train, self.workers.device, held_by(self.constraints)
-        sampler = StepSampler(len(self.task), config.batch_size, self.config.seed, TASK_STREAM)
+        config = self.config.train
+        return prefetch(self._step_data, self.step, config.steps, config.prefetch)
 
-        def make(step: int) -> StepData:
-            rows = sampler.local_batch(step, self.workers.rank, self.workers.world_size)
-            parts = split(rows, config.accumulate)
-            task = [self.model.collate([self._task_features(row) for row in part]).to(device) for part in parts]
-            anchors = None if held is None else held.batches(step)
-            return StepData(task, None if anchors is None else [part.to(device) for part in anchors])
-
-        return prefetch(make, self.step, config.steps, config.prefetch)
+    def _step_data(self, step: int) -> StepData:
+        device, held = self.workers.device, held_by(self.constraints)
+        task = [part.to(device) for part in self.task.batches(step)]
+        anchors = None if held is None else held.batches(step)
+        return StepData(task, None if anchors is None else [part.to(device) for part in anchors])
 
     # -- the loop
 
@@ -207,9 +190,12 @@ class Run:
         validation, steps = self.config.validation, self.config.train.steps
         wanted = bool(validation.every or validation.old or validation.new)
         every = validation.every or steps
-        seen = self.workers.gather([record["step"] for record in self.folder.read_validation()])[0]
-        if wanted and self.step and self.step not in seen and (self.step % every == 0 or self.step == steps):
-            yield self.validate()  # the process was lost between the checkpoint and its validation
+        past = {record["step"]: record for record in self.workers.gather(self.folder.read_validation())[0]}
+        if wanted and self.step and (self.step % every == 0 or self.step == steps):
+            if self.step not in past:
+                yield self.validate()  # the process was lost between the checkpoint and its validation
+            else:
+                self._observe(past[self.step])  # a checkpoint is written before its validation
         while self.step < steps:
             self.loop(until=self.step + every - self.step % every)
             if wanted:
@@ -224,11 +210,18 @@ class Run:
         record: Record = {"step": self.step} | self.held_out.validation()
         for constraint in self.constraints:
             record |= constraint.validation(self.step)
+        self._observe(record)
         if self.main:
             self.folder.append_validation(record)
             self.observer.validated(record)
             self.folder.push()
         return record
+
+    def _observe(self, validation: Record) -> None:
+        for constraint in self.constraints:
+            constraint.observe(validation)
+            if constraint.share is not None and constraint.held:
+                validation["craft/next_epsilon"] = constraint.share.epsilon
 
     def loop(self, until: int | None = None) -> None:
         """Run steps, log them, and save checkpoints; the last step always saves one. `until` stops earlier."""
@@ -284,10 +277,23 @@ class Run:
         result |= {"retention_loss": None, "epsilon": None, "feasible": None}
         for constraint in self.constraints:
             result |= constraint.certificate(self.step)
+        result["stationarity"] = self._stationarity()
+        if self.config.craft.keep is not None and held_by(self.constraints) is not None:
+            result |= self.held_out.certificate(self.config.craft.keep)
         result["seconds"] = self._seconds()
         if self.main:
             self.folder.write_result(result)
             self.observer.done(result)
+
+    def _stationarity(self) -> float | None:
+        """The residual of the solution's condition on several batches; None in plain fine-tuning."""
+        held = held_by(self.constraints)
+        if held is None:
+            return None
+        count = min(max(self.config.train.steps // 20, 1), STATIONARITY_BATCHES)
+        data = [self._step_data(index * held.craft.retention_freq) for index in range(count)]
+        task, anchors = [b for d in data for b in d.task], [b for d in data for b in d.anchors or ()]
+        return stationarity(self.model.task_loss, task, held, anchors, gradients=self.gradients, workers=self.workers)
 
     def _seconds(self) -> float:
         return math.fsum(record["perf/step_s"] for record in self.folder.read_metrics()) if self.main else 0.0

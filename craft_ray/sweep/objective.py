@@ -124,7 +124,7 @@ def means(records: Iterable[Record]) -> Record:
     columns: dict[str, list[float]] = {metric: [] for metric in STEPS}
     for record in records:
         for metric, values in columns.items():
-            if record[metric] is not None:
+            if record.get(metric) is not None:  # runs of earlier versions lack some
                 values.append(float(record[metric]))
     return {metric: statistics.fmean(values) for metric, values in columns.items() if values}
 

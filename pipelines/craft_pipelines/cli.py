@@ -158,7 +158,7 @@ def compare(
 def sweep(
     config: Annotated[Path | None, typer.Argument(help="a YAML config with an objective", show_default=False)] = None,
     overrides: Overrides = None,
-    space: Annotated[str | None, typer.Option(help="a YAML file, or craft, ablation or smoke")] = None,
+    space: Annotated[str | None, typer.Option(help="a YAML file, or craft, price, ablation or smoke")] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="number of settings to try (for each point of a grid)")
     ] = None,

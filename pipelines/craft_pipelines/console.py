@@ -45,7 +45,7 @@ class ConsoleObserver:
 
     def steps(self, records: Sequence[Record]) -> None:
         """Print a line for the last step: the log has a line every `train.log_every` steps, the file has all steps."""
-        self._print(console_line(records[-1], self.total, self.mode))
+        self._print(console_line(records, self.total, self.mode))
         if self._progress is not None:
             self._progress.update(self._bar, completed=records[-1]["step"])
 
@@ -83,7 +83,7 @@ class QuarterObserver:
         quarter = 4 * records[-1]["step"] // self.total
         if quarter > self._quarter:
             self._quarter = quarter
-            _line(f"[{self.label}] {console_line(records[-1], self.total, self.mode)}")
+            _line(f"[{self.label}] {console_line(records, self.total, self.mode)}")
 
     def validated(self, record: Record) -> None:
         pass

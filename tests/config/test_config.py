@@ -101,6 +101,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "enabled": False, "anchor_cache_dir": "/tmp/cache", "anchor_batch_size": 8, "anchor_holdout": 0.3,
         "retention_freq": 2, "retention_mode": "token_ce", "loss_type": "cosine", "positions": ["all"],
         "layers": [-1], "initial_lambda": 0.5, "lambda_lr": 0.25, "lambda_max": 9.0, "lambda_kp": 0.125,
+        "lambda_floor": 0.2, "keep": 0.9, "keep_confidence": 0.7,
         "violation": "absolute", "violation_clip": None, "retention_ema": 0.5, "epsilon_schedule": "linear",
         "epsilon_start": 0.5, "epsilon_unit": "nats", "epsilon_end": 0.25, "epsilon_decay_steps": 3,
         "use_grad_projection": False,

@@ -539,6 +539,10 @@ def test_what_the_loop_does_not_do_is_refused_at_once(world: Path) -> None:
         ({"craft.enabled": False}, "needs craft.enabled"),
         ({"craft.anchor_cache_dir": None}, "craft.anchor_cache_dir: build a cache"),
         ({"model.merge_statistics": [str(world / "new")]}, "model.merge_statistics"),
+        (
+            {"craft.keep": 0.9, "validation.old": {"data": {"path": str(world / "old")}}, "validation.every": 1},
+            "craft.keep 0.9 follows validations",
+        ),
     ):
         own = dict(vars(loop))
         with pytest.raises(ConfigError, match=said) as caught, craft_updates(experiment(world, changes)):

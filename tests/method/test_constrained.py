@@ -153,6 +153,43 @@ def test_a_slack_budget_costs_nothing(optimizer: str) -> None:
     torch.testing.assert_close(course.theta[-1], TASK_OPTIMUM, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_floor_under_lambda_moves_no_solution(optimizer: str) -> None:
+    """Neither where the budget binds nor where it is slack."""
+    theta, lam = solution(0.2)
+    course = train(optimizer, config(0.2, lambda_floor=0.5))
+    torch.testing.assert_close(course.theta[-1], theta, rtol=0, atol=2e-3)
+    assert course.multiplier[-1].item() == pytest.approx(lam, rel=2e-2)
+    slack = train(optimizer, config(10.0, lambda_floor=0.5))
+    assert slack.multiplier[-1].item() == 0.0
+    torch.testing.assert_close(slack.theta[-1], TASK_OPTIMUM, rtol=0, atol=2e-3)
+
+
+def test_a_floor_keeps_what_costs_nothing() -> None:
+    """Many theta solve theta_1 + theta_2 = 1; under a slack budget the floor finds one nearer to the teacher."""
+
+    def task(theta: Tensor) -> Tensor:
+        return (theta.sum() - 1).square() / 2
+
+    def retention(theta: Tensor) -> Tensor:
+        return (theta * torch.tensor([1.0, 9.0], dtype=F64)).square().sum() / 2
+
+    kept = {}
+    for floor in (0.0, 0.5):
+        theta = torch.nn.Parameter(torch.zeros(2, dtype=F64))
+        craft = craft_config(epsilon_start=100.0, initial_lambda=0.0, lambda_floor=floor)
+        gradients, state = GradientPair(named([theta])), DualState.start(craft)
+        for _ in range(1500):
+            state, _ = craft_step(
+                lambda _, theta=theta: task(theta), [Terms()], lambda _, theta=theta: retention(theta), [Terms()],
+                state, 100.0, craft=craft, optimizer=torch.optim.SGD([theta], lr=0.02), gradients=gradients,
+                workers=ONE, max_norm=None,
+            )  # fmt: skip
+        assert task(theta).item() < 1e-6
+        kept[floor] = retention(theta).item()
+    assert kept[0.5] < 0.7 * kept[0.0]
+
+
 def test_an_impossible_budget_holds_lambda_at_its_cap() -> None:
     """The best that theta(lambda_max) can do, and no wind-up beyond."""
     course = train("sgd", config(1e-5, lambda_max=4.0))

@@ -29,6 +29,32 @@ def random_pair(seed: int, size: int = 40, lean: float = -0.3) -> tuple[Tensor, 
     return a, lean * a + math.sqrt(1 - lean**2) * b
 
 
+# -- the floor under lambda
+
+
+def test_the_floor_is_in_units_of_the_two_norms() -> None:
+    """|g_t| = 5, |g_r| = 2: a floor of 0.4 is a weight of 1."""
+    for multiplier, weight in ((0.0, 1.0), (0.5, 1.0), (3.0, 3.0)):
+        out = step(AGREEING, multiplier=multiplier, lambda_floor=0.4)
+        assert out.metrics.weight.item() == pytest.approx(weight)
+        assert out.metrics.multiplier.item() == multiplier
+        torch.testing.assert_close(out.flat, torch.tensor([3.0, 4.0 + 2.0 * weight]))
+
+
+@pytest.mark.parametrize("floor", [0.5, 0.9])
+@pytest.mark.parametrize("seed", range(5))
+def test_at_the_floor_every_step_still_descends_on_the_task(seed: int, floor: float) -> None:
+    task, retention = random_pair(seed, lean=-0.95)
+    out = step((task, retention), multiplier=0.0, lambda_floor=floor, use_grad_projection=False)
+    assert torch.dot(out.flat, task) > 0
+
+
+def test_rounding_of_the_cache_gets_no_floor() -> None:
+    """The gradient of a loss within the noise has no direction that could be kept."""
+    out = step(AGREEING, multiplier=0.0, lambda_floor=0.9, noise_floor=10.0)
+    torch.testing.assert_close(out.flat, AGREEING[0])
+
+
 # -- projection
 
 

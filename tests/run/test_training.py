@@ -34,7 +34,8 @@ from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import console_line, validation_line
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.optimization import learning_rate
-from craft_ray.run.training import TASK_STREAM, Run, train, training
+from craft_ray.run.task_data import TASK_STREAM
+from craft_ray.run.training import Run, train, training
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.tracking.tensorboard import TensorBoardObserver
 from craft_ray.workers import OneWorker
@@ -187,8 +188,8 @@ def test_what_a_run_leaves_behind(digits: Digits, cached: Path, tmp_path: Path) 
     assert {p.name for p in (folder.checkpoints / "last").iterdir()} == {"model", "training_state"}
     keys = [
         *("step", "train/loss", "train/grad_norm", "train/lr"),
-        *("craft/retention_loss", "craft/lambda", "craft/epsilon"),
-        *("craft/grad_dot", "craft/grad_cos", "craft/conflict"),
+        *("craft/retention_loss", "craft/lambda", "craft/weight", "craft/epsilon"),
+        *("craft/grad_dot", "craft/grad_cos", "craft/conflict", "craft/projected"),
         *("perf/step_s", "perf/data_s"),
     ]
     assert [list(record) for record in folder.read_metrics()] == [keys] * 6
@@ -224,15 +225,28 @@ def test_bf16_starts_within_the_tolerance_of_bf16(digits: Digits, tmp_path: Path
 
 def test_the_console_line_has_the_documented_form(digits: Digits, cached: Path, tmp_path: Path) -> None:
     folder = trained(digits.experiment(cached), tmp_path / "run")
-    line = console_line(folder.read_metrics()[2], 6, "hidden")
+    line = console_line(folder.read_metrics()[:3], 6, "hidden")
     number = r"-?\d+\.\d{3}"
     small = rf"({number}|\d\.\d\de-\d\d)"
     assert re.fullmatch(
         rf"Step 3/6 \| loss={number} \| grdn={number} \| lr=\d\.\de-\d\d \| updt_s={number} \| data_s={number} \| "
-        rf"mode=hidden \| L_ret={small} \| λ={number} \| ε={small} \| conflict=[✓✗] \| "
-        rf"dot={number} \| cos={number}",
+        rf"mode=hidden \| L_ret={small} \| λ={number} \| ε={small} \| weight={number} \| conflict=[✓✗] \| "
+        rf"projected=[✓✗] \| dot={number} \| cos={number}",
         line,
     ), line
+
+
+def test_the_console_shows_the_last_retention_step_if_retention_is_rarer_than_the_log(
+    digits: Digits, cached: Path, tmp_path: Path
+) -> None:
+    """Retention steps are 1, 4, ...: a log line every third step never falls on one."""
+    folder = trained(digits.experiment(cached, {"craft.retention_freq": 3}), tmp_path / "run")
+    records = folder.read_metrics()
+    assert records[5]["craft/retention_loss"] is None
+    line = console_line(records[3:6], 6, "hidden")
+    assert f"L_ret={records[3]['craft/retention_loss']:.3f}" in line
+    assert line.endswith("retention at step 4")
+    assert "L_ret" not in console_line(records[4:6], 6, "hidden"), "no retention step since the last line"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
@@ -338,7 +352,7 @@ def test_when_a_run_is_validated(every: int, steps: list[int], digits: Digits, c
     folder = trained(config, tmp_path / "run")
     validations = folder.read_validation()
     assert [validation["step"] for validation in validations] == steps
-    expected = ["step", "old/score", "old/ratio", "new/score", "new/ratio"]
+    expected = ["step", "old/score", "old/ratio", "old/bound", "new/score", "new/ratio"]
     assert all(
         list(validation) == [*expected, "heldout/retention_loss", "heldout/violation"] for validation in validations
     )

@@ -21,6 +21,7 @@ PINNED: dict[str, Any] = {
     "initial_lambda": 1.0,
     "lambda_lr": 0.5,
     "lambda_max": 100.0,
+    "lambda_floor": 0.0,
     "violation_clip": 1.0,
     "retention_ema": 0.0,
     "epsilon_start": 0.05,

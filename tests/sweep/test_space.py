@@ -20,7 +20,11 @@ DRAWS = 2000
 
 
 def experiment(**changes: Any) -> Experiment:
-    tree = {"model": {"path": "org/model"}, "task": {"path": "org/data"}, "train": {"steps": 100}}
+    held_out = {"data": {"path": "org/data", "split": "validation"}}
+    tree = {
+        "model": {"path": "org/model"}, "task": {"path": "org/data"}, "train": {"steps": 100},
+        "validation": {"old": held_out, "every": 10},
+    }  # fmt: skip
     return parse_config(tree, "test").changed({key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -61,8 +65,8 @@ def refusal(path: Path, text: str, base: Experiment | None = None) -> str:
 # --- the shipped spaces -------------------------------------------------------------------------------------------
 
 
-def test_three_spaces_are_shipped() -> None:
-    assert [path.stem for path in SPACES] == ["ablation", "craft", "smoke"]
+def test_these_spaces_are_shipped() -> None:
+    assert [path.stem for path in SPACES] == ["ablation", "craft", "price", "smoke"]
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)

@@ -5,6 +5,7 @@ from craft_ray.config.data import (
     ENDINGS,
     AutoData,
     Columns,
+    CsvData,
     DataConfig,
     HuggingFaceData,
     JsonLinesData,
@@ -13,6 +14,7 @@ from craft_ray.config.data import (
     TableData,
     TextData,
     as_format,
+    ending,
 )
 from craft_ray.config.evaluation import (
     EvalSet,
@@ -26,7 +28,7 @@ from craft_ray.config.experiment import Experiment, parse_config
 from craft_ray.config.loading import dump_config, load_config, read_yaml
 from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import parse_overrides
-from craft_ray.config.paths import SQLITE
+from craft_ray.config.paths import SQLITE, matching
 from craft_ray.config.retention import AnchorsConfig, CraftConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
 from craft_ray.config.tracking import TrackingConfig
@@ -45,6 +47,7 @@ __all__ = [
     "Columns",
     "CompareConfig",
     "CraftConfig",
+    "CsvData",
     "DataConfig",
     "EvalSet",
     "EvaluationConfig",
@@ -69,7 +72,9 @@ __all__ = [
     "WorkersConfig",
     "as_format",
     "dump_config",
+    "ending",
     "load_config",
+    "matching",
     "parse_config",
     "parse_overrides",
     "read_yaml",

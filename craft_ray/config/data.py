@@ -15,10 +15,20 @@ from craft_ray.config.types import Episodes, Section
 from craft_ray.errors import ConfigError
 
 ENDINGS = {
-    ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text",
-    ".rst": "text",
+    ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".txt": "text", ".md": "text", ".py": "text", ".rst": "text",
 }  # fmt: skip
 """Formats by file extension."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""What may follow such an extension."""
+
+
+def ending(path: str | PurePath) -> str:
+    """The extension of a file in lower case, without that of a compression: `.jsonl` for `A.JSONL.gz`."""
+    name = PurePath(path).name.lower()
+    for compression in COMPRESSED:
+        name = name.removesuffix(compression)
+    return PurePath(name).suffix
 
 
 class Columns(Section):
@@ -27,7 +37,8 @@ class Columns(Section):
     id: str | None = None
     """Unique name of a sample. Default: the row number."""
     image: str | None = None
-    """A path, encoded bytes (PNG, JPEG), a `{bytes, path}` pair or an array of uint8 (height, width[, channel])."""
+    """A path, encoded bytes (PNG, JPEG), a `{bytes, path}` pair, a data URI or an array of uint8 (height, width[,
+    channel])."""
     prompt: str | None = "prompt"
     """The input text of the model."""
     response: str | None = None
@@ -57,10 +68,10 @@ class Data(Kind):
     path: PathOrHubName
     """A file, a folder or a glob pattern (local, on a shared mount, or s3://), or a hub name."""
     format: str = "auto"
-    """`auto` depends on what is at the path when it is opened: the extension of a file (.jsonl/.json, .parquet,
-    .txt/.md/.py/.rst), the files in a folder, with meta/info.json a LeRobotDataset; anything else is a Hugging Face
-    dataset. A key that only one format has also selects that format. For a LeRobotDataset on the hub set
-    `lerobot`."""
+    """`auto` depends on what is at the path when it is opened: the extension of a file (.jsonl/.ndjson/.json,
+    .csv/.tsv, .parquet, .txt/.md/.py/.rst; upper case and .gz, .bz2, .xz, .zst behind it are fine), the files in a
+    folder, with meta/info.json a LeRobotDataset; anything else is a Hugging Face dataset. A key that only one format
+    has also selects that format. For a LeRobotDataset on the hub set `lerobot`."""
     limit: int | None = Field(None, ge=1)
     """Read only the first rows."""
 
@@ -69,6 +80,9 @@ class TableData(Data):
     """Rows with columns."""
 
     columns: Columns = Columns()
+    split: str = "train"
+    """The split that is read: of a data set on the hub or on disk, or of a folder whose files have a split in their
+    names (`train.csv`, `test-0.csv`). Without one in any name, all files are `train`. `train[:90%]` is a part."""
 
 
 class AutoData(TableData):
@@ -89,6 +103,17 @@ class JsonLinesData(TableData):
     format: Literal["auto", "jsonl"] = "auto"
 
 
+class CsvData(TableData):
+    """CSV files (RFC 4180) with a header; every value is the text that is written."""
+
+    tags: ClassVar[tuple[str, ...]] = ("csv",)
+    noun: ClassVar[str] = "CSV files"
+
+    format: Literal["auto", "csv"] = "auto"
+    delimiter: str | None = Field(None, min_length=1, max_length=1)
+    """The character between two values. Default: a tab in .tsv files, otherwise a comma."""
+
+
 class ParquetData(TableData):
     """Parquet files."""
 
@@ -105,8 +130,6 @@ class HuggingFaceData(TableData):
     noun: ClassVar[str] = "a Hugging Face dataset"
 
     format: Literal["auto", "dataset"] = "auto"
-    split: str = "train"
-    """The split that is read."""
     revision: str | None = None
     """Commit or tag on the hub."""
 
@@ -142,6 +165,7 @@ class LeRobotData(Data):
 
 KINDS: dict[str, type[Data]] = {
     "jsonl": JsonLinesData,
+    "csv": CsvData,
     "parquet": ParquetData,
     "dataset": HuggingFaceData,
     "text": TextData,
@@ -159,9 +183,9 @@ def _format(value: Any) -> str:
     named = value.get("format", "auto")
     if named != "auto":
         return str(named)
-    ending = PurePath(str(value.get("path"))).suffix
-    if ending in ENDINGS:
-        return ENDINGS[ending]
+    found = ENDINGS.get(ending(str(value.get("path"))))
+    if found is not None:
+        return found
     keys = without_unused(value, AutoData, list(KINDS.values())).keys() - AutoData.model_fields.keys()
     known = {name: len(keys & kind.model_fields.keys()) for name, kind in KINDS.items()}
     return max(known, key=known.__getitem__) if any(known.values()) else "auto"
@@ -176,6 +200,7 @@ def _without_unused(value: Any) -> Any:
 
 DataConfig = Annotated[
     Annotated[JsonLinesData, Tag("jsonl")]
+    | Annotated[CsvData, Tag("csv")]
     | Annotated[ParquetData, Tag("parquet")]
     | Annotated[HuggingFaceData, Tag("dataset")]
     | Annotated[TextData, Tag("text")]

@@ -17,6 +17,23 @@ SQLITE = "sqlite:///"
 OBJECTS = "s3://"
 
 
+def matching(path: str | Path) -> list[Path]:
+    """The file or folder of that name; if there is none, what matches the glob pattern, sorted.
+
+    Each part of the path is a name where something has that name, and a pattern only otherwise: `run[1]/*.jsonl` are
+    the files in the folder `run[1]`.
+    """
+    parts = Path(path).parts
+    found = [Path(parts[0])] if Path(path).is_absolute() else [Path()]
+    for part in parts[1:] if Path(path).is_absolute() else parts:
+        below = []
+        for folder in found:
+            named = folder / part
+            below += [named] if os.path.lexists(named) else [folder / name for name in glob.glob(part, root_dir=folder)]
+        found = below
+    return sorted(file for file in found if file.exists())
+
+
 def _base(info: ValidationInfo) -> Path:
     return Path(info.context["base"]) if info.context else Path.cwd()
 
@@ -45,7 +62,7 @@ def _path_or_hub_name(text: str, info: ValidationInfo) -> str:
     if text.startswith(OBJECTS):
         return text
     path = _base(info) / Path(text).expanduser()
-    if text.startswith(("~", "./", "../")) or path.exists() or glob.glob(str(path)):
+    if text.startswith(("~", "./", "../")) or matching(path):
         return _absolute(text, info)
     return text
 

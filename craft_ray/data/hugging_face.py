@@ -1,59 +1,120 @@
-"""Tables that Hugging Face datasets reads and maps into memory: Parquet files, and datasets on the hub or on disk."""
+"""Datasets on the hub or on disk. Hugging Face datasets says which files a split has, and reads what is not read
+here."""
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import datasets
-import pyarrow.parquet as pq
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from craft_ray.config import HuggingFaceData
+from craft_ray.data.arrow import ArrowTable
+from craft_ray.data.delimited import read_csv
 from craft_ray.data.formats import SAVED_MARKS
+from craft_ray.data.json_lines import JsonLines
+from craft_ray.data.parquet import read_parquet
+from craft_ray.data.splits import Split
+from craft_ray.storage.files import checksum
+
+FREE = {"name", "version", "description", "data_dir", "data_files", "sep", "delimiter"}
+"""What a folder may say about its files so that they can be read here."""
 
 
-def read_parquet(files: Sequence[Path], content: str) -> datasets.Dataset:
-    """The rows of files with the hash `content`."""
-    files = [file for file in files if pq.read_metadata(file).num_rows]
-    if not files:
-        return datasets.Dataset.from_dict({})
-    names = [str(file) for file in files]
-    return _undecoded(datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=_cache(content)))
+def read_hub(config: HuggingFaceData, columns: Sequence[str]) -> ArrowTable:
+    """The rows of a split of a data set on the hub. The library's own hash of it includes its revision."""
+    return _loaded(config, columns, cache=None)
 
 
-def read_dataset(config: HuggingFaceData, content: str | None) -> datasets.Dataset:
-    """The rows of a split.
+def read_folder(config: HuggingFaceData, content: str, columns: Sequence[str]) -> ArrowTable | JsonLines:
+    """The rows of a split of a folder that a library wrote, or that was fetched from the hub.
 
     Args:
-        content: hash of the files at the path; None for a name on the hub.
+        content: hash of the files in it.
+        columns: the columns that are read.
+
+    Raises:
+        ValueError: there is no such split, or the library cannot take the folder's name.
     """
-    loaded = _load_folder(config.path)
-    if loaded is None:
-        cache = None if content is None else _cache(content)
-        loaded = datasets.load_dataset(config.path, split=config.split, revision=config.revision, cache_dir=cache)
-    elif isinstance(loaded, datasets.DatasetDict):
-        if config.split not in loaded:
-            raise ValueError(f"it has no split '{config.split}', only {', '.join(loaded)}")
-        loaded = loaded[config.split]
-    return _undecoded(loaded)
+    if any((Path(config.path) / mark).exists() for mark in SAVED_MARKS):
+        return _saved(config, columns)
+    if glob.has_magic(config.path) or "::" in config.path:
+        raise ValueError("Hugging Face datasets takes [ ] * ? :: in a path for a pattern; rename the folder")
+    # The library identifies a file by path and time, and would return an old copy of one that was soon rewritten.
+    cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "craft-ray", content[:32])
+    builder = datasets.load_dataset_builder(config.path, cache_dir=cache)
+    table = _own_reading(builder, config, columns)
+    return _loaded(config, columns, cache) if table is None else table
 
 
-def _cache(content: str) -> str:
-    """The library identifies a file by path and time, and would return an old copy of one that was soon rewritten."""
-    return os.path.join(datasets.config.HF_DATASETS_CACHE, "craft-ray", content[:32])
+def _saved(config: HuggingFaceData, columns: Sequence[str]) -> ArrowTable:
+    """What `save_to_disk` wrote."""
+    loaded = datasets.load_from_disk(config.path)
+    if isinstance(loaded, datasets.Dataset):
+        return _as_table(loaded, columns)
+    split = Split.parse(config.split)
+    if split.name not in loaded:
+        raise ValueError(f"it has no split '{split.name}', only {', '.join(loaded)}")
+    table = _as_table(loaded[split.name], columns)
+    return table.part(*split.bounds(len(table)))
 
 
-def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
-    """The same table, with its images as the encoded bytes that are stored."""
-    for name, feature in table.features.items():
+def _own_reading(
+    builder: datasets.DatasetBuilder, config: HuggingFaceData, columns: Sequence[str]
+) -> ArrowTable | JsonLines | None:
+    """The rows of a split in files of a kind that is read here, where no value becomes another because of what stands
+    beside it; None for other kinds."""
+    settings = builder.config
+    changed = {field.name for field in fields(settings) if getattr(settings, field.name) != _default(field)}
+    if not isinstance(builder, Csv | Json | Parquet) or not changed <= FREE or "+" in config.split:
+        return None
+    split = Split.parse(config.split)
+    splits = {str(name): [Path(file) for file in files] for name, files in settings.data_files.items()}
+    if split.name not in splits:
+        raise ValueError(f"it has no split '{split.name}', only {', '.join(splits)}")
+    files = {file: checksum(file) for file in splits[split.name]}
+    table: ArrowTable | JsonLines
+    if isinstance(builder, Parquet):
+        table = read_parquet(files, columns)
+    else:
+        table = JsonLines(files, columns) if isinstance(builder, Json) else read_csv(files, columns, settings.sep)
+        table.identity = f"values as they are written {table.identity}"
+    return table.part(*split.bounds(len(table)))
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _loaded(config: HuggingFaceData, columns: Sequence[str], cache: str | None) -> ArrowTable:
+    table = datasets.load_dataset(config.path, split=config.split, revision=config.revision, cache_dir=cache)
+    if cache is not None:
+        return _as_table(table, columns)
+    for name, feature in table.features.items():  # only for the hash, which is that of earlier versions
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
-    return table
+    if config.limit is not None:
+        table = table.select(range(min(config.limit, len(table))))
+    return _as_table(table, columns, table._fingerprint)
 
 
-def _load_folder(path: str) -> datasets.Dataset | datasets.DatasetDict | None:
-    """A folder that `save_to_disk` wrote; None for a folder of data files, which `load_dataset` reads."""
-    if not any((Path(path) / mark).exists() for mark in SAVED_MARKS):
-        return None
-    return datasets.load_from_disk(path)
+def _as_table(table: datasets.Dataset, columns: Sequence[str], identity: str = "") -> ArrowTable:
+    """The same rows, as they are stored: nothing is decoded."""
+    if table._indices is not None:
+        table = table.flatten_indices()
+    present = [name for name in columns if name in table.column_names] or table.column_names[:1]
+    classes = {name: names for name in present if (names := _class_names(table.features[name])) is not None}
+    return ArrowTable([("", table.data.table.select(present))], table.column_names, classes, identity)
+
+
+def _class_names(feature: Any) -> Sequence[str] | None:
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _class_names(feature.feature)
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None

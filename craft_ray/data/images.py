@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from craft_ray.errors import DataError
+from craft_ray.data.cells import cut, shown
+from craft_ray.errors import DataError, first_line
 from craft_ray.storage.paths import StoragePath, is_object, storage_path
 
 
@@ -24,17 +26,31 @@ def encoded_image(value: Any, folder: StoragePath, where: str) -> bytes:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
+    if isinstance(value, str) and value.startswith("data:"):
+        return _from_data_uri(value, where)
     if isinstance(value, str):
-        path = storage_path(value) if is_object(value) else folder / value
         try:
-            return path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{where}: the image {path} does not open ({error.strerror})") from None
+            return (storage_path(value) if is_object(value) else folder / value).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: no path can have such a character
+            reason = getattr(error, "strerror", None) or first_line(error)
+            path = value if is_object(value) else str(folder / value)
+            raise DataError(f"{where}: the image {cut(path)} does not open ({cut(reason)})") from None
     if isinstance(value, (list, np.ndarray)):
         return _encode_array(value, where)
     raise DataError(
         f"{where}: the image is a {type(value).__name__}; a path, encoded bytes or an array of uint8 is expected"
     )
+
+
+def _from_data_uri(value: str, where: str) -> bytes:
+    """The bytes in `data:image/png;base64,...` (RFC 2397)."""
+    head, _, content = value.partition(",")
+    if not head.endswith(";base64"):
+        raise DataError(f"{where}: the image {shown(value)} is no data URI in base64; fix or remove the row")
+    try:
+        return base64.b64decode(content, validate=True)
+    except ValueError as error:
+        raise DataError(f"{where}: the image {shown(value)} does not decode ({error}); fix or remove the row") from None
 
 
 def _encode_array(value: list[Any] | np.ndarray, where: str) -> bytes:
@@ -51,6 +67,13 @@ def _encode_array(value: list[Any] | np.ndarray, where: str) -> bytes:
             f"{where}: the image array has shape {array.shape}; (height, width[, channel]) is expected, with 1, 3 or "
             f"4 channels"
         )
+    buffer = io.BytesIO()
+    Image.fromarray(_bytes_of(array, where)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _bytes_of(array: np.ndarray, where: str) -> np.ndarray:
+    """The same values as uint8."""
     if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
         raise DataError(f"{where}: the image array holds NaN or infinity; fix or remove the row")
     if array.min() < 0 or array.max() > 255 or (array != array.astype(np.uint8)).any():
@@ -58,22 +81,28 @@ def _encode_array(value: list[Any] | np.ndarray, where: str) -> bytes:
             f"{where}: the image array runs from {array.min()} to {array.max()}; whole numbers from 0 to 255 "
             f"are expected, multiply or round it"
         )
-    buffer = io.BytesIO()
-    Image.fromarray(array.astype(np.uint8)).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return array.astype(np.uint8)
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """Encoded bytes as an RGB image.
+    """Encoded bytes as an RGB image, turned upright as its EXIF data says. Of 16 bits a channel, the upper 8 remain, as
+    Pillow reduces colours; transparency is left out, as in transformers' `load_image`.
 
     Raises:
-        DataError: the bytes are not an image.
+        DataError: the bytes are not an image, or its values are not those of pixels.
     """
     try:
         image = Image.open(io.BytesIO(data))
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I;16"):
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):  # 32 bits a pixel: Pillow would clip them
+            return Image.fromarray(_bytes_of(np.asarray(image), where)).convert("RGB")
         return image.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
+    except DataError:
+        raise
+    except Exception as error:  # on a damaged file, Pillow can raise anything
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else cut(first_line(error))
         raise DataError(
             f"{where}: its image of {len(data)} bytes does not decode ({reason}); fix or remove the row"
         ) from None

@@ -6,56 +6,88 @@ from __future__ import annotations
 import codecs
 import json
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
+
+from craft_ray.data.cells import WrittenFloat
+from craft_ray.data.compressed import expanded
+from craft_ray.data.formats import short_names
+from craft_ray.errors import first_line
 
 
 class JsonLines:
     """Rows of files with one JSON object per line, or a list of objects. Only the bounds of each line stay in memory;
     a row is read and parsed on access."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = [_Lines(file) for file in files]
-        self._rows = [(file, span) for file in self._files for span in file.spans]
+    classes: Mapping[str, Sequence[str]] = {}
+
+    def __init__(self, files: Mapping[Path, str], columns: Sequence[str] = ()) -> None:
+        """
+        Args:
+            files: with their checksums.
+            columns: the columns that are read.
+
+        Raises:
+            ValueError: a row is no JSON object; the message names its file and line.
+        """
+        self._files = [_Lines(short, expanded(file, files[file])) for file, short in short_names(files).items()]
+        self._rows = [(file, row) for file in self._files for row in range(len(file.spans))]
+        self._columns = columns
+        self.identity = ""
         names: dict[str, None] = {}
         for file in self._files:
             for number, span in zip(file.numbers, file.spans, strict=True):
-                row = _parse(file.text(span), f"{file.name}, line {number}")
+                row = _parse(file.bytes(span), f"{file.name}, line {number}", columns)
                 if not isinstance(row, dict):
                     raise ValueError(f"{file.name}, line {number}: a {type(row).__name__}, not an object")
                 names.update(dict.fromkeys(row))
+                for column in columns:
+                    cell = row.get(column)
+                    if not isinstance(cell, str) and _is_reworded(cell):
+                        self.identity = "numbers as they are written"
         self.column_names = list(names)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, key: int | str) -> Any:
-        """The row of that number, every column in it, or the column of that name."""
-        if isinstance(key, str):
-            return [self[row][key] for row in range(len(self))]
-        file, span = self._rows[key]
-        return dict.fromkeys(self.column_names) | json.loads(file.text(span))
+    def row(self, number: int) -> dict[str, Any]:
+        """The row of that number, with every column in it."""
+        file, at = self._rows[number]
+        return dict.fromkeys(self.column_names) | _loads(file.bytes(file.spans[at]), self._columns)
 
-    def select(self, rows: Sequence[int]) -> JsonLines:
-        chosen = JsonLines(())
-        chosen._rows, chosen.column_names = [self._rows[row] for row in rows], self.column_names
+    def column(self, name: str) -> Iterator[Any]:
+        return (self.row(number)[name] for number in range(len(self)))
+
+    def part(self, start: int, stop: int) -> JsonLines:
+        chosen = copy(self)
+        chosen._rows = self._rows[start:stop]
         return chosen
+
+    def place(self, number: int) -> tuple[str | None, int]:
+        file, at = self._rows[number]
+        return file.name if len(self._files) > 1 else None, at
 
 
 class _Lines:
     """A mapped file and the positions of its JSON objects."""
 
-    def __init__(self, path: Path) -> None:
-        self.name = path.name
+    def __init__(self, name: str, path: Path) -> None:
+        """
+        Args:
+            name: of the user's file; `path` is that, or what it expands to.
+        """
+        self.name = name
         with path.open("rb") as file:
             self._data: mmap.mmap | bytes = (
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
             )
         start = len(codecs.BOM_UTF8) if self._data[:3] == codecs.BOM_UTF8 else 0
         if self._data[start : start + 4096].lstrip().startswith(b"["):  # a list: rewritten as one object per line
-            rows = _parse(self._data[start:].decode("utf-8"), self.name)
-            self._data, start = "\n".join(map(json.dumps, rows)).encode(), 0
+            rows = self._data[start:]
+            _parse(rows, self.name, ())
+            self._data, start = "\n".join(_members(rows.decode("utf-8"))).encode(), 0
         self.spans: list[tuple[int, int]] = []
         self.numbers: list[int] = []
         number = 0
@@ -68,12 +100,55 @@ class _Lines:
                 self.numbers.append(number)
             start = end + 1
 
-    def text(self, span: tuple[int, int]) -> str:
-        return self._data[slice(*span)].decode("utf-8")
+    def bytes(self, span: tuple[int, int]) -> bytes:
+        return self._data[slice(*span)]
 
 
-def _parse(text: str, where: str) -> Any:
+def _members(text: str) -> Iterator[str]:
+    """The members of a valid JSON list, each in its own characters on one line."""
+    decoder = json.JSONDecoder()
+    at = text.index("[") + 1
+    while (at := _behind_space(text, at)) < len(text) and text[at] != "]":
+        _, end = decoder.raw_decode(text, at)
+        yield " ".join(text[at:end].splitlines())
+        at = _behind_space(text, end)
+        at += text[at] == ","
+
+
+def _behind_space(text: str, at: int) -> int:
+    while text[at : at + 1] in " \t\r\n" and at < len(text):
+        at += 1
+    return at
+
+
+def _parse(data: bytes, where: str, columns: Sequence[str]) -> Any:
     try:
-        return json.loads(text)
+        return _loads(data, columns)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {error.msg} at character {error.colno}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: it is not UTF-8; save it as that") from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets of thousands of levels
+        raise ValueError(f"{where}: {first_line(error)}") from None
+
+
+def _loads(data: bytes, columns: Sequence[str]) -> Any:
+    """The value in `data`; of an object, the fractions with their text if a column is one."""
+    text = data.decode("utf-8")
+    value = json.loads(text)
+    if isinstance(value, dict):
+        for column in columns:
+            cell = value.get(column)
+            if not isinstance(cell, str) and _fractions(cell):
+                return json.loads(text, parse_float=WrittenFloat)
+    return value
+
+
+def _fractions(cell: Any) -> list[float]:
+    """The fractions that a cell is, or that stand in its list."""
+    return [value for value in (cell if isinstance(cell, list) else [cell]) if isinstance(value, float)]
+
+
+def _is_reworded(cell: Any) -> bool:
+    """Whether the shortest digits of a fraction, which a cell was formerly read as, are not those in the file."""
+    return any(isinstance(value, WrittenFloat) and repr(float(value)) != value.written for value in _fractions(cell))

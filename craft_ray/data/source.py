@@ -1,5 +1,5 @@
-"""Samples from JSON lines, Parquet, Hugging Face datasets, plain text and LeRobotDatasets, all behind one random-access
-view."""
+"""Samples from JSON lines, CSV, Parquet, Hugging Face datasets, plain text and LeRobotDatasets, all behind one
+random-access view."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 import datasets
+import pyarrow as pa
 from blake3 import blake3
 
 from craft_ray.config import (
     AutoData,
+    CsvData,
     DataConfig,
     HuggingFaceData,
     JsonLinesData,
@@ -22,11 +24,15 @@ from craft_ray.config import (
     TextData,
     as_format,
 )
+from craft_ray.data.cells import cut
+from craft_ray.data.delimited import read_csv
 from craft_ray.data.formats import files_at, format_at, looks_local
-from craft_ray.data.hugging_face import read_dataset, read_parquet
+from craft_ray.data.hugging_face import read_folder, read_hub
 from craft_ray.data.json_lines import JsonLines
+from craft_ray.data.parquet import read_parquet
 from craft_ray.data.sample import Sample
-from craft_ray.data.table import Table, TableSource, check_columns
+from craft_ray.data.splits import TRAIN, Split, files_of_split
+from craft_ray.data.table import Table, TableSource, check_columns, named_columns, text_columns
 from craft_ray.data.text import read_text
 from craft_ray.errors import ConfigError, DataError, first_line
 from craft_ray.extras import require_lerobot
@@ -82,7 +88,11 @@ def open_source(config: DataConfig, key: str) -> Source:
     named, config = config.path, config.model_copy(update={"path": local_copy(config.path, f"{key}.path")})
     if config.format == "auto":
         otherwise = "dataset" if isinstance(config, AutoData) else config.tags[0]
-        config = as_format(config, format_at(config.path) or otherwise, key)
+        try:
+            found = format_at(config.path)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {named}: {error}: narrow the pattern, or set {key}.format") from None
+        config = as_format(config, found or otherwise, key)
     if isinstance(config, LeRobotData):
         require_lerobot(f"{key} is a LeRobotDataset")
         from craft_ray.lerobot.dataset import open_lerobot
@@ -100,38 +110,65 @@ def _open_table(config: TableData, named: str, key: str) -> TableSource:
         named: path of the data in the config; a copy of them may be read.
     """
     kind = config.tags[0]
-    files = files_at(config.path, kind)
-    if not files and (kind != "dataset" or looks_local(config.path)):
-        raise ConfigError(f"{key}: there is no data at {config.path}: specify a file, a folder or a hub data set")
+    files = _files(config, kind, named, key)
     digest = blake3()
-    for file in files:
-        digest.update(bytes.fromhex(checksum(file)))
+    for content in files.values():
+        digest.update(bytes.fromhex(content))
     try:
         table = _read(config, files, digest.hexdigest())
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        reason = first_line(error.__cause__ or error)
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, OSError) as error:
+        reason = cut(first_line(error.__cause__ or error))
         raise ConfigError(f"{key}: {config.path} does not read as {kind} ({reason})") from None
     if not len(table):
         raise DataError(f"{key}: {config.path} holds no sample; specify data with at least one row")
     check_columns(config.columns, table.column_names, config.path, key)
     if config.limit is not None:
-        table = table.select(range(min(config.limit, len(table))))
-    if not files:  # a hub data set: the library's own hash includes its revision
-        assert isinstance(table, datasets.Dataset)
-        digest.update(table._fingerprint.encode())
+        table = table.part(0, min(config.limit, len(table)))
+    classes = {name: table.classes[name] for name in text_columns(config.columns) if name in table.classes}
+    digest.update(f"{table.identity}{classes or ''}".encode())
     digest.update(f"{kind}{_reading_settings(config)}".encode())
-    return TableSource(named, table, config.columns, _folder(named, files), digest.hexdigest())
+    return TableSource(named, table, config.columns, _folder(named, list(files)), digest.hexdigest())
 
 
-def _read(config: TableData, files: Sequence[Path], content: str) -> Table:
-    """The rows of files with the hash `content`."""
-    if isinstance(config, JsonLinesData):
-        return JsonLines(files)
-    if isinstance(config, TextData):
-        return read_text(files, config.chunk_chars)
+def _files(config: TableData, kind: str, named: str, key: str) -> dict[Path, str]:
+    """The files of a source with their checksums; none for a data set on the hub."""
+    files = files_at(config.path, kind)
+    if not files and (kind != "dataset" or looks_local(config.path)):
+        raise ConfigError(f"{key}: there is no data at {config.path}: specify a file, a folder or a hub data set")
+    split = Split.parse(config.split)
+    if not Path(config.path).is_dir():
+        if files and split.name != TRAIN:
+            raise ConfigError(
+                f"{key}.split is '{config.split}', but {named} names its files itself: leave split out, or write "
+                f"{TRAIN}[...] for a part of their rows"
+            )
+        if files and kind == "dataset":
+            raise ConfigError(
+                f"{key}: the name of {named} ends like no format: set {key}.format to jsonl, csv, parquet or text"
+            )
+    elif kind != "dataset":
+        try:
+            files = files_of_split(files, split.name)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {named} {error}") from None
+    return {file: checksum(file) for file in files}
+
+
+def _read(config: TableData, files: Mapping[Path, str], content: str) -> Table:
+    """The rows of files with their checksums and the hash `content` of all."""
+    columns = named_columns(config.columns)
     if isinstance(config, HuggingFaceData):
-        return read_dataset(config, content if files else None)
-    return read_parquet(files, content)
+        return read_folder(config, content, columns) if files else read_hub(config, columns)
+    table: Table
+    if isinstance(config, JsonLinesData):
+        table = JsonLines(files, columns)
+    elif isinstance(config, CsvData):
+        table = read_csv(files, columns, config.delimiter)
+    elif isinstance(config, TextData):
+        table = read_text(list(files), config.chunk_chars)
+    else:
+        table = read_parquet(files, columns)
+    return table.part(*Split.parse(config.split).bounds(len(table)))
 
 
 def _reading_settings(config: TableData) -> str:
@@ -139,12 +176,14 @@ def _reading_settings(config: TableData) -> str:
     every source had all of them, and an unused key leaves it as it was before that key existed."""
     unused = None if config.columns.answer_index else {"answer_index"}
     how = {
-        "split": config.split if isinstance(config, HuggingFaceData) else "train",
+        "split": config.split,
         "revision": config.revision if isinstance(config, HuggingFaceData) else None,
         "columns": config.columns.model_dump(exclude=unused),
         "limit": config.limit,
         "chunk_chars": config.chunk_chars if isinstance(config, TextData) else 512,
     }
+    if isinstance(config, CsvData):
+        how["delimiter"] = config.delimiter
     return json.dumps(how, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
 from blake3 import blake3
 
 from craft_ray.config import Columns
-from craft_ray.data.ids import CHUNK, Ids
+from craft_ray.data.cells import cut, index_of, shown, text_of
+from craft_ray.data.ids import Ids
 from craft_ray.data.images import encoded_image
 from craft_ray.data.sample import Sample
-from craft_ray.errors import ConfigError, DataError
+from craft_ray.errors import ConfigError, DataError, first_line
 from craft_ray.storage.paths import StoragePath
 
 
 class Table(Protocol):
-    """Rows by number, and columns by name: JSON lines, or a table of Hugging Face datasets."""
+    """Rows by number, and columns by name: JSON lines, or a table in Arrow's layout."""
 
     column_names: list[str]
+    """Of every column, with those that the config does not name."""
+    classes: Mapping[str, Sequence[str]]
+    """The names that stand behind the integers of a column."""
+    identity: str
+    """What decides the rows beside the content of the files."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, key: Any) -> Any: ...
+    def row(self, number: int) -> dict[str, Any]:
+        """Cells by column."""
+        ...
 
-    def select(self, rows: Any) -> Table: ...
+    def column(self, name: str) -> Iterator[Any]: ...
+
+    def part(self, start: int, stop: int) -> Table:
+        """The rows from `start` to before `stop`."""
+        ...
+
+    def place(self, number: int) -> tuple[str | None, int]:
+        """The file of a row and its number there; no file if there is only one."""
+        ...
 
 
 class TableSource:
@@ -41,6 +56,7 @@ class TableSource:
             content: hash of the rows and of how they are read.
         """
         self._table = table
+        self._classes = table.classes
         self._columns = columns
         self._folder = folder
         self._content = content
@@ -53,18 +69,24 @@ class TableSource:
         """It includes the content of images, not their paths."""
         digest = blake3(self._content.encode())
         if self._columns.image is not None:
-            for row, cell in enumerate(self._table[self._columns.image]):
+            for row, cell in enumerate(self._table.column(self._columns.image)):
                 if isinstance(cell, dict) and not cell.get("bytes"):
                     cell = cell.get("path")
                 if isinstance(cell, str):
-                    digest.update(encoded_image(cell, self._folder, f"{self.name}, row {row}"))
+                    digest.update(encoded_image(cell, self._folder, self._where(row)))
         return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, row: int) -> Sample:
-        return self._sample(row, self._table[row])
+        try:
+            cells = self._table.row(row)
+        except (ValueError, OverflowError) as error:  # a string that is no UTF-8, a time outside Python's years
+            raise DataError(
+                f"{self._where(row)}: it does not read ({cut(first_line(error))}); fix or remove the row"
+            ) from None
+        return self._sample(cells, self._where(row), f"{row:08d}")
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[row] for row in range(len(self)))
@@ -72,7 +94,7 @@ class TableSource:
     def ids(self) -> Ids:
         ids = Ids(self._each_id())
         if ids.duplicate is not None:
-            raise DataError(f"{self.name}: id '{ids.duplicate}' is in more than one row; ids must be unique")
+            raise DataError(f"{self.name}: id {shown(ids.duplicate)} is in more than one row; ids must be unique")
         return ids
 
     def _each_id(self) -> Iterator[str]:
@@ -80,36 +102,58 @@ class TableSource:
         if column is None:
             yield from (f"{row:08d}" for row in range(len(self)))
             return
-        cells = self._table[column]
-        for start in range(0, len(self), CHUNK):  # reading them one by one takes ten times as long
-            for row, value in enumerate(cells[start : start + CHUNK], start):
-                yield _text(value, f"{self.name}, row {row}", column)
+        try:
+            for row, value in enumerate(self._table.column(column)):
+                # There may be very many: the common case needs no name for an error.
+                plain = isinstance(value, str) and value.isascii()
+                yield value if plain else self._text(value, column, self._where(row))
+        except (ValueError, OverflowError) as error:
+            raise DataError(f"{self.name}: column '{column}' does not read ({cut(first_line(error))})") from None
 
-    def _sample(self, row: int, cells: dict[str, Any]) -> Sample:
+    def _where(self, row: int) -> str:
+        file, number = self._table.place(row)
+        return f"{self.name}, row {number}" if file is None else f"{self.name}: {file}, row {number}"
+
+    def _text(self, value: Any, column: str, where: str) -> str:
+        return text_of(value, where, column, self._classes)
+
+    def _sample(self, cells: dict[str, Any], where: str, number: str) -> Sample:
         columns = self._columns
-        where = f"{self.name}, row {row}"
-        image = choices = None
-        if columns.image is not None:
-            image = encoded_image(cells[columns.image], self._folder, where)
+
+        def text(column: str) -> str:
+            return self._text(cells.get(column), column, where)
+
+        prompt = "" if columns.prompt is None else text(columns.prompt)
+        choices = None
         if columns.choices is not None:
-            options = cells[columns.choices]
+            options = cells.get(columns.choices)
             if not isinstance(options, list):
-                raise DataError(f"{where}: column '{columns.choices}' holds {options!r}; a list of answers is expected")
-            choices = tuple(_text(option, where, columns.choices) for option in options)
+                raise DataError(
+                    f"{where}: column '{columns.choices}' holds {shown(options)}; a list of answers is expected"
+                )
+            choices = tuple(self._text(option, columns.choices, where) for option in options)
+        response = None if columns.response is None else text(columns.response)
+        if columns.answer_index is not None:
+            assert choices is not None, "Columns refuses an answer_index without choices"
+            position = index_of(cells.get(columns.answer_index), len(choices), where, columns.answer_index)
+            response = choices[position]
         return Sample(
-            id=f"{row:08d}" if columns.id is None else _text(cells[columns.id], where, columns.id),
-            prompt="" if columns.prompt is None else _text(cells[columns.prompt], where, columns.prompt),
-            image=image,
-            response=self._response(cells, choices, where),
+            id=number if columns.id is None else text(columns.id),
+            prompt=prompt,
+            image=None if columns.image is None else encoded_image(cells.get(columns.image), self._folder, where),
+            response=response,
             choices=choices,
         )
 
-    def _response(self, cells: dict[str, Any], choices: tuple[str, ...] | None, where: str) -> str | None:
-        columns = self._columns
-        if columns.answer_index is None:
-            return None if columns.response is None else _text(cells[columns.response], where, columns.response)
-        assert choices is not None, "Columns refuses an answer_index without choices"
-        return choices[_index(cells[columns.answer_index], len(choices), where, columns.answer_index)]
+
+def named_columns(columns: Columns) -> list[str]:
+    """The columns that are read."""
+    return list(dict.fromkeys(name for name in columns.model_dump().values() if name is not None))
+
+
+def text_columns(columns: Columns) -> list[str]:
+    """The columns whose cells become text."""
+    return list(dict.fromkeys(filter(None, (columns.id, columns.prompt, columns.response, columns.choices))))
 
 
 def check_columns(columns: Columns, present: Sequence[str], path: str, key: str) -> None:
@@ -121,21 +165,6 @@ def check_columns(columns: Columns, present: Sequence[str], path: str, key: str)
     for role, column in columns.model_dump().items():
         if column is not None and column not in present:
             raise ConfigError(
-                f"{key}.columns.{role} is '{column}', but {path} has the columns {', '.join(present)}: "
+                f"{key}.columns.{role} is '{column}', but {path} has the columns {cut(', '.join(present))}: "
                 f"specify one of them, or null"
             )
-
-
-def _text(value: Any, where: str, column: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise DataError(f"{where}: column '{column}' holds {value}; fix or remove the row")
-    return str(value)
-
-
-def _index(value: Any, count: int, where: str, column: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-        raise DataError(
-            f"{where}: column '{column}' holds {value!r}; the position of the right one among its {count} choices "
-            f"is expected, a whole number from 0"
-        )
-    return value

@@ -236,6 +236,8 @@ class CraftUpdate:
             "epsilon": constraint.epsilon(step),
             "dot": float(metrics.dot),
             "cos": float(metrics.cos),
+            "weight": float(metrics.weight),
+            "projected": float(metrics.projected),
         }
         self.records.append(record)
         train_metrics.loss = record["task_loss"]

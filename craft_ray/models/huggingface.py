@@ -338,6 +338,13 @@ class VisionLanguageModel(HuggingFaceModel):
         if sample.image is None:
             raise DataError(f"sample {sample.id} has no image: name the column that holds it (columns.image)")
         image = decode_image(sample.image, f"sample {sample.id}")
+        mark = self.processor.image_token
+        marks, most = sample.prompt.count(mark), 0 if self.config.chat_template else 1
+        if marks > most:
+            owner = "the chat template places it" if self.config.chat_template else "a sample has one image"
+            raise DataError(
+                f"sample {sample.id}: its prompt has {mark} {marks} times, but {owner}: leave {most} of them"
+            )
         if self.config.chat_template:
             content = [{"type": "image", "image": image}, {"type": "text", "text": sample.prompt}]
             encoded = self.processor.apply_chat_template(
@@ -348,7 +355,6 @@ class VisionLanguageModel(HuggingFaceModel):
                 return_tensors="pt",
             )
         else:
-            mark = self.processor.image_token
             text = sample.prompt if mark in sample.prompt else mark + sample.prompt
             encoded = self.processor(images=[image], text=[text], return_tensors="pt")
         return {name: tensor for name, tensor in encoded.items() if name != "labels"}

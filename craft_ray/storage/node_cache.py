@@ -36,9 +36,13 @@ def node_cache() -> Path:
 
 
 @contextmanager
-def filled_once(name: str) -> Iterator[tuple[Path, bool]]:
-    """An entry of the cache, and whether this process has to fill it; others on the node wait until it is filled."""
-    target = node_cache() / name
+def filled_once(name: str, root: Path | None = None) -> Iterator[tuple[Path, bool]]:
+    """An entry of the cache, and whether this process has to fill it; others on the node wait until it is filled.
+
+    Args:
+        root: the cache's folder, which exists. Default: `node_cache()`.
+    """
+    target = (root or node_cache()) / name
     if target.exists():
         yield target, False
         return
@@ -63,8 +67,9 @@ def local_copy(path: str, key: str) -> str:
     if not is_object(path):
         return path
     remote = through_last(ObjectPath(path))
-    pattern = remote.name if glob.has_magic(remote.name) else None
-    root = remote.parent if pattern or remote.is_file() else remote
+    is_file = remote.is_file()
+    pattern = remote.name if glob.has_magic(remote.name) and not is_file else None
+    root = remote.parent if pattern or is_file else remote
     found = [info for info in root.listing() if info.is_file and _is_named(info, root, remote, pattern)]
     if not found:
         raise ConfigError(f"{key}: there is nothing at {path}: specify a file, a folder or a pattern of files")

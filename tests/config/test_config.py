@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from craft_ray.config import (
     AutoData,
+    CsvData,
     Experiment,
     HuggingFaceData,
     JsonLinesData,
@@ -59,10 +60,10 @@ def get(config: Any, key: str) -> Any:
 DATA = {"path": "org/other", "limit": 7}
 TABLE = {
     **DATA, "columns.id": "key", "columns.image": "picture", "columns.prompt": "question",
-    "columns.response": "answer", "columns.choices": "options",
+    "columns.response": "answer", "columns.choices": "options", "split": "test",
 }  # fmt: skip
-JSONL, PARQUET = {**TABLE, "format": "jsonl"}, {**TABLE, "format": "parquet"}
-DATASET = {**TABLE, "format": "dataset", "split": "test", "revision": "v2"}
+CSV, PARQUET = {**TABLE, "format": "csv", "delimiter": ";"}, {**TABLE, "format": "parquet"}
+DATASET = {**TABLE, "format": "dataset", "revision": "v2"}
 TEXT = {**TABLE, "format": "text", "chunk_chars": 99}
 LEROBOT = {
     **DATA, "format": "lerobot", "revision": "v2", "episodes": [1, 2], "stride": 2,
@@ -119,7 +120,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "threads": 2, "max_failures": 0,
     },
     "validation": {"every": 9},
-    "validation.old": scored(JSONL),
+    "validation.old": scored(CSV),
     "validation.new": scored(PARQUET),
     "objective": {
         "maximize": None, "minimize": "train/loss", "subject_to": {"old/ratio": ">= 0.9"}, "confidence": 0.9,
@@ -243,7 +244,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("model.kind=vla", "model.kind"),
         ("model=5", "model"),
         ("task.limit=0", "task.limit"),
-        ("task.format=csv", "task.format"),
+        ("task.format=xml", "task.format"),
         ("evaluation.old.metric=choice", "evaluation.old.data"),
         ("evaluation.old={data: {path: a}, metric: f1}", "evaluation.old.metric"),
         ("workers.num_workers=-1", "workers.num_workers"),
@@ -377,7 +378,11 @@ def test_an_unknown_key_comes_with_a_guess(override: str, said: str, minimal: Pa
         ("{path: org/data, format: parquet}", ParquetData),
         ("{path: rows.log, format: jsonl}", JsonLinesData),
         ("{path: rows.jsonl, format: text}", TextData),
-        ("{path: org/data, split: test}", HuggingFaceData),
+        ("{path: org/data, split: test}", AutoData),
+        ("{path: rows.csv, split: 'train[:9]'}", CsvData),
+        ("{path: ROWS.TSV.gz}", CsvData),
+        ("{path: rows.ndjson}", JsonLinesData),
+        ("{path: rows, delimiter: ;}", CsvData),
         ("{path: org/data, revision: v2}", HuggingFaceData),
         ("{path: texts, chunk_chars: 64}", TextData),
         ("{path: org/robot, episodes: 0-3}", LeRobotData),
@@ -403,7 +408,7 @@ def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
             "task.episodes belongs to a LeRobotDataset (format: lerobot), but task is read as JSON lines (format: "
             "jsonl): leave it out, or set task.format",
         ),
-        ("task={path: a.parquet, split: test}", "task.split belongs to a Hugging Face dataset (format: dataset), but"),
+        ("task={path: a.parquet, revision: v2}", "task.revision belongs to a Hugging Face dataset (format: dataset)"),
         (
             "task={path: a.txt, rename: {a: b}}",
             "task.rename belongs to a LeRobotDataset (format: lerobot), but task is",
@@ -411,7 +416,7 @@ def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
         ("task={path: org/robot, format: dataset, stride: 2}", "task.stride belongs to a LeRobotDataset"),
         (
             "task={path: org/robot, format: lerobot, columns: {prompt: question}}",
-            "task.columns belongs to JSON lines (format: jsonl) or Parquet files (format: parquet) or",
+            "task.columns belongs to JSON lines (format: jsonl) or CSV files (format: csv) or",
         ),
         ("anchors.source={path: a.jsonl, chunk_chars: 3}", "anchors.source.chunk_chars belongs to plain text"),
         (
@@ -679,6 +684,7 @@ def parts(hint: Any) -> Iterator[Any]:
 
 NO_PATHS = {
     "name", "variant", "revision", "id", "image", "prompt", "response", "choices", "answer_index", "split", "rename",
+    "delimiter",
     "positions", "resources_per_worker", "env", "task", "arms", "token_ce", "variants", "maximize", "minimize",
     "subject_to", "project", "modes", "retention_mode", "epsilon_unit",
 }  # fmt: skip

@@ -150,9 +150,9 @@ def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
 
 def test_numbers_are_read_as_they_are_written(tmp_path: Path) -> None:
     """A table would make 1 into 1.0 beside a fraction, and a date of what looks like one."""
-    rows = [{"prompt": 1}, {"prompt": 2.5}, {"prompt": "3"}, {"prompt": "2024-01-01 10:00:00"}, {"prompt": True}]
+    rows = [{"prompt": 1}, {"prompt": 2.5}, {"prompt": "3"}, {"prompt": "2024-01-01 10:00:00"}]
     found = source(jsonl(tmp_path / "a.jsonl", rows), {})
-    assert [s.prompt for s in found] == ["1", "2.5", "3", "2024-01-01 10:00:00", "True"]
+    assert [s.prompt for s in found] == ["1", "2.5", "3", "2024-01-01 10:00:00"]
 
 
 # --- a format that is decided on opening -------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_a_folder_is_read_as_what_is_in_it(tmp_path: Path) -> None:
             {"episodes": [1]},
             "episodes belongs to a LeRobotDataset (format: lerobot), but task is read as",
         ),
-        (("a.parquet",), {"split": "test"}, "split belongs to a Hugging Face dataset (format: dataset), but task is"),
+        (("a.parquet",), {"revision": "v2"}, "revision belongs to a Hugging Face dataset (format: dataset)"),
         (("a.parquet",), {"chunk_chars": 3}, "chunk_chars belongs to plain text (format: text), but task is read as"),
         (("meta/info.json",), {"columns": COLUMNS}, "columns belongs to JSON lines (format: jsonl) or"),
     ],

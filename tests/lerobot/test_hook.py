@@ -152,7 +152,7 @@ def test_every_step_is_crafts(world: Path, tmp_path: Path) -> None:
     student, update = crafted(world, tmp_path / "run")
     records = update.records
     assert len(records) == STEPS
-    names = {"task_loss", "retention_loss", "lambda", "epsilon", "dot", "cos"}
+    names = {"task_loss", "retention_loss", "lambda", "epsilon", "dot", "cos", "weight", "projected"}
     assert all(record.keys() == names for record in records)
     assert records[0]["retention_loss"] < 1e-6
     assert records[-1]["retention_loss"] > 1e-6

@@ -206,6 +206,9 @@ def test_an_input_is_copied_once_and_again_when_it_changes(bucket: ObjectPath) -
     assert sorted(entry.name for entry in folder.iterdir()) == ["a.jsonl", "b.txt"]
     pattern = Path(local_copy(str(bucket / "in" / "*.txt"), "task.path"))
     assert [entry.name for entry in pattern.parent.glob(pattern.name)] == ["b.txt"]
+    for name in ("c[1]", "c1"):
+        write_atomically(bucket / name, name)
+    assert Path(local_copy(str(bucket / "c[1]"), "task.path")).read_text() == "c[1]"
     time.sleep(1.1)  # the store's times are whole seconds
     write_atomically(bucket / "in" / "a.jsonl", "3")
     assert Path(local_copy(str(bucket / "in" / "a.jsonl"), "task.path")).read_text() == "3"

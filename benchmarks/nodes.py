@@ -25,6 +25,7 @@ STORE = 80 * 2**20
 NOTICED = {
     "RAY_health_check_period_ms": "500",  # a lost node is declared dead after two seconds, not fifteen
     "RAY_health_check_failure_threshold": "3",
+    "RAY_prestart_worker_first_driver": "0",  # no process per CPU in advance, which no stage would use
 }
 ATTEMPTS = 6
 """A raylet gives up if its agents take more than 15 s to start, as they may on a busy machine."""

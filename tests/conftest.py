@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest  # noqa: E402
 if TYPE_CHECKING:
     from craft_ray.storage.paths import ObjectPath
     from tests.support.clusters import Cluster
+    from tests.support.commands import Command
     from tests.support.experiments import Digits
 
 
@@ -79,6 +81,25 @@ def object_store() -> Iterator[ObjectPath]:
 def own_expansions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Expand caches below this test's folder, so that no test uses what another one expanded."""
     monkeypatch.setenv("CRAFT_RAY_CACHE", str(tmp_path / "expanded"))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`craft-ray ARGUMENTS...` -> exit code, standard output, standard error."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        from craft_pipelines import cli
+
+        monkeypatch.setattr(sys, "argv", ["craft-ray", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,10 @@ from craft_ray.errors import ConfigError, first_line
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a lost worker is noticed in tenths of a second, not in two seconds
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # saves one process per run
+    "RAY_DATA_USAGE_DISABLED": "1",  # saves one process per build of a cache
+    # Otherwise Ray starts one process per CPU of this machine in advance. The workers of a run have an environment of
+    # their own and use none of them.
+    "RAY_prestart_worker_first_driver": "0",
 }
 ON_CLUSTER = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the cluster's dashboard lists training runs by name
@@ -41,8 +45,8 @@ class InstalledCode(JobConfig):
         return True
 
 
-_dashboard = False
-"""Whether the cluster that this process is connected to has a dashboard."""
+_dashboard: bool | None = None
+"""Whether the cluster that this process has joined has a dashboard. None in a process that Ray started."""
 
 
 def join(dashboard: bool = False) -> None:
@@ -88,6 +92,11 @@ def join(dashboard: bool = False) -> None:
     if threading.current_thread() is threading.main_thread():
         interruption.listen_again()
     interruption.check()
+
+
+def may_have_dashboard() -> bool:
+    """False if this process has started the cluster without a dashboard."""
+    return _dashboard is not False
 
 
 @contextmanager

@@ -20,13 +20,15 @@ import torch.distributed
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from craft_pipelines.console import ConsoleObserver, FileObserver, following
 from craft_pipelines.failures import LOST_PROCESS_ERRORS
 from craft_pipelines.outputs import check_kept
+from craft_pipelines.process_group import ProcessGroupConfig
 from craft_pipelines.ray_metrics import RayMetrics
-from craft_pipelines.session import check_resources, join, quiet_ray
+from craft_pipelines.session import check_resources, join, may_have_dashboard, quiet_ray
 from craft_pipelines.stop_signal import StopSignal
 from craft_pipelines.storage_check import check_shared
 from craft_ray.anchors.manifest import read_manifest
@@ -180,14 +182,17 @@ def tracked(tracker: Tracker, run: PlannedRun) -> TrackedRun:
 
 
 class _Trainer(TorchTrainer):
-    """Without the process that distributes Ray datasets to the workers: our workers read their data themselves. And
-    without Ray's handler of Ctrl-C, which ignores a second one: ours stays, and `abort` ends the workers."""
+    """Without two processes of each run that would have nothing to do: the one that distributes Ray datasets to the
+    workers, which read their data themselves; and, on a cluster without a dashboard, the one that asks the dashboard
+    whether the controller still lives. And without Ray's handler of Ctrl-C, which ignores a second one: ours stays, and
+    `abort` ends the workers."""
 
     _controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
+        idle = (DatasetsCallback,) if may_have_dashboard() else (DatasetsCallback, PlacementGroupCleanerCallback)
         every = super()._create_default_callbacks()  # type: ignore[misc]  # of Train V2's trainer
-        return [each for each in every if not isinstance(each, DatasetsCallback)]
+        return [each for each in every if not isinstance(each, idle)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
@@ -228,6 +233,7 @@ def run_on_trainer(runs: Sequence[PlannedRun], supervised: bool = False) -> None
             "scratch": str(scratch),
             "supervised": supervised,
         },
+        torch_config=ProcessGroupConfig("nccl" if workers.use_gpu else "gloo"),  # type: ignore[arg-type]
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,  # type: ignore[arg-type]  # of Train V2, which takes a pair
             use_gpu=workers.use_gpu,

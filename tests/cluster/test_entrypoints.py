@@ -99,6 +99,7 @@ def test_the_entrypoints_of_the_rayjobs(cluster: dict[str, str], digits: Digits,
     assert code == 0, log
     run = shared / "runs" / "run-hidden-seed0"
     assert json.loads((run / "result.json").read_text())["feasible"]
+    assert (run / "checkpoints" / "last" / "model" / "model.safetensors").exists()
     assert "2 worker(s)" in log
 
     config.write_text(dump_config(small(digits, shared, {"workers.num_workers": 1})))  # fast trials

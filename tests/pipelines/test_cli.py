@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import ray
 import yaml
-from craft_pipelines import cli
 from craft_pipelines.anchors import build
 
 from craft_ray.config import differences, dump_config
+from tests.support.commands import Command, one_line
 from tests.support.experiments import Digits
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`craft-ray ARGUMENTS...` -> exit code, standard output, standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["craft-ray", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +29,6 @@ def config(digits: Digits, cached: Path, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(digits.experiment(cached, changes)))
     return path
-
-
-def one_line(err: str) -> str:
-    lines = err.strip().splitlines()
-    assert len(lines) == 1, err
-    assert lines[0].startswith("craft-ray: ")
-    return lines[0]
 
 
 def test_train_prints_its_steps_and_refuses_to_run_twice(command: Command, config: Path, tmp_path: Path) -> None:

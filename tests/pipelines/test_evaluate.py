@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +21,11 @@ from transformers import AutoModelForCausalLM
 from craft_ray.config import dump_config
 from craft_ray.models.base import Model
 from craft_ray.run.folder import RunFolder
+from tests.support.commands import Command, one_line
 from tests.support.experiments import ANSWERED, Digits
 
-Command = Callable[..., tuple[int, str, str]]
 QUESTIONS = {"image": "image_path", "prompt": "question", "choices": "choices", "answer_index": "answer_index"}
 SAMPLES = 20
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`craft-ray ARGUMENTS...` -> exit code, standard output, standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["craft-ray", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def one_line(err: str) -> str:
-    lines = err.strip().splitlines()
-    assert len(lines) == 1, err
-    assert lines[0].startswith("craft-ray: ")
-    return lines[0]
 
 
 def write_questions(data: Path, folder: Path) -> Path:

@@ -14,6 +14,7 @@ import pytest
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.config import dump_config, load_config
 from craft_ray.run.folder import RunFolder
+from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import ObjectPath, copy_tree, readable
 from tests.support.experiments import Digits
 from tests.support.local_cluster import exported, local, marked
@@ -71,9 +72,14 @@ def test_every_stage_as_a_job(
         assert code == 3, out + err  # six steps do not meet such a small budget
         assert "Step 6/6" in out
         assert "2 worker(s)" in out
-        result = RunFolder(store / "runs" / "digits-hidden-seed0").finished()
+        assert "NOT met" in out
+        run = RunFolder(store / "runs" / "digits-hidden-seed0")
+        result = run.finished()
         assert result is not None
         assert result["feasible"] is False
+        last = last_checkpoint(run.checkpoints)
+        assert last is not None
+        assert (last / "model" / "model.safetensors").exists()
 
         code, out, err = job(
             "sweep", "run.yaml", "--space", "space.yaml", "--samples", "4", "--out", f"{store}/sweep",

@@ -44,8 +44,12 @@ def shadow(folder: Path, names: tuple[str, ...]) -> None:
 
 def craft_ray(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
     """The output of `craft-ray ARGUMENTS` in a folder; it must succeed."""
+    return output(folder, "craft-ray", *arguments, environment=environment)
+
+
+def output(folder: Path, command: str, *arguments: str, environment: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        [BIN / "craft-ray", *arguments], cwd=folder, env=dict(os.environ) if environment is None else environment,
+        [BIN / command, *arguments], cwd=folder, env=dict(os.environ) if environment is None else environment,
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,12 +72,14 @@ def test_in_one_process(project: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_in_processes_of_ray(project: Path, tmp_path: Path, token_cluster: Cluster) -> None:
-    """On a running cluster, on one started for the command, and as a job with a copy of the project."""
+    """On a running cluster, on one started for the command, and as a job with a copy of the project, whether it is
+    submitted by Ray's own command or by ours."""
     joined = token_cluster.environment | {"RAY_ADDRESS": token_cluster.address}
     one = "workers.num_workers=1"
-    job = ("submit", "--address", token_cluster.dashboard, "--", "craft-ray")
-    craft_ray(project, *job, "anchors", "build", "run.yaml", one, environment=token_cluster.environment)
-    craft_ray(project, *job, "train", "run.yaml", one, "name=job", environment=token_cluster.environment)
+    user, at = token_cluster.environment, ("submit", "--address", token_cluster.dashboard)
+    by_ray = ("job", *at, "--working-dir", ".", "--", "craft-ray")
+    output(project, "ray", *by_ray, "anchors", "build", "run.yaml", one, environment=user)
+    craft_ray(project, *at, "--", "craft-ray", "train", "run.yaml", one, "name=job", environment=user)
     assert finished(tmp_path, "job")
 
     shadow(project, LIBRARIES)  # Ray makes a job import from its working directory in any case

@@ -20,11 +20,9 @@ from craft_pipelines.runtime_env import FORWARDED, of_driver, of_job
 from craft_pipelines.submit import DASHBOARD, dashboard
 
 from craft_ray.anchors import manifest
-from craft_ray.config import dump_config
 from craft_ray.errors import ConfigError
-from craft_ray.run.folder import RunFolder
 from tests.support.clusters import BIN, HOST, Cluster, free_ports
-from tests.support.experiments import Digits
+from tests.support.commands import one_line
 
 SECRETS = (
     "AWS_SECRET_ACCESS_KEY",
@@ -47,13 +45,6 @@ SECRETS = (
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=400)
     return process.returncode, out, err
-
-
-def one_line(err: str) -> str:
-    lines = err.strip().splitlines()
-    assert len(lines) == 1, err
-    assert lines[0].startswith("craft-ray: ")
-    return lines[0]
 
 
 # --------------------------------------------------------------------------------------- what is sent to the cluster
@@ -259,39 +250,3 @@ def test_no_cluster_is_one_line(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert f"no dashboard of a Ray cluster answers at http://{HOST}:{port}" in one_line(process.stderr)
     assert time.monotonic() - before < 60
-
-
-# ------------------------------------------------------------------------------------------------- a whole chain
-
-
-@pytest.mark.cluster
-@pytest.mark.ray
-@pytest.mark.timeout(900)
-def test_cache_and_training_as_jobs(token_cluster: Cluster, digits: Digits, tmp_path: Path) -> None:
-    """The same config and commands as on a laptop; the artifacts are on shared storage, here a folder."""
-    shared, local = tmp_path / "shared", tmp_path / "local"
-    local.mkdir()
-    changes = {**digits.scored(), "workers.num_workers": 2, "craft.epsilon_start": 1e-9, "train.steps": 4}
-    (local / "run.yaml").write_text(dump_config(digits.experiment(shared, changes)))
-    options = ("submit", "--address", token_cluster.dashboard, "--working-dir", local, "--")
-
-    code, out, err = finish(token_cluster.command(*options, "craft-ray", "anchors", "build", "run.yaml"))
-    assert code == 0, out + err
-    assert "anchor cache complete: 48 anchors" in out
-
-    code, out, err = finish(token_cluster.command(*options, "craft-ray", "train", "run.yaml"))
-    assert code == 3, out + err
-    assert "2 worker(s)" in out
-    assert "NOT met" in out
-    run = RunFolder(shared / "runs" / "digits-hidden-seed0")
-    assert run.finished() is not None
-    assert (run.checkpoints / "last" / "model" / "model.safetensors").exists()
-
-    # Ray's own command, without our runtime environment.
-    plain = [BIN / "ray", "job", "submit", "--address", token_cluster.dashboard, "--working-dir", local, "--"]
-    done = subprocess.run(
-        [*map(str, plain), "craft-ray", "train", "run.yaml", "name=plain", "craft.epsilon_start=10"],
-        env=token_cluster.environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert RunFolder(shared / "runs" / "plain-hidden-seed0").finished() is not None

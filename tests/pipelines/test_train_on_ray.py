@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 from craft_pipelines.anchors import build
+from craft_pipelines.train import plan_run, resume_run, train_run
 from safetensors.torch import load_file
 
 from craft_ray.config import Experiment
@@ -43,30 +44,34 @@ def without_times(config: Experiment) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_two_workers_equal_one_on_the_same_global_batches(digits: Digits, cached: Path, tmp_path: Path) -> None:
-    results = {}
-    for workers in (0, 2):
-        config = digits.experiment(cached,
+def test_two_workers_equal_one_on_the_same_global_batches(
+    digits: Digits, cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone, shared = (
+        digits.experiment(cached,
             {"name": f"w{workers}", "workers.num_workers": workers, "train.steps": 4, "output_dir": str(tmp_path)},
-        )  # fmt: skip
-        code, out, err = finish(command("train", saved(config, tmp_path)))
-        assert code in (0, 3), err
-        assert f"{max(workers, 1)} worker(s)" in out
-        results[workers] = config
-    one, two = without_times(results[0]), without_times(results[2])
+        )
+        for workers in (0, 2)
+    )  # fmt: skip
+    train_run(plan_run(alone))
+    assert "1 worker(s)" in capsys.readouterr().out
+    code, out, err = finish(command("train", saved(shared, tmp_path)))
+    assert code in (0, 3), err
+    assert "2 worker(s)" in out
+    one, two = without_times(alone), without_times(shared)
     assert any(record["craft/conflict"] for record in one), "surgery must fire for this to mean anything"
     for a, b in zip(one, two, strict=True):
         assert a["craft/conflict"] == b["craft/conflict"]
         for key in ("train/loss", "train/grad_norm", "craft/retention_loss", "craft/lambda"):
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-6), key
-    ours, theirs = weights(results[0]), weights(results[2])
+    ours, theirs = weights(alone), weights(shared)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.slow
 def test_runs_with_a_killed_worker_or_driver_have_the_result_of_the_undisturbed_run(
-    digits: Digits, cached: Path, tmp_path: Path
+    digits: Digits, cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def planned(name: str, workers: int) -> Experiment:
         changes = {
@@ -76,7 +81,7 @@ def test_runs_with_a_killed_worker_or_driver_have_the_result_of_the_undisturbed_
         return digits.experiment(cached, changes)
 
     undisturbed = planned("undisturbed", 0)
-    assert finish(command("train", saved(undisturbed, tmp_path)))[0] in (0, 3)
+    train_run(plan_run(undisturbed))
 
     lost = planned("lost-worker", 1)
     process = command("train", saved(lost, tmp_path))
@@ -100,9 +105,8 @@ def test_runs_with_a_killed_worker_or_driver_have_the_result_of_the_undisturbed_
     process.kill()
     process.communicate()
     assert run_folder(killed).finished() is None
-    code, out, err = finish(command("train", "--resume", run_folder(killed).path))
-    assert code in (0, 3), err
-    assert "resuming after step" in out
+    train_run(resume_run(run_folder(killed).path, killed))
+    assert "resuming after step" in capsys.readouterr().out
     assert equal(weights(killed), weights(undisturbed))
     assert without_times(killed) == without_times(undisturbed)
 

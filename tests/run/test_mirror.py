@@ -250,7 +250,11 @@ def test_a_sweep_is_the_same_in_both(
     stored: ObjectPath, bucket: ObjectPath, on_disk: Experiment, digits: Digits, tmp_path: Path
 ) -> None:
     space = parse_space({"train.learning_rate": {"loguniform": [5e-4, 4e-3]}}, "space.yaml")
-    changes = {**validated(digits.data), "objective.subject_to": {}, "sweep": {"samples": 3, "scheduler": "none"}}
+    changes = {
+        **validated(digits.data),
+        "objective.subject_to": {},
+        "sweep": {"samples": 3, "scheduler": "none", "parallel": 1},
+    }
 
     def swept(config: Experiment, path: StoragePath) -> SweepFolder:
         folder, plan = plan_sweep(config.changed({**changes, "workers.num_workers": 1}), space, path)

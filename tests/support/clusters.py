@@ -103,7 +103,7 @@ def cluster(
     token.write_text(secrets.token_hex(32))
     user = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     user |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": f"{BIN}:{os.environ['PATH']}"}
-    patience = {"RAY_agent_register_timeout_ms": str(int(1000 * PATIENCE_S))}
+    patience = {"RAY_agent_register_timeout_ms": str(int(1000 * PATIENCE_S)), "RAY_prestart_worker_first_driver": "0"}
     ports = dict(zip(("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"), map(str, metrics), strict=True))
     found = Cluster(f"{HOST}:{gcs}", f"http://{HOST}:{dashboard}", token, user)
     # The path of a socket must be short, so this folder is not below the test's.

@@ -1,4 +1,4 @@
-"""The command `craft-ray` in a process of its own, as a user runs it."""
+"""The command `craft-ray`: in a process of its own, as a user runs it, or in the test's process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from craft_ray.config import Experiment, dump_config
+
+Command = Callable[..., tuple[int, str, str]]
+"""`craft-ray ARGUMENTS...` in this process -> exit code, standard output, standard error; the fixture `command`."""
 
 
 def command(*arguments: str | Path) -> subprocess.Popen[str]:
@@ -36,3 +39,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
+
+
+def one_line(err: str) -> str:
+    """The one line of a mistake."""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("craft-ray: ")
+    return lines[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from craft_ray.sweep.results import SweepResult, read_results
 from craft_ray.sweep.space import parse_space
 from craft_ray.sweep.trials import Plan, Status, SweepFolder
 from craft_ray.sweep.wording import headline
+from tests.support.reports import EVIL, Page
 
 EVERY, STEPS = 25, 100
-EVIL = "<script>alert('x')</script> & \"quotes\" {{ 7 * 7 }}"
 BOUNDED = {"maximize": "new/score", "subject_to": {"old/ratio": ">= 0.95"}}
 SPACE: dict[str, Any] = {
     "craft.lambda_lr": {"loguniform": [0.01, 1.0]},
@@ -148,30 +147,6 @@ def full_setting(number: int) -> dict[str, Any]:
         "train.warmup_steps": 25.0 * (number % 5),
         "craft.conflict_threshold": -0.1,
     }
-
-
-class Page(HTMLParser):
-    """What a page refers to and says: attributes that load or link, elements, and its visible text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.references: list[str] = []
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.shown: list[str] = []
-        self.feed(text)
-        self.text = " ".join(" ".join(self.shown).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        for name, value in attrs:
-            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
-                self.references.append(value or "")
-            if name == "id":
-                self.ids.append(value or "")
-
-    def handle_data(self, data: str) -> None:
-        self.shown.append(data)
 
 
 def self_contained(text: str) -> Page:

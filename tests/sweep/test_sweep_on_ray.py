@@ -326,7 +326,7 @@ def test_tpe_draws_the_same_for_a_seed_and_resumes_where_it_was_stopped(base: Ex
 
 @pytest.mark.slow
 def test_a_trial_that_fails_again_and_again_is_marked_with_its_reason(base: Experiment, tmp_path: Path) -> None:
-    changes = {"sweep": {"samples": 1, "scheduler": "none", "max_failures": 2}}
+    changes = {"sweep": {"samples": 1, "scheduler": "none", "max_failures": 2, "parallel": 1}}
     done = swept(base, grid(2e-3, BROKEN, 1e-3), tmp_path / "sweep", changes)
     assert done.statuses() == ["finished", "failed", "finished"]
     assert sum("trial 1: " in line and "it is tried again" in line for line in done.said) == 2
@@ -426,7 +426,7 @@ def test_an_interrupted_sweep_says_how_to_resume_it_and_resumes(base: Experiment
     assert f"--resume {folder.path}" in one_line(err)
 
     kept = {trial.number: numbers(trial) for trial in folder.trials() if trial.outcome().status == "finished"}
-    sweep(*resume_sweep(folder.path, None, None, None), say=lambda _: None)
+    sweep(*resume_sweep(folder.path, changes={"sweep.parallel": 1}), say=lambda _: None)  # each process takes seconds
     assert {number: numbers(folder.trial(number)) for number in kept} == kept
     for trial in plain.folder.trials():
         assert untimed(folder.trial(trial.number).reports()) == untimed(trial.reports())

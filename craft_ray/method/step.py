@@ -123,8 +123,8 @@ def craft_step(
         norm = clip_grad_norm_(gradients.parameters, torch.inf if max_norm is None else max_norm)
         optimizer.step()
         nan = loss.new_full((), torch.nan)
-        metrics = StepMetrics(loss, norm, l_ret, state.multiplier, state.multiplier, nan, nan, nan, nan)
-        return state.observe(l_ret, craft).ascend(epsilon, craft), metrics
+        following = state.observe(l_ret, craft).ascend(epsilon, craft)
+        return following, StepMetrics(loss, norm, l_ret, following.multiplier, state.multiplier, nan, nan, nan, nan)
 
     loss = gradients.backward(TASK, task_loss, task, workers)
     l_ret = gradients.backward(RETENTION, retention_loss, anchors, workers)

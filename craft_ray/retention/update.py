@@ -28,6 +28,14 @@ def held_by(constraints: Sequence[Constraint]) -> Constraint | None:
     return held[0] if held else None
 
 
+def observe(constraints: Sequence[Constraint], validation: dict[str, Any]) -> None:
+    """Let the budgets follow what a validation measured, and note them in its record."""
+    for constraint in enforced(constraints):
+        constraint.observe(validation)
+        if constraint.share is not None:
+            validation["craft/next_epsilon"] = constraint.share.epsilon
+
+
 def stationarity(
     task_loss: Callable[[Any], Tensor],
     task: Sequence[Counted],

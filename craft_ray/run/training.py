@@ -28,9 +28,8 @@ from craft_ray.models.base import Batch, Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.constraint import Constraint, open_mode
 from craft_ray.retention.mode import Terms
-from craft_ray.retention.update import enforced, held_by, stationarity, update
-from craft_ray.run.cadence import CheckpointClock
-from craft_ray.run.checkpoint import TrainingState, check_saved, load_training_state, save_checkpoint
+from craft_ray.retention.update import enforced, held_by, observe, stationarity, update
+from craft_ray.run.checkpoint import TrainingState, load_training_state
 from craft_ray.run.claim import only_process
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
@@ -39,6 +38,7 @@ from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
 from craft_ray.run.observers import Observer
 from craft_ray.run.optimization import learning_rate, make_optimizer, seed_step
 from craft_ray.run.rows import check_rows
+from craft_ray.run.saving import CheckpointWriter
 from craft_ray.run.task_data import TaskData
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.workers import Workers
@@ -72,7 +72,7 @@ def training(
             yield from folder.read_validation()
             return
         with closing(Run(config, folder, workers, observer, features)) as run:
-            run.check_rows()
+            check_every_row(run)
             run.held_out.score_teacher()
             yield from run.validations()
             run.conclude()
@@ -119,9 +119,8 @@ class Run:
         apart = held is not None and compares_gradients(held.craft)
         self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=apart)
         self.optimizer = make_optimizer(self.gradients.parameters, config.train)
-        self._clock = CheckpointClock(config.train.checkpoint_minutes if config.train.keep_checkpoints else 0, workers)
+        self.checkpoints = CheckpointWriter(config, folder, workers, observer)
         self.step = 0
-        self._read_back = False  # whether this process has loaded a checkpoint of its own again
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -141,10 +140,9 @@ class Run:
             f"{count / 1e6:.2f} M trainable parameters, {len(self.task)} samples of the new skill, "
             f"{self.workers.world_size} worker(s) on {self.workers.device}"
         )
-        held = held_by(self.constraints)
-        if (merges := self.task.boundary_merges()) is not None:
-            self.observer.note(merges)
-        for line in ["CRaFT is off: plain fine-tuning (the baseline arm)"] if held is None else held.described():
+        held, merges = held_by(self.constraints), self.task.boundary_merges()
+        lines = ["CRaFT is off: plain fine-tuning (the baseline arm)"] if held is None else held.described()
+        for line in lines if merges is None else [merges, *lines]:
             self.observer.note(line)
         if self.step:
             self.observer.note(f"resuming after step {self.step}")
@@ -160,33 +158,11 @@ class Run:
         self.step = state.step
 
     def _checkpoint(self) -> None:
-        if not self.config.train.keep_checkpoints:
-            return
-        started = time.monotonic()
-        if self.main:
-            constraints = [constraint.state_dict() for constraint in enforced(self.constraints)]
-            state = TrainingState(self.step, self.optimizer.state_dict(), self.gradients.reached, constraints)
-            keep, check = self.config.train.keep_checkpoints, None if self._read_back else self._check_saved
-            save_checkpoint(self.folder.disk / "checkpoints", self.model, state, keep, check)
-            self._read_back = True
-            self.folder.push_checkpoint()
-        self.workers.gather(None)  # no worker continues before it is complete
-        self._clock.saved(time.monotonic() - started)
-
-    def _check_saved(self, folder: Path) -> None:
-        check_saved(self.config.model, self.config.train.precision, self.model, folder)
-        self.observer.note("the first checkpoint was loaded again: its weights are those that were trained")
+        constraints = [constraint.state_dict() for constraint in enforced(self.constraints)]
+        state = TrainingState(self.step, self.optimizer.state_dict(), self.gradients.reached, constraints)
+        self.checkpoints.write(self.model, state)
 
     # -- data
-
-    def check_rows(self) -> None:
-        """Check every row of the task and of the held-out sets before they are needed.
-
-        Raises:
-            DataError: a row cannot be used.
-        """
-        for rows in [self.task.rows(), *self.held_out.rows()]:
-            check_rows(rows, self.config.train.check_minutes, self.workers, self.observer.note)
 
     def batches(self) -> Iterator[StepData]:
         """This worker's part of each remaining step, prepared and copied to the device by another thread."""
@@ -211,7 +187,7 @@ class Run:
             if self.step not in past:
                 yield self.validate()  # the process was lost between the checkpoint and its validation
             else:
-                self._observe(past[self.step])  # a checkpoint is written before its validation
+                observe(self.constraints, past[self.step])  # a checkpoint is written before its validation
         while self.step < steps:
             self.loop(until=self.step + every - self.step % every)
             if wanted:
@@ -226,18 +202,12 @@ class Run:
         record: Record = {"step": self.step} | self.held_out.validation()
         for constraint in self.constraints:
             record |= constraint.validation(self.step)
-        self._observe(record)
+        observe(self.constraints, record)
         if self.main:
             self.folder.append_validation(record)
             self.observer.validated(record)
             self.folder.push()
         return record
-
-    def _observe(self, validation: Record) -> None:
-        for constraint in self.constraints:
-            constraint.observe(validation)
-            if constraint.share is not None and constraint.held:
-                validation["craft/next_epsilon"] = constraint.share.epsilon
 
     def loop(self, until: int | None = None) -> None:
         """Run steps, log them, and save checkpoints; the last step always saves one. `until` stops earlier."""
@@ -267,9 +237,7 @@ class Run:
                     max_norm=config.max_grad_norm,
                 )
                 self.step += 1
-                last = self.step == config.steps
-                due = bool(config.checkpoint_every) and self.step % config.checkpoint_every == 0
-                save = self._clock.due() or due or last
+                save = self.checkpoints.due(self.step)
                 log = save or self.step == stop or self.step % config.log_every == 0
                 if log and self.workers.device.type == "cuda":
                     torch.cuda.synchronize()  # the log waits anyway; this way the times add up to what the steps took
@@ -298,8 +266,8 @@ class Run:
         result["stationarity"] = self._stationarity()
         if self.config.craft.keep is not None and held_by(self.constraints) is not None:
             result |= self.held_out.certificate(self.config.craft.keep)
-        result["seconds"] = self._seconds()
         if self.main:
+            result["seconds"] = math.fsum(record["perf/step_s"] for record in self.folder.read_metrics())
             self.folder.write_result(result)
             self.observer.done(result)
 
@@ -314,8 +282,15 @@ class Run:
         task, anchors = [b for d in data for b in d.task], [b for d in data for b in d.anchors or ()]
         return stationarity(self.model.task_loss, task, held, anchors, gradients=self.gradients, workers=self.workers)
 
-    def _seconds(self) -> float:
-        return math.fsum(record["perf/step_s"] for record in self.folder.read_metrics()) if self.main else 0.0
+
+def check_every_row(run: Run) -> None:
+    """Check every row of the task and of the held-out sets before they are needed.
+
+    Raises:
+        DataError: a row cannot be used.
+    """
+    for rows in [run.task.rows(), *run.held_out.rows()]:
+        check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note)
 
 
 def open_constraints(

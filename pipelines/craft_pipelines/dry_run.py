@@ -14,7 +14,7 @@ from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import ConfigError
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import SECTIONS, eval_sets
-from craft_ray.run.training import Run
+from craft_ray.run.training import Run, check_every_row
 from craft_ray.storage.paths import storage_path
 from craft_ray.workers import OneWorker
 
@@ -51,7 +51,7 @@ def dry_run(config: Experiment) -> None:
             for section in SECTIONS:
                 for skill, eval_set in eval_sets(config, section):
                     run.held_out.data(section, skill, eval_set)
-            run.check_rows()
+            check_every_row(run)
             run.loop(until=STEPS)
             run.close()
         finally:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from craft_ray.errors import ModelError
 from craft_ray.models.huggingface import HuggingFaceModel
-from craft_ray.run import training
+from craft_ray.run import saving
 from craft_ray.run.checkpoint import check_saved
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import train
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.workers import OneWorker
 from tests.support.experiments import Digits
@@ -36,15 +37,15 @@ def run(digits: Digits, folder: Path, checks: list[Path], monkeypatch: pytest.Mo
         checks.append(saved)
         check_saved(config, precision, model, saved)
 
-    monkeypatch.setattr(training, "check_saved", recorded)
+    monkeypatch.setattr(saving, "check_saved", recorded)
     config = digits.experiment(folder, {"craft.enabled": False, "craft.anchor_cache_dir": None})
     files, notes = RunFolder(folder / "run"), Notes()
     files.begin(config, ["test"])
-    training.train(config, files, OneWorker(), notes)
+    train(config, files, OneWorker(), notes)
     return files, notes
 
 
-def saving(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+def changing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Let `change` act on the weights of every folder that is saved."""
     before = HuggingFaceModel.save
 
@@ -86,7 +87,7 @@ def some_matrix(weights: dict[str, Tensor]) -> str:
 def test_other_weights_than_those_in_memory_end_the_run(
     change: Any, expected: str, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saving(monkeypatch, change)
+    changing(monkeypatch, change)
     with pytest.raises(ModelError) as caught:
         run(digits, tmp_path, [], monkeypatch)
     assert expected in caught.value.message

@@ -25,7 +25,8 @@ from craft_ray.errors import ConfigError
 from craft_ray.lerobot.policy import LeRobotPolicy
 from craft_ray.lerobot.size import sized
 from craft_ray.models import adapters, load_model
-from craft_ray.models.base import Batch, disable_dropout
+from craft_ray.models.base import Batch
+from craft_ray.models.dropout import disable_dropout
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import Run, train

@@ -198,7 +198,7 @@ def test_weights_of_another_folder_with_the_configuration_of_this_one(folder: Pa
     config = ModelConfig(kind="lerobot", path=str(folder))
     again = load_model(config, "fp32", weights=str(tmp_path / "checkpoint"))
     assert again.weights_fingerprint() == model.weights_fingerprint() != loaded(folder).weights_fingerprint()
-    with pytest.raises(ModelError, match=r"nowhere has no model\.safetensors"):
+    with pytest.raises(ConfigError, match="nowhere: there is no such folder"):
         load_model(config, "fp32", weights=str(tmp_path / "nowhere"))
 
 

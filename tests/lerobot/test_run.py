@@ -162,8 +162,8 @@ def files(folder: Path) -> set[Path]:
 # -- the documented commands
 
 STEP = re.compile(
-    r"^Step (\d)/3 \| loss=\S+ .* mode=hidden \| L_ret=\S+ \| λ=\d\.\d{3} \| ε=0\.050 \| conflict=. \| dot=\S+ "
-    r"\| cos=\S+$",
+    r"^Step (\d)/3 \| loss=\S+ .* mode=hidden \| L_ret=\S+ \| λ=\d\.\d{3} \| ε=0\.050 \| weight=\S+ "
+    r"\| conflict=. \| projected=. \| dot=\S+ \| cos=\S+$",
     re.MULTILINE,
 )
 

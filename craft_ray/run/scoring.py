@@ -139,8 +139,8 @@ class EvalData:
         return self._features((row, None))
 
     def answered(self, row: int, response: str | None = None) -> Features:
-        """The prompt with its own response, or with another, of which the response alone is predicted. The response of a
-        frame is its actions, which stay."""
+        """The prompt with its own response, or with another, of which the response alone is predicted. The response of
+        a frame is its actions, which stay."""
         sample = self.source[row]
         own = "" if sample.frame is not None else sample.answer() if response is None else response
         return self._features((row, own))

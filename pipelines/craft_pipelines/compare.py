@@ -19,7 +19,7 @@ from craft_pipelines.console import QuarterObserver, following
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.session import join
 from craft_pipelines.train import PlannedRun, check_inputs, resources, run_name, run_on_trainer
-from craft_ray.config import ARMS, DataConfig, Experiment
+from craft_ray.config import ARMS, Experiment
 from craft_ray.data.source import open_source
 from craft_ray.errors import ConfigError
 from craft_ray.report.html import write_report
@@ -130,11 +130,11 @@ def _check_finished(runs: Sequence[PlannedRun]) -> None:
     Raises:
         ConfigError: a run was trained on other data.
     """
-    fingerprints: dict[DataConfig, str] = {}
+    fingerprints: dict[str, str] = {}
     for config, folder in [(run.config, run.folder) for run in runs if run.folder.finished() is not None]:
-        if config.task not in fingerprints:
-            fingerprints[config.task] = open_source(config.task, "task").fingerprint
-        check_task(folder, config, fingerprints[config.task])
+        if (task := config.task.model_dump_json()) not in fingerprints:
+            fingerprints[task] = open_source(config.task, "task").fingerprint
+        check_task(folder, config, fingerprints[task])
 
 
 def _train_groups(runs: Sequence[PlannedRun]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 
 @contextmanager
@@ -39,3 +41,24 @@ def quiet_libraries() -> None:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+
+
+class _WithoutThread:
+    """A text stream that drops what one thread writes."""
+
+    def __init__(self, stream: Any, thread: int) -> None:
+        self._stream = stream
+        self._thread = thread
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def without_prints() -> Iterator[None]:
+    """Drop what a library prints in this thread. Other threads still print: they show runs that are followed."""
+    with redirect_stdout(_WithoutThread(sys.stdout, threading.get_ident())):
+        yield

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
 import shutil
@@ -37,6 +35,7 @@ from craft_ray.lerobot.tokenizers import (
     without_remote_code,
 )
 from craft_ray.models.adapters import Adapter
+from craft_ray.quiet import without_prints
 
 WEIGHTS = "model.safetensors"
 SUPPORTED = ("pi0_fast", "pi05", "smolvla", "act")
@@ -393,7 +392,7 @@ def _silent() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with without_prints():
             yield
     finally:
         logging.disable(level)

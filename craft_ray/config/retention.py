@@ -94,7 +94,7 @@ class CraftConfig(Section):
     """Proportional gain in addition to the integral gain `lambda_lr` (a PI controller); 0 is plain dual ascent."""
     lambda_floor: Fraction = 0.35
     """The retention gradient always counts at least this much beside the task gradient: λ is at least this times
-    |g_t|/|g_r|. Below 1 it changes no solution, and each step still descends on the task (docs/method.md); 0 lets a
+    |g_t|/|g_r|. Below 1 it changes no solution, and training still descends on the task (docs/method.md); 0 lets a
     budget that is met switch retention off."""
     violation: Literal["relative", "absolute"] = "relative"
     """`relative`: mean L_ret / epsilon - 1; `absolute`: mean L_ret - epsilon."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +33,7 @@ from craft_ray.lerobot.tokenizers import (
     write_action_tokenizer,
     write_text_tokenizer,
 )
+from craft_ray.quiet import without_prints
 
 # -- what `craft-ray demo --preset robot` makes
 
@@ -221,8 +220,7 @@ def write_policy(
         push_to_hub=False,
     )
     scaled = {name: {key: torch.tensor(row) for key, row in rows.items()} for name, rows in statistics.items()}
-    silence = contextlib.redirect_stdout(io.StringIO())
-    with silence, torch.random.fork_rng(), building(size), without_remote_code(fast_tokenizer(str(action))):
+    with without_prints(), torch.random.fork_rng(), building(size), without_remote_code(fast_tokenizer(str(action))):
         torch.manual_seed(seed)
         policy = PI0FastPolicy(config)
         for part in (policy, *make_pre_post_processors(config, dataset_stats=scaled)):

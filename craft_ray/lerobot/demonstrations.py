@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from craft_ray.errors import DataError
 from craft_ray.lerobot.metaworld import ACTIONS, CONTROL_HZ, PICTURE, STATE, STATES, MetaworldSimulation, check_task
+from craft_ray.quiet import without_prints
 from craft_ray.storage.files import new_folder
 
 AFTER = 2
@@ -109,7 +109,7 @@ def _silent() -> Iterator[None]:
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with without_prints():
             yield
     finally:
         if shown:

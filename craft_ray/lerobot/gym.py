@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import difflib
-import io
 import os
 import sys
 import weakref
@@ -22,6 +21,7 @@ from lerobot.utils.import_utils import register_third_party_plugins
 
 from craft_ray.data.frame import Frame
 from craft_ray.errors import ConfigError, first_line
+from craft_ray.quiet import without_prints
 
 if sys.platform == "linux":
     os.environ.setdefault(
@@ -67,7 +67,7 @@ class GymSimulation:
         """
         self._repeat = action_repeat
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with without_prints():
                 settings = config or _settings(env, task, size)
                 found = [made for suite in make_env(settings, n_envs=1).values() for made in suite.values()]
                 self._before, self._after = settings.get_env_processors()

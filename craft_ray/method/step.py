@@ -51,7 +51,8 @@ class StepMetrics:
     multiplier: Tensor
     """lambda after this step's update: what the next step is taken with."""
     weight: Tensor
-    """What g_r was weighted with in this step: lambda before its update, or its floor."""
+    """What the merge weighted g_r with in this step, apart from K: with `weighted`, lambda before its update or its
+    floor."""
     dot: Tensor
     cos: Tensor
     conflict: Tensor
@@ -124,7 +125,7 @@ def craft_step(
         optimizer.step()
         nan = loss.new_full((), torch.nan)
         following = state.observe(l_ret, craft).ascend(epsilon, craft)
-        return following, StepMetrics(loss, norm, l_ret, following.multiplier, state.multiplier, nan, nan, nan, nan)
+        return following, StepMetrics(loss, norm, l_ret, following.multiplier, b, nan, nan, nan, nan)
 
     loss = gradients.backward(TASK, task_loss, task, workers)
     l_ret = gradients.backward(RETENTION, retention_loss, anchors, workers)
@@ -137,8 +138,8 @@ def craft_step(
     projected = conflict & gate(state, epsilon, craft)
 
     removed = surgery.projection(gram, projected)
-    weight = torch.where(directed, surgery.floored(state.multiplier, gram, craft.lambda_floor), state.multiplier)
-    a, b = surgery.merge(craft.projection_mode, weight)
+    floored = torch.where(directed, surgery.floored(state.multiplier, gram, craft.lambda_floor), state.multiplier)
+    a, b = surgery.merge(craft.projection_mode, floored)
     c = craft.retention_freq * b - a * removed
     norm = surgery.merged_norm(gram, a, c)
     scale = surgery.clip_factor(norm, max_norm)
@@ -147,7 +148,7 @@ def craft_step(
     gradients.assign_grads(workers)
     optimizer.step()
     state = state.ascend(epsilon, craft)
-    return state, StepMetrics(loss, norm, l_ret, state.multiplier, weight, gram.dot, cos, conflict, projected)
+    return state, StepMetrics(loss, norm, l_ret, state.multiplier, b, gram.dot, cos, conflict, projected)
 
 
 def compares_gradients(craft: CraftConfig) -> bool:

@@ -26,7 +26,8 @@ def floored(multiplier: Tensor, gram: Gram, floor: float) -> Tensor:
 
     With a floor below 1, g = g_t + w g_r vanishes only where g_t = -lambda g_r, because at the floor |w g_r| < |g_t|.
     So the solutions are those of the constrained problem, and <g, g_t> > 0 wherever the floor decides: the task's loss
-    keeps falling. Without one, lambda falls to 0 while the budget is met, and what could be kept for nothing is lost.
+    keeps falling. (With K > 1 this holds for the K steps together, of which one has K g_r.) Without a floor, lambda
+    falls to 0 while the budget is met, and what could be kept for nothing is lost.
     """
     if floor == 0:
         return multiplier

@@ -23,7 +23,7 @@ from craft_ray.models.base import Model, evaluating
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention import mode_named
 from craft_ray.retention.keep import KeptShare
-from craft_ray.retention.mode import RetentionMode, Terms, batches_of
+from craft_ray.retention.mode import Opening, RetentionMode, Terms, batches_of
 from craft_ray.storage.paths import storage_path
 from craft_ray.workers import Workers
 
@@ -55,7 +55,8 @@ def open_mode(
     if craft.enabled:
         model.check_anchors([craft.retention_mode], positions)
     anchors = open_anchors(folder, manifest)
-    return mode_named(craft.retention_mode).open(craft, model, anchors, layers, positions, features or FeatureCache())
+    run = Opening(craft, model, anchors, layers, positions, features or FeatureCache())
+    return mode_named(craft.retention_mode).open(run)
 
 
 class Constraint:
@@ -139,19 +140,10 @@ class Constraint:
         return epsilon_at(step, self._steps, self.craft) if self.share is None else self.share.epsilon
 
     def observe(self, validation: Mapping[str, Any]) -> None:
-        """Let the budget follow what a validation measured of the skill.
-
-        Raises:
-            DataError: the teacher scores zero on the skill, so no part of it can be kept.
-        """
-        if self.share is None or not self.held:
+        """Let the budget follow what a validation measured of the skill."""
+        if self.share is None:
             return
-        if validation["old/bound"] is None:
-            raise DataError(
-                f"craft.keep {self.craft.keep}: the teacher scores 0 on validation.old, so no part of it can be kept; "
-                f"use data that it can do, or hold L_ret to craft.epsilon_start"
-            )
-        assert self.dual is not None
+        assert self.dual is not None, "only measured, not held"
         factor = self.share.observe(float(self.dual.mean_loss), validation["old/bound"])
         self.dual = self.dual.scaled(1 / factor, self.craft)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from craft_ray.anchors.reader import AnchorSet
 from craft_ray.anchors.schema import NOISE_FLOOR, STEP0_TOLERANCE
-from craft_ray.config import CraftConfig
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.errors import CacheRefused
 from craft_ray.method.distance import hidden_loss
@@ -25,7 +24,7 @@ from craft_ray.method.pooling import Vectors
 from craft_ray.models.base import Batch, Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.inputs import AnchorInputs
-from craft_ray.retention.mode import RetentionMode, batches_of
+from craft_ray.retention.mode import Opening, RetentionMode, batches_of
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,8 @@ class Hidden(RetentionMode[HiddenBatch]):
         self._inputs = AnchorInputs(model, anchors, with_suffix="suffix" in positions, cache=features)
 
     @classmethod
-    def open(
-        cls,
-        craft: CraftConfig,
-        model: Model,
-        anchors: AnchorSet,
-        layers: Sequence[int],
-        positions: Sequence[str],
-        features: FeatureCache,
-    ) -> Self:
-        return cls(model, anchors, layers, positions, craft.loss_type, features)
+    def open(cls, run: Opening) -> Self:
+        return cls(run.model, run.anchors, run.layers, run.positions, run.craft.loss_type, run.features)
 
     def batch(self, rows: Sequence[int]) -> HiddenBatch:
         """The anchors of these rows, on the host.
@@ -96,14 +87,7 @@ class Hidden(RetentionMode[HiddenBatch]):
         """
         inputs = self._inputs.batch(rows, self.positions)
         teacher = self.teacher_vectors(rows)
-        assert inputs.pooling is not None
-        if not torch.equal(inputs.pooling.valid_BV, teacher.valid_BV):
-            ours, theirs = inputs.pooling.valid_BV.sum(1).tolist(), teacher.valid_BV.sum(1).tolist()
-            row = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), 0)
-            raise CacheRefused(
-                f"anchor {self.anchors.id(rows[row])} has {theirs[row]} vectors in the cache, this run's preprocessing "
-                f"yields {ours[row]}: the cache was built with another preprocessor, build it again"
-            )
+        self._inputs.check_counts(rows, inputs, teacher.valid_BV, "vectors")
         return HiddenBatch(inputs, teacher)
 
     def teacher_vectors(self, rows: Sequence[int]) -> Vectors:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from craft_ray.anchors.reader import AnchorSet
+from craft_ray.errors import CacheRefused
 from craft_ray.models.base import Batch, Features, Model
 from craft_ray.models.capabilities import tensor_model, token_model
 from craft_ray.models.features import FeatureCache
@@ -29,6 +33,26 @@ class AnchorInputs:
     def batch(self, rows: Sequence[int], positions: Sequence[str] | None = None) -> Batch:
         """The anchors of these rows on the host; with `positions`, also the plan that pools their hidden states."""
         return self._model.collate([self._features(row) for row in rows], positions)
+
+    def check_counts(self, rows: Sequence[int], batch: Batch, cached_BV: Tensor, what: str) -> None:
+        """Check that a batch has as many vectors or tokens at its positions as the cache.
+
+        Args:
+            cached_BV: which of them the cache has.
+            what: what the cache has there, for the message.
+
+        Raises:
+            CacheRefused: this run's preprocessing yields another number.
+        """
+        assert batch.pooling is not None
+        if torch.equal(batch.pooling.valid_BV, cached_BV):
+            return
+        ours, theirs = batch.pooling.valid_BV.sum(1).tolist(), cached_BV.sum(1).tolist()
+        row = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), 0)
+        raise CacheRefused(
+            f"anchor {self._anchors.id(rows[row])} has {theirs[row]} {what} in the cache, this run's preprocessing "
+            f"yields {ours[row]}: the cache was built with another preprocessor, build it again"
+        )
 
     def _preprocess(self, row: int) -> Features:
         suffix = self._anchors.suffix(row) if self._with_suffix else None

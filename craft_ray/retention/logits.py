@@ -17,7 +17,6 @@ from torch import Tensor
 
 from craft_ray.anchors.reader import AnchorSet
 from craft_ray.anchors.schema import NOISE_FLOOR, STEP0_TOLERANCE
-from craft_ray.config import CraftConfig
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.errors import CacheRefused
 from craft_ray.method.divergence import class_log_probs, divergence, squared_surprise
@@ -26,7 +25,7 @@ from craft_ray.models.capabilities import logits_model
 from craft_ray.models.features import FeatureCache
 from craft_ray.models.tokens import at_anchored
 from craft_ray.retention.inputs import AnchorInputs
-from craft_ray.retention.mode import RetentionMode, batches_of
+from craft_ray.retention.mode import Opening, RetentionMode, batches_of
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,8 @@ class Logits(RetentionMode[LogitsBatch]):
         self._inputs = AnchorInputs(model, anchors, with_suffix="suffix" in held.positions, cache=features)
 
     @classmethod
-    def open(
-        cls,
-        craft: CraftConfig,
-        model: Model,
-        anchors: AnchorSet,
-        layers: Sequence[int],
-        positions: Sequence[str],
-        features: FeatureCache,
-    ) -> Self:
-        return cls(model, anchors, features)
+    def open(cls, run: Opening) -> Self:
+        return cls(run.model, run.anchors, run.features)
 
     def batch(self, rows: Sequence[int]) -> LogitsBatch:
         """The anchors of these rows, on the host.
@@ -91,14 +82,7 @@ class Logits(RetentionMode[LogitsBatch]):
             np.concatenate(parts, 1)
             for parts in zip(*(self.anchors.likeliest(rows, p) for p in self.positions), strict=True)
         )
-        assert inputs.pooling is not None
-        if not np.array_equal(inputs.pooling.valid_BV.numpy(), valid):
-            ours, theirs = inputs.pooling.valid_BV.sum(1).tolist(), valid.sum(1).tolist()
-            row = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), 0)
-            raise CacheRefused(
-                f"anchor {self.anchors.id(rows[row])} has logits at {theirs[row]} tokens in the cache, this run's "
-                f"preprocessing yields {ours[row]}: the cache was built with another preprocessor, build it again"
-            )
+        self._inputs.check_counts(rows, inputs, torch.from_numpy(valid), "tokens with logits")
         # Rounded probabilities do not add up to 1; the loss of an untouched student would be the rest.
         teacher_NC = torch.from_numpy(log_probs[valid].astype(np.float32)).log_softmax(1)
         return LogitsBatch(*at_anchored(inputs), torch.from_numpy(tokens[valid].astype(np.int64)), teacher_NC)

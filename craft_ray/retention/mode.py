@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
@@ -30,6 +31,20 @@ class Terms(Protocol):
 AnchorBatch = TypeVar("AnchorBatch", bound=Terms)
 
 
+@dataclass(frozen=True)
+class Opening:
+    """What a run opens its retention mode with."""
+
+    craft: CraftConfig
+    model: Model
+    anchors: AnchorSet
+    layers: Sequence[int]
+    positions: Sequence[str]
+    """Layers and positions of the cache that this run anchors."""
+    features: FeatureCache
+    """Preprocessed anchors of earlier runs in this process."""
+
+
 class RetentionMode(ABC, Generic[AnchorBatch]):
     """One way to measure how far the student has moved on the anchors of a cache."""
 
@@ -45,21 +60,8 @@ class RetentionMode(ABC, Generic[AnchorBatch]):
 
     @classmethod
     @abstractmethod
-    def open(
-        cls,
-        craft: CraftConfig,
-        model: Model,
-        anchors: AnchorSet,
-        layers: Sequence[int],
-        positions: Sequence[str],
-        features: FeatureCache,
-    ) -> Self:
-        """The mode as a run uses it.
-
-        Args:
-            layers, positions: those of the cache that this run anchors.
-            features: preprocessed anchors of earlier runs in this process.
-        """
+    def open(cls, run: Opening) -> Self:
+        """The mode as a run uses it."""
 
     @abstractmethod
     def batch(self, rows: Sequence[int]) -> AnchorBatch:

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from craft_ray.anchors.reader import AnchorSet
 from craft_ray.anchors.schema import STEP0_AGREEMENT
-from craft_ray.config import CraftConfig
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.errors import CacheRefused
 from craft_ray.models.base import Batch, Model
 from craft_ray.models.capabilities import TokenModel, token_model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.inputs import AnchorInputs
-from craft_ray.retention.mode import RetentionMode, batches_of
+from craft_ray.retention.mode import Opening, RetentionMode, batches_of
 
 
 @dataclass(frozen=True)
@@ -51,16 +50,8 @@ class TokenCE(RetentionMode[TokenBatch]):
         self._inputs = AnchorInputs(model, anchors, with_suffix=True, cache=features)
 
     @classmethod
-    def open(
-        cls,
-        craft: CraftConfig,
-        model: Model,
-        anchors: AnchorSet,
-        layers: Sequence[int],
-        positions: Sequence[str],
-        features: FeatureCache,
-    ) -> Self:
-        return cls(model, anchors, features)
+    def open(cls, run: Opening) -> Self:
+        return cls(run.model, run.anchors, run.features)
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
         return TokenBatch(self._inputs.batch(rows))

@@ -63,7 +63,10 @@ class RunFolder:
     def config(self) -> Experiment:
         if not (self.path / "config.yaml").exists():
             raise ConfigError(f"{self.path} is not a run directory: it has no config.yaml")
-        return parse_config(read_yaml((self.path / "config.yaml").read_text()), str(self.path / "config.yaml"))
+        tree = read_yaml((self.path / "config.yaml").read_text())
+        if isinstance(tree, dict) and isinstance(tree.get("craft"), dict):
+            tree["craft"].setdefault("lambda_floor", 0.0)  # saved by a version that had none; it saves every key
+        return parse_config(tree, str(self.path / "config.yaml"))
 
     @property
     def started(self) -> bool:

@@ -65,10 +65,20 @@ class HeldOut:
                 score.unlink()
 
     def score_teacher(self) -> None:
-        """Score the teacher on every held-out set, or read what another run of the same teacher has measured."""
+        """Score the teacher on every held-out set, or read what another run of the same teacher has measured.
+
+        Raises:
+            DataError: a part of its score is to be kept, and it is zero.
+        """
         for section in SECTIONS:
             for skill, eval_set in eval_sets(self._config, section):
-                self._before[section, skill] = self._teacher_score(section, skill, eval_set)
+                score = self._before[section, skill] = self._teacher_score(section, skill, eval_set)
+                craft = self._config.craft
+                if skill == "old" and craft.enabled and craft.keep is not None and score.value == 0:
+                    raise DataError(
+                        f"craft.keep {craft.keep}: the teacher scores 0 on {section}.old, so no part of it can be "
+                        f"kept; use data that it can do, or hold L_ret to craft.epsilon_start"
+                    )
 
     def validation(self) -> Record:
         """`old/score`, `old/ratio` (to the teacher's), and the same for `new`. A ratio to a teacher's zero is None.
@@ -112,11 +122,8 @@ class HeldOut:
         before = self._before[section, "old"]
         after = self._after.get((section, "old")) or self._student_score(section, "old", eval_set)
         kept, bounds = ratio(before.metric, after.value, before.value), kept_bounds(before, after)
-        if kept is None or bounds is None:
-            raise DataError(
-                f"craft.keep {keep}: the teacher scores 0 on {section}.old, so no part of it can be kept; use data "
-                f"that it can do"
-            )
+        assert kept is not None, "refused by score_teacher"
+        assert bounds is not None
         certificate = Certificate(keep, kept, *bounds, after.samples)
         return {"certificate": {**certificate.as_dict(), "judged_on": section}, "feasible": kept >= keep}
 

@@ -186,7 +186,7 @@ class Run:
         if wanted and self.step and (self.step % every == 0 or self.step == steps):
             if self.step not in past:
                 yield self.validate()  # the process was lost between the checkpoint and its validation
-            else:
+            elif self.step < steps:
                 observe(self.constraints, past[self.step])  # a checkpoint is written before its validation
         while self.step < steps:
             self.loop(until=self.step + every - self.step % every)
@@ -202,7 +202,8 @@ class Run:
         record: Record = {"step": self.step} | self.held_out.validation()
         for constraint in self.constraints:
             record |= constraint.validation(self.step)
-        observe(self.constraints, record)
+        if self.step < self.config.train.steps:  # what is certified is the budget of the last step
+            observe(self.constraints, record)
         if self.main:
             self.folder.append_validation(record)
             self.observer.validated(record)

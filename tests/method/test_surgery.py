@@ -170,21 +170,21 @@ def test_the_gate_always_projects_under_the_budget_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "multiplier", "expected"),
+    ("mode", "multiplier", "expected", "weight"),
     [
-        ("weighted", 0.5, [3.0, 5.0]),
-        ("weighted", 3.0, [3.0, 10.0]),
-        ("equal", 0.5, [1.5, 3.0]),
-        ("equal", 3.0, [1.5, 3.0]),
-        ("task_priority", 0.5, [3.0, 5.0]),
-        ("task_priority", 3.0, [3.0, 6.0]),
+        ("weighted", 0.5, [3.0, 5.0], 0.5),
+        ("weighted", 3.0, [3.0, 10.0], 3.0),
+        ("equal", 0.5, [1.5, 3.0], 0.5),
+        ("equal", 3.0, [1.5, 3.0], 0.5),
+        ("task_priority", 0.5, [3.0, 5.0], 0.5),
+        ("task_priority", 3.0, [3.0, 6.0], 1.0),
     ],
 )
-def test_merges_by_hand(mode: str, multiplier: float, expected: list[float]) -> None:
+def test_merges_by_hand(mode: str, multiplier: float, expected: list[float], weight: float) -> None:
     out = step(AGREEING, multiplier=multiplier, projection_mode=mode)
     torch.testing.assert_close(out.flat, torch.tensor(expected))
     assert out.metrics.grad_norm.item() == pytest.approx(math.hypot(*expected), rel=1e-6)
-    assert out.metrics.weight.item() == multiplier
+    assert out.metrics.weight.item() == weight
 
 
 def test_a_retention_gradient_that_comes_every_kth_step_counts_k_times_and_the_projection_once() -> None:

@@ -25,6 +25,7 @@ from craft_ray.models import load_model
 from craft_ray.models.causal_lm import CausalLM
 from craft_ray.models.dropout import drawing, silence
 from craft_ray.models.huggingface import HuggingFaceModel
+from tests.support.weights import spread
 
 P = 0.2
 SMALL = {
@@ -79,10 +80,7 @@ def write(folder: Path, family: str, **changes: Any) -> Path:
     config = getattr(transformers, f"{family}Config")(**{"vocab_size": len(tokenizer)} | ids | changes)
     torch.manual_seed(0)
     module = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for weight in module.parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=0.12)
+    spread(module)
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

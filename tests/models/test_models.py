@@ -45,6 +45,7 @@ from craft_ray.models.capabilities import packing_model
 from craft_ray.models.dropout import disable_dropout
 from craft_ray.models.huggingface import HuggingFaceModel
 from tests.support.experiments import Digits
+from tests.support.weights import spread
 
 TEXT = ("llama", "gemma", "qwen2", "gpt2")
 VISION = ("paligemma", "llava", "gemma3")
@@ -151,12 +152,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
 def write(folder: Path, factory: Any, config: Any, processor: Any) -> None:
     torch.manual_seed(0)
     module = factory.from_config(config)
-    # Fresh weights of 0.02 attend nearly uniformly and repeat one token, which would hide mistakes; and Gemma 3's
-    # projector starts at zero, so that no image would count.
-    with torch.no_grad():
-        for weight in module.parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=0.12)
+    spread(module)  # also because Gemma 3's projector starts at zero, so that no image would count
     module.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from craft_ray.config import AdapterConfig, Experiment
+from craft_ray.config import AdapterConfig
 from craft_ray.data.sampler import StepSampler
 from craft_ray.data.source import open_source
 from craft_ray.errors import ConfigError, ModelError
@@ -31,6 +31,7 @@ from craft_ray.run.training import Run, train
 from craft_ray.sweep.space import parse_space
 from craft_ray.workers import OneWorker
 from tests.support.experiments import Digits
+from tests.support.runs import trained
 
 LORA = {"adapter": {"r": 4}, "train.learning_rate": 1e-2}
 
@@ -40,13 +41,6 @@ def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an anchor cache of the digits model, built without an adapter."""
     folder = tmp_path_factory.mktemp("adapters")
     build(digits.experiment(folder), say=lambda _: None)
-    return folder
-
-
-def trained(config: Experiment, path: Path) -> RunFolder:
-    folder = RunFolder(path)
-    folder.begin(config, ["test"])
-    train(config, folder, OneWorker(), NullObserver())
     return folder
 
 

@@ -18,6 +18,7 @@ from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train, training
 from craft_ray.workers import OneWorker
 from tests.support.experiments import ANSWERED, Digits
+from tests.support.runs import trained
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +47,18 @@ def weights(folder: RunFolder) -> bytes:
 @pytest.fixture(scope="module")
 def kept(digits: Digits, cached: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """An uninterrupted run. Read only."""
-    folder = RunFolder(tmp_path_factory.mktemp("kept") / "run")
-    folder.begin(keeping(digits, cached), ["test"])
-    train(keeping(digits, cached), folder, OneWorker(), NullObserver())
-    return folder
+    return trained(keeping(digits, cached), tmp_path_factory.mktemp("kept") / "run")
 
 
 def test_the_budget_of_a_step_is_what_the_last_validation_made_it(kept: RunFolder) -> None:
     budgets = [record["craft/epsilon"] for record in kept.read_metrics()]
-    moved = [record["craft/next_epsilon"] for record in kept.read_validation()]
+    *moved, last = [record.get("craft/next_epsilon") for record in kept.read_validation()]
     assert budgets == [budgets[0], budgets[0], moved[0], moved[0], moved[1], moved[1]]
-    assert len({budgets[0], *moved}) == 4
+    assert len({budgets[0], *moved}) == 3
+    result = kept.finished()
+    assert result is not None
+    assert last is None, "no step follows the last validation"
+    assert (result["epsilon"], result["lambda"]) == (budgets[-1], kept.read_metrics()[-1]["craft/lambda"])
     assert "kept, next ε=" in validation_line(kept.read_validation()[0], 6)
 
 
@@ -96,22 +98,22 @@ def test_a_resumed_run_continues_with_the_same_budgets(
 
 def test_without_test_data_the_validation_data_judge(digits: Digits, cached: Path, tmp_path: Path) -> None:
     config = keeping(digits, cached, {"evaluation.old": None, "train.steps": 3})
-    folder = RunFolder(tmp_path / "run")
-    folder.begin(config, ["test"])
-    train(config, folder, OneWorker(), NullObserver())
+    folder = trained(config, tmp_path / "run")
     result = folder.finished()
     assert result is not None
     assert result["certificate"]["judged_on"] == "validation"
     assert result["certificate"]["kept"] == folder.read_validation()[-1]["old/ratio"]
 
 
-def test_a_teacher_that_scores_zero_is_refused_at_the_first_validation(
+def test_a_teacher_that_scores_zero_is_refused_before_the_first_step(
     digits: Digits, cached: Path, tmp_path: Path
 ) -> None:
     data = {"path": str(digits.data / "old_val.parquet"), "columns": ANSWERED, "limit": 2}
     config = keeping(digits, cached, {"validation.old": {"data": data, "metric": "exact_match", "max_new_tokens": 1}})
+    folder = RunFolder(tmp_path / "run")
     with pytest.raises(DataError, match=r"craft\.keep 0\.9: the teacher scores 0 on validation\.old"):
-        train(config, RunFolder(tmp_path / "run"), OneWorker(), NullObserver())
+        train(config, folder, OneWorker(), NullObserver())
+    assert not folder.read_metrics()
 
 
 @pytest.mark.parametrize(

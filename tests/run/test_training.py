@@ -20,7 +20,7 @@ from craft_pipelines.anchors import build
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from craft_ray.config import Experiment, dump_config, parse_config
+from craft_ray.config import dump_config, parse_config
 from craft_ray.data.sample import Sample
 from craft_ray.data.sampler import StepSampler
 from craft_ray.data.source import open_source
@@ -40,6 +40,7 @@ from craft_ray.storage.last import last_checkpoint
 from craft_ray.tracking.tensorboard import TensorBoardObserver
 from craft_ray.workers import OneWorker
 from tests.support.experiments import ANSWERED, Digits
+from tests.support.runs import trained
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +48,6 @@ def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an anchor cache of the digits model."""
     folder = tmp_path_factory.mktemp("training")
     build(digits.experiment(folder), say=lambda _: None)
-    return folder
-
-
-def trained(config: Experiment, path: Path) -> RunFolder:
-    folder = RunFolder(path)
-    folder.begin(config, ["test"])
-    train(config, folder, OneWorker(), NullObserver())
     return folder
 
 

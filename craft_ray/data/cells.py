@@ -73,9 +73,10 @@ def text_of(value: Any, where: str, column: str, classes: Mapping[str, Sequence[
     if value is None or (isinstance(value, float | Decimal) and not math.isfinite(value)):
         raise DataError(f"{holds} {shown(value)}; fix or remove the row")
     if isinstance(value, bool) or not isinstance(value, NUMBERS + DATES):
+        turns = "; a conversation is named by columns.messages" if isinstance(value, list) else ""
         raise DataError(
             f"{holds} {shown(value)} ({_kind(value)}); text is expected: specify a column of text, or write the text "
-            f"that is meant into one"
+            f"that is meant into one{turns}"
         )
     if column in classes:
         return _class_name(value, holds, classes[column])

@@ -92,9 +92,10 @@ class HeldOut:
                 name = None if skill == "old" else skill
                 keep = self._kept_parts.get(name)
                 if keep is not None and score.value == 0:
+                    where = key_of(self._config, section, skill)
                     raise DataError(
-                        f"{self._config.keep_key(name)} {keep}: the teacher scores 0 on {key_of(self._config, section, skill)}, so no part of "
-                        f"it can be kept; use data that it can do, or hold L_ret to an epsilon_start"
+                        f"{self._config.keep_key(name)} {keep}: the teacher scores 0 on {where}, so no part of it can "
+                        f"be kept; use data that it can do, or hold L_ret to an epsilon_start"
                     )
 
     def validation(self) -> Record:

@@ -119,6 +119,6 @@ def price_lines(points: Sequence[Point], metric: str, targets: Sequence[float]) 
         least = "" if point.bound is None else f", at least {point.bound:.1%}"
         saved = "its checkpoint is there" if point.saved else "its checkpoint was not kept"
         yield (
-            f"keep {100 * keep:g}%: new {metric} {point.new:.3f}{relative}; {point.kept:.1%} kept{least} ({point.name}, "
-            f"step {point.step}; {saved})"
+            f"keep {100 * keep:g}%: new {metric} {point.new:.3f}{relative}; {point.kept:.1%} kept{least} "
+            f"({point.name}, step {point.step}; {saved})"
         )

@@ -39,22 +39,17 @@ def test_the_cheapest_point_keeps_enough_and_has_the_best_new_score(tmp_path: Pa
     run_at(sweep / "trials" / "1" / "seed0", [(9, 0.5, 0.9)])
     points, metric = points_of(runs_at([run, sweep]))
     assert len(points) == 5
-    found = {keep: cheapest(points, metric, keep) for keep in (0.9, 0.95, 0.99, 0.995)}
-    assert {keep: point and point.new for keep, point in found.items()} == {
-        0.9: 0.8,
-        0.95: 0.75,
-        0.99: 0.4,
-        0.995: None,
-    }
+    found = [cheapest(points, metric, keep) for keep in (0.9, 0.95, 0.99, 0.995)]
+    assert [point and point.new for point in found] == [0.8, 0.75, 0.4, None]
     (run / "checkpoints" / "step_00000009").mkdir(parents=True)
     lines = list(price_lines(points, metric, [0.9, 0.95, 0.995]))
     assert lines[0] == "best new exact_match of 5 validations: 0.900, at 50.0% kept (1/seed0, step 9)"
     assert lines[1] == (
-        "keep 90%: new exact_match 0.800, 88.9% of the best; 93.0% kept, at least 91.0% (run, step 9; its checkpoint is "
-        "there)"
+        "keep 90%: new exact_match 0.800, 88.9% of the best; 93.0% kept, at least 91.0% (run, step 9; its checkpoint "
+        "is there)"
     )
     assert "(0/seed0, step 9; its checkpoint was not kept)" in lines[2]
-    assert lines[3] == "keep 100%: no validation kept so much; the most is 99.0% at new 0.400"
+    assert lines[3] == "keep 99.5%: no validation kept so much; the most is 99.0% at new 0.400"
 
 
 def test_a_lower_perplexity_is_better(tmp_path: Path) -> None:

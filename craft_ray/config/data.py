@@ -32,7 +32,8 @@ def ending(path: str | PurePath) -> str:
 
 
 class Columns(Section):
-    """Names of the columns of a data source. A column that is not named is not read."""
+    """Names of the columns of a data source. A column that is not named is not read. `answer.text` is a value within a
+    column, and texts may be put together of several: `prompt: "{question}\n{context}"` (docs/data.md)."""
 
     id: str | None = None
     """Unique name of a sample. Default: the row number."""

@@ -171,8 +171,8 @@ class TableSource:
         except KeyError as error:
             part, column = error.args[0], column_of(reference, cells)
             raise DataError(
-                f"{where}: column '{column}' holds {shown(cells.get(column))}, which has no '{part}', and '{reference}' "
-                f"asks for it: fix or remove the row"
+                f"{where}: column '{column}' holds {shown(cells.get(column))}, which has no '{part}', and "
+                f"'{reference}' asks for it: fix or remove the row"
             ) from None
 
     def _conversation(self, cells: dict[str, Any], column: str, where: str) -> Conversation:

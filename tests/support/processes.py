@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import spawn
 
+from craft_ray.quiet import quiet_libraries
 from craft_ray.workers import ProcessGroup, Workers
 
 
@@ -26,6 +27,7 @@ def on_workers(count: int, function: Callable[..., Any], folder: Path, *argument
 
 def _worker(rank: int, count: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    quiet_libraries()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
     workers: Workers = ProcessGroup(torch.device("cpu"))
     torch.save(function(workers, *arguments), f"{folder}/{rank}.pt")

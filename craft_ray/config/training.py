@@ -69,22 +69,27 @@ class WorkersConfig(Section):
     def _shardable(self) -> Self:
         if self.sharding == "none":
             if self.shards:
-                raise ValueError(f"shards {self.shards} is for sharding hybrid, it is none: set it, or leave shards out")
+                raise ValueError(
+                    f"shards {self.shards} is for sharding hybrid, it is none: set it, or leave shards out"
+                )
             return self
         if self.least < 2:
             raise ValueError(
-                f"sharding {self.sharding} shares a model between workers, and num_workers is {self.count}: set it to 2 "
-                f"or more, or sharding=none"
+                f"sharding {self.sharding} shares a model between workers, and num_workers is {self.count}: set it to "
+                f"2 or more, or sharding=none"
             )
         if self.sharding == "full":
             if self.shards:
-                raise ValueError(f"shards {self.shards} is for sharding hybrid, it is full: set it, or leave shards out")
+                raise ValueError(
+                    f"shards {self.shards} is for sharding hybrid, it is full: set it, or leave shards out"
+                )
             return self
         for number in range(self.least, self.most + 1):
             if self.shards < 2 or number % self.shards or number == self.shards:
                 raise ValueError(
-                    f"sharding hybrid makes groups of shards={self.shards} workers out of num_workers={self.count}: set "
-                    f"shards to 2 or more, and num_workers to a multiple of it; for a single group set sharding=full"
+                    f"sharding hybrid makes groups of shards={self.shards} workers out of num_workers={self.count}: "
+                    f"set shards to 2 or more, and num_workers to a multiple of it; for a single group set "
+                    f"sharding=full"
                 )
         return self
 

@@ -116,9 +116,7 @@ class GradientPair:
             start = 0
             for i in group:
                 p, part = self.parameters[i], local[i]
-                views[i] = [
-                    as_shard(buffer[row, start : start + part.numel()].view_as(part), p) for row in range(rows)
-                ]
+                views[i] = [as_shard(buffer[row, start : start + part.numel()].view_as(part), p) for row in range(rows)]
                 start += part.numel()
         self.views = [[views[i][row] for i in range(len(named))] for row in range(rows)]
         self._reached = [False] * len(named)

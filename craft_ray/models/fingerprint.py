@@ -21,7 +21,7 @@ def weights_fingerprint(module: nn.Module) -> str:
     digest = blake3(max_threads=blake3.AUTO)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        data = whole(tensor.detach()).contiguous().cpu().flatten().view(torch.uint8)
+        data: Any = whole(tensor.detach()).contiguous().cpu().flatten().view(torch.uint8)
         digest.update(memoryview(data.numpy()))
     return digest.hexdigest()[:32]
 

@@ -322,9 +322,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         own_settings = self.module.generation_config
         self.module.generation_config = settings
         try:
-            return self.module.generate(
-                **inputs, **self._outputs, generation_config=settings, synced_gpus=self.sharded
-            )
+            return self.module.generate(**inputs, **self._outputs, generation_config=settings, synced_gpus=self.sharded)
         finally:
             self.module.generation_config = own_settings
 

@@ -71,9 +71,7 @@ def empty_module(auto_class: Any, config: ModelConfig, path: str) -> Any:
     """The module of a folder or hub model on the meta device, without its weights."""
     settings = AutoConfig.from_pretrained(path, **_options(config))
     with torch.device("meta"):
-        return auto_class.from_config(
-            settings, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
-        )
+        return auto_class.from_config(settings, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
 
 
 def _options(config: ModelConfig) -> dict[str, Any]:

@@ -200,8 +200,8 @@ def craft_of(config: Experiment, skill: str | None) -> CraftConfig:
 
 @torch.no_grad()
 def mean_loss(mode: RetentionMode[Any], rows: Sequence[int], batch_size: int, workers: Workers) -> float:
-    """L_ret over `rows`, which the workers share. Where they share the model, too, all make the same passes: one without
-    rows for the last repeats a row, which does not count."""
+    """L_ret over `rows`, which the workers share. Where they share the model, too, all make the same passes: one
+    without rows for the last repeats a row, which does not count."""
     parts = batches_of(rows[workers.rank :: workers.world_size], batch_size)
     most = len(batches_of(rows[:: workers.world_size], batch_size)) if mode.model.sharded else len(parts)
     sums = torch.zeros(2, dtype=torch.float64, device=workers.device)

@@ -42,6 +42,7 @@ class CheckpointWriter:
         started = time.monotonic()
         if model.sharded:
             self._write_sharded(model, state, gradients, optimizer)
+            self._folder.push_parts(f"step_{state.step:06d}", self._workers)
         elif self._workers.rank == 0:
             check = None if self._read_back else lambda folder: self._check(model, folder)
             save_checkpoint(self._folder.disk / "checkpoints", model, state, self._keep, check)
@@ -50,14 +51,13 @@ class CheckpointWriter:
         self._workers.gather(None)
         self._clock.saved(time.monotonic() - started)
 
-    def _write_sharded(
-        self, model: Model, state: TrainingState, gradients: GradientPair, optimizer: Optimizer
-    ) -> None:
+    def _write_sharded(self, model: Model, state: TrainingState, gradients: GradientPair, optimizer: Optimizer) -> None:
         """With all workers. At the last step it gets a `model` folder, and its weights are compared with those in
         memory."""
         last = state.step == self._config.train.steps
         folder = self._folder.disk / "checkpoints"
-        target = save_sharded(folder, model, state, gradients, optimizer, self._workers, self._keep, export=last)
+        apart = self._folder.home != self._folder.path
+        target = save_sharded(folder, model, state, gradients, optimizer, self._workers, self._keep, last, apart)
         if last:
             trained = model.weights_fingerprint()
             if self._workers.rank == 0:

@@ -36,7 +36,7 @@ from craft_ray.models.sharding import shard_of
 from craft_ray.run.checkpoint import TrainingState, checkpoint_step, load_training_state, state_file
 from craft_ray.storage.files import checksum, clear_leftovers, new_folder
 from craft_ray.storage.last import point_last
-from craft_ray.workers import Workers
+from craft_ray.workers import OneWorker, Workers
 
 SHARDS = "sharded"
 FILES = "files.json"
@@ -51,22 +51,26 @@ def save_sharded(
     workers: Workers,
     keep: int,
     export: bool,
+    apart: bool = False,
 ) -> Path:
     """Write a checkpoint with all workers, point `last` at it, and remove all but the latest `keep`.
 
     Args:
         state: its `optimizer` is the optimiser's state; the moments in it are written by name.
         export: whether the checkpoint gets a `model` folder.
+        apart: whether each worker has a `folder` of its own, and its part of the checkpoint in it (`RunMirror`).
 
     Raises:
         StorageError: a worker could not write its part. Earlier checkpoints are untouched.
     """
     target, main = folder / f"step_{state.step:06d}", workers.rank == 0
-    if main:
+    owner = main or apart
+    if owner:
         clear_leftovers(folder)
     with ExitStack() as stack:
-        own = stack.enter_context(new_folder(target)) if main else None
-        temporary: Path = workers.gather(own)[0]
+        own = stack.enter_context(new_folder(target)) if owner else None
+        first: Path = workers.gather(own)[0]
+        temporary = own or first
         with _writing(target):
             written = _write_parts(temporary, named_tensors(model, gradients, optimizer), workers)
             if export:
@@ -76,7 +80,7 @@ def save_sharded(
                 torch.save(vars(state) | {"optimizer": _without_moments(state.optimizer)}, state_file(temporary))
                 written |= _described(temporary, state_file(temporary))
                 (temporary / FILES).write_text(json.dumps(written, indent=1))
-    if main:
+    if owner:
         point_last(folder, target.name)
         for old in sorted(folder.glob("step_*"), key=checkpoint_step)[:-keep]:
             shutil.rmtree(old)
@@ -170,6 +174,18 @@ def check_exported(config: ModelConfig, precision: Precision, trained: str, fold
             f"this model does not fit its from_pretrained: choose another model or version of transformers; what was "
             f"trained is in {folder.parent / SHARDS}"
         )
+
+
+def whole_model(checkpoint: Path, config: ModelConfig, precision: Precision) -> Model:
+    """The model that a sharded checkpoint holds, in one process.
+
+    Raises:
+        StorageError: a file of it is missing or not what was written.
+    """
+    check_files(checkpoint, OneWorker())
+    model = load_model(config, precision)
+    read_parts(checkpoint, named_tensors(model))
+    return model
 
 
 def named_tensors(model: Model, gradients: GradientPair | None = None, optimizer: Optimizer | None = None) -> Any:

@@ -212,5 +212,5 @@ def test_a_checkpoint_without_its_list_of_files_is_refused(
 ) -> None:
     cut(OneWorker(), tmp_path / "run", world / "two" / "hidden", 2)
     (tmp_path / "run" / "checkpoints" / "step_000002" / FILES).unlink()
-    with pytest.raises(StorageError, match="files.json is missing or damaged"):
+    with pytest.raises(StorageError, match=r"files\.json is missing or damaged"):
         train(experiment(text_model, text_data, world), RunFolder(tmp_path / "run"), OneWorker(), NullObserver())

@@ -1,5 +1,4 @@
-"""`craft-ray merge`: the adapter of a run in the weights of its teacher, or the parts of a sharded checkpoint, as a plain
-folder."""
+"""`craft-ray merge`: a plain folder of a run, with its adapter in the weights of its teacher or its parts put together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`craft-ray merge`: a plain folder of a run, with its adapter in the weights of its teacher or its parts put together."""
+"""`craft-ray merge`: a plain folder of a run, its adapter in the weights of its teacher or its parts put together."""
 
 from __future__ import annotations
 

@@ -327,6 +327,27 @@ def test_a_value_that_is_not_valid(override: str, key: str, minimal: Path) -> No
             ["workers.use_gpu=true", "workers.resources_per_worker.GPU=1.5"],
             "workers: resources_per_worker takes 1.5 GPU: specify a fraction of one, or a whole number",
         ),
+        (
+            ["workers.sharding=full"],
+            "workers: sharding full shares a model between workers, and num_workers is 1: set it to 2",
+        ),
+        (
+            ["workers.sharding=full", "workers.num_workers=0"],
+            "workers: sharding full shares a model between workers, and num_workers is 0: set it to 2",
+        ),
+        (
+            ["workers.sharding=hybrid", "workers.num_workers=[2, 4]", "workers.shards=2"],
+            "workers: sharding hybrid makes groups of shards=2 workers out of num_workers=2 to 4",
+        ),
+        (["workers.shards=2"], "workers: shards 2 is for sharding hybrid, it is none"),
+        (
+            ["workers.sharding=full", "workers.num_workers=2", "adapter={}"],
+            "workers.sharding is full, but there is an adapter",
+        ),
+        (
+            ["workers.sharding=full", "workers.num_workers=2", "model.kind=lerobot"],
+            "workers.sharding is full, but model.kind is lerobot",
+        ),
     ],
 )
 def test_values_that_contradict_each_other(overrides: list[str], said: str, minimal: Path) -> None:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from craft_pipelines.anchors import build
+from craft_pipelines.evaluate import model_folder
+from craft_pipelines.merge import merge
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from craft_ray.config import Experiment, parse_config
-from craft_ray.errors import CraftError, StorageError
+from craft_ray.errors import ConfigError, CraftError, StorageError
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.mirror import mirrored_folder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.sharded_checkpoint import FILES
-from craft_ray.run.training import train
+from craft_ray.run.training import train, training
+from craft_ray.storage.paths import ObjectPath, copy_tree, storage_path
 from craft_ray.workers import OneWorker, Workers
 from tests.support.processes import on_workers
 
@@ -30,10 +36,13 @@ COLUMNS = {"id": "id", "prompt": "prompt", "response": "response"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "hidden": {},
     "hidden, every third step, accumulated": {"craft.retention_freq": 3, "train.accumulate": 2},
-    "token_ce, accumulated": {"craft.retention_mode": "token_ce", "train.accumulate": 2, "craft.epsilon_start": 1.0},
-    "one row": {"craft.use_grad_projection": False, "craft.log_angle": False, "craft.lambda_floor": 0.0},
+    "token_ce, accumulated, checkpointed": {
+        "craft.retention_mode": "token_ce",
+        "craft.epsilon_start": 1.0,
+        "train.accumulate": 2,
+        "model.gradient_checkpointing": True,
+    },
     "baseline": {"craft.enabled": False},
-    "checkpointed": {"model.gradient_checkpointing": True},
 }
 
 
@@ -44,6 +53,13 @@ def experiment(model: Path, data: Path, folder: Path, changes: Mapping[str, Any]
     def held_out(skill: str, metric: str) -> dict[str, Any]:
         source = {"path": str(data / f"{skill}_test.parquet"), "columns": COLUMNS, "limit": 7}
         return {"data": source, "metric": metric, "batch_size": 2}
+
+    rows = [
+        {"id": f"c{i}", "prompt": f"{i} is ", "response": "a", "choices": ["a", "bc", "def", "g"][: 2 + i % 3]}
+        for i in range(5)
+    ]
+    (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = {"path": str(folder / "choices.jsonl"), "columns": {**COLUMNS, "choices": "choices"}}
 
     tree = {
         "output_dir": str(folder / "runs"),
@@ -63,6 +79,7 @@ def experiment(model: Path, data: Path, folder: Path, changes: Mapping[str, Any]
             "projection_gate": "always",
         },
         "train": {"steps": STEPS, "batch_size": 4, "learning_rate": 2e-3, "check_minutes": 0, "checkpoint_every": 2},
+        "validation": {"new": {"data": chosen, "metric": "choice", "batch_size": 3}, "every": 2},
         "evaluation": {"old": held_out("old", "perplexity"), "new": held_out("new", "exact_match")},
         "workers": {"num_workers": 0},
     }
@@ -83,6 +100,22 @@ def all_of(workers: Workers, runs: dict[Path, Experiment]) -> None:
         run_of(workers, config, path)
 
 
+def as_two(workers: Workers, folder: Path, runs: dict[Path, Experiment]) -> list[str]:
+    """What two workers do in one process group: the runs, and the resumed and the damaged ones.
+
+    Returns:
+        What is said about each damaged checkpoint.
+    """
+    all_of(workers, runs)
+    return resuming(workers, folder, runs[folder / "two" / "hidden"])
+
+
+@pytest.fixture(scope="module")
+def messages(world: Path) -> list[list[str]]:
+    """What each of two workers said about the damaged checkpoints."""
+    return torch.load(world / "messages.pt")
+
+
 @pytest.fixture(scope="module")
 def world(text_model: Path, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a cache, and each variant trained by one worker and by two that share the model."""
@@ -93,7 +126,7 @@ def world(text_model: Path, text_data: Path, tmp_path_factory: pytest.TempPathFa
     }
     all_of(OneWorker(), one)
     two = {folder / "two" / path.name: config.changed(SHARDED) for path, config in one.items()}
-    on_workers(2, all_of, folder / "processes", two)
+    torch.save(on_workers(2, as_two, folder / "processes", folder, two), folder / "messages.pt")
     return folder
 
 
@@ -111,6 +144,8 @@ def test_two_workers_that_share_a_model_are_one(name: str, world: Path) -> None:
     for expected, found in zip(measured(one), measured(two), strict=True):
         assert alike(found, expected)
     torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=2e-5)
+    for expected, found in zip(*(RunFolder(path).read_validation() for path in (one, two)), strict=True):
+        assert alike(found, expected)
     expected, found = (json.loads((path / "result.json").read_text()) for path in (one, two))
     for part in ("old", "new", "retention"):
         assert alike(found.get(part) or {}, expected.get(part) or {})
@@ -178,22 +213,14 @@ def resuming(workers: Workers, folder: Path, config: Experiment) -> list[str]:
     return messages
 
 
-@pytest.fixture(scope="module")
-def messages(world: Path, text_model: Path, text_data: Path) -> list[list[str]]:
-    config = experiment(text_model, text_data, world, SHARDED)
-    return on_workers(2, resuming, world / "resuming", world, config)
-
-
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world: Path, messages: list[list[str]]) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world: Path) -> None:
     again, once = world / "again", world / "two" / "hidden"
     assert measured(again) == measured(once)
     for name, tensor in weights(once).items():
         assert torch.equal(weights(again)[name], tensor), name
 
 
-def test_another_number_of_workers_resumes_it(
-    world: Path, messages: list[list[str]], text_model: Path, text_data: Path
-) -> None:
+def test_another_number_of_workers_resumes_it(world: Path, text_model: Path, text_data: Path) -> None:
     """From two to one and from one to two: the formats differ, the run does not."""
     resumed(OneWorker(), world / "one of two", world / "two" / "hidden", experiment(text_model, text_data, world))
     for path in (world / "one of two", world / "two of one"):
@@ -214,3 +241,60 @@ def test_a_checkpoint_without_its_list_of_files_is_refused(
     (tmp_path / "run" / "checkpoints" / "step_000002" / FILES).unlink()
     with pytest.raises(StorageError, match=r"files\.json is missing or damaged"):
         train(experiment(text_model, text_data, world), RunFolder(tmp_path / "run"), OneWorker(), NullObserver())
+
+
+def test_the_parts_of_a_checkpoint_merge_into_a_plain_folder(world: Path, tmp_path: Path) -> None:
+    run = world / "two" / "hidden"
+    whole = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "last" / "model").state_dict()
+    source = tmp_path / "run"
+    shutil.copytree(run, source, symlinks=True)
+    shutil.rmtree(source / "checkpoints" / f"step_{STEPS:06d}" / "model")
+    with pytest.raises(ConfigError, match="craft-ray merge"):
+        model_folder(source)
+    merge(source, tmp_path / "merged", lambda _: None)
+    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+# -- four workers, other arithmetic, and a store
+
+
+def in_store(workers: Workers, home: str, config: Experiment) -> None:
+    """A run whose folder is in an object store, interrupted after its first checkpoint and resumed."""
+    for steps in (2, None):
+        folder = RunFolder(storage_path(home))
+        with mirrored_folder(folder, main=workers.rank == 0) as mirror:
+            with closing(training(config, mirror, workers, NullObserver())) as validations:
+                for record in validations:
+                    if record["step"] == steps:
+                        break
+
+
+def as_four(workers: Workers, folder: Path, config: Experiment) -> None:
+    hybrid = config.changed({"workers.num_workers": 4, "workers.sharding": "hybrid", "workers.shards": 2})
+    run_of(workers, hybrid, folder / "four" / "hybrid")
+    short = {"train.precision": "bf16", "craft.anchor_cache_dir": str(folder / "bf16")}
+    run_of(workers, hybrid.changed(short), folder / "four" / "bf16")
+
+
+@pytest.mark.slow
+def test_copies_of_shards_and_bfloat16(world: Path, text_model: Path, text_data: Path) -> None:
+    """Two copies of the model, each shared between two workers; FSDP's own bfloat16 beside autocast."""
+    config = experiment(text_model, text_data, world)
+    build(config.changed({"train.precision": "bf16", "craft.anchor_cache_dir": str(world / "bf16")}), lambda _: None)
+    on_workers(4, as_four, world / "processes of four", world, config)
+    torch.testing.assert_close(
+        weights(world / "four" / "hybrid"), weights(world / "one" / "hidden"), rtol=1e-3, atol=2e-5
+    )
+
+
+@pytest.mark.slow
+def test_a_run_in_a_store_is_the_one_on_a_disk(
+    world: Path, text_model: Path, text_data: Path, object_store: ObjectPath, tmp_path: Path
+) -> None:
+    home, config = object_store / tmp_path.name / "run", experiment(text_model, text_data, world, SHARDED)
+    RunFolder(home).begin(config, ["test"])
+    on_workers(2, in_store, tmp_path / "processes", str(home), config)
+    copy_tree(home / "checkpoints" / f"step_{STEPS:06d}" / "model", tmp_path / "model")
+    for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, weights(world / "two" / "hidden")[name]), name

@@ -72,8 +72,9 @@ LEROBOT = {
 }  # fmt: skip
 INSTEAD = (
     "columns.answer_index", "columns.messages", "columns.tools", "columns.skill", "skills", "craft.epsilon_decay",
+    "workers.sharding", "workers.shards",
 )  # fmt: skip
-"""Keys that another key of this list replaces."""
+"""Keys that another key of this list replaces or excludes."""
 REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task", "adapter.kind")
 """Keys without which a section is not valid, or is of another kind."""
 
@@ -362,6 +363,11 @@ def test_a_number_of_workers_is_a_range(minimal: Path) -> None:
         workers = config.workers
         assert (workers.least, workers.most, workers.count, workers.elastic) == (least, most, count, least < most)
         assert parse_config(yaml.safe_load(dump_config(config)), "again") == config
+
+
+def test_sharding_is_set_with_the_workers(minimal: Path) -> None:
+    config = load_config(minimal, ["workers.num_workers=4", "workers.sharding=hybrid", "workers.shards=2"])
+    assert (config.workers.sharding, config.workers.shards) == ("hybrid", 2)
 
 
 def test_a_baseline_ignores_the_anchors(minimal: Path) -> None:

@@ -263,11 +263,13 @@ def in_store(workers: Workers, home: str, config: Experiment) -> None:
     """A run whose folder is in an object store, interrupted after its first checkpoint and resumed."""
     for steps in (2, None):
         folder = RunFolder(storage_path(home))
-        with mirrored_folder(folder, main=workers.rank == 0) as mirror:
-            with closing(training(config, mirror, workers, NullObserver())) as validations:
-                for record in validations:
-                    if record["step"] == steps:
-                        break
+        with (
+            mirrored_folder(folder, main=workers.rank == 0) as mirror,
+            closing(training(config, mirror, workers, NullObserver())) as validations,
+        ):
+            for record in validations:
+                if record["step"] == steps:
+                    break
 
 
 def as_four(workers: Workers, folder: Path, config: Experiment) -> None:

@@ -270,6 +270,7 @@ def in_store(workers: Workers, home: str, config: Experiment) -> None:
             for record in validations:
                 if record["step"] == steps:
                     break
+        workers.gather(None)  # nothing is pushed any more when the next one pulls
 
 
 def as_four(workers: Workers, folder: Path, config: Experiment) -> None:

@@ -66,6 +66,7 @@ class Experiment(Section):
         self._check_adapter()
         self._check_skills()
         self._check_keep()
+        self._check_sharding()
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}"
@@ -163,6 +164,22 @@ class Experiment(Section):
             raise ValueError(
                 f"adapter.dropout is {self.adapter.dropout:g}, but model.disable_dropout turns dropout off, because "
                 f"anchors compare student and teacher: leave it out, or set model.disable_dropout=false"
+            )
+
+    def _check_sharding(self) -> None:
+        """Check that what is trained can be sharded."""
+        sharding = f"workers.sharding is {self.workers.sharding}"
+        if self.workers.sharding == "none":
+            return
+        if self.adapter is not None:
+            raise ValueError(
+                f"{sharding}, but there is an adapter: its frozen model would be gathered for every micro-batch, and "
+                f"what it trains is small; set workers.sharding=none"
+            )
+        if self.model.kind == "lerobot":
+            raise ValueError(
+                f"{sharding}, but model.kind is lerobot: its policies call parts of their layers directly, for which "
+                f"nothing gathers the weights; set workers.sharding=none"
             )
 
     def changed(self, changes: Mapping[str, Any]) -> Experiment:

@@ -43,8 +43,9 @@ class ScoredSet(Kind):
 
     metric: str
     """exact_match: the greedy answer equals the response; choice: the response is the likeliest of the choices;
-    perplexity: of the response, per token (lower is better); success: the fraction of `rollout`'s episodes in which
-    the policy succeeds."""
+    perplexity: of the response, per token (lower is better); token_accuracy: the fraction of the response's tokens
+    that are the likeliest after those before them; success: the fraction of `rollout`'s episodes in which the policy
+    succeeds."""
     batch_size: int = Field(64, ge=1)
     """Samples in one forward pass; for rollouts, episodes that run in parallel."""
 
@@ -52,10 +53,10 @@ class ScoredSet(Kind):
 class SampleEvalSet(ScoredSet):
     """A skill that is scored on held-out samples."""
 
-    tags: ClassVar[tuple[str, ...]] = ("exact_match", "choice", "perplexity")
+    tags: ClassVar[tuple[str, ...]] = ("exact_match", "choice", "perplexity", "token_accuracy")
     noun: ClassVar[str] = "held-out samples"
 
-    metric: Literal["exact_match", "choice", "perplexity"] = "exact_match"
+    metric: Literal["exact_match", "choice", "perplexity", "token_accuracy"] = "exact_match"
     data: DataConfig
     max_new_tokens: int = Field(16, ge=1)
     """Longest generated answer for exact_match."""

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Final
+from typing import Final, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,6 +42,7 @@ SOURCE_MODULES: Final = (
     "textwrap", "threading", "traceback", "typing", "uuid", "weakref",
 )  # fmt: skip
 
+Item = TypeVar("Item")
 SCHEMA: Final = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("response", pa.string())])
 
 
@@ -166,7 +167,7 @@ def chunks_of(documents: dict[str, str], split: str) -> Iterator[tuple[str, str]
                 yield f"{name}/{offset}", text[offset : offset + CHUNK_BYTES]
 
 
-def spread(items: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+def spread(items: Sequence[Item], count: int) -> list[Item]:
     """`count` items at equal distances, or all of them if there are fewer."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]

@@ -1,6 +1,6 @@
 """Held-out samples of the old skill on which a CRaFT arm and plain fine-tuning differ.
 
-For answers: those that plain fine-tuning got wrong and CRaFT got right, in the order of the data. For perplexity: those
+For answers: those that plain fine-tuning got wrong and CRaFT got right, in the order of the data. For texts: those
 whose loss per token differs most. A note says how many were chosen out of how many, and how many show the opposite.
 """
 
@@ -20,6 +20,7 @@ from craft_ray.report.arms import ARMS
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.wording import number
 from craft_ray.run.metrics import Record
+from craft_ray.run.scoring import OF_TEXT
 
 MOST_ANSWERS, MOST_TEXTS = 12, 6
 LONGEST_TEXT = 320
@@ -72,7 +73,7 @@ def examples(runs: Sequence[FinishedRun]) -> Examples | None:
     if isinstance(eval_set, RolloutEvalSet):
         return None
     predictions = _Predictions(plain, craft)
-    select = _texts if eval_set.metric == "perplexity" else _answers
+    select = _texts if eval_set.metric in OF_TEXT else _answers
     ids, note = select(predictions)
     samples, problem = _samples(eval_set, ids, predictions)
     chosen = [_example(predictions, id_, samples.get(id_)) for id_ in ids]

@@ -1,5 +1,5 @@
-"""Scores on held-out data: exact match of the greedy answer, choice by likelihood, perplexity of the response, and a
-policy's success in a simulator."""
+"""Scores on held-out data: exact match of the greedy answer, choice by likelihood, perplexity of the response and
+accuracy of its tokens, and a policy's success in a simulator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 
@@ -22,7 +22,9 @@ from craft_ray.models.capabilities import token_model
 from craft_ray.models.features import FeatureCache
 from craft_ray.workers import Workers
 
-HIGHER_IS_BETTER = {"exact_match": True, "choice": True, "perplexity": False, "success": True}
+HIGHER_IS_BETTER = {"exact_match": True, "choice": True, "perplexity": False, "token_accuracy": True, "success": True}
+OF_TEXT = ("perplexity", "token_accuracy")
+"""Metrics of a text as a whole, whose samples are neither right nor wrong."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes:
 
         return Rollouts(eval_set.rollout, f"{key}.rollout")
     source = open_source(eval_set.data, f"{key}.data")
-    if source.features is not None and eval_set.metric != "perplexity":
+    if source.features is not None and eval_set.metric not in OF_TEXT:
         raise ConfigError(
             f"{key}.metric is {eval_set.metric}, but {source.name} is a LeRobotDataset: its actions are scored by "
             f"perplexity, and a policy by success in a rollout"
@@ -154,7 +156,7 @@ class EvalData:
         if self.eval_set.metric == "choice":
             for choice in _choices(self.source[row]):
                 self.answered(row, choice)
-        elif self.eval_set.metric == "perplexity":
+        elif self.eval_set.metric in OF_TEXT:
             self.answered(row)
         else:
             self.question(row)
@@ -173,9 +175,7 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
     """Score a model; each worker takes its share of the samples, and all workers get the result."""
     model, eval_set = data.model, data.eval_set
     mine = range(workers.rank, len(data.of), workers.world_size)
-    score = {"exact_match": _exact_match, "choice": _choice, "perplexity": _perplexity, "success": _success}[
-        eval_set.metric
-    ]
+    score = {"exact_match": _exact_match, "choice": _choice, "success": _success}.get(eval_set.metric, _text)
     records = []
     with evaluating(model.module):
         for start in range(0, len(mine), eval_set.batch_size):
@@ -183,11 +183,16 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
             records += score(data, mine[start : start + eval_set.batch_size])
     shares = workers.gather(records)
     everyone = [shares[i % workers.world_size][i // workers.world_size] for i in range(len(data.of))]
-    if eval_set.metric == "perplexity":
+    if eval_set.metric in OF_TEXT:
         tokens = sum(record["tokens"] for record in everyone)
         if not tokens:
-            raise DataError(f"{data.of.name}: the responses hold no token to predict: perplexity needs at least one")
-        value = _perplexity_of(sum(record["nll"] for record in everyone) / tokens, data.of.name)
+            raise DataError(
+                f"{data.of.name}: the responses hold no token to predict: {eval_set.metric} needs at least one"
+            )
+        if eval_set.metric == "perplexity":
+            value = _perplexity_of(sum(record["nll"] for record in everyone) / tokens, data.of.name)
+        else:
+            value = sum(record["hits"] for record in everyone) / tokens
     else:
         value = sum(record["correct"] for record in everyone) / len(everyone)
     details = {}
@@ -220,9 +225,8 @@ def _choice(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
     size, found = data.eval_set.batch_size, [math.nan] * len(asked)
     for start in range(0, len(order), size):
         indices = order[start : start + size]
-        likelihoods = _log_likelihoods(data.model, [asked[index] for index in indices])
-        for index, (total, _) in zip(indices, likelihoods, strict=True):
-            found[index] = total
+        for index, one in zip(indices, _likelihoods(data.model, [asked[index] for index in indices]), strict=True):
+            found[index] = one.total
     totals, records = iter(found), []
     for sample in samples:
         choices, response = _choices(sample), sample.answer()
@@ -254,11 +258,11 @@ def _choices(sample: Sample) -> tuple[str, ...]:
     return choices
 
 
-def _perplexity(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
-    found = _log_likelihoods(data.model, [data.answered(row) for row in rows])
+def _text(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
+    found = _likelihoods(data.model, [data.answered(row) for row in rows])
     return [
-        {"id": data.source[row].id, "nll": -total, "tokens": count}
-        for row, (total, count) in zip(rows, found, strict=True)
+        {"id": data.source[row].id, "nll": -one.total, "tokens": one.tokens, "hits": one.hits}
+        for row, one in zip(rows, found, strict=True)
     ]
 
 
@@ -284,12 +288,21 @@ def _success(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
     return data.episodes.run(data.model, rows)
 
 
-def _log_likelihoods(model: Model, features: Sequence[Features]) -> list[tuple[float, int]]:
-    """Log-likelihood of each suffix in nats, and its number of tokens."""
+class _Likelihood(NamedTuple):
+    """Of a suffix: its log-likelihood in nats, its tokens, and how many of them are the most likely one where they
+    stand."""
+
+    total: float
+    tokens: int
+    hits: int
+
+
+def _likelihoods(model: Model, features: Sequence[Features]) -> list[_Likelihood]:
     batch = model.collate(features).to(model.device)
-    log_probs, _ = token_model(model).token_log_probs(batch)
-    counts = (batch.targets_BP != IGNORE).sum(1).tolist()
-    return list(zip(log_probs.double().sum(1).tolist(), counts, strict=True))
+    log_probs, best = token_model(model).token_log_probs(batch)
+    predicted = batch.targets_BP != IGNORE
+    columns = (log_probs.double().sum(1), predicted.sum(1), (best & predicted).sum(1))
+    return [_Likelihood(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _record(sample: Sample, prediction: str, response: str, correct: bool) -> dict[str, Any]:

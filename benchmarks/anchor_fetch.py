@@ -27,7 +27,7 @@ from craft_ray.data.source import open_source
 from craft_ray.examples import digits
 from craft_ray.models import load_model
 from craft_ray.quiet import quiet_libraries
-from craft_ray.retention.constraint import open_mode
+from craft_ray.retention.constraints import open_mode
 
 BATCH = 32
 REPEATS = 64

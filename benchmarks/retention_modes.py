@@ -23,7 +23,7 @@ from craft_ray.anchors.build import build_shard
 from craft_ray.config import Experiment
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
-from craft_ray.retention.constraint import open_mode
+from craft_ray.retention.constraints import open_mode
 
 TARGETS = {8192: ">= 1.25", 51200: ">= 2.5"}
 MODES = ("hidden", "token_ce")

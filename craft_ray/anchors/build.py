@@ -86,6 +86,7 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
         suffix_from=anchors.suffix_from if with_suffix else "none",
         max_new_tokens=anchors.max_new_tokens if with_suffix else 0,
         logits=logits,
+        skills=tuple(experiment.skills) or None,
         source=source.fingerprint,
         rows=len(source),
     )
@@ -163,7 +164,7 @@ def build_shard(teacher: Teacher, source: Source, rows: Sequence[int], path: Sto
 def write_shard(path: StoragePath, schema: CacheSchema, row_groups: Iterable[pa.Table]) -> None:
     """One Parquet file, which appears when it is complete."""
     arrow = schema.arrow()
-    packed = ("id", "prompt", "input_ids", "suffix")
+    packed = ("id", "prompt", "input_ids", "skill", "suffix")
     nested = [name for name in arrow.names if pa.types.is_list(arrow.field(name).type) and name not in packed]
     dense = [f"{name}.list.element.list.element" for name in nested]
     with (

@@ -52,17 +52,18 @@ class Identity(_Frozen):
     suffix_from: str
     max_new_tokens: int
     logits: StoredLogits | None = None
+    skills: tuple[str, ...] | None = None
+    """Names of the old skills that anchors belong to; None if they all belong to one without a name."""
     source: str
     """Hash of the anchor inputs."""
     rows: int
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without logits there is no entry of theirs, so that a cache keeps the fingerprint that it always had."""
+        """Without logits, or names of skills, there is no such entry: so a cache keeps the fingerprint that it always
+        had."""
         tree: dict[str, Any] = serialize(self)
-        if self.logits is None:
-            del tree["logits"]
-        return tree
+        return {key: value for key, value in tree.items() if key not in ("logits", "skills") or value is not None}
 
     @property
     def fingerprint(self) -> str:
@@ -79,8 +80,9 @@ class Identity(_Frozen):
     @property
     def schema(self) -> CacheSchema:  # type: ignore[override]  # hides a method that pydantic has deprecated
         return CacheSchema(
-            self.modes, self.positions, self.layers, self.hidden_size, self.dtype, self.inputs, self.logits
-        )
+            self.modes, self.positions, self.layers, self.hidden_size, self.dtype, self.inputs, self.logits,
+            with_skills=self.skills is not None,
+        )  # fmt: skip
 
 
 class Shard(_Frozen):

@@ -47,6 +47,7 @@ def select(folder: StoragePath, found: Identity, config: Experiment) -> tuple[tu
         CacheRefused: the cache lacks one of them, or this retention mode.
     """
     craft, layers, positions = config.craft, found.layers, found.positions
+    _check_contains(folder, "skills", list(config.skills), found.skills or ())
     _check_contains(folder, "mode", [craft.retention_mode], found.modes)
     if stores([craft.retention_mode], "vectors"):
         layers = _wanted_layers(config, found)

@@ -82,6 +82,7 @@ class AnchorSet:
         self._inputs = {
             name: Ragged(expanded / name, INT32 if name == "input_ids" else BYTES) for name in INPUTS[schema.inputs]
         }
+        self._skills = Ragged(expanded / "skill", BYTES) if schema.with_skills else None
         self._suffix = Ragged(expanded / "suffix", INT32) if schema.has_suffix else None
         self._hidden = {
             position: Ragged(expanded / hidden_column(position), NUMPY[schema.dtype], schema.vector_size)
@@ -111,6 +112,10 @@ class AnchorSet:
 
     def id(self, row: int) -> str:
         return self._ids[row].tobytes().decode()
+
+    def skill(self, row: int) -> str | None:
+        """The skill that an anchor belongs to; None in a cache of one skill without a name."""
+        return None if self._skills is None else self._skills[row].tobytes().decode()
 
     def sample(self, row: int) -> Sample:
         """The raw input of an anchor."""
@@ -144,9 +149,12 @@ class AnchorSet:
         (tokens, valid), (log_probs, _) = (column.gather(rows) for column in self._likeliest[position])
         return tokens.reshape(*valid.shape, -1), log_probs.reshape(*valid.shape, -1), valid
 
-    def split(self, holdout: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    def split(self, holdout: float, seed: int = 0, skill: str | None = None) -> tuple[list[int], list[int]]:
         """Rows to train on and rows held out, decided for each row by a hash of its id alone: it stays the same when
         anchors are added or reordered. So the held-out share is `holdout` on average.
+
+        Args:
+            skill: only the rows of this skill.
 
         Raises:
             CacheRefused: one of the two parts would be empty.
@@ -158,12 +166,15 @@ class AnchorSet:
 
         parts: tuple[list[int], list[int]] = ([], [])
         for row in range(len(self)):
-            parts[is_held(row)].append(row)
+            if skill is None or self.skill(row) == skill:
+                parts[is_held(row)].append(row)
         train, held = parts
         if not train or (holdout > 0 and not held):
+            of = "" if skill is None else f" of the skill {skill}"
             raise CacheRefused(
-                f"the cache in {self.folder} has {len(self)} anchors; holding out {holdout:.0%} leaves {len(train)} to "
-                f"train on and {len(held)} to validate on: add anchors, or change craft.anchor_holdout"
+                f"the cache in {self.folder} has {len(train) + len(held)} anchors{of}; holding out "
+                f"{holdout:.0%} leaves {len(train)} to train on and {len(held)} to validate on: add anchors, or change "
+                f"craft.anchor_holdout"
             )
         return train, held
 

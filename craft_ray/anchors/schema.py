@@ -5,6 +5,7 @@ image, prompt   the raw input                                           (inputs:
 image, prompt   images, one after the other, and the turns as JSON      (inputs: messages)
 frame, prompt   the observation of a robot as safetensors, and the task (inputs: frames)
 input_ids, pixel_values                                                 (inputs: tensors, imported caches)
+skill           string, which of several old skills the anchor belongs to (only with several)
 suffix          list<int32>, the suffix tokens                          (token_ce, or the position `suffix`)
 hidden_<pos>    list<fixed_size_list<float16|float32>[L * D]>, one entry for each vector of that position;
                 an entry is the vector at each cached layer, one after the other
@@ -108,6 +109,7 @@ class CacheSchema:
     inputs: str
     """`raw`, `messages`, `frames` or `tensors`."""
     logits: StoredLogits | None = None
+    with_skills: bool = False
 
     @property
     def has_hidden(self) -> bool:
@@ -135,6 +137,8 @@ class CacheSchema:
         else:
             seen = "frame" if self.inputs == "frames" else "image"
             fields += [pa.field(seen, pa.binary()), pa.field("prompt", pa.string())]
+        if self.with_skills:
+            fields.append(pa.field("skill", pa.string(), nullable=False))
         if self.has_suffix:
             fields.append(pa.field("suffix", pa.list_(pa.int32())))
         if self.has_hidden:

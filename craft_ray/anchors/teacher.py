@@ -63,6 +63,8 @@ class Teacher:
             columns["frame"] = [s.frame and s.frame.to_bytes() for s in samples]
         else:
             columns["image"] = [image for _, image in inputs]
+        if self.schema.with_skills:
+            columns["skill"] = [s.skill for s in samples]
         extended = prompts
         with evaluating(self.model.module):
             if self.schema.has_suffix:

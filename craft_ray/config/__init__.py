@@ -36,6 +36,7 @@ from craft_ray.config.paths import SQLITE, matching
 from craft_ray.config.plain_yaml import read_yaml
 from craft_ray.config.retention import AnchorsConfig, CraftConfig, LogitsConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
+from craft_ray.config.skills import SkillConfig, batch_sizes, scores_of
 from craft_ray.config.tracking import TrackingConfig
 from craft_ray.config.training import TrainConfig, WorkersConfig
 from craft_ray.config.types import ARMS, BOUND, MOST_VARIANTS, POSITIONS, Precision, Section
@@ -71,6 +72,7 @@ __all__ = [
     "RolloutEvalSet",
     "SampleEvalSet",
     "Section",
+    "SkillConfig",
     "SweepConfig",
     "TableData",
     "TextData",
@@ -79,6 +81,7 @@ __all__ = [
     "ValidationConfig",
     "WorkersConfig",
     "as_format",
+    "batch_sizes",
     "deciding_difference",
     "differences",
     "dump_config",
@@ -89,4 +92,5 @@ __all__ = [
     "parse_overrides",
     "read_yaml",
     "recognised",
+    "scores_of",
 ]

@@ -54,6 +54,8 @@ class Columns(Section):
     """The answers that `metric: choice` compares."""
     answer_index: str | None = None
     """Index of the right choice, from 0; replaces the response."""
+    skill: str | None = None
+    """Which of the config's `skills` an anchor belongs to."""
 
     @model_validator(mode="before")
     @classmethod

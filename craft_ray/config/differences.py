@@ -51,8 +51,10 @@ def _without_places(tree: dict[str, Any]) -> dict[str, Any]:
     del tree["output_dir"], tree["craft"]["anchor_cache_dir"], tree["task"]["path"]
     if tree["anchors"] is not None:
         tree["anchors"] = {key: tree["anchors"][key] for key in ("positions", "layers")}
-    for section in ("validation", "evaluation"):
-        for scored in tree[section].values():
+    for skill in tree["skills"].values():
+        del skill["anchors"]
+    for section in (tree["validation"], tree["evaluation"], *tree["skills"].values()):
+        for scored in section.values():
             if isinstance(scored, dict) and "data" in scored:
                 del scored["data"]["path"]
     return tree

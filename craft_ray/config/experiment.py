@@ -18,6 +18,7 @@ from craft_ray.config.overrides import apply_changes
 from craft_ray.config.paths import FolderPath
 from craft_ray.config.retention import AnchorsConfig, CraftConfig
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
+from craft_ray.config.skills import SkillConfig, SkillName, batch_sizes, check_sources
 from craft_ray.config.tracking import TrackingConfig
 from craft_ray.config.training import TrainConfig, WorkersConfig
 from craft_ray.config.types import ARMS, Section, Seed, VariantName
@@ -40,6 +41,9 @@ class Experiment(Section):
     task: DataConfig
     """Training data of the new skill."""
     anchors: AnchorsConfig | None = None
+    skills: dict[SkillName, SkillConfig] = {}
+    """Several old skills by name, each with a budget and a multiplier (docs/skills.md). Without this section there is
+    one."""
     craft: CraftConfig = CraftConfig()
     train: TrainConfig
     validation: ValidationConfig = ValidationConfig()
@@ -60,6 +64,7 @@ class Experiment(Section):
         self._check_batches()
         self._check_arms()
         self._check_adapter()
+        self._check_skills()
         self._check_keep()
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
@@ -81,25 +86,50 @@ class Experiment(Section):
                         f"{key} {size} does not divide over {number} workers{within} times {accumulate} micro-batches"
                     )
 
-    def _check_keep(self) -> None:
-        """Check that a stated part of the old skill is measured while the run trains."""
-        if self.craft.keep is None or not self.craft.enabled:
+    def _check_skills(self) -> None:
+        """Check that each old skill has anchors in one place, anchors in a batch, and held-out data of its own."""
+        if self.anchors is not None:
+            check_sources(self.skills, self.anchors.source)
+        if not self.skills:
             return
-        if self.validation.old is None:
-            raise ValueError(
-                f"craft.keep {self.craft.keep} is measured on validation data of the old skill: add validation.old"
-            )
-        if self.craft.epsilon_schedule != "constant":
-            raise ValueError(
-                f"craft.keep {self.craft.keep} moves epsilon by what validations measure, and craft.epsilon_schedule "
-                f"is {self.craft.epsilon_schedule}: leave one of them out"
-            )
-        if not 0 < self.validation.every < self.train.steps:
-            raise ValueError(
-                f"craft.keep {self.craft.keep} moves the budget at each validation, and validation.every is "
-                f"{self.validation.every} in a run of {self.train.steps} steps: set it to e.g. "
-                f"{max(self.train.steps // 10, 1)}"
-            )
+        batch_sizes(self.skills, self.craft.anchor_batch_size)
+        for section, old in (("validation", self.validation.old), ("evaluation", self.evaluation.old)):
+            if old is not None:
+                raise ValueError(
+                    f"{section}.old scores one old skill, and there is a section skills: move it to "
+                    f"skills.{next(iter(self.skills))}.{section}"
+                )
+
+    def kept_parts(self) -> dict[str | None, float]:
+        """What part of the teacher's score must be kept, by skill; None stands for the one skill of a config without
+        names. Skills that have only an epsilon are left out."""
+        if not self.skills:
+            return {} if self.craft.keep is None else {None: self.craft.keep}
+        parts = {name: self.craft.keep if skill.keep is None else skill.keep for name, skill in self.skills.items()}
+        return {name: keep for name, keep in parts.items() if keep is not None}
+
+    def keep_key(self, skill: str | None) -> str:
+        """The key that says what part of a skill must be kept."""
+        return "craft.keep" if skill is None or self.skills[skill].keep is None else f"skills.{skill}.keep"
+
+    def _check_keep(self) -> None:
+        """Check that a stated part of an old skill is measured while the run trains."""
+        for name, keep in self.kept_parts().items() if self.craft.enabled else ():
+            key = self.keep_key(name)
+            where = "validation.old" if name is None else f"skills.{name}.validation"
+            if (self.validation.old if name is None else self.skills[name].validation) is None:
+                raise ValueError(f"{key} {keep} is measured on validation data of the old skill: add {where}")
+            if self.craft.epsilon_schedule != "constant":
+                raise ValueError(
+                    f"{key} {keep} moves epsilon by what validations measure, and craft.epsilon_schedule is "
+                    f"{self.craft.epsilon_schedule}: leave one of them out"
+                )
+            if not 0 < self.validation.every < self.train.steps:
+                raise ValueError(
+                    f"{key} {keep} moves the budget at each validation, and validation.every is "
+                    f"{self.validation.every} in a run of {self.train.steps} steps: set it to e.g. "
+                    f"{max(self.train.steps // 10, 1)}"
+                )
 
     def _check_arms(self) -> None:
         """Check that the chosen arms exist and that the settings of each are valid."""

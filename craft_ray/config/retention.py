@@ -30,7 +30,8 @@ class LogitsConfig(Section):
 class AnchorsConfig(Section):
     """The samples that the teacher is run on, and which of its outputs are stored."""
 
-    source: DataConfig
+    source: DataConfig | None = None
+    """The inputs of the old skill. Several skills may have one each instead (section `skills`)."""
     modes: Annotated[tuple[RetentionMode, ...], AfterValidator(distinct)] = ("hidden", "token_ce")
     """`hidden` stores hidden states, `token_ce` the teacher's own greedily generated suffix tokens, `logits` the
     teacher's most likely next tokens."""

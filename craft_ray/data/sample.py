@@ -25,6 +25,8 @@ class Sample:
     frame: Frame | None = None
     conversation: Conversation | None = None
     """What a model reads in place of `prompt`, `image` and `response`."""
+    skill: str | None = field(default=None, compare=False)
+    """Which of several old skills an anchor belongs to."""
     origin: str | None = field(default=None, compare=False)
     """The file and the row, where they are known."""
 

@@ -181,7 +181,7 @@ def _read(config: TableData, files: Mapping[Path, str], content: str) -> Table:
 def _reading_settings(config: TableData) -> str:
     """The settings by which rows are read, as text. Caches and runs are identified by its hash: so it stays as when
     every source had all of them, and an unused key leaves it as it was before that key existed."""
-    unused = {name for name in ("answer_index", "messages", "tools") if getattr(config.columns, name) is None}
+    unused = {name for name in ("answer_index", "messages", "tools", "skill") if getattr(config.columns, name) is None}
     how = {
         "split": config.split,
         "revision": config.revision if isinstance(config, HuggingFaceData) else None,

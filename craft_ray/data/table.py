@@ -157,6 +157,7 @@ class TableSource:
             response=response,
             choices=choices,
             conversation=conversation,
+            skill=None if columns.skill is None else text(columns.skill),
             origin=where,
         )
 
@@ -177,7 +178,8 @@ def named_columns(columns: Columns) -> list[str]:
 
 def text_columns(columns: Columns) -> list[str]:
     """The columns whose cells become text."""
-    return list(dict.fromkeys(filter(None, (columns.id, columns.prompt, columns.response, columns.choices))))
+    named = (columns.id, columns.prompt, columns.response, columns.choices, columns.skill)
+    return list(dict.fromkeys(filter(None, named)))
 
 
 def check_columns(columns: Columns, present: Sequence[str], path: str, key: str) -> None:

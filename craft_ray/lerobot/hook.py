@@ -41,8 +41,7 @@ from craft_ray.lerobot.kinds import policy_of
 from craft_ray.lerobot.policy import LeRobotPolicy
 from craft_ray.lerobot.tokenizers import complete_processor_config
 from craft_ray.method.gradients import GradientPair
-from craft_ray.retention.constraint import Constraint, open_mode
-from craft_ray.retention.update import update
+from craft_ray.retention.constraints import Constraints, open_constraints
 from craft_ray.run.optimization import seed_step
 from craft_ray.workers import OneWorker, ProcessGroup, Workers
 
@@ -98,7 +97,7 @@ class _Opened:
 
     workers: Workers
     model: LeRobotPolicy
-    constraint: Constraint
+    constraints: Constraints
     gradients: GradientPair
 
 
@@ -150,8 +149,8 @@ class CraftUpdate:
         forget_state(checkpoint_dir)
         own(checkpoint_dir=checkpoint_dir, **named)
         complete_processor_config(checkpoint_dir / PRETRAINED_MODEL_DIR)  # so that LeRobot loads it on resume
-        constraint, reached = self._opened.constraint.state_dict(), self._opened.gradients.reached
-        save_state(checkpoint_dir, CraftState(accumulated(), constraint, reached))
+        constraints, reached = self._opened.constraints.state_dicts(), self._opened.gradients.reached
+        save_state(checkpoint_dir, CraftState(accumulated(), constraints, reached))
 
     def _open(self, policy: Any, processes: int) -> _Opened:
         """Open the cache for the policy as the loop made it: the teacher, unless the run is resumed."""
@@ -160,17 +159,17 @@ class CraftUpdate:
         workers = OneWorker(device) if processes == 1 else ProcessGroup(device)
         model = policy_of(config.model, config.train.precision, device, folder_around(config.model, policy))
         teacher = model.weights_fingerprint() if resumed is None else None
-        constraint = Constraint(config, open_mode(config, model, teacher), workers)
+        constraints = open_constraints(config, model, teacher, workers)
         if resumed is None:
-            constraint.check_untouched()
+            constraints.check_untouched()
         else:
-            constraint.load_state_dict(resumed.constraint)
-        for line in constraint.described() if workers.rank == 0 else ():
+            constraints.load_state_dicts(resumed.constraints)
+        for line in constraints.described() if workers.rank == 0 else ():
             logger.info(line)  # LeRobot's loop prints what is logged
         gradients = GradientPair(policy.named_parameters())
         if resumed is not None:
             gradients.restore_reached(resumed.reached)
-        return _Opened(workers, model, constraint, gradients)
+        return _Opened(workers, model, constraints, gradients)
 
     def __call__(
         self,
@@ -214,7 +213,7 @@ class CraftUpdate:
     ) -> dict[str, float]:  # fmt: skip
         """Take a step (from 0), and enter what it measured in LeRobot's log."""
         assert self._opened is not None
-        constraint, workers = self._opened.constraint, self._opened.workers
+        constraints, workers = self._opened.constraints, self._opened.workers
 
         def task_loss(part: _TaskBatch) -> Tensor:
             with accelerator.autocast():
@@ -222,23 +221,22 @@ class CraftUpdate:
             return loss
 
         seed_step(self.experiment.seed, step, workers.rank)
-        anchors = constraint.batches(step)
-        metrics = update(
+        anchors = constraints.batches(step)
+        metrics = constraints.update(
             task_loss,
             task,
-            [constraint],
             None if anchors is None else [part.to(workers.device) for part in anchors],
             step,
             optimizer=optimizer,
             gradients=self._opened.gradients,
-            workers=workers,
             max_norm=max_norm if max_norm > 0 else None,
         )
+        epsilons = constraints.epsilons(step)
         record = {
             "task_loss": float(metrics.task_loss),
             "retention_loss": float(metrics.retention_loss),
             "lambda": float(metrics.multiplier),
-            "epsilon": constraint.epsilon(step),
+            "epsilon": epsilons[0] if len(epsilons) == 1 else math.nan,
             "dot": float(metrics.dot),
             "cos": float(metrics.cos),
             "weight": float(metrics.weight),

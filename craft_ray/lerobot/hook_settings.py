@@ -25,9 +25,9 @@ def check_experiment(experiment: Experiment) -> None:
     """
     if not experiment.craft.enabled or experiment.craft.anchor_cache_dir is None:
         raise ConfigError("craft_updates needs craft.enabled and craft.anchor_cache_dir: build a cache and name it")
-    if experiment.craft.keep is not None:
+    for skill, keep in experiment.kept_parts().items():
         raise ConfigError(
-            f"craft.keep {experiment.craft.keep} follows validations, and LeRobot's loop runs none: hold L_ret to "
+            f"{experiment.keep_key(skill)} {keep} follows validations, and LeRobot's loop runs none: hold L_ret to "
             f"craft.epsilon_start, or train with craft-ray train"
         )
     if experiment.model.merge_statistics:

@@ -24,8 +24,8 @@ class CraftState:
 
     accumulated: int
     """Batches of LeRobot's loop that make one step of CRaFT."""
-    constraint: dict[str, Any]
-    """`Constraint.state_dict`: the multiplier, and which cache it belongs to."""
+    constraints: list[dict[str, Any]]
+    """`Constraints.state_dicts`: the multipliers, and which cache they belong to."""
     reached: list[bool]
     """Which parameters have had a gradient so far."""
 
@@ -66,7 +66,10 @@ def load_state(checkpoint: Path, accumulated: int) -> CraftState:
     """
     file = state_file(checkpoint)
     try:
-        state = CraftState(**torch.load(file, map_location="cpu", weights_only=True))
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if "constraint" in content:  # written when there was always one
+            content["constraints"] = [content.pop("constraint")]
+        state = CraftState(**content)
     except FileNotFoundError:
         raise ConfigError(
             f"the checkpoint {checkpoint} has no {file.relative_to(checkpoint)}: it was saved without craft_updates, "

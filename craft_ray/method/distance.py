@@ -23,7 +23,12 @@ TINY = 1e-12
 
 
 def hidden_loss(student: Vectors, teacher: Vectors, loss_type: str = "relative_mse") -> Tensor:
-    """Distance of the student's vectors from the teacher's, a float32 scalar.
+    """Mean distance of the student's vectors from the teacher's, a float32 scalar; errors as in `hidden_losses`."""
+    return hidden_losses(student, teacher, loss_type).mean()
+
+
+def hidden_losses(student: Vectors, teacher: Vectors, loss_type: str = "relative_mse") -> Tensor:
+    """Distance of each sample's vectors from the teacher's, [B] in float32.
 
     Raises:
         ValueError: the shapes differ, or the name of the loss is unknown.
@@ -47,4 +52,4 @@ def hidden_loss(student: Vectors, teacher: Vectors, loss_type: str = "relative_m
         raise ValueError(f"unknown loss_type '{loss_type}': relative_mse, mse, cosine or l1")
     valid_BV = teacher.valid_BV
     per_vector_BV = torch.where(valid_BV, distance_BLV.mean(1), 0.0)
-    return (per_vector_BV.sum(1) / valid_BV.sum(1)).mean()
+    return per_vector_BV.sum(1) / valid_BV.sum(1)

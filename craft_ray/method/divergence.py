@@ -45,12 +45,17 @@ def class_log_probs(logits_NV: Tensor, tokens_NK: Tensor, temperature: float) ->
 
 def divergence(student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
     """KL(teacher || student) of normalised log-probabilities, in nats, the mean over N: a float32 scalar."""
+    return divergences(student_NC, teacher_NC).mean()
+
+
+def divergences(student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
+    """KL(teacher || student) at each position, [N] in nats."""
     p_NC, d_NC = teacher_NC.exp(), student_NC - teacher_NC
     near_NC = d_NC.abs() < 1
     # The exponential of a large d overflows where p is tiny, and its gradient counts even where it is not selected.
     small_NC = d_NC.where(near_NC, 0.0)
     terms_NC = torch.where(near_NC, p_NC * (small_NC.expm1() - small_NC), student_NC.exp() - p_NC - p_NC * d_NC)
-    return terms_NC.sum(1).mean()
+    return terms_NC.sum(1)
 
 
 def squared_surprise(log_probs_NC: Tensor) -> float:

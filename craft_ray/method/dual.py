@@ -13,6 +13,7 @@ it there (measured in docs/method.md).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,8 @@ def epsilon_reached(steps: int, craft: CraftConfig) -> float:
 
 @dataclass(frozen=True)
 class DualState:
-    """The multiplier's state between two retention steps: float64 scalars on the device."""
+    """The multiplier's state between two retention steps: float64 on the device, scalars for one constraint, [S] for
+    those of S constraints together."""
 
     multiplier: Tensor
     integral: Tensor
@@ -70,6 +72,15 @@ class DualState:
 
         return cls(scalar(craft.initial_lambda), scalar(craft.initial_lambda), scalar(0.0), scalar(0.0))
 
+    @classmethod
+    def together(cls, states: Sequence[DualState]) -> DualState:
+        """The states of several constraints as one, [S]."""
+        return cls(*(torch.stack([getattr(state, field.name) for state in states]) for field in fields(cls)))
+
+    def apart(self) -> list[DualState]:
+        """The states that `together` joined."""
+        return [DualState(*parts) for parts in zip(*(getattr(self, f.name) for f in fields(self)), strict=True)]
+
     @property
     def mean_loss(self) -> Tensor:
         """The running mean of L_ret; NaN before the first value."""
@@ -82,7 +93,7 @@ class DualState:
         weight = beta * self.weight + (1 - beta)
         return DualState(self.multiplier, self.integral, moment, weight)
 
-    def ascend(self, epsilon: float, craft: CraftConfig) -> DualState:
+    def ascend(self, epsilon: float | Tensor, craft: CraftConfig) -> DualState:
         """The state after one step of dual ascent on the violation of the observed mean."""
         mean = self.mean_loss
         violation = mean / epsilon - 1 if craft.violation == "relative" else mean - epsilon

@@ -37,6 +37,13 @@ class Counted(Protocol):
     def count(self) -> int: ...
 
 
+class Parted(Protocol):
+    """A micro-batch with terms of several losses, which knows how many of each it has."""
+
+    @property
+    def counts_S(self) -> Tensor: ...
+
+
 class AllReduce(Protocol):
     """Sums a tensor over the workers, in place. With one worker there is nothing to do."""
 
@@ -142,6 +149,44 @@ class GradientPair:
             losses.append(loss.detach().float())
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         return self._mean_over_workers(row, loss, total, workers)
+
+    def backward_parts(
+        self,
+        row: int,
+        sums_of: Callable[[Any], Tensor],
+        micro_batches: Sequence[Parted],
+        weights_S: Tensor,
+        workers: AllReduce,
+    ) -> Tensor:
+        """Fill a row with the gradient of sum_i w_i L_i, in one backward pass a micro-batch however many losses there
+        are. L_i is the mean over its own terms in all micro-batches of all workers.
+
+        Args:
+            sums_of: from a micro-batch to the sum of each loss's terms, [S].
+            weights_S: w, on the device.
+
+        Returns:
+            The losses L, [S], detached in float32 on the device.
+
+        Raises:
+            ModelError: no loss depends on a parameter.
+        """
+        self._start(row)
+        counts_S = torch.stack([batch.counts_S for batch in micro_batches]).sum(0, dtype=torch.float64)
+        if workers.world_size > 1:
+            workers.all_reduce(counts_S)
+        counts_S = counts_S.clamp(min=1)  # a loss without a term in this batch is 0
+        total_S = torch.zeros_like(counts_S)
+        factors_S = weights_S / counts_S
+        for batch in micro_batches:
+            sums_S = self._trained(sums_of(batch), row)
+            (sums_S * factors_S.to(sums_S.dtype)).sum().backward()
+            total_S += sums_S.detach()
+        if workers.world_size > 1:
+            workers.all_reduce(total_S)
+            for buffer in self.buffers:
+                workers.all_reduce(buffer[row])
+        return (total_S / counts_S).float()
 
     def backward_sum(
         self, terms: Sequence[tuple[Tensor | float, Callable[[Any], Tensor], Sequence[Counted]]], workers: AllReduce

@@ -11,7 +11,9 @@
     lambda  <- clip(lambda + eta (L/epsilon_t - 1), 0, lambda_max)
 
 The retention gradient is computed every K-th step and counts K times, once for each of them: so the Lagrangian that is
-descended on average, and with it the meaning of lambda, does not depend on K. With the violation bounded (dual.py),
+descended on average, and with it the meaning of lambda, does not depend on K. Several constraints have L, epsilon and
+lambda of their own, and share one backward pass: with Lambda = sum_i lambda_i, g_r is the gradient of
+sum_i (lambda_i / Lambda) L_i, and is merged with Lambda. With the violation bounded (dual.py),
 lambda neither diverges nor runs to its cap; docs/method.md has measurements of the alternatives.
 
 Without the projection, the floor, and the angle in the log (`compares_gradients`), nothing needs the two gradients
@@ -59,6 +61,9 @@ class StepMetrics:
     """Whether the cosine is below the threshold."""
     projected: Tensor
     """Whether the conflict was projected away; the gate decides."""
+    skills_2S: Tensor | None = None
+    """Of several constraints, each one's L_ret and lambda. `retention_loss` is then the mean that was descended, and
+    `multiplier` the sum."""
 
 
 def task_step(
@@ -86,23 +91,25 @@ def craft_step(
     task_loss: Loss,
     task: Sequence[Counted],
     retention_loss: Loss,
-    anchors: Sequence[Counted] | None,
+    anchors: Sequence[Any] | None,
     state: DualState,
-    epsilon: float,
+    epsilon: float | Tensor,
     *,
     craft: CraftConfig,
     optimizer: Optimizer,
     gradients: GradientPair,
     workers: AllReduce,
     max_norm: float | None,
-    noise_floor: float = 0.0,
+    noise_floor: float | Tensor = 0.0,
 ) -> tuple[DualState, StepMetrics]:
     """One step of the constrained problem above.
 
     Args:
-        task_loss, retention_loss: from a micro-batch to its mean loss.
+        task_loss, retention_loss: from a micro-batch to its mean loss; with several constraints `retention_loss` gives
+            the sums of their terms, [S].
         task, anchors: the micro-batches of this worker; `anchors` is None between two retention steps.
-        epsilon: the budget at this step.
+        state: of the constraint, or of several together.
+        epsilon: the budget at this step, or the budgets [S].
         max_norm: the merged gradient is clipped to it, once.
         noise_floor: L_ret up to this is the cache's rounding error, and its gradient has no meaningful direction.
 
@@ -114,9 +121,10 @@ def craft_step(
             task_loss, task, optimizer=optimizer, gradients=gradients, workers=workers, max_norm=max_norm
         )
         nan = loss.new_full((), torch.nan)
-        return state, StepMetrics(loss, norm, nan, state.multiplier, nan, nan, nan, nan, nan)
+        return state, StepMetrics(loss, norm, nan, state.multiplier.sum(), nan, nan, nan, nan, nan)
 
-    if not compares_gradients(craft):
+    several = state.multiplier.ndim > 0
+    if not compares_gradients(craft) and not several:
         a, b = surgery.merge(craft.projection_mode, state.multiplier)
         retention = (craft.retention_freq * b, retention_loss, anchors)
         loss, l_ret = gradients.backward_sum([(a, task_loss, task), retention], workers)
@@ -128,17 +136,22 @@ def craft_step(
         return following, StepMetrics(loss, norm, l_ret, following.multiplier, b, nan, nan, nan, nan)
 
     loss = gradients.backward(TASK, task_loss, task, workers)
-    l_ret = gradients.backward(RETENTION, retention_loss, anchors, workers)
+    if several:
+        shares = part_of_sum(state.multiplier)
+        l_ret = gradients.backward_parts(RETENTION, retention_loss, anchors, shares, workers)
+    else:
+        l_ret = gradients.backward(RETENTION, retention_loss, anchors, workers)
     state = state.observe(l_ret, craft)
 
     gram = gradients.gram()
-    directed = l_ret > noise_floor
+    directed = (l_ret > noise_floor).any()
     cos = torch.where(directed, gram.cos, torch.nan)
     conflict = cos < craft.conflict_threshold
     projected = conflict & gate(state, epsilon, craft)
 
     removed = surgery.projection(gram, projected)
-    floored = torch.where(directed, surgery.floored(state.multiplier, gram, craft.lambda_floor), state.multiplier)
+    multiplier = state.multiplier.sum()
+    floored = torch.where(directed, surgery.floored(multiplier, gram, craft.lambda_floor), multiplier)
     a, b = surgery.merge(craft.projection_mode, floored)
     c = craft.retention_freq * b - a * removed
     norm = surgery.merged_norm(gram, a, c)
@@ -148,7 +161,16 @@ def craft_step(
     gradients.assign_grads(workers)
     optimizer.step()
     state = state.ascend(epsilon, craft)
-    return state, StepMetrics(loss, norm, l_ret, state.multiplier, b, gram.dot, cos, conflict, projected)
+    skills, mean = None, l_ret
+    if several:
+        skills, mean = torch.stack([l_ret.double(), state.multiplier]), (shares * l_ret).sum()
+    return state, StepMetrics(loss, norm, mean, state.multiplier.sum(), b, gram.dot, cos, conflict, projected, skills)
+
+
+def part_of_sum(multiplier_S: Tensor) -> Tensor:
+    """lambda_i / sum_j lambda_j; equal parts while all are 0, so that a floor holds every skill."""
+    total = multiplier_S.sum()
+    return torch.where(total > 0, multiplier_S / total, 1 / len(multiplier_S))
 
 
 def compares_gradients(craft: CraftConfig) -> bool:
@@ -156,14 +178,14 @@ def compares_gradients(craft: CraftConfig) -> bool:
     return craft.use_grad_projection or craft.log_angle or craft.lambda_floor > 0
 
 
-def gate(state: DualState, epsilon: float, craft: CraftConfig) -> Tensor:
-    """Whether a conflict is projected away.
+def gate(state: DualState, epsilon: float | Tensor, craft: CraftConfig) -> Tensor:
+    """Whether a conflict is projected away; with several budgets, whether one of them is exceeded.
 
     At an active constraint the two gradients are exactly opposed, and a projection that is always on deletes what
     lambda has to balance; `violated` projects only while the budget is exceeded.
     """
     if not craft.use_grad_projection:
-        return torch.zeros_like(state.multiplier, dtype=torch.bool)
+        return state.multiplier.new_zeros((), dtype=torch.bool)
     if craft.projection_gate == "always":
-        return torch.ones_like(state.multiplier, dtype=torch.bool)
-    return state.mean_loss > epsilon
+        return state.multiplier.new_ones((), dtype=torch.bool)
+    return (state.mean_loss > epsilon).any()

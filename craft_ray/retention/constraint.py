@@ -1,7 +1,8 @@
 """A constraint holds one old skill: L_ret(theta) <= epsilon on its anchors.
 
 It owns everything that belongs to the skill: the cached anchors, which of them are held out, the order in which the
-others are drawn, the budget and its multiplier, and the certificate at the end.
+others are drawn, the budget and its multiplier, and the certificate at the end. All constraints of a run are in
+`craft_ray/retention/constraints.py`.
 """
 
 from __future__ import annotations
@@ -12,19 +13,13 @@ from typing import Any
 
 import torch
 
-from craft_ray.anchors.manifest import read_manifest
-from craft_ray.anchors.matching import check_model, select
-from craft_ray.anchors.reader import open_anchors
-from craft_ray.config import Experiment
+from craft_ray.config import CraftConfig, Experiment, batch_sizes, scores_of
 from craft_ray.data.sampler import StepSampler
 from craft_ray.errors import CacheRefused, DataError
 from craft_ray.method.dual import DualState, epsilon_at, epsilon_reached
-from craft_ray.models.base import Model, evaluating
-from craft_ray.models.features import FeatureCache
-from craft_ray.retention import mode_named
+from craft_ray.models.base import evaluating
 from craft_ray.retention.keep import KeptShare
-from craft_ray.retention.mode import Opening, RetentionMode, Terms, batches_of
-from craft_ray.storage.paths import storage_path
+from craft_ray.retention.mode import RetentionMode, batches_of
 from craft_ray.workers import Workers
 
 ANCHOR_STREAM = 1
@@ -32,51 +27,33 @@ ANCHOR_STREAM = 1
 STEP0_ANCHORS = 64
 
 
-def open_mode(
-    config: Experiment, model: Model, teacher_weights: str | None, features: FeatureCache | None = None
-) -> RetentionMode[Any]:
-    """The retention mode of a run on its cache, after every check that the cache's identity allows.
-
-    Args:
-        teacher_weights: hash of the untouched student's weights; None on resume, where the student is no longer the
-            teacher and the checkpoint names the cache instead.
-        features: preprocessed anchors of earlier runs in this process.
-
-    Raises:
-        CacheRefused: the cache belongs to another teacher or preprocessor, or lacks what the config asks for.
-        ConfigError: the model cannot be held to such anchors.
-    """
-    craft = config.craft
-    assert craft.anchor_cache_dir is not None
-    folder = storage_path(craft.anchor_cache_dir)
-    manifest = read_manifest(folder)
-    check_model(folder, manifest.identity, config, model, teacher_weights)
-    layers, positions = select(folder, manifest.identity, config)
-    if craft.enabled:
-        model.check_anchors([craft.retention_mode], positions)
-    anchors = open_anchors(folder, manifest)
-    run = Opening(craft, model, anchors, layers, positions, features or FeatureCache())
-    return mode_named(craft.retention_mode).open(run)
-
-
 class Constraint:
     """One old skill. With `craft.enabled` off it is only measured: it has no multiplier, and training takes no batches.
 
     Args:
-        mode: how the skill's loss is measured, on its cache.
+        mode: how the skill's loss is measured, on a cache that it may share with other skills.
+        skill: its name, where a config names several.
+        stream: gives it an order of its own under the run's seed.
     """
 
-    def __init__(self, config: Experiment, mode: RetentionMode[Any], workers: Workers) -> None:
-        self.craft = config.craft
+    def __init__(
+        self,
+        config: Experiment,
+        mode: RetentionMode[Any],
+        workers: Workers,
+        skill: str | None = None,
+        stream: int = ANCHOR_STREAM,
+    ) -> None:
+        self.skill = skill
+        self.craft = craft_of(config, skill)
         self.mode = mode
         self.fingerprint = mode.anchors.fingerprint
-        self.train_rows, self.heldout_rows = mode.anchors.split(self.craft.anchor_holdout)
+        self.train_rows, self.heldout_rows = mode.anchors.split(self.craft.anchor_holdout, skill=skill)
         self.dual = DualState.start(self.craft, workers.device) if self.craft.enabled else None
         self.share = None if self.craft.keep is None else KeptShare(self.craft.keep, self.craft.epsilon_start)
         self._workers = workers
         self._steps = config.train.steps
-        self._micro_batches = config.train.accumulate
-        self._sampler = StepSampler(len(self.train_rows), self.craft.anchor_batch_size, config.seed, ANCHOR_STREAM)
+        self._sampler = StepSampler(len(self.train_rows), self.craft.anchor_batch_size, config.seed, stream)
         self._heldout: tuple[int, float] | None = None
         self.noise_floor = mode.noise_floor(self.train_rows[:STEP0_ANCHORS])
 
@@ -98,42 +75,30 @@ class Constraint:
                 rows = self.train_rows[:STEP0_ANCHORS]
                 self.share.start(mean_loss(self.mode, rows, self.craft.anchor_batch_size, self._workers))
 
-    def described(self) -> list[str]:
-        """A line each about the retention mode, the anchors and the method's settings; and one about a budget that the
-        run does not reach."""
+    def budget(self) -> str:
+        """The budget in words."""
         craft = self.craft
-        budget = f"ε {craft.epsilon_schedule} {craft.epsilon_start:g}"
-        if craft.epsilon_final != craft.epsilon_start:
-            budget += f" to {craft.epsilon_final:g}"
         if craft.keep is not None:
-            budget = f"keep {craft.keep:.0%} of the old skill, ε from {craft.epsilon_start:g}"
-        surgery = "projection off"
-        if craft.use_grad_projection:
-            surgery = f"projection {craft.projection_gate} below cosine {craft.conflict_threshold:g}"
-        lines = [
-            f"Retention mode: {self.mode.name}",
-            f"{len(self.train_rows)} anchors loaded, {len(self.heldout_rows)} more held out",
-            f"CRaFT is enabled: {self.mode.name} ({self.mode.description}), every {craft.retention_freq} step(s), "
-            f"{budget}, λ from {craft.initial_lambda:g} by {craft.lambda_lr:g} up to {craft.lambda_max:g}, "
-            f"{craft.projection_mode} merge, {surgery}",
-        ]
-        if craft.epsilon_decay_steps and self.share is None and self.final_epsilon != craft.epsilon_final:
-            lines.append(
-                f"warning: ε decays over craft.epsilon_decay_steps {craft.epsilon_decay_steps}, but the run has "
-                f"train.steps {self._steps}: it ends at {self.final_epsilon:.4g} instead of {craft.epsilon_final:g}, "
-                f"and that is certified; for a fraction of the run set craft.epsilon_decay"
-            )
-        return lines
+            return f"keep {craft.keep:.0%} of the old skill, ε from {craft.epsilon_start:g}"
+        ending = f" to {craft.epsilon_final:g}" if craft.epsilon_final != craft.epsilon_start else ""
+        return f"ε {craft.epsilon_schedule} {craft.epsilon_start:g}{ending}"
+
+    def unreached(self) -> str | None:
+        """A warning about a budget that the run does not reach; None where it does."""
+        craft = self.craft
+        if not craft.epsilon_decay_steps or self.share is not None or self.final_epsilon == craft.epsilon_final:
+            return None
+        return (
+            f"warning: ε decays over craft.epsilon_decay_steps {craft.epsilon_decay_steps}, but the run has "
+            f"train.steps {self._steps}: it ends at {self.final_epsilon:.4g} instead of {craft.epsilon_final:g}, "
+            f"and that is certified; for a fraction of the run set craft.epsilon_decay"
+        )
 
     # -- a step
 
-    def batches(self, step: int) -> list[Terms] | None:
-        """This worker's micro-batches of a step (from 0), on the host; None between two retention steps."""
-        if step % self.craft.retention_freq:
-            return None
-        rank, size = self._workers.rank, self._workers.world_size
-        chosen = self._sampler.local_batch(step // self.craft.retention_freq, rank, size)
-        return [self.mode.batch([self.train_rows[i] for i in part]) for part in split(chosen, self._micro_batches)]
+    def chosen(self, step: int) -> list[int]:
+        """The rows of the cache that all workers together draw at a retention step (from 0), in order."""
+        return [self.train_rows[i] for i in self._sampler.global_batch(step // self.craft.retention_freq)]
 
     def epsilon(self, step: int) -> float:
         """The budget at a step (from 0)."""
@@ -144,7 +109,7 @@ class Constraint:
         if self.share is None:
             return
         assert self.dual is not None, "only measured, not held"
-        factor = self.share.observe(float(self.dual.mean_loss), validation["old/bound"])
+        factor = self.share.observe(float(self.dual.mean_loss), validation[f"{scores_of(self.skill)}/bound"])
         self.dual = self.dual.scaled(1 / factor, self.craft)
 
     # -- results
@@ -165,9 +130,9 @@ class Constraint:
         return self._heldout[1]
 
     def validation(self, step: int) -> dict[str, float]:
-        """`heldout/retention_loss` and `heldout/violation`, max(0, L_ret / epsilon - 1) at the final epsilon."""
+        """`retention_loss` on held-out anchors, and `violation`, max(0, L_ret / epsilon - 1) at the final epsilon."""
         loss = self.heldout_loss(step)
-        return {"heldout/retention_loss": loss, "heldout/violation": max(0.0, loss / self.final_epsilon - 1)}
+        return {"retention_loss": loss, "violation": max(0.0, loss / self.final_epsilon - 1)}
 
     @property
     def final_epsilon(self) -> float:
@@ -215,9 +180,22 @@ class Constraint:
             self.share.load_state_dict(state["share"])
 
 
-def split(rows: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """Micro-batches of equal size."""
-    return batches_of(rows, len(rows) // parts)
+def craft_of(config: Experiment, skill: str | None) -> CraftConfig:
+    """The section `craft` for one skill: with its budget, its part of the anchor batch, and what must be kept of it."""
+    craft = config.craft
+    if skill is None:
+        return craft
+    own = config.skills[skill]
+    start = own.epsilon_start or craft.epsilon_start
+    tightened = None if craft.epsilon_end is None else craft.epsilon_end * start / craft.epsilon_start
+    return craft.model_copy(
+        update={
+            "anchor_batch_size": batch_sizes(config.skills, craft.anchor_batch_size)[skill],
+            "epsilon_start": start,
+            "epsilon_end": tightened,
+            "keep": config.kept_parts().get(skill),
+        }
+    )
 
 
 @torch.inference_mode()

@@ -19,12 +19,12 @@ from craft_ray.anchors.reader import AnchorSet
 from craft_ray.anchors.schema import NOISE_FLOOR, STEP0_TOLERANCE
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.errors import CacheRefused
-from craft_ray.method.distance import hidden_loss
+from craft_ray.method.distance import hidden_loss, hidden_losses
 from craft_ray.method.pooling import Vectors
 from craft_ray.models.base import Batch, Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.inputs import AnchorInputs
-from craft_ray.retention.mode import Opening, RetentionMode, batches_of
+from craft_ray.retention.mode import Opening, SampleMode, batches_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class HiddenBatch:
         return HiddenBatch(self.inputs.to(device), Vectors(values_BLVD, valid_BV))
 
 
-class Hidden(RetentionMode[HiddenBatch]):
+class Hidden(SampleMode[HiddenBatch]):
     """Keeps the student's hidden states close to the teacher's.
 
     Args:
@@ -106,6 +106,12 @@ class Hidden(RetentionMode[HiddenBatch]):
 
     def loss(self, batch: HiddenBatch) -> Tensor:
         return hidden_loss(self.student_vectors(batch), batch.teacher, self.loss_type)
+
+    def sample_sums(self, batch: HiddenBatch) -> Tensor:
+        return hidden_losses(self.student_vectors(batch), batch.teacher, self.loss_type)
+
+    def sample_counts(self, batch: HiddenBatch) -> Tensor:
+        return torch.ones(batch.count, dtype=torch.int64)
 
     def noise_floor(self, rows: Sequence[int]) -> float:
         """Rounding with a relative mean square of r moves a vector t by a squared distance of r |t|^2. This bounds the

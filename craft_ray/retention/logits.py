@@ -19,13 +19,13 @@ from craft_ray.anchors.reader import AnchorSet
 from craft_ray.anchors.schema import NOISE_FLOOR, STEP0_TOLERANCE
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.errors import CacheRefused
-from craft_ray.method.divergence import class_log_probs, divergence, squared_surprise
+from craft_ray.method.divergence import class_log_probs, divergence, divergences, squared_surprise
 from craft_ray.models.base import Batch, Model
 from craft_ray.models.capabilities import logits_model
 from craft_ray.models.features import FeatureCache
 from craft_ray.models.tokens import at_anchored
 from craft_ray.retention.inputs import AnchorInputs
-from craft_ray.retention.mode import Opening, RetentionMode, batches_of
+from craft_ray.retention.mode import Opening, SampleMode, batches_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LogitsBatch:
         return LogitsBatch(self.inputs.to(device), *(part.to(device, non_blocking=True) for part in parts))
 
 
-class Logits(RetentionMode[LogitsBatch]):
+class Logits(SampleMode[LogitsBatch]):
     """Keeps the student's next-token distribution close to the teacher's."""
 
     name: ClassVar[str] = "logits"
@@ -88,8 +88,19 @@ class Logits(RetentionMode[LogitsBatch]):
         return LogitsBatch(*at_anchored(inputs), torch.from_numpy(tokens[valid].astype(np.int64)), teacher_NC)
 
     def loss(self, batch: LogitsBatch) -> Tensor:
+        return divergence(self._student(batch), batch.teacher_NC)
+
+    def sample_sums(self, batch: LogitsBatch) -> Tensor:
+        terms_N = divergences(self._student(batch), batch.teacher_NC)
+        return terms_N.new_zeros(batch.inputs.samples).index_add(0, batch.row_N, terms_N)
+
+    def sample_counts(self, batch: LogitsBatch) -> Tensor:
+        return batch.row_N.bincount(minlength=batch.inputs.samples)
+
+    def _student(self, batch: LogitsBatch) -> Tensor:
+        """The student's log-probabilities of the cached classes, [N, C]."""
         logits_NV = self._with_logits.logits(batch.inputs)[batch.row_N, batch.column_N]
-        return divergence(class_log_probs(logits_NV, batch.tokens_NK, self.temperature), batch.teacher_NC)
+        return class_log_probs(logits_NV, batch.tokens_NK, self.temperature)
 
     def noise_floor(self, rows: Sequence[int]) -> float:
         """Rounding with a relative mean square of r moves each log p by r (log p)^2 in the mean square, which is a

@@ -87,6 +87,27 @@ class RetentionMode(ABC, Generic[AnchorBatch]):
         """
 
 
-def batches_of(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+class SampleMode(RetentionMode[AnchorBatch]):
+    """A mode whose loss is a mean over terms of single anchors, so that one batch may hold anchors of several
+    skills."""
+
+    @abstractmethod
+    def sample_sums(self, batch: AnchorBatch) -> Tensor:
+        """The sum of each anchor's terms, [B] in float32 on the device; `loss` is their sum over `count`."""
+
+    @abstractmethod
+    def sample_counts(self, batch: AnchorBatch) -> Tensor:
+        """The number of each anchor's terms, [B], where the batch is."""
+
+
+Row = TypeVar("Row")
+
+
+def batches_of(rows: Sequence[Row], batch_size: int) -> list[Sequence[Row]]:
     """The rows in batches; the last one may be smaller."""
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+def split(rows: Sequence[Row], parts: int) -> list[Sequence[Row]]:
+    """Micro-batches of equal size."""
+    return batches_of(rows, len(rows) // parts)

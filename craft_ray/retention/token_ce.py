@@ -13,11 +13,11 @@ from craft_ray.anchors.reader import AnchorSet
 from craft_ray.anchors.schema import STEP0_AGREEMENT
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.errors import CacheRefused
-from craft_ray.models.base import Batch, Model
+from craft_ray.models.base import IGNORE, Batch, Model
 from craft_ray.models.capabilities import TokenModel, token_model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.inputs import AnchorInputs
-from craft_ray.retention.mode import Opening, RetentionMode, batches_of
+from craft_ray.retention.mode import Opening, SampleMode, batches_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TokenBatch:
         return TokenBatch(self.inputs.to(device))
 
 
-class TokenCE(RetentionMode[TokenBatch]):
+class TokenCE(SampleMode[TokenBatch]):
     """Keeps the tokens that the teacher generated likely for the student."""
 
     name: ClassVar[str] = "token_ce"
@@ -58,6 +58,12 @@ class TokenCE(RetentionMode[TokenBatch]):
 
     def loss(self, batch: TokenBatch) -> Tensor:
         return self.model.token_loss(batch.inputs)
+
+    def sample_sums(self, batch: TokenBatch) -> Tensor:
+        return -self.model.token_log_probs(batch.inputs)[0].sum(1)
+
+    def sample_counts(self, batch: TokenBatch) -> Tensor:
+        return (batch.inputs.targets_BP != IGNORE).sum(1)
 
     def noise_floor(self, rows: Sequence[int]) -> float:
         """Tokens are stored exactly."""

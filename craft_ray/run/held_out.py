@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from craft_ray.config import EvalSet, EvaluationConfig, Experiment, RolloutEvalSet, ValidationConfig
+from craft_ray.config import EvalSet, EvaluationConfig, Experiment, RolloutEvalSet, ValidationConfig, scores_of
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
@@ -21,14 +21,29 @@ from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, rati
 from craft_ray.storage.files import write_atomically
 from craft_ray.workers import Workers
 
-SKILLS = ("old", "new")
 SECTIONS = ("validation", "evaluation")
 
 
 def eval_sets(config: Experiment, section: str) -> list[tuple[str, EvalSet]]:
-    """The skills for which `validation` or `evaluation` specifies data."""
+    """The skills for which `validation` or `evaluation` specifies data: `old`, or several by name, and `new`."""
     sets: ValidationConfig | EvaluationConfig = config.validation if section == "validation" else config.evaluation
-    return [(skill, eval_set) for skill, eval_set in (("old", sets.old), ("new", sets.new)) if eval_set is not None]
+    named = [(name, getattr(skill, section)) for name, skill in config.skills.items()]
+    return [(skill, found) for skill, found in (("old", sets.old), *named, ("new", sets.new)) if found is not None]
+
+
+def key_of(config: Experiment, section: str, skill: str) -> str:
+    """The config's key of a held-out set."""
+    return f"skills.{skill}.{section}" if skill in config.skills else f"{section}.{skill}"
+
+
+def worst(scores: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Of several old skills' scores those with the smallest ratio to the teacher's, and the name of the `skill`: what
+    stands for the old skill where there is room for one. None where no skill was scored."""
+    known = {name: found for name, found in scores.items() if found["ratio"] is not None}
+    if not known:
+        return None
+    name = min(known, key=lambda name: known[name]["ratio"])
+    return {**known[name], "skill": name}
 
 
 class HeldOut:
@@ -54,6 +69,7 @@ class HeldOut:
         self._folder = folder
         self._workers = workers
         self._features = features
+        self._kept_parts = config.kept_parts() if config.craft.enabled else {}
         self._data: dict[tuple[str, str], EvalData] = {}
         self._before: dict[tuple[str, str], Score] = {}
         self._after: dict[tuple[str, str], Score] = {}
@@ -73,32 +89,43 @@ class HeldOut:
         for section in SECTIONS:
             for skill, eval_set in eval_sets(self._config, section):
                 score = self._before[section, skill] = self._teacher_score(section, skill, eval_set)
-                craft = self._config.craft
-                if skill == "old" and craft.enabled and craft.keep is not None and score.value == 0:
+                name = None if skill == "old" else skill
+                keep = self._kept_parts.get(name)
+                if keep is not None and score.value == 0:
+                    where = key_of(self._config, section, skill)
                     raise DataError(
-                        f"craft.keep {craft.keep}: the teacher scores 0 on {section}.old, so no part of it can be "
-                        f"kept; use data that it can do, or hold L_ret to craft.epsilon_start"
+                        f"{self._config.keep_key(name)} {keep}: the teacher scores 0 on {where}, so no part of it can "
+                        f"be kept; use data that it can do, or hold L_ret to an epsilon_start"
                     )
 
     def validation(self) -> Record:
         """`old/score`, `old/ratio` (to the teacher's), and the same for `new`. A ratio to a teacher's zero is None.
-        `old/bound` is the ratio's lower bound at `craft.keep_confidence`."""
+        `old/bound` is the ratio's lower bound at `craft.keep_confidence`. Of several old skills each has its own
+        (`skills/NAME/score`), and `old` is the one with the smallest ratio."""
         record: Record = {}
+        skills: dict[str, dict[str, Any]] = {}
         for skill, eval_set in eval_sets(self._config, "validation"):
             before, after = self._before["validation", skill], self._student_score("validation", skill, eval_set)
-            record[f"{skill}/score"] = after.value
-            record[f"{skill}/ratio"] = ratio(before.metric, after.value, before.value)
-            if skill == "old":
+            found = {"score": after.value, "ratio": ratio(before.metric, after.value, before.value)}
+            if skill != "new":
                 bounds = kept_bounds(before, after, self._config.craft.keep_confidence)
-                record["old/bound"] = None if bounds is None else bounds[0]
-        return record
+                found["bound"] = None if bounds is None else bounds[0]
+            if skill in self._config.skills:
+                skills[skill] = found
+            prefix = scores_of(skill) if skill in self._config.skills else skill
+            record |= {f"{prefix}/{name}": value for name, value in found.items()}
+        weakest = worst(skills)
+        return record if weakest is None else record | {f"old/{name}": value for name, value in weakest.items()}
 
     def evaluation(self) -> dict[str, Any]:
-        """Both skills before and after, for `result.json`; the predictions go into the run's folder."""
-        result: dict[str, Any] = {skill: {"before": None, "after": None} for skill in SKILLS}
+        """Both skills before and after, for `result.json`; the predictions go into the run's folder. With several old
+        skills, `skills` has each, and `old` is the one with the smallest ratio."""
+        result: dict[str, Any] = {skill: {"before": None, "after": None} for skill in ("old", "new")}
+        skills: dict[str, dict[str, Any]] = {}
         for skill, eval_set in eval_sets(self._config, "evaluation"):
             before, after = self._before["evaluation", skill], self._student_score("evaluation", skill, eval_set)
-            result[skill] = {
+            of = skills if skill in self._config.skills else result
+            of[skill] = {
                 "metric": before.metric,
                 "before": before.value,
                 "after": after.value,
@@ -106,21 +133,28 @@ class HeldOut:
                 "samples": before.samples,
             }
             bounds = kept_bounds(before, after)
-            if skill == "old" and bounds is not None:
-                result[skill] |= {"ratio_low": bounds[0], "ratio_high": bounds[1]}
+            if skill != "new" and bounds is not None:
+                of[skill] |= {"ratio_low": bounds[0], "ratio_high": bounds[1]}
             for when, seen in (("before", before), ("after", after)):
-                result[skill] |= {f"{name}_{when}": value for name, value in seen.details.items()}
+                of[skill] |= {f"{name}_{when}": value for name, value in seen.details.items()}
             if self._main:
                 self._folder.write_predictions(f"{skill}_after", after.records)
+        if self._config.skills:
+            result["skills"] = skills
+            result["old"] = worst(skills) or result["old"]
         return result
 
-    def certificate(self, keep: float) -> dict[str, Any]:
-        """Whether `keep` of the old skill is kept, for `result.json`: on test data, or where the config has none on the
-        validation data, which the budget followed."""
-        section = "evaluation" if self._config.evaluation.old is not None else "validation"
-        eval_set = dict(eval_sets(self._config, section))["old"]
-        before = self._before[section, "old"]
-        after = self._after.get((section, "old")) or self._student_score(section, "old", eval_set)
+    def certificates(self) -> dict[str | None, dict[str, Any]]:
+        """Whether the stated part of each old skill is kept, for `result.json`; none in plain fine-tuning."""
+        return {skill: self._certificate(skill, keep) for skill, keep in self._kept_parts.items()}
+
+    def _certificate(self, name: str | None, keep: float) -> dict[str, Any]:
+        """On test data, or where the config has none on the validation data, which the budget followed."""
+        skill = "old" if name is None else name
+        section = "evaluation" if skill in dict(eval_sets(self._config, "evaluation")) else "validation"
+        eval_set = dict(eval_sets(self._config, section))[skill]
+        before = self._before[section, skill]
+        after = self._after.get((section, skill)) or self._student_score(section, skill, eval_set)
         kept, bounds = ratio(before.metric, after.value, before.value), kept_bounds(before, after)
         assert kept is not None, "refused by score_teacher"
         assert bounds is not None
@@ -134,7 +168,7 @@ class HeldOut:
             ConfigError: there is no data, or the model cannot read it or act in it.
         """
         if (section, skill) not in self._data:
-            source = open_eval_set(eval_set, f"{section}.{skill}")
+            source = open_eval_set(eval_set, key_of(self._config, section, skill))
             self._data[section, skill] = EvalData(self._model, source, eval_set, self._features)
         return self._data[section, skill]
 
@@ -146,7 +180,8 @@ class HeldOut:
                 if not isinstance(eval_set, RolloutEvalSet):
                     how = [eval_set.metric, self._model.preprocessor_fingerprint()]
                     content = data.of.fingerprint if self._main else ""
-                    yield Rows(f"{section}.{skill}.data", len(data.of), content, data.prepare, how)
+                    key = f"{key_of(self._config, section, skill)}.data"
+                    yield Rows(key, len(data.of), content, data.prepare, how)
 
     def _teacher_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
         data = self.data(section, skill, eval_set)
@@ -160,8 +195,9 @@ class HeldOut:
             found = next(iter(known.values()))
             if found["key"] != key:
                 raise ConfigError(
-                    f"{section}.{skill} is not what it was when the run started: its data or settings changed, and the "
-                    f"teacher can no longer be scored on them; restore them, or start a new run"
+                    f"{key_of(self._config, section, skill)} is not what it was when the run started: its data or "
+                    f"settings changed, and the teacher can no longer be scored on them; restore them, or start a new "
+                    f"run"
                 )
             score = Score(**found["score"])
         elif self._teacher_weights is None:
@@ -185,6 +221,8 @@ class HeldOut:
 
     def _own_teacher_score(self, section: str, skill: str) -> Path:
         """The score that this run started with; a run can be moved and still be resumed."""
+        if skill in self._config.skills:
+            return self._folder.disk / f"teacher_skills_{skill}_{section}.json"
         return self._folder.disk / f"teacher_{'' if section == 'evaluation' else section + '_'}{skill}.json"
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from craft_ray.config import scores_of
 from craft_ray.errors import DataError
 from craft_ray.method.step import StepMetrics
 from craft_ray.run.kept import in_words
@@ -36,17 +37,22 @@ class HostSide:
 
     step: int
     lr: float
-    epsilon: float | None
-    """None in plain fine-tuning."""
+    epsilons: Sequence[float]
+    """The budget of each constraint; none in plain fine-tuning."""
     step_s: float
     data_s: float
     with_retention: bool
 
 
 class MetricsBuffer:
-    """Metrics of the last steps; the host waits for the device only in `flush`."""
+    """Metrics of the last steps; the host waits for the device only in `flush`.
 
-    def __init__(self) -> None:
+    Args:
+        skills: names of the constraints that training is held to; a single one without a name is None.
+    """
+
+    def __init__(self, skills: Sequence[str | None] = ()) -> None:
+        self._skills = [skill for skill in skills if skill is not None]
         self._device: list[Tensor] = []
         self._host: list[HostSide] = []
 
@@ -55,7 +61,12 @@ class MetricsBuffer:
             metrics.task_loss, metrics.grad_norm, metrics.retention_loss, metrics.multiplier, metrics.weight,
             metrics.dot, metrics.cos, metrics.conflict, metrics.projected,
         )  # fmt: skip
-        self._device.append(torch.stack([number.detach().double() for number in numbers]))
+        row = torch.stack([number.detach().double() for number in numbers])
+        if self._skills:
+            own = metrics.skills_2S
+            own = row.new_full((2 * len(self._skills),), torch.nan) if own is None else own.double().flatten()
+            row = torch.cat([row, own])
+        self._device.append(row)
         self._host.append(host)
 
     def flush(self) -> list[Record]:
@@ -71,8 +82,8 @@ class MetricsBuffer:
         return [self._record(row, side) for row, side in zip(rows, host, strict=True)]
 
     def _record(self, row: list[float], host: HostSide) -> Record:
-        numbers = dict(zip(FIELDS, row, strict=True))
-        retained, measured = host.epsilon is not None, host.with_retention
+        numbers = dict(zip(FIELDS, row[: len(FIELDS)], strict=True))
+        retained, measured = bool(host.epsilons), host.with_retention
         watched = [("train/loss", "task loss", "samples"), ("train/grad_norm", "gradient's norm", "samples")]
         if measured:
             watched.insert(1, ("craft/retention_loss", "retention loss", "anchors"))
@@ -90,14 +101,25 @@ class MetricsBuffer:
             "craft/retention_loss": numbers["craft/retention_loss"] if measured else None,
             "craft/lambda": numbers["craft/lambda"] if retained else None,
             "craft/weight": numbers["craft/weight"] if measured else None,
-            "craft/epsilon": host.epsilon,
+            "craft/epsilon": host.epsilons[0] if len(host.epsilons) == 1 else None,
             "craft/grad_dot": _or_none(numbers["craft/grad_dot"]),
             "craft/grad_cos": _or_none(numbers["craft/grad_cos"]),
             "craft/conflict": _flag(numbers["craft/conflict"]),
             "craft/projected": _flag(numbers["craft/projected"]),
             "perf/step_s": host.step_s,
             "perf/data_s": host.data_s,
-        }
+        } | self._by_skill(row[len(FIELDS) :], host)
+
+    def _by_skill(self, row: list[float], host: HostSide) -> Record:
+        """`skills/NAME/retention_loss`, `/lambda` and `/epsilon`; None between two retention steps."""
+        record: Record = {}
+        count = len(self._skills)
+        for index, skill in enumerate(self._skills):
+            prefix = scores_of(skill)
+            record[f"{prefix}/retention_loss"] = _or_none(row[index])
+            record[f"{prefix}/lambda"] = _or_none(row[count + index])
+            record[f"{prefix}/epsilon"] = host.epsilons[index]
+        return record
 
 
 def _or_none(number: float) -> float | None:
@@ -135,7 +157,9 @@ def console_line(records: Sequence[Record], steps: int, mode: str) -> str:
     if retention is not None:
         parts.append(f"L_ret={number('craft/retention_loss', small(retention['craft/retention_loss']), retention)}")
     if record["craft/lambda"] is not None:
-        parts += [f"λ={number('craft/lambda')}", f"ε={number('craft/epsilon', small(record['craft/epsilon']))}"]
+        parts.append(f"λ={number('craft/lambda')}")
+    if record["craft/epsilon"] is not None:
+        parts.append(f"ε={number('craft/epsilon', small(record['craft/epsilon']))}")
     if retention is not None:
         parts.append(f"weight={number('craft/weight', of=retention)}")
         if retention["craft/conflict"] is not None:
@@ -145,39 +169,67 @@ def console_line(records: Sequence[Record], steps: int, mode: str) -> str:
                 f"dot={number('craft/grad_dot', of=retention)}",
                 f"cos={number('craft/grad_cos', of=retention)}",
             ]
+        for skill in skills_in(retention):
+            own = {name: retention[f"{scores_of(skill)}/{name}"] for name in ("retention_loss", "lambda", "epsilon")}
+            parts.append(f"{skill}: L_ret={own['retention_loss']:.3g} λ={own['lambda']:.3g} ε={own['epsilon']:.3g}")
         if retention is not record:
             parts.append(f"retention at step {retention['step']}")
     return " | ".join(parts)
 
 
+def skills_in(record: Record) -> list[str]:
+    """The names of several old skills, of which a record has numbers."""
+    return list(dict.fromkeys(key.split("/")[1] for key in record if key.startswith("skills/")))
+
+
 def validation_line(record: Record, steps: int) -> str:
     """A validation as one line."""
     parts = [f"Step {record['step']}/{steps}", "validation"]
-    for skill in ("old", "new"):
-        if f"{skill}/score" in record:
-            kept = record[f"{skill}/ratio"]
+    skills = skills_in(record)
+    for skill, prefix in [*((s, scores_of(s)) for s in skills), *(("old", "old"),) * (not skills), ("new", "new")]:
+        if f"{prefix}/score" in record:
+            kept = record[f"{prefix}/ratio"]
             of_teacher = "" if kept is None else f" ({kept:.1%} of the teacher's)"
-            parts.append(f"{skill} {record[f'{skill}/score']:.3f}{of_teacher}")
+            parts.append(f"{skill} {record[f'{prefix}/score']:.3f}{of_teacher}")
     if "heldout/retention_loss" in record:
         parts.append(f"held-out L_ret={record['heldout/retention_loss']:.4g}")
     if "craft/next_epsilon" in record:
         parts.append(f"at least {record['old/bound']:.1%} kept, next ε={record['craft/next_epsilon']:.4g}")
+    for skill in skills:
+        if f"{scores_of(skill)}/next_epsilon" in record:
+            bound, epsilon = (record[f"{scores_of(skill)}/{name}"] for name in ("bound", "next_epsilon"))
+            parts.append(f"{skill}: at least {bound:.1%} kept, next ε={epsilon:.4g}")
     return " | ".join(parts)
+
+
+def skill_line(skill: str, found: Record, arm: str) -> str:
+    """The result of one of several old skills, in words."""
+    line = f"{skill}: retention loss {found['retention_loss']:.4g} on {found['heldout_anchors']} held-out anchors"
+    if "certificate" in found:
+        return f"{line}; {in_words(found['certificate'])}; λ {found['lambda']:.3g}"
+    if arm == "baseline":
+        return line
+    verdict = "met" if found["feasible"] else "NOT met"
+    return f"{line}, budget {found['epsilon']:g}: {verdict}; λ {found['lambda']:.3g}"
 
 
 def result_lines(result: dict[str, Any]) -> list[str]:
     """The result of a run, in words."""
     lines = []
+    skills: dict[str, Any] = result.get("skills", {})
+    scored = {**(skills or {"old": result["old"]}), "new": result["new"]}
     scores = [
-        f"{skill} {result[skill]['metric']} {result[skill]['before']:.3f} -> {result[skill]['after']:.3f}"
-        for skill in ("old", "new")
-        if result[skill]["after"] is not None
+        f"{skill} {score['metric']} {score['before']:.3f} -> {score['after']:.3f}"
+        for skill, score in scored.items()
+        if score.get("after") is not None
     ]
     if scores:
         lines.append("; ".join(scores))
-    if "certificate" in result:
+    for skill, found in skills.items() if result["retention_loss"] is not None else ():
+        lines.append(skill_line(skill, found, result["arm"]))
+    if "certificate" in result and not skills:
         lines.append(in_words(result["certificate"]))
-    if result["retention_loss"] is not None:
+    if result["retention_loss"] is not None and not skills:
         held = result["heldout_anchors"]
         judged = f"{held} held-out anchors" if held else "the training anchors (none were held out)"
         loss = f"retention loss {result['retention_loss']:.4g} on {judged}"

@@ -9,7 +9,7 @@ from craft_ray.errors import ConfigError
 from craft_ray.models.base import Batch, Features, Model
 from craft_ray.models.capabilities import TokenModel
 from craft_ray.models.features import FeatureCache
-from craft_ray.retention.constraint import split
+from craft_ray.retention.mode import split
 from craft_ray.run.rows import Rows
 from craft_ray.run.scoring import source_identity
 from craft_ray.workers import Workers

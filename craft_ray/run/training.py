@@ -19,21 +19,19 @@ import torch
 from craft_ray import interruption
 from craft_ray.config import Experiment
 from craft_ray.data.prefetch import prefetch
-from craft_ray.errors import ConfigError
 from craft_ray.method.gradients import GradientPair
-from craft_ray.method.step import compares_gradients
 from craft_ray.models import load_model
 from craft_ray.models.adapters import attach
 from craft_ray.models.base import Batch, Model
 from craft_ray.models.features import FeatureCache
-from craft_ray.retention.constraint import Constraint, open_mode
+from craft_ray.retention.constraints import open_constraints
 from craft_ray.retention.mode import Terms
-from craft_ray.retention.update import enforced, held_by, observe, stationarity, update
 from craft_ray.run.checkpoint import TrainingState, load_training_state
 from craft_ray.run.claim import only_process
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
 from craft_ray.run.identity import check_same, record
+from craft_ray.run.judgement import judged
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
 from craft_ray.run.observers import Observer
 from craft_ray.run.optimization import learning_rate, make_optimizer, seed_step
@@ -115,8 +113,7 @@ class Run:
             check_same(folder, config, self.task.source.fingerprint)
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
         self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
-        held = held_by(self.constraints)
-        apart = held is not None and compares_gradients(held.craft)
+        apart = self.constraints.compares_gradients
         self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=apart)
         self.optimizer = make_optimizer(self.gradients.parameters, config.train)
         self.checkpoints = CheckpointWriter(config, folder, workers, observer)
@@ -124,8 +121,7 @@ class Run:
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
-            for constraint in self.constraints:
-                constraint.check_untouched()
+            self.constraints.check_untouched()
         if self.main:
             record(folder, config, self.task.source.fingerprint)
             folder.keep_metrics_until(self.step)  # steps that a lost process logged after its last checkpoint are rerun
@@ -140,8 +136,7 @@ class Run:
             f"{count / 1e6:.2f} M trainable parameters, {len(self.task)} samples of the new skill, "
             f"{self.workers.world_size} worker(s) on {self.workers.device}"
         )
-        held, merges = held_by(self.constraints), self.task.boundary_merges()
-        lines = ["CRaFT is off: plain fine-tuning (the baseline arm)"] if held is None else held.described()
+        lines, merges = self.constraints.described(), self.task.boundary_merges()
         for line in lines if merges is None else [merges, *lines]:
             self.observer.note(line)
         if self.step:
@@ -151,14 +146,13 @@ class Run:
 
     def _restore(self, checkpoint: Path) -> None:
         state = load_training_state(checkpoint)
-        for constraint, saved in zip(enforced(self.constraints), state.constraints, strict=True):
-            constraint.load_state_dict(saved)
+        self.constraints.load_state_dicts(state.constraints)
         self.optimizer.load_state_dict(state.optimizer)
         self.gradients.restore_reached(state.reached)
         self.step = state.step
 
     def _checkpoint(self) -> None:
-        constraints = [constraint.state_dict() for constraint in enforced(self.constraints)]
+        constraints = self.constraints.state_dicts()
         state = TrainingState(self.step, self.optimizer.state_dict(), self.gradients.reached, constraints)
         self.checkpoints.write(self.model, state)
 
@@ -170,9 +164,9 @@ class Run:
         return prefetch(self._step_data, self.step, config.steps, config.prefetch)
 
     def _step_data(self, step: int) -> StepData:
-        device, held = self.workers.device, held_by(self.constraints)
+        device = self.workers.device
         task = [part.to(device) for part in self.task.batches(step)]
-        anchors = None if held is None else held.batches(step)
+        anchors = self.constraints.batches(step)
         return StepData(task, None if anchors is None else [part.to(device) for part in anchors])
 
     # -- the loop
@@ -187,7 +181,7 @@ class Run:
             if self.step not in past:
                 yield self.validate()  # the process was lost between the checkpoint and its validation
             elif self.step < steps:
-                observe(self.constraints, past[self.step])  # a checkpoint is written before its validation
+                self.constraints.observe(past[self.step])  # a checkpoint is written before its validation
         while self.step < steps:
             self.loop(until=self.step + every - self.step % every)
             if wanted:
@@ -197,13 +191,11 @@ class Run:
         """Score the student on validation data and held-out anchors. Weights and random numbers stay unchanged.
 
         Returns:
-            `step`, the scores of `HeldOut.validation`, and the losses of `Constraint.validation`.
+            `step`, the scores of `HeldOut.validation`, and the losses of `Constraints.validation`.
         """
-        record: Record = {"step": self.step} | self.held_out.validation()
-        for constraint in self.constraints:
-            record |= constraint.validation(self.step)
+        record: Record = {"step": self.step} | self.held_out.validation() | self.constraints.validation(self.step)
         if self.step < self.config.train.steps:  # what is certified is the budget of the last step
-            observe(self.constraints, record)
+            self.constraints.observe(record)
         if self.main:
             self.folder.append_validation(record)
             self.observer.validated(record)
@@ -214,7 +206,7 @@ class Run:
         """Run steps, log them, and save checkpoints; the last step always saves one. `until` stops earlier."""
         config = self.config.train
         stop = min(until or config.steps, config.steps)
-        held, buffer = held_by(self.constraints), MetricsBuffer()
+        buffer = MetricsBuffer([constraint.skill for constraint in self.constraints.held])
         with closing(self.batches()) as batches:  # type: ignore[type-var]
             while self.step < stop:
                 interruption.check()
@@ -225,16 +217,14 @@ class Run:
                 lr = learning_rate(self.step, config)
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
-                epsilon = None if held is None else held.epsilon(self.step)
-                metrics = update(
+                epsilons = self.constraints.epsilons(self.step)
+                metrics = self.constraints.update(
                     self.model.task_loss,
                     data.task,
-                    self.constraints,
                     data.anchors,
                     self.step,
                     optimizer=self.optimizer,
                     gradients=self.gradients,
-                    workers=self.workers,
                     max_norm=config.max_grad_norm,
                 )
                 self.step += 1
@@ -243,7 +233,7 @@ class Run:
                 if log and self.workers.device.type == "cuda":
                     torch.cuda.synchronize()  # the log waits anyway; this way the times add up to what the steps took
                 spent = time.perf_counter() - started
-                buffer.add(metrics, HostSide(self.step, lr, epsilon, spent, waited, data.anchors is not None))
+                buffer.add(metrics, HostSide(self.step, lr, epsilons, spent, waited, data.anchors is not None))
                 if log:
                     self._log(buffer.flush())
                 if save:
@@ -261,12 +251,8 @@ class Run:
         config = self.config
         result: dict[str, Any] = {"name": config.name, "arm": config.arm, "seed": config.seed, "steps": self.step}
         result |= self.held_out.evaluation()
-        result |= {"retention_loss": None, "epsilon": None, "feasible": None}
-        for constraint in self.constraints:
-            result |= constraint.certificate(self.step)
+        result |= judged(self.constraints.certificates(self.step), self.held_out.certificates(), result)
         result["stationarity"] = self._stationarity()
-        if self.config.craft.keep is not None and held_by(self.constraints) is not None:
-            result |= self.held_out.certificate(self.config.craft.keep)
         if self.main:
             result["seconds"] = math.fsum(record["perf/step_s"] for record in self.folder.read_metrics())
             self.folder.write_result(result)
@@ -275,13 +261,12 @@ class Run:
     def _stationarity(self) -> float | None:
         """The residual of the solution's condition on several batches; None in plain fine-tuning, and where the two
         gradients are not kept apart."""
-        held = held_by(self.constraints)
-        if held is None or not compares_gradients(held.craft):
+        if not self.constraints.compares_gradients:
             return None
         count = min(max(self.config.train.steps // 20, 1), STATIONARITY_BATCHES)
-        data = [self._step_data(index * held.craft.retention_freq) for index in range(count)]
+        data = [self._step_data(index * self.config.craft.retention_freq) for index in range(count)]
         task, anchors = [b for d in data for b in d.task], [b for d in data for b in d.anchors or ()]
-        return stationarity(self.model.task_loss, task, held, anchors, gradients=self.gradients, workers=self.workers)
+        return self.constraints.stationarity(self.model.task_loss, task, anchors, self.gradients)
 
 
 def check_every_row(run: Run) -> None:
@@ -292,22 +277,3 @@ def check_every_row(run: Run) -> None:
     """
     for rows in [run.task.rows(), *run.held_out.rows()]:
         check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note)
-
-
-def open_constraints(
-    config: Experiment, model: Model, teacher_weights: str | None, workers: Workers, features: FeatureCache
-) -> list[Constraint]:
-    """The constraints that a run enforces or only measures; none where its config names no anchor cache.
-
-    Raises:
-        ConfigError: CRaFT is enabled and there is no cache to hold the student to.
-        CacheRefused: the cache does not belong to this model and config.
-    """
-    if config.craft.anchor_cache_dir is None:
-        if not config.craft.enabled:
-            return []
-        raise ConfigError(
-            "craft is enabled, but craft.anchor_cache_dir names no cache: build one with 'craft-ray anchors build', or "
-            "set craft.enabled=false for plain fine-tuning"
-        )
-    return [Constraint(config, open_mode(config, model, teacher_weights, features), workers)]

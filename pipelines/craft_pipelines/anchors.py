@@ -49,7 +49,8 @@ from craft_ray.anchors.show import logits_in_words
 from craft_ray.anchors.teacher import Teacher
 from craft_ray.anchors.verify import check_files
 from craft_ray.config import AnchorsConfig, Experiment, dump_config, parse_config, read_yaml
-from craft_ray.data.source import Source, open_source
+from craft_ray.data.skills import open_anchor_source
+from craft_ray.data.source import Source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
@@ -106,7 +107,7 @@ def preview(config: Experiment, say: Any = print) -> None:
 def _opened(config: Experiment, anchors: AnchorsConfig) -> tuple[Model, Source]:
     """The teacher and the anchors, which it can read."""
     model = load_model(config.model, config.train.precision)
-    source = open_source(anchors.source, "anchors.source")
+    source = open_anchor_source(anchors, config.skills)
     model.check_source(source)
     return model, source
 
@@ -305,7 +306,7 @@ class ShardWriter:
 
     @cached_property
     def source(self) -> Source:
-        return open_source(self.anchors.source, "anchors.source")
+        return open_anchor_source(self.anchors, self.experiment.skills)
 
     def write(self, name: str, rows: range) -> None:
         build_shard(self.teacher, self.source, rows, self.folder / SHARDS / name)
@@ -352,6 +353,8 @@ def import_legacy(legacy: Path, config: Experiment, check: bool, say: Any = prin
     """
     _, folder = anchors_section(config)
     check_kept(folder, "craft.anchor_cache_dir")
+    if config.skills:
+        raise ConfigError("earlier shards do not say which skill an anchor belongs to: import them without skills")
     model = load_model(config.model, config.train.precision)
     shards = ShardFiles(legacy)
 

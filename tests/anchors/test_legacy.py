@@ -23,7 +23,7 @@ from craft_ray.data.source import open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError, StorageError
 from craft_ray.models.base import IGNORE, Model
 from craft_ray.models.vision_language import VisionLanguageModel
-from craft_ray.retention.constraint import open_mode
+from craft_ray.retention.constraints import open_mode
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train

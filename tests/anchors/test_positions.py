@@ -17,7 +17,7 @@ from craft_ray.config import Experiment, Precision
 from craft_ray.errors import ConfigError
 from craft_ray.method.pooling import is_mean, token_positions
 from craft_ray.models.base import Features, Model
-from craft_ray.retention.constraint import open_mode
+from craft_ray.retention.constraints import open_mode
 from craft_ray.retention.hidden import Hidden
 from tests.support.caches import built, cache_folder, prompts, table, teacher, text_experiment
 

@@ -19,7 +19,7 @@ from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.verify import check_files
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import CacheRefused, ConfigError, CraftError, DataError
-from craft_ray.retention.constraint import open_mode
+from craft_ray.retention.constraints import open_mode
 from craft_ray.retention.reforward import reforward
 from tests.support.caches import built, cache_folder, json_lines, prompts, shards, teacher, text_experiment
 from tests.support.experiments import Digits

@@ -70,7 +70,9 @@ LEROBOT = {
     "prompts": "/tmp/prompts.json",
     "rename": {"observation.a": "observation.b"},
 }  # fmt: skip
-INSTEAD = ("columns.answer_index", "columns.messages", "columns.tools", "craft.epsilon_decay")
+INSTEAD = (
+    "columns.answer_index", "columns.messages", "columns.tools", "columns.skill", "skills", "craft.epsilon_decay",
+)  # fmt: skip
 """Keys that another key of this list replaces."""
 REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task", "adapter.kind")
 """Keys without which a section is not valid, or is of another kind."""
@@ -742,7 +744,8 @@ def parts(hint: Any) -> Iterator[Any]:
 
 NO_PATHS = {
     "name", "variant", "revision", "id", "image", "messages", "tools", "prompt", "response", "choices", "answer_index",
-    "split", "rename", "delimiter", "positions", "resources_per_worker", "env", "task", "arms", "token_ce", "variants",
+    "split", "skill", "skills", "rename", "delimiter", "positions", "resources_per_worker", "env", "task", "arms",
+    "token_ce", "variants",
     "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules",
     "modules_to_save",
 }  # fmt: skip

@@ -25,7 +25,7 @@ from craft_ray.config import Experiment, parse_config
 from craft_ray.errors import CacheRefused
 from craft_ray.lerobot.size import sized
 from craft_ray.models import load_model
-from craft_ray.retention.constraint import open_mode
+from craft_ray.retention.constraints import open_mode
 from tests.support.robots import TASKS, small_policy
 
 ROWS = 6

@@ -197,7 +197,8 @@ def test_a_strong_constraint_holds_the_policy_back(world: Path, tmp_path: Path) 
 
 
 def _retention(config: Experiment, folder: Path) -> float:
-    from craft_ray.retention.constraint import mean_loss, open_mode
+    from craft_ray.retention.constraint import mean_loss
+    from craft_ray.retention.constraints import open_mode
     from craft_ray.workers import OneWorker
 
     model = load_model(config.model, "fp32", weights=str(folder))

@@ -71,7 +71,8 @@ def train(shares: Shares, workers: Workers, **changes: Any) -> dict[str, Tensor]
             state, 0.5, craft=config, optimizer=optimizer, gradients=pair, workers=workers, max_norm=0.5,
         )  # fmt: skip
         for name, value in vars(metrics).items():
-            log.setdefault(name, []).append(value)
+            if value is not None:
+                log.setdefault(name, []).append(value)
     weights = nn.utils.parameters_to_vector(module.parameters()).detach()
     return {"weights": weights, "lambda": state.multiplier} | {k: torch.stack(v) for k, v in log.items()}
 

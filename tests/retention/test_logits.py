@@ -22,7 +22,7 @@ from craft_ray.data.source import open_source
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.method.pooling import token_positions
 from craft_ray.models.base import Model
-from craft_ray.retention.constraint import open_mode
+from craft_ray.retention.constraints import open_mode
 from craft_ray.retention.logits import Logits
 from craft_ray.retention.token_ce import TokenCE
 from craft_ray.run.folder import RunFolder

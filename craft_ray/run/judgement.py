@@ -1,0 +1,36 @@
+"""What a run's result says of its budgets: of one old skill, or of each of several and of all together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Judged = Mapping[str | None, dict[str, Any]]
+"""By skill; None stands for the one of a config without names."""
+
+
+def judged(losses: Judged, kept: Judged, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `result.json` about retention.
+
+    Of several skills, `skills` has each one's scores, L_ret, budget and certificate; beside it stand the numbers of the
+    skill whose L_ret is the furthest above its budget, and of the certificate with the least margin. `feasible` is
+    whether every skill met what was asked of it.
+
+    Args:
+        losses: L_ret against its budget (`Constraint.certificate`).
+        kept: the part of the teacher's score against its target, where one is stated (`HeldOut.certificates`).
+        result: with `skills`, the scores of each.
+    """
+    if not losses:
+        return {"retention_loss": None, "epsilon": None, "feasible": None}
+    if None in losses:
+        return {**losses[None], **kept.get(None, {})}
+    skills = {
+        str(name): {**result["skills"].get(name, {}), **found, **kept.get(name, {})} for name, found in losses.items()
+    }
+    worst = max(losses.values(), key=lambda found: found["retention_loss"] / found["epsilon"])
+    together = {**worst, "feasible": all(skill["feasible"] for skill in skills.values()), "skills": skills}
+    certificates = [skill["certificate"] for skill in skills.values() if "certificate" in skill]
+    if certificates:
+        together["certificate"] = min(certificates, key=lambda found: found["kept"] - found["keep"])
+    return together

@@ -86,6 +86,9 @@ def problem(folder: Path) -> Experiment:
         "craft.anchor_cache_dir": str(folder / "benchmark-anchors"),
         "output_dir": str(folder),
         "train.keep_checkpoints": 0,
+        "workers.num_workers": 0,
+        "workers.threads": 1,
+        "evaluation.old.replies": 0,
     }
     config = load_config(CONFIG, base=folder).changed(changes)
     build(config)
@@ -141,7 +144,10 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]], split: str) -> list[str]:
     """A line a variant: the values of all its seeds side by side."""
-    lines = [f"| {split} data | seeds | agreement kept | loss of the new skill | L_ret / ε | λ |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| {split} data | seeds | agreement kept | loss of the new skill | L_ret / ε | λ |",
+        "|---|---|---|---|---|---|",
+    ]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         runs = [row for row in rows if row["variant"] == variant]
 

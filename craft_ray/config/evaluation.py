@@ -59,12 +59,16 @@ class SampleEvalSet(ScoredSet):
     metric: Literal["exact_match", "choice", "perplexity", "token_accuracy"] = "exact_match"
     data: DataConfig
     max_new_tokens: int = Field(16, ge=1)
-    """Longest generated answer for exact_match."""
+    """Longest generated answer, for exact_match and `replies`."""
+    replies: int = Field(0, ge=0)
+    """For perplexity and token_accuracy: number of samples, from the first, whose greedy answer is generated, too. The
+    report shows it beside the response."""
 
     @property
     def decisive(self) -> dict[str, Any]:
         """The settings that a score depends on, besides model and data. Stored scores of teachers are found by it."""
-        return {"metric": self.metric, "max_new_tokens": self.max_new_tokens}
+        replies = {"replies": self.replies} if self.replies else {}
+        return {"metric": self.metric, "max_new_tokens": self.max_new_tokens, **replies}
 
 
 class RolloutEvalSet(ScoredSet):

@@ -61,9 +61,9 @@ QUESTIONS: Final = (
     "Name three things that have to do with {}.",
     "What should a beginner know about {}?",
 )
-# Of seven subjects in a row three ask for anchors, one for validation and three for tests, with so many questions each.
+PER_SUBJECT: Final = 3
+# Of seven subjects in a row three are for anchors, one for validation and three for tests.
 SUBJECT_CYCLE: Final = ("anchors", "test", "val", "anchors", "test", "anchors", "test")
-PER_SUBJECT: Final = {"anchors": 3, "val": 3, "test": 3}
 
 
 def check_packages() -> None:
@@ -132,14 +132,14 @@ def questions() -> dict[str, list[str]]:
     """By split; no subject is in two of them."""
     asked: dict[str, list[str]] = {"anchors": [], "val": [], "test": []}
     for number, (subject, split) in enumerate(zip(SUBJECTS, itertools.cycle(SUBJECT_CYCLE), strict=False)):
-        for step in range(PER_SUBJECT[split]):
+        for step in range(PER_SUBJECT):
             asked[split].append(QUESTIONS[(number + step) % len(QUESTIONS)].format(subject))
     return asked
 
 
 def replies(model: Path, prompts: Sequence[str]) -> list[str]:
     """What the model replies, decoded greedily."""
-    teacher = token_model(load_model(ModelConfig(path=str(model), chat_template=True), "float32"))
+    teacher = token_model(load_model(ModelConfig(path=str(model), chat_template=True), "fp32"))
     features = [teacher.preprocess(Sample(id=text, prompt=text)) for text in prompts]
     texts = []
     for start in range(0, len(features), BATCH):

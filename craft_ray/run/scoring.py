@@ -158,6 +158,8 @@ class EvalData:
                 self.answered(row, choice)
         elif self.eval_set.metric in OF_TEXT:
             self.answered(row)
+            if row < _replies(self.eval_set):
+                self.question(row)
         else:
             self.question(row)
 
@@ -260,10 +262,21 @@ def _choices(sample: Sample) -> tuple[str, ...]:
 
 def _text(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
     found = _likelihoods(data.model, [data.answered(row) for row in rows])
-    return [
+    records: list[dict[str, Any]] = [
         {"id": data.source[row].id, "nll": -one.total, "tokens": one.tokens, "hits": one.hits}
         for row, one in zip(rows, found, strict=True)
     ]
+    if asked := [data.question(row) for row in rows if row < _replies(data.eval_set)]:
+        assert isinstance(data.eval_set, SampleEvalSet)
+        model = token_model(data.model)
+        answers = model.generate(asked, data.eval_set.max_new_tokens)
+        for record, tokens in zip(records, answers, strict=False):  # rows ascend, so the first ones were asked
+            record["prediction"] = model.decode(tokens).strip()
+    return records
+
+
+def _replies(eval_set: EvalSet) -> int:
+    return eval_set.replies if isinstance(eval_set, SampleEvalSet) else 0
 
 
 def _perplexity_of(nats: float, name: str) -> float:

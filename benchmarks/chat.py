@@ -4,9 +4,10 @@
     python -m benchmarks.chat chat-problem --out benchmarks/chat.jsonl [--seeds 0 1] [--only plain "hidden suffix"]
     python -m benchmarks.chat chat-problem --out benchmarks/chat.jsonl --table [--split test]
 
-SmolLM2-135M-Instruct learns docstrings of the standard library (craft_ray/examples/chat.py). One process and 4 GB; a run
-takes about ten minutes on one core. Each appends a line with the scores on validation and on test data; runs that are
-in the file are not repeated. What is printed is the validation split, unless the table of the test split is asked for.
+SmolLM2-135M-Instruct learns docstrings of the standard library (craft_ray/examples/chat.py). One process and 4 GB; a
+run takes three to seven minutes on one core. Each appends a line with the scores on validation and on test data; runs
+that are in the file are not repeated. What is printed is the validation split, unless the table of the test split is
+asked for.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def replies(model: Path, prompts: Sequence[str]) -> list[str]:
 
 
 def documented_functions() -> Iterator[tuple[str, str, str]]:
-    """`module:function`, source without docstring, and the docstring's first line, of short functions; each line once."""
+    """Name, source without docstring, and the docstring's first line, of short functions; each line once."""
     library, seen = Path(sysconfig.get_path("stdlib")), set()
     for package in PACKAGES:
         for path in sorted((library / package).glob("*.py")):

@@ -8,7 +8,7 @@ modules. The same interpreter always gives the same model folder and the same da
 import ast
 import itertools
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Final, TypeVar
@@ -173,5 +173,5 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def write_rows(path: Path, rows: list[dict[str, str | None]]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+def write_rows(path: Path, rows: Sequence[Mapping[str, str | None]]) -> None:
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), path)

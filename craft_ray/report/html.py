@@ -16,6 +16,7 @@ from craft_ray.report.plots import cosine_plot, pareto_plot, retention_plot, ser
 from craft_ray.report.rollouts import rollouts
 from craft_ray.report.runs import FinishedRun, read_runs
 from craft_ray.report.settings import differences
+from craft_ray.report.skills import skill_rows, skills_plot
 from craft_ray.report.summary import new_ratio, old_ratio, summarize
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
@@ -100,8 +101,9 @@ def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> di
         "old_ratio": old_ratio,
         "new_ratio": lambda run: new_ratio(run.result, plain.get(run.seed)),
         "pareto": pareto_plot(runs),
+        "skill_rows": skill_rows(runs),
         "retention_plots": {
-            arm: retention_plot(chosen, _plain_with_same_loss(chosen[0], runs))
+            arm: skills_plot(chosen) or retention_plot(chosen, _plain_with_same_loss(chosen[0], runs))
             for arm, chosen in constrained.items()
             if _has(chosen, "craft/retention_loss")
         },

@@ -92,7 +92,15 @@ def _json(path: StoragePath) -> dict[str, Any] | None:
 
 
 def _scored(skill: str, part: str) -> Callable[[FinishedRun], Any]:
-    return lambda run: run.result[skill].get(part)
+    """A part of a skill's score; of several old skills, each one's."""
+
+    def of(run: FinishedRun) -> Any:
+        several = run.result.get("skills")
+        if skill == "old" and several:
+            return {name: found.get(part) for name, found in several.items()}
+        return run.result[skill].get(part)
+
+    return of
 
 
 def _check_same(runs: Sequence[FinishedRun], what: str, of: Callable[[FinishedRun], Any]) -> None:

@@ -69,7 +69,7 @@ class HeldOut:
         self._folder = folder
         self._workers = workers
         self._features = features
-        self._kept_parts = config.kept_parts() if config.craft.enabled else {}
+        self._kept_parts = config.kept_parts()
         self._data: dict[tuple[str, str], EvalData] = {}
         self._before: dict[tuple[str, str], Score] = {}
         self._after: dict[tuple[str, str], Score] = {}
@@ -114,8 +114,8 @@ class HeldOut:
                 skills[skill] = found
             prefix = scores_of(skill) if skill in self._config.skills else skill
             record |= {f"{prefix}/{name}": value for name, value in found.items()}
-        weakest = worst(skills)
-        return record if weakest is None else record | {f"old/{name}": value for name, value in weakest.items()}
+        weakest = worst(skills) or {}
+        return record | {f"old/{name}": value for name, value in weakest.items() if name != "skill"}
 
     def evaluation(self) -> dict[str, Any]:
         """Both skills before and after, for `result.json`; the predictions go into the run's folder. With several old

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from craft_ray.config import BOUND, EvalSet, Experiment, ObjectiveConfig
+from craft_ray.config import BOUND, EvalSet, Experiment, ObjectiveConfig, scores_of
 from craft_ray.errors import ConfigError, DataError
+from craft_ray.run.held_out import eval_sets, key_of
 from craft_ray.run.metrics import FIELDS, Record
 from craft_ray.run.scoring import HIGHER_IS_BETTER
 from craft_ray.statistics import mean_bound
@@ -102,19 +103,30 @@ def objective_of(config: Experiment) -> ObjectiveConfig:
 
 def more_is_better(metric: str, config: Experiment) -> bool | None:
     """Whether a higher value of a metric is better; None where that depends on its use."""
-    skill, _, number = metric.partition("/")
-    if metric in SCORES:
-        return number == "ratio" or HIGHER_IS_BETTER[_eval_set(config, skill).metric]
-    return False if metric in (*HELDOUT, *LOSSES) else None
+    skill, number = split(metric)
+    if is_score(metric):
+        return number == "ratio" or HIGHER_IS_BETTER[eval_set_of(config, skill).metric]
+    return False if metric in (*HELDOUT, *LOSSES) or number in ("retention_loss", "violation") else None
+
+
+def split(metric: str) -> tuple[str, str]:
+    """The skill and what is measured of it: `old` and `ratio`, or of one of several skills its name (`drawer` and
+    `ratio` for skills/drawer/ratio)."""
+    *skill, number = metric.split("/")
+    return skill[-1] if skill else "", number
+
+
+def is_score(metric: str) -> bool:
+    return metric in SCORES or (metric.startswith("skills/") and metric.endswith(("/score", "/ratio")))
 
 
 def _wrong_way(metric: str, better: bool) -> str:
     if better:
         return f"objective: higher {metric} is better: maximize it, or bound it with >="
-    if metric in SCORES:
+    if is_score(metric):
         return (
             f"objective: {metric} is a perplexity, where lower is better: minimize it, bound it with <=, or use "
-            f"{metric.partition('/')[0]}/ratio, where higher is better"
+            f"{metric.rpartition('/')[0]}/ratio, where higher is better"
         )
     return f"objective: lower {metric} is better: minimize it, or bound it with <="
 
@@ -130,22 +142,46 @@ def means(records: Iterable[Record]) -> Record:
 
 
 def _check_measured(metric: str, config: Experiment) -> None:
-    if metric in SCORES:
-        _eval_set(config, metric.partition("/")[0])
-    elif metric in HELDOUT:
+    skills = skill_metrics(config)
+    if is_score(metric) and (metric in SCORES or metric in skills):
+        eval_set_of(config, split(metric)[0])
+    elif metric in HELDOUT or metric in skills:
         if config.craft.anchor_cache_dir is None:
             raise ConfigError(f"objective: {metric} needs anchors: set craft.anchor_cache_dir")
     elif metric not in STEPS:
         raise ConfigError(
-            f"objective: '{metric}' is not measured: choose among {', '.join((*SCORES, *HELDOUT, *STEPS))}"
+            f"objective: '{metric}' is not measured: choose among {', '.join((*SCORES, *HELDOUT, *skills, *STEPS))}"
         )
 
 
-def _eval_set(config: Experiment, skill: str) -> EvalSet:
-    found = config.validation.old if skill == "old" else config.validation.new
-    if found is None:
-        raise ConfigError(f"objective: a score of the {skill} skill needs data: add validation.{skill}")
-    return found
+def skill_metrics(config: Experiment) -> list[str]:
+    """The metrics of each of several old skills."""
+    kinds = ("score", "ratio", "retention_loss", "violation")
+    return [f"{scores_of(skill)}/{kind}" for skill in config.skills for kind in kinds]
+
+
+def eval_set_of(config: Experiment, skill: str) -> EvalSet:
+    """How a skill is scored in validations. Of several old skills, `old` is the one that has kept the least; they are
+    scored alike.
+
+    Raises:
+        ConfigError: it is not scored, or `old` stands for skills that are scored by different metrics.
+    """
+    sets = dict(eval_sets(config, "validation"))
+    if skill == "old" and config.skills:
+        named = [sets[name] for name in config.skills if name in sets]
+        if len({found.metric for found in named}) > 1:
+            raise ConfigError(
+                "objective: old/score would compare scores of several metrics, as the skills are scored by different "
+                "ones: use old/ratio"
+            )
+        if named:
+            return named[0]
+    if skill not in sets:
+        raise ConfigError(
+            f"objective: a score of the {skill} skill needs data: add {key_of(config, 'validation', skill)}"
+        )
+    return sets[skill]
 
 
 def _values(metric: str, runs: Sequence[Mapping[str, Any]]) -> list[float]:

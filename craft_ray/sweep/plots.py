@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from craft_ray.report.svg import INK, PAPER, inline_svg, new_figure
+from craft_ray.run.held_out import eval_sets
 from craft_ray.run.scoring import HIGHER_IS_BETTER
 from craft_ray.sweep.importance import Association, Importance
 from craft_ray.sweep.results import SweepResult, TrialResult
@@ -177,9 +178,10 @@ def pareto_plot(result: SweepResult) -> Markup | None:
 
 def _skill(result: SweepResult, skill: str) -> str:
     """The metric of a skill for which more is better: its score, or the ratio if the score is a perplexity."""
-    data = result.plan.config.validation
-    scored = data.old if skill == "old" else data.new
-    return f"{skill}/ratio" if scored is not None and not HIGHER_IS_BETTER[scored.metric] else f"{skill}/score"
+    config = result.plan.config
+    scored = dict(eval_sets(config, "validation")).get(skill)
+    inverse = scored is not None and not HIGHER_IS_BETTER[scored.metric]
+    return f"{skill}/ratio" if inverse or (skill == "old" and config.skills) else f"{skill}/score"
 
 
 def _first_measured(result: SweepResult, keys: Sequence[str], other: str | None = None) -> str | None:

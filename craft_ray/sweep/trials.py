@@ -177,6 +177,7 @@ def trial_config(base: Experiment, params: Params, trial: TrialFolder, seed: int
         "seed": seed,
         "output_dir": str(trial.path),
         "evaluation": {"old": None, "new": None},
+        **{f"skills.{skill}.evaluation": None for skill in base.skills},
         "train.keep_checkpoints": 1 if base.train.checkpoint_every else 0,
         # Set explicitly: a run without validation data would not validate at its end.
         "validation.every": base.validation.every or params.get("train.steps", base.train.steps),

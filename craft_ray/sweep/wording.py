@@ -12,7 +12,7 @@ from typing import Any
 from craft_ray.config import Experiment, ObjectiveConfig
 from craft_ray.report.wording import NONE, number, percent
 from craft_ray.run.scoring import HIGHER_IS_BETTER
-from craft_ray.sweep.objective import SCORES, parse_bound
+from craft_ray.sweep.objective import eval_set_of, is_score, parse_bound, split
 from craft_ray.sweep.results import SweepResult, TrialResult
 from craft_ray.sweep.trials import Report
 
@@ -92,11 +92,10 @@ def metrics_of(config: Experiment) -> list[Metric]:
 
 def _described(config: Experiment, key: str) -> tuple[str, bool, bool]:
     """The label, whether it is a fraction of one, and whether more is better."""
-    if key not in SCORES:
+    if not is_score(key):
         return HELDOUT.get(key, key), False, False
-    skill, _, kind = key.partition("/")
-    scored = config.validation.old if skill == "old" else config.validation.new
-    assert scored is not None, "only what is measured is shown"
+    skill, kind = split(key)
+    scored = eval_set_of(config, skill)
     higher = HIGHER_IS_BETTER[scored.metric]
     if kind == "score":
         return f"{PROSE[scored.metric]} on the {skill} skill", higher, higher

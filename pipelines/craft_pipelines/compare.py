@@ -7,7 +7,7 @@ trainer trains the runs of its group one after the other. A comparison that is s
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from typing import Any
@@ -66,9 +66,9 @@ def _compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], fold
 def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arms: Sequence[str]) -> Experiment:
     """The experiment of one arm and seed.
 
-    The baseline keeps the cache: it does not train on it, but is measured by the loss of the preferred other arm. There
-    is no validation, because nothing is chosen here. The other arms are not part of a run's config, so that an arm can
-    be added to a finished comparison.
+    The baseline keeps the cache: it does not train on it, but is measured by the loss of the preferred other arm. Only
+    what a budget follows is validated, because nothing is chosen here. The other arms are not part of a run's config,
+    so that an arm can be added to a finished comparison.
     """
     settings = _settings(config, arm)
     if arm == "baseline" and len(arms) > 1:
@@ -78,10 +78,21 @@ def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arm
         "variant": arm if arm in config.compare.variants else None,
         "seed": seed,
         "output_dir": str(folder / "runs"),
-        "validation": {},
         "compare": {"parallel": config.compare.parallel},
+        **{f"craft.{key}": value for key, value in settings.items()},
     }
-    return config.changed(changes | {f"craft.{key}": value for key, value in settings.items()})
+    if settings.get("epsilon_unit", config.craft.epsilon_unit) != config.craft.epsilon_unit:
+        changes |= {f"skills.{name}.epsilon_start": None for name in config.skills}  # they are in the other unit
+    return config.changed(changes | _unvalidated(config, config.changed(changes).kept_parts()))
+
+
+def _unvalidated(config: Experiment, kept: Collection[str | None]) -> dict[str, Any]:
+    """What leaves out the validations that nothing follows: those of skills without a part to keep."""
+    if None not in kept:
+        changes: dict[str, Any] = {"validation": {"every": config.validation.every if kept else 0}}
+    else:
+        changes = {"validation.new": None}
+    return changes | {f"skills.{name}.validation": None for name in config.skills if name not in kept}
 
 
 def _settings(config: Experiment, arm: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from craft_ray.models.adapters import CONFIG as ADAPTER
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.run.folder import RunFolder
-from craft_ray.run.held_out import eval_sets
+from craft_ray.run.held_out import eval_sets, key_of
 from craft_ray.run.scoring import OF_TEXT, Episodes, EvalData, Score, open_eval_set
 from craft_ray.run.scoring import evaluate as score
 from craft_ray.storage.files import write_atomically
@@ -59,7 +59,10 @@ def evaluate(
     if out is not None:
         check_kept(out, "--out")
     folders = labelled([model_folder(path) for path in checkpoints])
-    sources = {skill: open_eval_set(found, f"evaluation.{skill}") for skill, found in eval_sets(config, "evaluation")}
+    sources = {
+        skill: open_eval_set(found, key_of(config, "evaluation", skill))
+        for skill, found in eval_sets(config, "evaluation")
+    }
     if not sources:
         raise ConfigError("the config names nothing to score on: add evaluation.old or evaluation.new")
     device = _device(config)

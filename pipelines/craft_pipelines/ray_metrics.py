@@ -17,7 +17,8 @@ from typing import Any, Self
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from craft_ray.run.metrics import Record
+from craft_ray.config import scores_of
+from craft_ray.run.metrics import Record, skills_in
 from craft_ray.run.observers import Observer
 from craft_ray.storage.paths import StoragePath
 
@@ -35,6 +36,9 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "craft_retention_loss": ("Retention loss L_ret of the last step that measured it", RUN),
     "craft_epsilon": ("Retention budget", RUN),
     "craft_lambda": ("Multiplier", RUN),
+    "craft_skill_retention_loss": ("Of several old skills, the retention loss of one", VALIDATION),
+    "craft_skill_epsilon": ("Of several old skills, the budget of one", VALIDATION),
+    "craft_skill_lambda": ("Of several old skills, the multiplier of one: the price of keeping it", VALIDATION),
     "craft_violation": ("max(0, L_ret / epsilon - 1) of the last step that measured L_ret", RUN),
     "craft_conflict_rate": ("Part of the steps since the last log whose two gradients conflicted", RUN),
     "craft_step_seconds": ("Mean seconds of a step since the last log", RUN),
@@ -134,12 +138,15 @@ class RayMetrics(RefreshedGauges):
     def steps(self, records: Sequence[Record]) -> None:
         if records:
             self.set(gauge_values(records))
+            for skill, values in skill_values(records[-1]).items():
+                self.set(values, skill)
             self.count("craft_steps", len(records), "arm")
         self.inner.steps(records)
 
     def validated(self, record: Record) -> None:
-        for skill in ("old", "new"):
-            self.set({f"craft_validation_{what}": record.get(f"{skill}/{what}") for what in ("score", "ratio")}, skill)
+        named = {skill: scores_of(skill) for skill in skills_in(record)}
+        for skill, prefix in {"old": "old", "new": "new", **named}.items():
+            self.set({f"craft_validation_{what}": record.get(f"{prefix}/{what}") for what in ("score", "ratio")}, skill)
         self.set({f"craft_heldout_{w}": record.get(f"heldout/{w}") for w in ("retention_loss", "violation")})
         self.inner.validated(record)
 
@@ -172,14 +179,28 @@ def gauge_values(records: Sequence[Record]) -> dict[str, float | None]:
     values |= {gauge: last[key] for gauge, key in LATEST.items()}
     measured = [record for record in records if record["craft/retention_loss"] is not None]
     if measured:
-        loss, epsilon = measured[-1]["craft/retention_loss"], measured[-1]["craft/epsilon"]
-        values["craft_retention_loss"] = loss
-        values["craft_violation"] = max(0.0, loss / epsilon - 1)
+        values["craft_retention_loss"] = measured[-1]["craft/retention_loss"]
+        values["craft_violation"] = max(max(0.0, loss / epsilon - 1) for loss, epsilon in _held(measured[-1]))
         compared = [record["craft/conflict"] for record in measured if record["craft/conflict"] is not None]
         values["craft_conflict_rate"] = sum(compared) / len(compared) if compared else None
     for gauge, key in (("craft_step_seconds", "perf/step_s"), ("craft_data_seconds", "perf/data_s")):
         values[gauge] = sum(record[key] for record in records) / len(records)
     return values
+
+
+def skill_values(record: Record) -> dict[str, dict[str, float | None]]:
+    """The gauges of each of several old skills after a step."""
+    kinds = ("retention_loss", "epsilon", "lambda")
+    return {
+        skill: {f"craft_skill_{kind}": record[f"{scores_of(skill)}/{kind}"] for kind in kinds}
+        for skill in skills_in(record)
+    }
+
+
+def _held(record: Record) -> list[tuple[float, float]]:
+    """L_ret and the budget of each constraint after a step."""
+    prefixes = [scores_of(skill) for skill in skills_in(record)] or ["craft"]
+    return [(record[f"{prefix}/retention_loss"], record[f"{prefix}/epsilon"]) for prefix in prefixes]
 
 
 def run_tag(folder: StoragePath) -> str:

@@ -51,13 +51,15 @@ def test_a_signal_is_exit_code_130(name: str) -> None:
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
     process = started("""
-    try: time.sleep(60)
+    try:
+        print("in the block", flush=True)
+        time.sleep(60)
     finally:
         print("cleaning up", flush=True)
         time.sleep(60)
     """)
     assert process.stdout is not None
-    assert process.stdout.readline() == "working\n"
+    assert [process.stdout.readline() for _ in range(2)] == ["working\n", "in the block\n"]
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "cleaning up\n"
     sent = time.monotonic()

@@ -10,18 +10,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from craft_pipelines.anchors import build
+from craft_pipelines.compare import arm_config
 from safetensors.torch import load_file
 
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.reader import open_anchors
-from craft_ray.config import Experiment
+from craft_ray.config import Experiment, ObjectiveConfig
 from craft_ray.errors import CacheRefused, ConfigError, DataError
 from craft_ray.models import load_model
+from craft_ray.report.html import write_report
+from craft_ray.report.wording import number
 from craft_ray.retention.constraints import Constraints, open_constraints
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import console_line, result_lines, validation_line
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train, training
+from craft_ray.sweep.objective import objective_of
 from craft_ray.workers import OneWorker
 from tests.support.experiments import ANSWERED, COLUMNS, Digits
 from tests.support.runs import trained
@@ -162,11 +166,11 @@ def test_one_named_skill_is_held_like_one_without_a_name(digits: Digits, tmp_pat
     named = {"anchors.source": None, "skills": {"all": {"anchors": {"path": str(path), "columns": COLUMNS}}}}
     together = alone.changed({**named, "craft.anchor_cache_dir": str(tmp_path / "named")})
     found = []
-    for number, config in enumerate((alone, together)):
+    for place, config in enumerate((alone, together)):
         build(config, say=lambda _: None)
         # An id that starts with the skill's name is drawn into another part.
         config = config.changed({"craft.anchor_holdout": 0.0})
-        found.append(trained(config, tmp_path / f"run{number}").read_metrics())
+        found.append(trained(config, tmp_path / f"run{place}").read_metrics())
     for one, several in zip(*found, strict=True):
         for key in ("train/loss", "craft/retention_loss", "craft/lambda", "craft/grad_cos", "train/grad_norm"):
             expected = one[key] if one[key] is None else pytest.approx(one[key], rel=2e-3, abs=1e-6)
@@ -236,3 +240,43 @@ def test_a_cache_without_the_names_of_skills_is_refused(digits: Digits, folder: 
     # The other way round, all anchors of a cache are of one skill.
     alone = opened(digits.experiment(folder))
     assert len(alone.held[0].train_rows + alone.held[0].heldout_rows) == 40
+
+
+def test_a_report_has_a_row_for_each_skill(held: RunFolder, tmp_path: Path) -> None:
+    write_report([held], tmp_path / "report", title="Two skills", command="craft-ray report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    result = held.finished()
+    assert result is not None
+    rows = page[page.index("Each old skill") : page.index("Elsewhere in this report")]
+    for name, skill in result["skills"].items():
+        assert f"<td>{name}</td>" in rows
+        assert number(skill["retention_loss"]) in rows
+        assert number(skill["lambda"]) in rows
+    assert "retention loss of each skill over its budget" in page
+
+
+def test_skills_are_metrics_of_an_objective(digits: Digits, folder: Path) -> None:
+    def judged_by(**objective: Any) -> ObjectiveConfig:
+        return objective_of(two(digits, folder, {"objective": objective}))
+
+    bounds = {"skills/near/ratio": ">= 0.9", "skills/far/violation": "<= 0"}
+    assert judged_by(minimize="train/loss", subject_to=bounds).subject_to == bounds
+    assert judged_by(maximize="old/ratio").maximize == "old/ratio"
+    with pytest.raises(ConfigError, match=r"'skills/middle/ratio' is not measured: choose among .* skills/near/ratio"):
+        judged_by(maximize="skills/middle/ratio")
+    with pytest.raises(ConfigError, match=r"skills/far/score is a perplexity, .* or use skills/far/ratio"):
+        judged_by(maximize="skills/far/score")
+
+
+def test_arms_in_another_unit_leave_the_budgets_of_skills_behind(digits: Digits, folder: Path, tmp_path: Path) -> None:
+    changes = {
+        "compare.token_ce": {"epsilon_start": 0.3}, "validation.every": 2, "skills.near.keep": 0.9,
+        "compare.arms": ["baseline", "token_ce", "hidden"],
+    }  # fmt: skip
+    config = two(digits, folder, changes)
+    runs = {arm: arm_config(config, arm, 0, tmp_path, config.compare.chosen) for arm in config.compare.chosen}
+    assert [runs[arm].skills["far"].epsilon_start for arm in ("hidden", "token_ce")] == [0.0005, None]
+    for arm in ("hidden", "token_ce"):
+        assert runs[arm].skills["near"].validation is not None, "the budget follows it"
+        assert runs[arm].skills["far"].validation is None
+    assert runs["baseline"].skills["near"].validation is None

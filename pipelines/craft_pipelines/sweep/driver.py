@@ -30,7 +30,7 @@ from craft_ray.anchors.matching import select
 from craft_ray.config import DataConfig, EvalSet, Experiment, RolloutConfig, RolloutEvalSet, differences
 from craft_ray.errors import ConfigError, CraftError, Interrupted
 from craft_ray.run.folder import command_line
-from craft_ray.run.held_out import eval_sets
+from craft_ray.run.held_out import eval_sets, key_of
 from craft_ray.run.scoring import open_eval_set
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, remove_tree, storage_path
@@ -124,7 +124,8 @@ def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
         tracking = SweepTracking(folder, plan, say)
         for skill, eval_set in eval_sets(config, "validation"):
             if any(_inputs(eval_set) == _inputs(other) for _, other in eval_sets(config, "evaluation")):
-                say(f"validation.{skill} is also the evaluation data: a setting chosen on it will score too well on it")
+                key = key_of(config, "validation", skill)
+                say(f"{key} is also the evaluation data: a setting chosen on it will score too well on it")
         if open_trials(folder, plan):
             join(dashboard=config.workers.most > 1)
             concurrency(config)
@@ -202,7 +203,7 @@ def check_plan(plan: Plan) -> None:
     check_scheduler(plan)
     sampler_of(plan)
     for skill, eval_set in eval_sets(config, "validation"):
-        open_eval_set(eval_set, f"validation.{skill}")
+        open_eval_set(eval_set, key_of(config, "validation", skill))
     check_space(plan.space, config, lambda _: None)
     if _cache_is_ready(config):
         check_cache(plan)

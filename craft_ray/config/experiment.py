@@ -10,9 +10,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from craft_ray.config.adapter import AdapterConfig
 from craft_ray.config.comparison import CompareConfig
-from craft_ray.config.data import DataConfig
 from craft_ray.config.evaluation import EvaluationConfig, ValidationConfig
 from craft_ray.config.mistakes import explain
+from craft_ray.config.mixture import TaskConfig
 from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import apply_changes
 from craft_ray.config.paths import FolderPath
@@ -38,8 +38,8 @@ class Experiment(Section):
     model: ModelConfig
     adapter: AdapterConfig | None = None
     """An adapter to train in place of all weights."""
-    task: DataConfig
-    """Training data of the new skill."""
+    task: TaskConfig
+    """Training data of the new skill: a source, or a `mix` of several by weight (docs/data.md)."""
     anchors: AnchorsConfig | None = None
     skills: dict[SkillName, SkillConfig] = {}
     """Several old skills by name, each with a budget and a multiplier (docs/skills.md). Without this section there is

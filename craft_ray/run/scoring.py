@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 
 from craft_ray import interruption
-from craft_ray.config import DataConfig, EvalSet, RolloutEvalSet, SampleEvalSet
+from craft_ray.config import EvalSet, RolloutEvalSet, SampleEvalSet, TaskConfig
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError, DataError
@@ -95,7 +95,7 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes:
     return source
 
 
-def source_identity(data: DataConfig, model: Model) -> tuple[str, str]:
+def source_identity(data: TaskConfig, model: Model) -> tuple[str, str]:
     """The key of a source's features in a feature cache. It leaves out `limit`: a row is the same however many are
     read."""
     return data.model_dump_json(exclude={"limit"}), model.preprocessor_fingerprint()

@@ -320,7 +320,7 @@ def test_a_value_that_is_not_valid(override: str, key: str, minimal: Path) -> No
         ),
         (
             ["train.optimizer=policy"],
-            "train.optimizer policy is for a LeRobot policy, which brings one, and model.kind is vision_language",
+            "train.optimizer policy is for a LeRobot policy, which brings one, and model.kind is causal_lm",
         ),
         (
             ["train.optimizer=policy", "train.learning_rate=1e-3"],

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -25,12 +26,12 @@ WORDS = ["007", "1", "1.10", "1e3", "true", "2024-01-01", "NA", "null", "nan", "
 """What a table would convert."""
 
 
-def source(path: Path, columns: dict[str, str | None] | None = None, **settings: Any) -> Source:
+def source(path: Path | str, columns: dict[str, str | None] | None = None, **settings: Any) -> Source:
     columns = {"prompt": "prompt", "response": "response"} if columns is None else columns
     return open_source(data_config(path=str(path), columns=columns, **settings), "task")
 
 
-def responses(path: Path, **settings: Any) -> list[str | None]:
+def responses(path: Path | str, **settings: Any) -> list[str | None]:
     return [sample.response for sample in source(path, **settings)]
 
 
@@ -67,6 +68,59 @@ def test_a_folder_of_csv_that_was_fetched_from_the_hub(tmp_path: Path) -> None:
     (tmp_path / "train.csv").rename(tmp_path / "train.jsonl")
     jsonl(tmp_path / "train.jsonl", '{"prompt": 1, "response": 1.10}', '{"prompt": 2, "response": "2024-01-01"}')
     assert responses(tmp_path) == ["1.10", "2024-01-01"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the hub has under the name org/words. The library reads it as a local folder, with everything else its own."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    builder_of, load = datasets.load_dataset_builder, datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, **settings: builder_of(str(folder)))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda path, split, revision, cache_dir: load(str(folder), split=split, cache_dir=str(tmp_path / "cache")),
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("train.csv", "prompt,response\na,007\nb,1\nc,\n", ["007", "1", ""]),
+        ("train.tsv", "prompt\tresponse\na\t1.10\nb\tTrue\n", ["1.10", "True"]),
+        ("train.jsonl", '{"prompt": "a", "response": 1.10}\n{"prompt": "b", "response": "2024-01-01"}', ["1.10", "2024-01-01"]),
+        ("train.json", '[{"prompt": "a", "response": 1e3}, {"prompt": "b", "response": "007"}]', ["1e3", "007"]),
+    ],
+)
+def test_values_on_the_hub_are_as_written(name: str, content: str, expected: list[str], hub: Path) -> None:
+    (hub / name).write_text(content)
+    first = source("org/words", format="dataset")
+    assert [sample.response for sample in first] == expected
+    assert [s.response for s in source("org/words", format="dataset", split="train[1:]")] == expected[1:]
+    assert [s.response for s in source("org/words", format="dataset", limit=1)] == expected[:1]
+    assert "no split 'test'" in refusal(lambda: source("org/words", format="dataset", split="test"), ConfigError)
+    (hub / name).write_text(content.replace("a", "A"))
+    assert source("org/words", format="dataset").fingerprint != first.fingerprint
+
+
+def test_what_only_the_library_could_read_on_the_hub_is_refused(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        (hub / f"{split}.csv").write_text("prompt,response\na,007\n")
+    message = refusal(lambda: source("org/words", format="dataset", split="train+test"), ConfigError)
+    assert "converts values of CSV files" in message
+    (hub / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  header: 0\n---\n")
+    message = refusal(lambda: source("org/words", format="dataset"), ConfigError)
+    assert "setting header" in message
+    kept = SimpleNamespace(info=SimpleNamespace(builder_name="csv"), config=SimpleNamespace(data_files=None))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: kept)
+    assert "the hub is not reached" in refusal(lambda: source("org/words", format="dataset"), ConfigError)
+
+
+def test_a_table_on_the_hub_keeps_its_types(hub: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a", "b"], "response": [7, 8]}), hub / "train.parquet")
+    assert responses("org/words", format="dataset") == ["7", "8"]
 
 
 def test_quotes_newlines_and_marks_of_csv(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class VisionLanguageModel(HuggingFaceModel):
 
     kind = "vision_language"
     reads_images = True
+    threaded = True
     default_positions = ("suffix",)
     auto_class = transformers.AutoModelForImageTextToText
     processor_class = transformers.AutoProcessor

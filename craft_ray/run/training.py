@@ -275,4 +275,4 @@ def check_every_row(run: Run) -> None:
         DataError: a row cannot be used.
     """
     for rows in [run.task.rows(), *run.held_out.rows()]:
-        check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note)
+        check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note, run.observer.checking)

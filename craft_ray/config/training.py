@@ -55,8 +55,8 @@ class TrainConfig(Section):
         own = [key for key in PRESET if getattr(self, key) != type(self).model_fields[key].default]
         if self.optimizer == "policy" and own:
             raise ValueError(
-                f"{own[0]} is {getattr(self, own[0])}, but optimizer policy takes it from the policy's own config: leave "
-                f"it out, or set optimizer=adamw"
+                f"{own[0]} is {getattr(self, own[0])}, but optimizer policy takes it from the policy's own config: "
+                f"leave it out, or set optimizer=adamw"
             )
         return self
 

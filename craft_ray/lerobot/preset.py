@@ -39,7 +39,7 @@ def optimizer_preset(policy: Any, steps: int) -> OptimizerPreset:
     )
     max_norm = float(how.grad_clip_norm) if how.grad_clip_norm > 0 else None
     if schedule is None:
-        return OptimizerPreset(optimizer, lambda step: peaks, max_norm, described)
+        return OptimizerPreset(optimizer, lambda _: peaks, max_norm, described)
     scheduler = schedule.build(optimizer, steps)
     if not isinstance(scheduler, LambdaLR):
         raise ConfigError(

@@ -127,8 +127,8 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
             return Built(manifest, 0)
 
     with bars() as shown:
-        rows, report = anchor_rows(anchors, model, source, plan.identity), RowsProgress(shown).show
-        check_rows(rows, config.train.check_minutes, OneWorker(), say, report)
+        anchored = anchor_rows(anchors, model, source, plan.identity)
+        check_rows(anchored, config.train.check_minutes, OneWorker(), say, RowsProgress(shown).show)
     expected = estimate(model, source, plan.identity.schema, anchors)
     _announce(say, plan.identity, expected, folder)
     if done:

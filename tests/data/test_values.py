@@ -72,15 +72,15 @@ def test_a_folder_of_csv_that_was_fetched_from_the_hub(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the hub has under the name org/words. The library reads it as a local folder, with everything else its own."""
+    """What the hub has under the name org/words. The library takes it from this folder; the rest is its own doing."""
     folder = tmp_path / "hub"
     folder.mkdir()
     builder_of, load = datasets.load_dataset_builder, datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, **settings: builder_of(str(folder)))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda _, **__: builder_of(str(folder)))
     monkeypatch.setattr(
         datasets,
         "load_dataset",
-        lambda path, split, revision, cache_dir: load(str(folder), split=split, cache_dir=str(tmp_path / "cache")),
+        lambda _, split, **__: load(str(folder), split=split, cache_dir=str(tmp_path / "cache")),
     )
     return folder
 
@@ -90,7 +90,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("train.csv", "prompt,response\na,007\nb,1\nc,\n", ["007", "1", ""]),
         ("train.tsv", "prompt\tresponse\na\t1.10\nb\tTrue\n", ["1.10", "True"]),
-        ("train.jsonl", '{"prompt": "a", "response": 1.10}\n{"prompt": "b", "response": "2024-01-01"}', ["1.10", "2024-01-01"]),
+        (
+            "train.jsonl",
+            '{"prompt": "a", "response": 1.10}\n{"prompt": "b", "response": "2024-01-01"}',
+            ["1.10", "2024-01-01"],
+        ),
         ("train.json", '[{"prompt": "a", "response": 1e3}, {"prompt": "b", "response": "007"}]', ["1e3", "007"]),
     ],
 )
@@ -367,3 +371,33 @@ def test_long_names_make_no_long_message(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["a\nb", None, 3.5, b"x", ["a"], {"a": 1}])
 def test_a_short_value_is_shown_whole(value: Any) -> None:
     assert shown(value) == repr(value)
+
+
+# --- keys that occur twice ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": "a", "response": "x", "response": "y"}',
+        '{"response": "x", "prompt": "a", "response": "x"}',
+        '{"prompt": "a", "response": {"text": "x", "text": "y"}}',
+        '{"prompt": "a", "response": [1.5, {"at": [{"b": 1, "b": 2}]}]}',
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_key_that_occurs_twice_is_refused_where_it_is_read(row: str, ending: str, tmp_path: Path) -> None:
+    """Other parsers take the first value, Python's the last."""
+    good = '{"prompt": "q", "response": "r"}'
+    (tmp_path / f"a.{ending}").write_text(f"{good}\n{row}" if ending == "jsonl" else f"[{good}, {row}]")
+    message = refusal(lambda: source(tmp_path / f"a.{ending}"), ConfigError)
+    assert "line 2: the key " in message
+    assert "occurs twice in one object" in message
+
+
+def test_a_key_that_occurs_twice_in_what_is_not_read(tmp_path: Path) -> None:
+    rows = [
+        '{"prompt": "a", "response": "x", "note": 1, "note": 2}',
+        '{"note": {"b": 1, "b": 2}, "prompt": "a", "response": "y"}',
+    ]
+    assert responses(jsonl(tmp_path / "a.jsonl", *rows)) == ["x", "y"]

@@ -57,6 +57,8 @@ def test_progress_comes_from_a_worker_through_its_file(tmp_path: Path) -> None:
     assert seen == [("task", 3, 9, 4.5)]
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(1, "1 s"), (59, "59 s"), (60, "1 min"), (3599, "60 min"), (5400, "1.5 h")])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(1, "1 s"), (59, "59 s"), (60, "1 min"), (3599, "60 min"), (5400, "1.5 h")]
+)
 def test_durations_in_words(seconds: float, said: str) -> None:
     assert readable_seconds(seconds) == said

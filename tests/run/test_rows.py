@@ -70,7 +70,8 @@ def test_progress_is_reported_with_the_time_that_is_left(monkeypatch: pytest.Mon
     check_rows(rows(9, lambda _: None), MINUTES, OneWorker(), print, lambda *report: reports.append(report))
     assert [done for _, done, _, _ in reports] == [*range(1, 10), 9]
     assert {(key, of) for key, _, of, _ in reports} == {("task", 9)}
-    assert all(left_s > 0 for *_, left_s in reports[:-1]) and reports[-1][-1] == 0
+    assert all(left_s > 0 for *_, left_s in reports[:-1])
+    assert reports[-1][-1] == 0
 
 
 @pytest.mark.parametrize("threaded", [False, True])
@@ -204,3 +205,15 @@ def test_a_bad_anchor_ends_a_build_before_its_first_shard(config: Experiment, tm
         build(config, say=lambda _: None)
     assert not list((tmp_path / "cache").rglob("*.parquet"))
     assert build(config.changed({"anchors.source.limit": 30}), say=lambda _: None).rows_computed == 30
+
+
+@pytest.mark.parametrize("bad", [LONG, EMPTY])
+def test_an_id_of_any_length_makes_no_long_message(bad: dict[str, str], config: Experiment, tmp_path: Path) -> None:
+    path = written(tmp_path / "bad.jsonl", {3: bad | {"id": "i" * 2_000_000}})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({"id": str(number)} | row) + "\n" for number, row in enumerate(rows)))
+    config = config.changed({"task.path": str(path), "task.columns.id": "id", "craft.anchor_cache_dir": None})
+    with pytest.raises(DataError) as caught:
+        train(config, RunFolder(tmp_path / "run"), OneWorker(), NullObserver())
+    assert "sample iii" in caught.value.message
+    assert len(caught.value.message) < 1000

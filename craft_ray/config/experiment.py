@@ -10,9 +10,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from craft_ray.config.adapter import AdapterConfig
 from craft_ray.config.comparison import CompareConfig
-from craft_ray.config.data import DataConfig
 from craft_ray.config.evaluation import EvaluationConfig, ValidationConfig
 from craft_ray.config.mistakes import explain
+from craft_ray.config.mixture import TaskConfig
 from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import apply_changes
 from craft_ray.config.paths import FolderPath
@@ -38,8 +38,8 @@ class Experiment(Section):
     model: ModelConfig
     adapter: AdapterConfig | None = None
     """An adapter to train in place of all weights."""
-    task: DataConfig
-    """Training data of the new skill."""
+    task: TaskConfig
+    """Training data of the new skill: a source, or a `mix` of several by weight (docs/data.md)."""
     anchors: AnchorsConfig | None = None
     skills: dict[SkillName, SkillConfig] = {}
     """Several old skills by name, each with a budget and a multiplier (docs/skills.md). Without this section there is
@@ -66,6 +66,7 @@ class Experiment(Section):
         self._check_adapter()
         self._check_skills()
         self._check_keep()
+        self._check_sharding()
         if self.train.optimizer == "policy" and self.model.kind != "lerobot":
             raise ValueError(
                 f"train.optimizer policy is for a LeRobot policy, which brings one, and model.kind is "
@@ -168,6 +169,22 @@ class Experiment(Section):
             raise ValueError(
                 f"adapter.dropout is {self.adapter.dropout:g}, but model.disable_dropout turns dropout off, because "
                 f"anchors compare student and teacher: leave it out, or set model.disable_dropout=false"
+            )
+
+    def _check_sharding(self) -> None:
+        """Check that what is trained can be sharded."""
+        sharding = f"workers.sharding is {self.workers.sharding}"
+        if self.workers.sharding == "none":
+            return
+        if self.adapter is not None:
+            raise ValueError(
+                f"{sharding}, but there is an adapter: its frozen model would be gathered for every micro-batch, and "
+                f"what it trains is small; set workers.sharding=none"
+            )
+        if self.model.kind == "lerobot":
+            raise ValueError(
+                f"{sharding}, but model.kind is lerobot: its policies call parts of their layers directly, for which "
+                f"nothing gathers the weights; set workers.sharding=none"
             )
 
     def changed(self, changes: Mapping[str, Any]) -> Experiment:

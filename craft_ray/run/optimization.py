@@ -38,8 +38,8 @@ class Optimization:
         """The optimiser's state, and the preset that it is of."""
         return self.optimizer.state_dict() | {"preset": self.described}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state.
+    def check_preset(self, state: dict[str, Any]) -> None:
+        """Check that a state goes on with the preset that it was written under.
 
         Raises:
             ConfigError: the policy prescribed something else when it was written.
@@ -50,7 +50,6 @@ class Optimization:
                 f"the run started with another preset in its policy's config.json ({preset}), it is now: "
                 f"{self.described}: restore the file, or start a new run"
             )
-        self.optimizer.load_state_dict(state)
 
 
 def make_optimization(model: Model, parameters: Sequence[torch.Tensor], config: TrainConfig) -> Optimization:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from craft_ray import interruption
-from craft_ray.config import DataConfig, EvalSet, RolloutEvalSet, SampleEvalSet
+from craft_ray.config import EvalSet, RolloutEvalSet, SampleEvalSet, TaskConfig
 from craft_ray.data.cells import shown
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
@@ -94,7 +94,7 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes:
     return source
 
 
-def source_identity(data: DataConfig, model: Model) -> tuple[str, str]:
+def source_identity(data: TaskConfig, model: Model) -> tuple[str, str]:
     """The key of a source's features in a feature cache. It leaves out `limit`: a row is the same however many are
     read."""
     return data.model_dump_json(exclude={"limit"}), model.preprocessor_fingerprint()
@@ -169,11 +169,14 @@ class EvalData:
         return model.preprocess(sample, model.response_tokens(sample))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(data: EvalData, workers: Workers) -> Score:
     """Score a model; each worker takes its share of the samples, and all workers get the result."""
     model, eval_set = data.model, data.eval_set
-    mine = range(workers.rank, len(data.of), workers.world_size)
+    mine = list(range(workers.rank, len(data.of), workers.world_size))
+    own = len(mine)
+    if model.sharded:  # every worker makes the same passes: one without a last row repeats the data's last
+        mine += [len(data.of) - 1] * (-(-len(data.of) // workers.world_size) - own)
     score = {"exact_match": _exact_match, "choice": _choice, "perplexity": _perplexity, "success": _success}[
         eval_set.metric
     ]
@@ -181,8 +184,8 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
     with evaluating(model.module):
         for start in range(0, len(mine), eval_set.batch_size):
             interruption.check()
-            records += score(data, mine[start : start + eval_set.batch_size])
-    shares = workers.gather(records)
+            records += score(data, mine[start : start + eval_set.batch_size], workers)
+    shares = workers.gather(records[:own])
     everyone = [shares[i % workers.world_size][i // workers.world_size] for i in range(len(data.of))]
     if eval_set.metric == "perplexity":
         tokens = sum(record["tokens"] for record in everyone)
@@ -197,7 +200,7 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
     return Score(eval_set.metric, value, len(everyone), everyone, details)
 
 
-def _exact_match(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
+def _exact_match(data: EvalData, rows: Sequence[int], _: Workers) -> list[dict[str, Any]]:
     assert isinstance(data.eval_set, SampleEvalSet)
     model = token_model(data.model)
     answers = model.generate([data.question(row) for row in rows], data.eval_set.max_new_tokens)
@@ -210,7 +213,7 @@ def _exact_match(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
     return records
 
 
-def _choice(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
+def _choice(data: EvalData, rows: Sequence[int], workers: Workers) -> list[dict[str, Any]]:
     """The choices of all samples fill the forward passes together; those of similar length share a pass, because
     padding is computed, too."""
     samples = [data.source[row] for row in rows]
@@ -219,8 +222,9 @@ def _choice(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
     ]
     order = sorted(range(len(asked)), key=lambda index: (asked[index].layout.length, index))
     size, found = data.eval_set.batch_size, [math.nan] * len(asked)
-    for start in range(0, len(order), size):
-        indices = order[start : start + size]
+    most = max(workers.gather(len(order))) if data.model.sharded else len(order)  # samples differ in their choices
+    for start in range(0, most, size):
+        indices = order[start : start + size] or order[:1]
         likelihoods = _log_likelihoods(data.model, [asked[index] for index in indices])
         for index, (total, _) in zip(indices, likelihoods, strict=True):
             found[index] = total
@@ -257,7 +261,7 @@ def _choices(sample: Sample) -> tuple[str, ...]:
     return choices
 
 
-def _perplexity(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
+def _perplexity(data: EvalData, rows: Sequence[int], _: Workers) -> list[dict[str, Any]]:
     found = _log_likelihoods(data.model, [data.answered(row) for row in rows])
     return [
         {"id": data.source[row].id, "nll": -total, "tokens": count}
@@ -283,7 +287,7 @@ def _perplexity_of(nats: float, name: str) -> float:
     return value
 
 
-def _success(data: EvalData, rows: Sequence[int]) -> list[dict[str, Any]]:
+def _success(data: EvalData, rows: Sequence[int], _: Workers) -> list[dict[str, Any]]:
     return data.episodes.run(data.model, rows)
 
 

@@ -67,6 +67,11 @@ class Experiment(Section):
         self._check_skills()
         self._check_keep()
         self._check_sharding()
+        if self.train.optimizer == "policy" and self.model.kind != "lerobot":
+            raise ValueError(
+                f"train.optimizer policy is for a LeRobot policy, which brings one, and model.kind is "
+                f"{self.model.kind}: set train.optimizer=adamw"
+            )
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}"

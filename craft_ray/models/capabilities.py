@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+from torch.optim import Optimizer
 
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError
@@ -132,6 +134,31 @@ class PackingModel(Model):
     def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
         """Hidden states [L, T, D] of samples laid end to end in one row of T tokens, each as if it were alone. The
         module must be in eval mode."""
+
+
+@dataclass(frozen=True)
+class OptimizerPreset:
+    """How a model is to be optimised by its own account."""
+
+    optimizer: Optimizer
+    rates: Callable[[int], list[float]]
+    """The learning rate of each parameter group at a step, from 0."""
+    max_norm: float | None
+    """Norm to which the gradient is clipped; None: no clipping."""
+    described: str
+    """The preset in a line."""
+
+
+class PresetModel(Model):
+    """A model that says how it is to be optimised."""
+
+    @abstractmethod
+    def optimizer_preset(self, steps: int) -> OptimizerPreset:
+        """A new optimiser of its trainable parameters, for a run of so many steps.
+
+        Raises:
+            ConfigError: its preset is neither Adam nor AdamW.
+        """
 
 
 def token_model(model: Model) -> TokenModel:

@@ -68,7 +68,7 @@ class TaskData:
         """Every row, to be checked before the first step."""
         how = ["task", self._model.preprocessor_fingerprint()]
         content = self.source.fingerprint if self._workers.rank == 0 else ""
-        return Rows("task", len(self.source), content, self._features, how)
+        return Rows("task", len(self.source), content, self._features, how, self._model.threaded)
 
     def _preprocess(self, row: int) -> Features:
         return self._model.preprocess_task(self.source[row])

@@ -36,7 +36,7 @@ from craft_ray.run.identity import check_same, record
 from craft_ray.run.judgement import judged
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
 from craft_ray.run.observers import Observer
-from craft_ray.run.optimization import learning_rate, make_optimizer, seed_step
+from craft_ray.run.optimization import make_optimization, seed_step
 from craft_ray.run.rows import check_rows
 from craft_ray.run.saving import CheckpointWriter
 from craft_ray.run.sharded_checkpoint import is_sharded, restore
@@ -121,7 +121,8 @@ class Run:
         module = self.model.module
         sharded = module if isinstance(module, FSDPModule) else None
         self.gradients = GradientPair(module.named_parameters(), with_retention=apart, sharded=sharded)
-        self.optimizer = make_optimizer(self.gradients.parameters, config.train)
+        self.optimization = make_optimization(self.model, self.gradients.parameters, config.train)
+        self.optimizer = self.optimization.optimizer
         self.checkpoints = CheckpointWriter(config, folder, workers, observer)
         self.step = 0
         if checkpoint is not None:
@@ -142,9 +143,9 @@ class Run:
             f"{count / 1e6:.2f} M trainable parameters, {len(self.task)} samples of the new skill, "
             f"{self.workers.world_size} worker(s) on {self.workers.device}"
         )
-        lines, merges = self.constraints.described(), self.task.boundary_merges()
-        for line in lines if merges is None else [merges, *lines]:
-            self.observer.note(line)
+        for line in (self.optimization.described, self.task.boundary_merges(), *self.constraints.described()):
+            if line is not None:
+                self.observer.note(line)
         if self.step:
             self.observer.note(f"resuming after step {self.step}")
 
@@ -153,12 +154,13 @@ class Run:
     def _restore(self, checkpoint: Path) -> None:
         state = restore(checkpoint, self.model, self.gradients, self.optimizer, self.workers)
         self.constraints.load_state_dicts(state.constraints)
+        self.optimization.check_preset(state.optimizer)
         self.gradients.restore_reached(state.reached)
         self.step = state.step
 
     def _checkpoint(self) -> None:
         constraints = self.constraints.state_dicts()
-        state = TrainingState(self.step, self.optimizer.state_dict(), self.gradients.reached, constraints)
+        state = TrainingState(self.step, self.optimization.state_dict(), self.gradients.reached, constraints)
         self.checkpoints.write(self.model, state, self.gradients, self.optimizer)
 
     # -- data
@@ -219,9 +221,7 @@ class Run:
                 data = next(batches)
                 waited = time.perf_counter() - started
                 seed_step(self.config.seed, self.step, self.workers.rank)
-                lr = learning_rate(self.step, config)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
+                lr = self.optimization.set_rate(self.step)
                 epsilons = self.constraints.epsilons(self.step)
                 metrics = self.constraints.update(
                     self.model.task_loss,
@@ -230,7 +230,7 @@ class Run:
                     self.step,
                     optimizer=self.optimizer,
                     gradients=self.gradients,
-                    max_norm=config.max_grad_norm,
+                    max_norm=self.optimization.max_norm,
                 )
                 self.step += 1
                 save = self.checkpoints.due(self.step)
@@ -281,4 +281,4 @@ def check_every_row(run: Run) -> None:
         DataError: a row cannot be used.
     """
     for rows in [run.task.rows(), *run.held_out.rows()]:
-        check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note)
+        check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note, run.observer.checking)

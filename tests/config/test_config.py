@@ -72,6 +72,7 @@ LEROBOT = {
 }  # fmt: skip
 INSTEAD = (
     "columns.answer_index", "columns.messages", "columns.tools", "columns.skill", "skills", "craft.epsilon_decay",
+    "train.optimizer",
     "workers.sharding", "workers.shards",
 )  # fmt: skip
 """Keys that another key of this list replaces or excludes."""
@@ -323,6 +324,14 @@ def test_a_value_that_is_not_valid(override: str, key: str, minimal: Path) -> No
         (
             ["craft.epsilon_decay=0.5", "craft.epsilon_decay_steps=3"],
             "craft: epsilon_decay 0.5 and epsilon_decay_steps 3 both say when epsilon_end is reached: leave one",
+        ),
+        (
+            ["train.optimizer=policy"],
+            "train.optimizer policy is for a LeRobot policy, which brings one, and model.kind is causal_lm",
+        ),
+        (
+            ["train.optimizer=policy", "train.learning_rate=1e-3"],
+            "train: learning_rate is 0.001, but optimizer policy takes it from the policy's own config: leave it out",
         ),
         (["train.warmup_steps=5"], "train.warmup_steps 5 is more than train.steps 4"),
         (["workers.resources_per_worker.GPU=0.5"], "workers: resources_per_worker takes 0.5 GPU, which use_gpu=false"),

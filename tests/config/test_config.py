@@ -483,11 +483,13 @@ def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
         (
             "validation.new={metric: choice, data: {path: a}, rollout: {env: e, task: t}}",
             "validation.new.rollout belongs to episodes in a simulator (metric: success), but validation.new is read "
-            "as held-out samples (metric: exact_match, choice, perplexity, token_accuracy): leave it out, or set validation.new.metric",
+            "as held-out samples (metric: exact_match, choice, perplexity, token_accuracy): leave it out, or set "
+            "validation.new.metric",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, data: {path: a}}",
-            "evaluation.new.data belongs to held-out samples (metric: exact_match, choice, perplexity, token_accuracy), but",
+            "evaluation.new.data belongs to held-out samples (metric: exact_match, choice, perplexity, token_accuracy), "
+            "but",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, max_new_tokens: 3}",

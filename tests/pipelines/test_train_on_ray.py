@@ -145,3 +145,22 @@ def test_a_mistake_found_by_a_worker_is_one_line(digits: Digits, cached: Path, t
     assert len(lines) == 1, err
     assert "its image of 8 bytes does not decode" in lines[0]
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_two_workers_that_share_a_vision_language_model_equal_one(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    """A tower for images and one for text, each with blocks of its own; the last checkpoint has a model folder."""
+    alone, shared = (
+        digits.experiment(cached, {"name": name, "train.steps": 4, "output_dir": str(tmp_path), **changes})
+        for name, changes in {
+            "alone": {},
+            "shared": {"workers.num_workers": 2, "workers.sharding": "full"},
+        }.items()
+    )
+    train_run(plan_run(alone))
+    code, _, err = finish(command("train", saved(shared, tmp_path)))
+    assert code in (0, 3), err
+    found, expected = weights(shared), weights(alone)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)

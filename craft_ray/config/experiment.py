@@ -14,6 +14,7 @@ from craft_ray.config.data import DataConfig
 from craft_ray.config.evaluation import EvaluationConfig, ValidationConfig
 from craft_ray.config.mistakes import explain
 from craft_ray.config.model import ModelConfig
+from craft_ray.config.modes import RETENTION_MODES, OldData
 from craft_ray.config.overrides import apply_changes
 from craft_ray.config.paths import FolderPath
 from craft_ray.config.retention import AnchorsConfig, CraftConfig
@@ -56,8 +57,18 @@ class Experiment(Section):
 
     @property
     def arm(self) -> str:
-        """The arm of the comparison: `baseline`, or the name of the variant, or the retention mode."""
-        return (self.variant or self.craft.retention_mode) if self.craft.enabled else "baseline"
+        """The arm of the comparison: the name of the variant, or the retention mode, or `baseline`."""
+        return self.variant or (self.craft.retention_mode if self.craft.enabled else "baseline")
+
+    @property
+    def old_data(self) -> OldData:
+        """What training needs of the old skill."""
+        if not self.craft.enabled:
+            return "none"
+        answered = self.anchors is not None and self.anchors.suffix_from == "response"
+        if answered and self.craft.retention_mode == "token_ce":
+            return "labelled"
+        return RETENTION_MODES[self.craft.retention_mode].old_data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -38,6 +38,8 @@ class ModeFacts:
     units: Mapping[str, Unit]
     """By `craft.loss_type`, or under the single key "" where the mode has one loss."""
     old_data: OldData = "unlabelled"
+    distance_of_weights: bool = False
+    """Whether the loss is one of the weights, which no data are held out from."""
 
     def unit(self, loss_type: str) -> Unit:
         return self.units.get("") or self.units[loss_type]
@@ -77,12 +79,14 @@ RETENTION_MODES: dict[str, ModeFacts] = {
         stores=frozenset(),
         units={"": Unit("half_square", "half the squared distance of the weights")},
         old_data="none",
+        distance_of_weights=True,
     ),
     # The second-order term of the divergence from the teacher, with the Fisher information's diagonal alone.
     "ewc": ModeFacts(
         "craft_ray.retention.weights:EWC",
         stores=frozenset({"suffix"}),
         units={"": Unit("fisher_nats", "nats a token from the teacher, to second order")},
+        distance_of_weights=True,
     ),
 }
 

@@ -153,8 +153,15 @@ class Constraint:
             "lambda": multiplier,
             "slackness": None if multiplier is None else multiplier * (loss - epsilon),
             "lambda_max": self.craft.lambda_max,
+            "multiplier": self._multiplier(),
             "cache": self.mode.cache,
         }
+
+    def _multiplier(self) -> str | None:
+        """Whether lambda follows a budget; None where the skill is only measured."""
+        if self.dual is None:
+            return None
+        return "adaptive" if self.craft.lambda_lr or self.craft.lambda_kp else "fixed"
 
     # -- state
 

@@ -22,7 +22,7 @@ from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import RETENTION, TASK, Counted, GradientPair
 from craft_ray.method.step import StepMetrics, compares_gradients, craft_step, part_of_sum, task_step
 from craft_ray.method.surgery import merged_norm
-from craft_ray.models import load_model
+from craft_ray.models import teacher_of
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention import mode_named
@@ -84,13 +84,7 @@ def open_mode(
         ConfigError: the model cannot be held to such anchors.
     """
     craft, features = config.craft, features or FeatureCache()
-
-    def teacher() -> Model:
-        """The student before its first step; a resumed run loads the teacher again, on the student's device."""
-        if teacher_weights is not None:
-            return model
-        return load_model(config.model, config.train.precision, model.device)
-
+    teacher = teacher_of(config, model, teacher_weights is not None)
     if not RETENTION_MODES[craft.retention_mode].stores:
         return mode_named(craft.retention_mode).open(Opening(craft, model, None, (), (), features, teacher))
     assert craft.anchor_cache_dir is not None

@@ -23,17 +23,9 @@ def merge(path: StoragePath, out: StoragePath, say: Any = print) -> None:
     Raises:
         ConfigError: there is no such run or checkpoint, it has no adapter, or `out` exists.
     """
-    check_kept(out, "OUT")
-    if out.exists():
-        raise ConfigError(f"{out} exists: choose a new folder for the merged model")
-    is_run = (path / "config.yaml").exists()
-    checkpoint = last_checkpoint(RunFolder(path).checkpoints) if is_run else path.resolve()
-    if checkpoint is None or not (checkpoint / "model").exists():
-        raise ConfigError(
-            f"{path} is neither a run with a checkpoint (train.keep_checkpoints > 0) nor a checkpoint of one: specify "
-            f"one of them"
-        )
-    config = RunFolder(path if is_run else checkpoint.parent.parent).config()
+    check_new_folder(out)
+    run, checkpoint = checkpoint_of(path)
+    config = run.config()
     model_folder = checkpoint / "model"
     if not (model_folder / adapters.CONFIG).exists():
         raise ConfigError(f"{model_folder} is a whole model already, its run trained no adapter: use it as it is")
@@ -42,3 +34,29 @@ def merge(path: StoragePath, out: StoragePath, say: Any = print) -> None:
     with new_folder(out, last="config.json") as temporary:
         model.save(temporary, final=out if isinstance(out, Path) else None)
     say(f"merged the adapter of {checkpoint} into {config.model.path}: {out}")
+
+
+def check_new_folder(out: StoragePath) -> None:
+    """
+    Raises:
+        ConfigError: the folder exists, or would not outlast the command.
+    """
+    check_kept(out, "OUT")
+    if out.exists():
+        raise ConfigError(f"{out} exists: choose a new folder for the model")
+
+
+def checkpoint_of(path: StoragePath) -> tuple[RunFolder, StoragePath]:
+    """A run and its last checkpoint, or the given one.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint.
+    """
+    is_run = (path / "config.yaml").exists()
+    checkpoint = last_checkpoint(RunFolder(path).checkpoints) if is_run else path.resolve()
+    if checkpoint is None or not (checkpoint / "model").exists():
+        raise ConfigError(
+            f"{path} is neither a run with a checkpoint (train.keep_checkpoints > 0) nor a checkpoint of one: specify "
+            f"one of them"
+        )
+    return RunFolder(path if is_run else checkpoint.parent.parent), checkpoint

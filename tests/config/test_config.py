@@ -608,7 +608,7 @@ def test_what_follows_from_the_settings(minimal: Path) -> None:
     assert load_config(minimal).arm == "hidden"
     assert load_config(minimal, ["craft.retention_mode=token_ce", "craft.epsilon_start=0.1"]).arm == "token_ce"
     assert load_config(minimal, ["variant=near"]).arm == "near"
-    assert load_config(minimal, ["variant=near", "craft.enabled=false"]).arm == "baseline"
+    assert load_config(minimal, ["variant=near", "craft.enabled=false"]).arm == "near"
     assert load_config(minimal).compare.chosen == ("baseline", "token_ce", "hidden")
     assert load_config(minimal, ["compare.variants={near: {}}"]).compare.chosen[-2:] == ("hidden", "near")
     assert load_config(minimal, ["craft.epsilon_start=0.5"]).craft.epsilon_final == 0.5

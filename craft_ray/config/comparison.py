@@ -16,8 +16,8 @@ class CompareConfig(Section):
     """The three arms, and variants of them, on one cache, over seeds."""
 
     arms: Annotated[tuple[str, ...] | None, AfterValidator(distinct)] = None
-    """Which of `baseline`, `token_ce`, `hidden`, the variants, and the arms of docs/arms.md run. Default: the first three
-    and the variants; `[all]`: everything that the data allow."""
+    """Which of `baseline`, `token_ce`, `hidden`, the variants, and the arms of docs/arms.md run. Default: the first
+    three and the variants; `[all]`: everything that the data allow."""
     learning_rates: dict[str, Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(distinct)]] = {}
     """Further learning rates by arm, e.g. `{baseline: [1e-4, 3e-4]}`; each is an arm, `baseline_lr1e_4`."""
     validate_arms: bool = False

@@ -49,8 +49,8 @@ def load_model(
 
 
 def teacher_of(config: Experiment, student: Model, untouched: bool) -> Callable[[], Model]:
-    """The model before fine-tuning, when it is asked for: the student itself while it is untouched; for a resumed run it
-    is loaded again, on the student's device."""
+    """The model before fine-tuning, when it is asked for: the student itself while it is untouched; for a resumed run
+    it is loaded again, on the student's device."""
 
     def teacher() -> Model:
         return student if untouched else load_model(config.model, config.train.precision, student.device)

@@ -25,6 +25,10 @@ class TrainConfig(Section):
     AdamW), learning rate and schedule, weight decay, betas, epsilon and clipping; the keys `learning_rate` to
     `max_grad_norm` are then left out (docs/lerobot.md)."""
     learning_rate: float = Field(1e-4, gt=0)
+    mask_loss_above: float | None = Field(None, gt=0)
+    """Response tokens whose loss under the teacher is above this many nats are not learnt (arXiv 2501.14315); a
+    response keeps at least its likeliest token. It costs one pass of the teacher over the task's data before the first
+    step, and after each resume."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the learning rate after the warm-up; linear and cosine end at zero."""
     warmup_steps: int = Field(0, ge=0)

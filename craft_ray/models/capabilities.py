@@ -185,8 +185,8 @@ def logits_model(model: Model) -> LogitsModel:
     if isinstance(model, LogitsModel):
         return model
     raise ConfigError(
-        f"retention mode logits needs a language or vision-language model, {model.description} does not show its "
-        f"logits: choose hidden, or for a policy with action tokens token_ce"
+        f"retention modes logits and ewc need a language or vision-language model, {model.description} does not show "
+        f"its logits: choose hidden, or for a policy with action tokens token_ce"
     )
 
 

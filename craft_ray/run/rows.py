@@ -71,12 +71,16 @@ def anchor_rows(anchors: AnchorsConfig, model: Model, source: Source, identity: 
             given = anchors.suffix_from == "response"
             tokens.with_suffix(prompt, tokens.response_tokens(sample) if given else [0], sample.id)
 
+        if identity.schema.has_response:
+            tokens = token_model(model)
+            tokens.with_suffix(prompt, tokens.response_tokens(sample), sample.id)
+
     return Rows(
         "anchors.source",
         len(source),
         source.fingerprint,
         prepare,
-        ["anchors", identity.preprocessor, identity.suffix_from],
+        ["anchors", identity.preprocessor, identity.suffix_from, identity.schema.has_response],
         model.threaded,
     )
 

@@ -21,7 +21,7 @@ from craft_ray import interruption
 from craft_ray.config import Experiment
 from craft_ray.data.prefetch import prefetch
 from craft_ray.method.gradients import GradientPair
-from craft_ray.models import load_model
+from craft_ray.models import load_model, teacher_of
 from craft_ray.models.adapters import attach
 from craft_ray.models.base import Batch, Model
 from craft_ray.models.features import FeatureCache
@@ -112,7 +112,8 @@ class Run:
         if config.adapter is not None and teacher_weights is not None:
             torch.manual_seed(config.seed)  # the adapter's first values do not depend on how the model was loaded
             attach(self.model, config.adapter, config.model, teacher_weights)
-        self.task = TaskData(config, self.model, workers, features)
+        teacher = teacher_of(config, self.model, teacher_weights is not None)
+        self.task = TaskData(config, self.model, workers, features, teacher)
         if self.main:
             check_same(folder, config, self.task.source.fingerprint)
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
@@ -143,9 +144,9 @@ class Run:
             f"{count / 1e6:.2f} M trainable parameters, {len(self.task)} samples of the new skill, "
             f"{self.workers.world_size} worker(s) on {self.workers.device}"
         )
-        for line in (self.optimization.described, self.task.boundary_merges(), *self.constraints.described()):
-            if line is not None:
-                self.observer.note(line)
+        first = [] if self.optimization.described is None else [self.optimization.described]
+        for line in [*first, *self.task.described(), *self.constraints.described()]:
+            self.observer.note(line)
         if self.step:
             self.observer.note(f"resuming after step {self.step}")
 

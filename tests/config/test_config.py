@@ -488,8 +488,8 @@ def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, data: {path: a}}",
-            "evaluation.new.data belongs to held-out samples (metric: exact_match, choice, perplexity, token_accuracy), "
-            "but",
+            "evaluation.new.data belongs to held-out samples (metric: exact_match, choice, perplexity, "
+            "token_accuracy), but",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, max_new_tokens: 3}",
@@ -652,7 +652,7 @@ def test_what_follows_from_the_settings(minimal: Path) -> None:
     assert load_config(minimal).arm == "hidden"
     assert load_config(minimal, ["craft.retention_mode=token_ce", "craft.epsilon_start=0.1"]).arm == "token_ce"
     assert load_config(minimal, ["variant=near"]).arm == "near"
-    assert load_config(minimal, ["variant=near", "craft.enabled=false"]).arm == "baseline"
+    assert load_config(minimal, ["variant=near", "craft.enabled=false"]).arm == "near"
     assert load_config(minimal).compare.chosen == ("baseline", "token_ce", "hidden")
     assert load_config(minimal, ["compare.variants={near: {}}"]).compare.chosen[-2:] == ("hidden", "near")
     assert load_config(minimal, ["craft.epsilon_start=0.5"]).craft.epsilon_final == 0.5

@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
 
@@ -23,6 +24,7 @@ from craft_ray.data.formats import SAVED_MARKS
 from craft_ray.data.json_lines import JsonLines
 from craft_ray.data.parquet import read_parquet
 from craft_ray.data.splits import Split
+from craft_ray.data.table import text_columns
 from craft_ray.storage.files import checksum
 
 FREE = {"name", "version", "description", "data_dir", "data_files", "sep", "delimiter"}
@@ -41,7 +43,7 @@ def read_hub(config: HuggingFaceData, columns: Sequence[str]) -> ArrowTable | Js
     builder = datasets.load_dataset_builder(config.path, revision=config.revision)
     written = WRITTEN.get(builder.info.builder_name or "")
     if written is None:
-        return _loaded(config, columns, cache=None)
+        return _loaded(builder, config, columns, cache=None)
     if builder.config.data_files is None:
         raise ValueError(
             f"the hub is not reached, and what was kept of its {written} files has converted values; fetch them with "
@@ -75,7 +77,7 @@ def read_folder(config: HuggingFaceData, content: str, columns: Sequence[str]) -
     cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "craft-ray", content[:32])
     builder = datasets.load_dataset_builder(config.path, cache_dir=cache)
     table = _own_reading(builder, config, columns)
-    return _loaded(config, columns, cache) if table is None else table
+    return _loaded(builder, config, columns, cache) if table is None else table
 
 
 def _saved(config: HuggingFaceData, columns: Sequence[str]) -> ArrowTable:
@@ -129,8 +131,11 @@ def _default(field: Any) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _loaded(config: HuggingFaceData, columns: Sequence[str], cache: str | None) -> ArrowTable:
+def _loaded(
+    builder: datasets.DatasetBuilder, config: HuggingFaceData, columns: Sequence[str], cache: str | None
+) -> ArrowTable:
     table = datasets.load_dataset(config.path, split=config.split, revision=config.revision, cache_dir=cache)
+    _check_metadata(builder, config, table)
     if cache is not None:
         return _as_table(table, columns)
     for name, feature in table.features.items():  # only for the hash, which is that of earlier versions
@@ -139,6 +144,27 @@ def _loaded(config: HuggingFaceData, columns: Sequence[str], cache: str | None) 
     if config.limit is not None:
         table = table.select(range(min(config.limit, len(table))))
     return _as_table(table, columns, table._fingerprint)
+
+
+def _check_metadata(builder: datasets.DatasetBuilder, config: HuggingFaceData, table: datasets.Dataset) -> None:
+    """Check that no text beside pictures in folders was converted.
+
+    Raises:
+        ValueError: a column of metadata.csv or metadata.jsonl has become numbers or dates.
+    """
+    if not isinstance(builder, FolderBasedBuilder):
+        return
+    files = [Path(file).name for of in (builder.config.data_files or {}).values() for file in of]
+    name = next((file for file in files if file in ("metadata.csv", "metadata.jsonl")), None)
+    for column in text_columns(config.columns):
+        feature = table.features.get(column)
+        if name is None or not isinstance(feature, datasets.Value) or feature.dtype in ("string", "large_string"):
+            continue
+        if name == "metadata.csv" or not feature.dtype.startswith("int"):  # an integer in JSON is what it says
+            raise ValueError(
+                f"the library reads column '{column}' of {name} as {feature.dtype}, which converts its values (007 "
+                f"becomes 7): name that file itself, with the column of its paths as columns.image"
+            )
 
 
 def _as_table(table: datasets.Dataset, columns: Sequence[str], identity: str = "") -> ArrowTable:

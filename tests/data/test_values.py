@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from craft_ray.data.cells import LONGEST, shown
 from craft_ray.data.source import Source, open_source
@@ -120,6 +121,33 @@ def test_what_only_the_library_could_read_on_the_hub_is_refused(hub: Path, monke
     kept = SimpleNamespace(info=SimpleNamespace(builder_name="csv"), config=SimpleNamespace(data_files=None))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: kept)
     assert "the hub is not reached" in refusal(lambda: source("org/words", format="dataset"), ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        ("metadata.csv", "file_name,prompt,response\na.png,p,007\n", "file_name,prompt,response\na.png,p,x7\n"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "prompt": "p", "response": 1.10}',
+            '{"file_name": "a.png", "prompt": "p", "response": 7}',
+        ),
+    ],
+)
+def test_text_beside_pictures_is_as_written_or_refused(name: str, bad: str, good: str, tmp_path: Path) -> None:
+    columns = {"prompt": "prompt", "response": "response", "image": "image"}
+    for folder, content in (("bad", bad), ("good", good)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(content)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "a.png")
+    message = refusal(lambda: source(tmp_path / "bad", columns, format="dataset"), ConfigError)
+    assert f"column 'response' of {name}" in message
+    own = source(tmp_path / "bad" / name, columns | {"image": "file_name"})[0]
+    assert (own.response, own.image) == (
+        "007" if name.endswith("csv") else "1.10",
+        (tmp_path / "bad/a.png").read_bytes(),
+    )
+    assert source(tmp_path / "good", columns, format="dataset")[0].response in ("x7", "7")
 
 
 def test_a_table_on_the_hub_keeps_its_types(hub: Path) -> None:

@@ -72,6 +72,7 @@ LEROBOT = {
 }  # fmt: skip
 INSTEAD = (
     "columns.answer_index", "columns.messages", "columns.tools", "columns.skill", "skills", "craft.epsilon_decay",
+    "compare.learning_rates",
     "train.optimizer",
     "workers.sharding", "workers.shards",
 )  # fmt: skip
@@ -124,7 +125,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "conflict_threshold": 0.5, "projection_gate": "always", "projection_mode": "task_priority",
     },
     "train": {
-        "steps": 9, "batch_size": 8, "accumulate": 2, "learning_rate": 0.5, "schedule": "linear", "warmup_steps": 2,
+        "steps": 9, "batch_size": 8, "accumulate": 2, "mask_loss_above": 2.5, "learning_rate": 0.5, "schedule": "linear", "warmup_steps": 2,
         "weight_decay": 0.0, "betas": [0.5, 0.75], "max_grad_norm": None, "precision": "bf16", "log_every": 3,
         "checkpoint_every": 4, "checkpoint_minutes": 2.5, "keep_checkpoints": 1, "prefetch": 5, "check_minutes": 1.5,
     },
@@ -146,8 +147,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
     },
     "tracking": {"mlflow": "http://tracking", "wandb": "offline", "project": "mine"},
     "compare": {
-        "arms": ["hidden"], "seeds": [7], "parallel": 2, "token_ce": {"epsilon_start": 0.5},
-        "variants": {"near": {"epsilon_start": 0.25}},
+        "arms": ["hidden"], "seeds": [7], "parallel": 2, "validate_arms": True,
+        "token_ce": {"epsilon_start": 0.5}, "variants": {"near": {"epsilon_start": 0.25}},
     },
 }  # fmt: skip
 EVERY = {f"{section}.{key}".lstrip("."): value for section, keys in SECTIONS.items() for key, value in keys.items()}
@@ -276,7 +277,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("compare.variants={Near: {}}", "compare.variants.Near"),
         ("compare.variants={hidden: {}}", "compare.variants.hidden"),
         ("compare.variants={near: 3}", "compare.variants.near"),
-        ("compare.variants={a: {}, b: {}, c: {}, d: {}, e: {}}", "compare.variants"),
+        (f"compare.variants={{{', '.join(f'v{number}: {{}}' for number in range(17))}}}", "compare.variants"),
         ("compare.variants={near: {epsilon_start: 0}}", "compare.variants.near"),
         ("variant=baseline", "variant"),
         ("seed=-1", "seed"),
@@ -314,7 +315,7 @@ def test_a_value_that_is_not_valid(override: str, key: str, minimal: Path) -> No
             "compare.variants.near: unknown key craft.epsilon_strat; did you mean craft.epsilon_start?",
         ),
         (["compare.token_ce={epsilon_strat: 1}"], "compare.token_ce: unknown key craft.epsilon_strat"),
-        (["compare.variants={near: {enabled: false}}"], "compare.variants.near.enabled is what makes the arm"),
+        (["compare.token_ce={enabled: false}"], "compare.token_ce.enabled is what makes the arm"),
         (["compare.variants={near: {anchor_cache_dir: a}}"], "compare.variants.near.anchor_cache_dir cannot be"),
         (["compare.token_ce={retention_mode: hidden}"], "compare.token_ce.retention_mode is what makes the arm"),
         (
@@ -788,7 +789,7 @@ def parts(hint: Any) -> Iterator[Any]:
 
 NO_PATHS = {
     "name", "variant", "revision", "id", "image", "messages", "tools", "prompt", "response", "choices", "answer_index",
-    "split", "skill", "skills", "rename", "delimiter", "positions", "resources_per_worker", "env", "task", "arms",
+    "split", "skill", "skills", "learning_rates", "rename", "delimiter", "positions", "resources_per_worker", "env", "task", "arms",
     "token_ce", "variants",
     "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules",
     "modules_to_save",

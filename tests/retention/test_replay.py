@@ -17,7 +17,7 @@ from craft_ray.method.surgery import clip_factor
 from craft_ray.models import load_model
 from craft_ray.retention.constraint import ANCHOR_STREAM
 from craft_ray.retention.constraints import open_mode
-from craft_ray.run.optimization import learning_rate, make_optimizer
+from craft_ray.run.optimization import learning_rate, make_optimization
 from tests.support.caches import built, cache_folder, json_lines, prompts, teacher, text_experiment
 from tests.support.runs import trained
 
@@ -61,22 +61,31 @@ def test_a_run_equals_a_hand_written_loop_over_the_sum_of_both_losses(
     task, anchors = open_source(config.task, "task"), open_source(config.anchors.source, "anchors.source")
     folder = cache_folder(config)
     kept, _ = open_anchors(folder, read_manifest(folder)).split(config.craft.anchor_holdout)
-    optimizer = make_optimizer(list(model.module.parameters()), config.train)
+    optimizer = make_optimization(model, list(model.module.parameters()), config.train).optimizer
     order = StepSampler(len(task), config.train.batch_size, config.seed, 0)
     replayed = StepSampler(len(kept), config.craft.anchor_batch_size, config.seed, ANCHOR_STREAM)
+    found: list[tuple[float, ...]] = []
     for step in range(config.train.steps):
         new = model.collate([model.preprocess_task(task[row]) for row in order.global_batch(step)])
         old = model.collate([model.preprocess_task(anchors[kept[row]]) for row in replayed.global_batch(step)])
         optimizer.zero_grad()
-        (model.task_loss(new) + LAMBDA * model.task_loss(old)).backward()
+        losses = model.task_loss(new), model.task_loss(old)
+        (losses[0] + LAMBDA * losses[1]).backward()
+        found.append(tuple(loss.item() for loss in losses))
         gradients = [p.grad for p in model.module.parameters() if p.grad is not None]
         norm = torch.stack([g.norm() for g in gradients]).norm()
         for gradient in gradients:
             gradient.mul_(clip_factor(norm, config.train.max_grad_norm))
         optimizer.param_groups[0]["lr"] = learning_rate(step, config.train)
         optimizer.step()
-    for ours, theirs in zip(student.module.parameters(), model.module.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    logged = [(record["train/loss"], record["craft/retention_loss"]) for record in run.read_metrics()]
+    assert logged == [pytest.approx(pair, rel=1e-5) for pair in found]
+    # AdamW divides by a gradient's size, so where that is rounding an entry may move by as much: the whole is compared.
+    ours, theirs, origin = (
+        torch.nn.utils.parameters_to_vector(each.module.parameters())
+        for each in (student, model, load_model(config.model, "fp32"))
+    )
+    assert (ours - theirs).norm() < 1e-3 * (theirs - origin).norm()
     result = run.finished()
     assert result is not None
     assert result["retention_mode"] == "replay"

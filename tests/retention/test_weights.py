@@ -79,8 +79,8 @@ def test_ewc_weighs_the_distance_by_the_fisher_information_of_drawn_tokens(text_
 
 
 def test_the_information_is_that_of_the_teachers_distribution(text_model: Path, tmp_path: Path) -> None:
-    """Row v of the output layer has the score (1[y = v] - p_v) h for a drawn y, whose expected square is p_v (1 - p_v)
-    h^2; over all rows and many tokens the draws average out."""
+    """For the weight of the last norm the expectation over the drawn tokens can be written out: the sum over all tokens
+    v of p_v (d log p_v / d theta)^2. Over all its entries and many places the draws average out."""
     config = experiment(text_model, tmp_path, "ewc", **{"anchors.max_new_tokens": 8})
     built(config)
     model = teacher(config)
@@ -88,16 +88,18 @@ def test_the_information_is_that_of_the_teachers_distribution(text_model: Path, 
     assert isinstance(mode, EWC)
     suffixes = open_mode(config.changed({"craft.retention_mode": "token_ce", "craft.epsilon_unit": None}), model, None)
     train, _ = suffixes.split(config.craft.anchor_holdout)
-    batch = suffixes.batch(train).inputs
-    with torch.no_grad():
-        chosen = batch.targets_BP != IGNORE
-        probs_NV = model.logits(batch)[chosen].softmax(-1)  # type: ignore[attr-defined]
-        states_BSD = model.hidden_states(batch, [model.num_hidden_states - 1])[0]
-        states_ND = states_BSD[:, batch.keep_P][chosen]
-        exact = ((probs_NV * (1 - probs_NV)).sum(1) * states_ND.square().sum(1)).mean()
-    head = model.module.get_output_embeddings().weight  # type: ignore[operator]
-    index = next(i for i, parameter in enumerate(mode.parameters) if parameter is head)
-    assert float(mode.fisher[index].sum()) == pytest.approx(float(exact), rel=0.35)
+    norm = model.module.base_model.norm.weight  # type: ignore[union-attr]
+    exact, places = torch.zeros_like(norm), 0
+    for row in train:
+        batch = suffixes.batch([row]).inputs
+        log_probs_TV = model.logits(batch)[batch.targets_BP != IGNORE].log_softmax(-1)  # type: ignore[attr-defined]
+        every = torch.eye(log_probs_TV.shape[1])
+        for log_probs_V in log_probs_TV:
+            (scores_VD,) = torch.autograd.grad(log_probs_V, norm, every, retain_graph=True, is_grads_batched=True)
+            exact += log_probs_V.detach().exp() @ scores_VD.square()
+            places += 1
+    index = next(i for i, parameter in enumerate(mode.parameters) if parameter is norm)
+    assert float(mode.fisher[index].sum()) == pytest.approx(float(exact.sum()) / places, rel=0.35)
 
 
 @pytest.mark.parametrize("name", ["l2_sp", "ewc"])

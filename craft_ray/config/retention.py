@@ -87,7 +87,8 @@ class CraftConfig(Section):
     """Which of the cache's layers to anchor. Default: `anchors.layers`, or all layers of the cache if the config has
     no section anchors."""
 
-    initial_lambda: float = Field(1.0, ge=0)
+    initial_lambda: float | None = Field(None, ge=0)
+    """λ at the first step. Default: 1; under `keep` `lambda_max`, so that the target is approached from above."""
     lambda_lr: float = Field(0.1, ge=0)
     """Step size of dual ascent on the violation."""
     lambda_max: float = Field(10.0, gt=0)
@@ -164,6 +165,16 @@ class CraftConfig(Section):
         }
 
     @property
+    def lambda_start(self) -> float:
+        """λ at the first step.
+
+        A part to keep starts with the largest: a skill is lost within a few steps and regained slowly, if at all, while
+        a λ that proves too large is divided at the next validation (measured in docs/keep.md)."""
+        if self.initial_lambda is not None:
+            return self.initial_lambda
+        return 1.0 if self.keep is None else self.lambda_max
+
+    @property
     def epsilon_final(self) -> float:
         return self.epsilon_start if self.epsilon_end is None else self.epsilon_end
 
@@ -183,6 +194,6 @@ class CraftConfig(Section):
                 f"epsilon_decay {self.epsilon_decay} and epsilon_decay_steps {self.epsilon_decay_steps} both say when "
                 f"epsilon_end is reached: leave one of them out"
             )
-        if self.initial_lambda > self.lambda_max:
-            raise ValueError(f"initial_lambda {self.initial_lambda} is above lambda_max {self.lambda_max}")
+        if self.lambda_start > self.lambda_max:
+            raise ValueError(f"initial_lambda {self.lambda_start} is above lambda_max {self.lambda_max}")
         return self

@@ -70,7 +70,7 @@ class DualState:
         def scalar(value: float) -> Tensor:
             return torch.tensor(value, dtype=torch.float64, device=device)
 
-        return cls(scalar(craft.initial_lambda), scalar(craft.initial_lambda), scalar(0.0), scalar(0.0))
+        return cls(scalar(craft.lambda_start), scalar(craft.lambda_start), scalar(0.0), scalar(0.0))
 
     @classmethod
     def together(cls, states: Sequence[DualState]) -> DualState:

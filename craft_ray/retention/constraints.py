@@ -142,7 +142,7 @@ class Constraints:
             f"Retention mode: {mode.name}",
             f"{trained} anchors loaded, {held_out} more held out",
             f"CRaFT is enabled: {mode.name} ({mode.description}), every {craft.retention_freq} step(s), "
-            f"{budget}, λ from {craft.initial_lambda:g} by {craft.lambda_lr:g} up to {craft.lambda_max:g}, "
+            f"{budget}, λ from {self.held[0].craft.lambda_start:g} by {craft.lambda_lr:g} up to {craft.lambda_max:g}, "
             f"{craft.projection_mode} merge, {surgery}",
         ]
         lines += [

@@ -282,6 +282,25 @@ def report(
     print(f"report: {target / 'report.html'}")
 
 
+@app.command("price")
+def price(
+    runs: Annotated[list[str], typer.Argument(help="run directories, or sweeps", show_default=False)],
+    keep: Annotated[str, typer.Option(help="comma-separated parts of the old skill")] = "0.9,0.95,0.99",
+) -> None:
+    """Tell from validations what keeping a part of the old skill costs of the new one."""
+    try:
+        targets = [float(part) for part in keep.split(",")]
+    except ValueError:
+        targets = []
+    if not targets or not all(0 < target <= 1 for target in targets):
+        raise ConfigError(f"--keep is '{keep}': give parts of the old skill separated by commas, e.g. 0.9,0.95")
+    with _importing():
+        from craft_ray.report.price import points_of, price_lines, runs_at
+
+    points, metric = points_of(runs_at([storage_path(path).absolute() for path in runs]))
+    print("\n".join(price_lines(points, metric, targets)))
+
+
 @app.command("submit", context_settings={"allow_interspersed_args": False})
 def submit(
     command: Annotated[list[str], typer.Argument(help="the command that the cluster runs", show_default=False)],

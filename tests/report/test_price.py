@@ -1,0 +1,72 @@
+"""What keeping a part of the old skill costs, from made-up validations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from craft_ray.config import parse_config
+from craft_ray.errors import ConfigError
+from craft_ray.report.price import Point, cheapest, points_of, price_lines, runs_at
+from craft_ray.run.folder import RunFolder
+
+Row = tuple[int, float | None, float]
+"""Step, part that was kept, new score."""
+
+
+def run_at(path: Path, rows: list[Row], metric: str = "exact_match", data: str = "val.jsonl") -> Path:
+    scored = {"metric": metric, "data": {"path": data, "columns": {"response": "answer"}}}
+    tree: dict[str, Any] = {
+        "model": {"path": "org/model"},
+        "task": {"path": "new.jsonl"},
+        "train": {"steps": 9},
+        "validation": {"every": 3, "old": scored, "new": scored},
+    }
+    folder = RunFolder(path)
+    folder.begin(parse_config(tree, "test"), ["test"])
+    for step, kept, new in rows:
+        bound = None if kept is None else kept - 0.02
+        folder.append_validation({"step": step, "old/ratio": kept, "old/bound": bound, "new/score": new})
+    return path
+
+
+def test_the_cheapest_point_keeps_enough_and_has_the_best_new_score(tmp_path: Path) -> None:
+    run = run_at(tmp_path / "run", [(3, 0.99, 0.4), (6, 0.96, 0.7), (9, 0.93, 0.8)])
+    sweep = tmp_path / "sweep"
+    run_at(sweep / "trials" / "0" / "seed0", [(9, 0.955, 0.75)])
+    run_at(sweep / "trials" / "1" / "seed0", [(9, 0.5, 0.9)])
+    points, metric = points_of(runs_at([run, sweep]))
+    assert len(points) == 5
+    found = [cheapest(points, metric, keep) for keep in (0.9, 0.95, 0.99, 0.995)]
+    assert [point and point.new for point in found] == [0.8, 0.75, 0.4, None]
+    (run / "checkpoints" / "step_00000009").mkdir(parents=True)
+    lines = list(price_lines(points, metric, [0.9, 0.95, 0.995]))
+    assert lines[0] == "best new exact_match of 5 validations: 0.900, at 50.0% kept (1/seed0, step 9)"
+    assert lines[1] == (
+        "keep 90%: new exact_match 0.800, 88.9% of the best; 93.0% kept, at least 91.0% (run, step 9; its checkpoint "
+        "is there)"
+    )
+    assert "(0/seed0, step 9; its checkpoint was not kept)" in lines[2]
+    assert lines[3] == "keep 99.5%: no validation kept so much; the most is 99.0% at new 0.400"
+
+
+def test_a_lower_perplexity_is_better(tmp_path: Path) -> None:
+    points, metric = points_of(runs_at([run_at(tmp_path / "run", [(3, 0.95, 8.0), (6, 0.92, 5.0)], "perplexity")]))
+    chosen = cheapest(points, metric, 0.9)
+    assert isinstance(chosen, Point)
+    assert chosen.new == 5.0
+    assert "62.5% of the best" in list(price_lines(points, metric, [0.95]))[1]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    one = run_at(tmp_path / "one", [(3, 0.9, 0.5)])
+    other = run_at(tmp_path / "other", [(3, 0.9, 0.5)], data="others.jsonl")
+    with pytest.raises(ConfigError, match="validated on different data"):
+        points_of(runs_at([one, other]))
+    with pytest.raises(ConfigError, match="no validation of these runs scored both"):
+        points_of(runs_at([run_at(tmp_path / "none", [(3, None, 0.5)])]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty is neither a run nor a sweep"):
+        runs_at([tmp_path / "empty"])

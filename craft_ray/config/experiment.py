@@ -66,6 +66,7 @@ class Experiment(Section):
         self._check_adapter()
         self._check_skills()
         self._check_keep()
+        self._check_best()
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}"
@@ -132,6 +133,24 @@ class Experiment(Section):
                     f"{self.validation.every} in a run of {self.train.steps} steps: set it to e.g. "
                     f"{max(self.train.steps // 10, 1)}"
                 )
+
+    def _check_best(self) -> None:
+        """Check that a run that keeps its best checkpoint has several to choose from."""
+        train, every = self.train, self.validation.every
+        if train.keep_best is None:
+            if train.patience:
+                raise ValueError(
+                    f"train.patience {train.patience} counts validations that are not better, and nothing says what "
+                    f"better is: add train.keep_best, e.g. {{maximize: new/score}}"
+                )
+            return
+        if not 0 < every < train.steps:
+            raise ValueError(
+                f"train.keep_best chooses among validations, and validation.every is {every} in a run of "
+                f"{train.steps} steps: set it to e.g. {max(train.steps // 10, 1)}"
+            )
+        if not train.keep_checkpoints:
+            raise ValueError("train.keep_best keeps a checkpoint, and train.keep_checkpoints is 0: set it to 1 or more")
 
     def _check_arms(self) -> None:
         """Check that the chosen arms exist and that the settings of each are valid."""

@@ -26,7 +26,8 @@ from craft_ray.models.base import Batch, Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.constraints import open_constraints
 from craft_ray.retention.mode import Terms
-from craft_ray.run.checkpoint import TrainingState, load_training_state
+from craft_ray.run.best import BestValidation
+from craft_ray.run.checkpoint import TrainingState, checkpoint_name, load_training_state, load_weights
 from craft_ray.run.claim import only_process
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
@@ -98,6 +99,7 @@ class Run:
         self.config, self.folder, self.workers, self.observer = config, folder, workers, observer
         self.main = workers.rank == 0
         features = features or FeatureCache()
+        self.best = BestValidation(config)
         checkpoint = last_checkpoint(folder.disk / "checkpoints")
         assert checkpoint is None or isinstance(checkpoint, Path)
         weights = None if checkpoint is None else str(checkpoint / "model")
@@ -116,7 +118,7 @@ class Run:
         apart = self.constraints.compares_gradients
         self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=apart)
         self.optimizer = make_optimizer(self.gradients.parameters, config.train)
-        self.checkpoints = CheckpointWriter(config, folder, workers, observer)
+        self.checkpoints = CheckpointWriter(config, folder, workers, observer, self.best)
         self.step = 0
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -156,6 +158,14 @@ class Run:
         state = TrainingState(self.step, self.optimizer.state_dict(), self.gradients.reached, constraints)
         self.checkpoints.write(self.model, state)
 
+    def _return_to(self, step: int) -> None:
+        """Make an earlier step's checkpoint the run's model: its weights, and the budget and λ that belong to them."""
+        checkpoint = self.folder.checkpoint(checkpoint_name(step))
+        load_weights(self.model, self.config.model, self.config.train.precision, checkpoint)
+        self.constraints.load_state_dicts(load_training_state(checkpoint).constraints)
+        self.step = step
+        self.checkpoints.point_back(step)
+
     # -- data
 
     def batches(self) -> Iterator[StepData]:
@@ -177,12 +187,15 @@ class Run:
         wanted = bool(validation.every or validation.old or validation.new)
         every = validation.every or steps
         past = {record["step"]: record for record in self.workers.gather(self.folder.read_validation())[0]}
+        self.best.observe(past.values())
+        if self.best.step is not None:
+            self.folder.checkpoint(checkpoint_name(self.best.step))  # so that it is here, and stays
         if wanted and self.step and (self.step % every == 0 or self.step == steps):
             if self.step not in past:
                 yield self.validate()  # the process was lost between the checkpoint and its validation
             elif self.step < steps:
                 self.constraints.observe(past[self.step])  # a checkpoint is written before its validation
-        while self.step < steps:
+        while self.step < steps and not self.best.exhausted:
             self.loop(until=self.step + every - self.step % every)
             if wanted:
                 yield self.validate()
@@ -196,6 +209,7 @@ class Run:
         record: Record = {"step": self.step} | self.held_out.validation() | self.constraints.validation(self.step)
         if self.step < self.config.train.steps:  # what is certified is the budget of the last step
             self.constraints.observe(record)
+        self.best.observe([record])
         if self.main:
             self.folder.append_validation(record)
             self.observer.validated(record)
@@ -248,8 +262,11 @@ class Run:
 
     def conclude(self) -> None:
         """Score the student, certify the budget on held-out anchors, and write the result."""
-        config = self.config
+        config, trained = self.config, self.step
+        if self.best.step not in (None, trained):
+            self._return_to(self.best.step)
         result: dict[str, Any] = {"name": config.name, "arm": config.arm, "seed": config.seed, "steps": self.step}
+        result |= self.best.described(trained)
         result |= self.held_out.evaluation()
         result |= judged(self.constraints.certificates(self.step), self.held_out.certificates(), result)
         result["stationarity"] = self._stationarity()

@@ -22,6 +22,11 @@ def peak_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def resident_bytes() -> int:
+    """What this process holds in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def peak_in_process(function: Callable[..., None], *args: Any) -> int:
     """The peak memory of a new process that calls `function(*args)`."""
     context = multiprocessing.get_context("spawn")

@@ -17,6 +17,7 @@ from transformers import GemmaConfig, GemmaForCausalLM
 
 from craft_ray.method.distance import hidden_loss
 from craft_ray.method.pooling import Layout, Pooling, Vectors
+from craft_ray.models.sharding import base_forward
 from craft_ray.models.tokens import token_loss
 
 
@@ -141,7 +142,7 @@ class RetentionTask:
     def retention_loss(self, batch: TextBatch) -> Tensor:
         assert batch.pooling is not None
         assert batch.teacher is not None
-        states = self.model.base_model(
+        states = base_forward(self.model)(
             input_ids=batch.ids_BS, attention_mask=batch.mask_BS, use_cache=False, output_hidden_states=True
         ).hidden_states
         return hidden_loss(batch.pooling([states[k] for k in self.layers]), batch.teacher)

@@ -41,6 +41,8 @@ UNIONS = {"DataConfig": config.DataConfig, "EvalSet": config.EvalSet}
 
 def type_name(annotation: object) -> str:
     """A type in the words of a user."""
+    if annotation == config.TaskConfig:
+        return f"{type_name(config.DataConfig)} or {type_name(config.Mixture)}"
     for name, union in UNIONS.items():
         if annotation == union:
             return f"[{name}](#{name.lower()})"
@@ -119,8 +121,11 @@ SECTIONS = (
     (config.Experiment, ""),
     (config.ModelConfig, "model."),
     (config.AdapterConfig, "adapter."),
+    (config.Mixture, "task."),
+    (config.MixedData, "task.mix[]."),
     (config.AnchorsConfig, "anchors."),
     (config.LogitsConfig, "anchors.logits."),
+    (config.SkillConfig, "skills.NAME."),
     (config.CraftConfig, "craft."),
     (config.TrainConfig, "train."),
     (config.ValidationConfig, "validation."),

@@ -30,6 +30,7 @@ from craft_ray.config.evaluation import (
 )
 from craft_ray.config.experiment import Experiment, parse_config
 from craft_ray.config.loading import dump_config, load_config
+from craft_ray.config.mixture import MixedData, Mixture, TaskConfig
 from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import parse_overrides
 from craft_ray.config.paths import SQLITE, matching
@@ -65,6 +66,8 @@ __all__ = [
     "JsonLinesData",
     "LeRobotData",
     "LogitsConfig",
+    "MixedData",
+    "Mixture",
     "ModelConfig",
     "ObjectiveConfig",
     "ParquetData",
@@ -76,6 +79,7 @@ __all__ = [
     "SkillConfig",
     "SweepConfig",
     "TableData",
+    "TaskConfig",
     "TextData",
     "TrackingConfig",
     "TrainConfig",

@@ -32,7 +32,8 @@ def ending(path: str | PurePath) -> str:
 
 
 class Columns(Section):
-    """Names of the columns of a data source. A column that is not named is not read."""
+    """Names of the columns of a data source. A column that is not named is not read. `answer.text` is a value within a
+    column, and texts may be put together of several: `prompt: "{question}\n{context}"` (docs/data.md)."""
 
     id: str | None = None
     """Unique name of a sample. Default: the row number."""
@@ -223,7 +224,7 @@ KINDS: dict[str, type[Data]] = {
 }
 
 
-def _format(value: Any) -> str:
+def format_of(value: Any) -> str:
     """The format of a section: the one it names; else that of the path's extension; else the one whose keys it has."""
     if isinstance(value, Data):
         return value.tags[0]
@@ -240,10 +241,10 @@ def _format(value: Any) -> str:
     return max(known, key=known.__getitem__) if any(known.values()) else "auto"
 
 
-def _without_unused(value: Any) -> Any:
+def unused_left_out(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    own = KINDS.get(_format(value))
+    own = KINDS.get(format_of(value))
     return value if own is None else without_unused(value, own, list(KINDS.values()))
 
 
@@ -255,8 +256,8 @@ DataConfig = Annotated[
     | Annotated[TextData, Tag("text")]
     | Annotated[LeRobotData, Tag("lerobot")]
     | Annotated[AutoData, Tag("auto")],
-    Discriminator(_format),
-    BeforeValidator(_without_unused),
+    Discriminator(format_of),
+    BeforeValidator(unused_left_out),
 ]
 
 

@@ -48,7 +48,9 @@ def deciding_difference(original: Experiment, given: Experiment, places: bool = 
 def _without_places(tree: dict[str, Any]) -> dict[str, Any]:
     """Leave out where the inputs are whose content has a hash of its own, and how a cache was built, which is in its
     identity; a run only reads which layers and positions to anchor."""
-    del tree["output_dir"], tree["craft"]["anchor_cache_dir"], tree["task"]["path"]
+    del tree["output_dir"], tree["craft"]["anchor_cache_dir"]
+    for part in tree["task"].get("mix", [{"data": tree["task"]}]):
+        del part["data"]["path"]
     if tree["anchors"] is not None:
         tree["anchors"] = {key: tree["anchors"][key] for key in ("positions", "layers")}
     for skill in tree["skills"].values():

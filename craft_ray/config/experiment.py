@@ -10,9 +10,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from craft_ray.config.adapter import AdapterConfig
 from craft_ray.config.comparison import CompareConfig
-from craft_ray.config.data import DataConfig
 from craft_ray.config.evaluation import EvaluationConfig, ValidationConfig
 from craft_ray.config.mistakes import explain
+from craft_ray.config.mixture import TaskConfig
 from craft_ray.config.model import ModelConfig
 from craft_ray.config.overrides import apply_changes
 from craft_ray.config.paths import FolderPath
@@ -38,8 +38,8 @@ class Experiment(Section):
     model: ModelConfig
     adapter: AdapterConfig | None = None
     """An adapter to train in place of all weights."""
-    task: DataConfig
-    """Training data of the new skill."""
+    task: TaskConfig
+    """Training data of the new skill: a source, or a `mix` of several by weight (docs/data.md)."""
     anchors: AnchorsConfig | None = None
     skills: dict[SkillName, SkillConfig] = {}
     """Several old skills by name, each with a budget and a multiplier (docs/skills.md). Without this section there is
@@ -67,6 +67,7 @@ class Experiment(Section):
         self._check_skills()
         self._check_keep()
         self._check_best()
+        self._check_sharding()
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}"
@@ -182,6 +183,27 @@ class Experiment(Section):
             raise ValueError(
                 f"adapter.dropout is {self.adapter.dropout:g}, but model.disable_dropout turns dropout off, because "
                 f"anchors compare student and teacher: leave it out, or set model.disable_dropout=false"
+            )
+
+    def _check_sharding(self) -> None:
+        """Check that what is trained can be sharded."""
+        sharding = f"workers.sharding is {self.workers.sharding}"
+        if self.workers.sharding == "none":
+            return
+        if self.adapter is not None:
+            raise ValueError(
+                f"{sharding}, but there is an adapter: its frozen model would be gathered for every micro-batch, and "
+                f"what it trains is small; set workers.sharding=none"
+            )
+        if self.model.kind == "lerobot":
+            raise ValueError(
+                f"{sharding}, but model.kind is lerobot: its policies call parts of their layers directly, for which "
+                f"nothing gathers the weights; set workers.sharding=none"
+            )
+        if self.train.keep_best is not None:
+            raise ValueError(
+                f"{sharding}, but train.keep_best goes back to the model of an earlier step, and sharded checkpoints "
+                f"have one at the last step alone; leave train.keep_best out, or set workers.sharding=none"
             )
 
     def changed(self, changes: Mapping[str, Any]) -> Experiment:

@@ -58,6 +58,9 @@ def _walk(location: Sequence[str], schema: Any, at: str) -> tuple[list[str], lis
         if len(kinds) > 1 and own is None:
             own = next(kind for kind in kinds if part in kind.tags)
             continue
+        if own is not None and part.isdigit():  # an entry of a list of sections
+            keys[-1] += f"[{part}]"
+            continue
         keys.append(part)
         field = own.model_fields.get(part) if own is not None else None
         kinds = [] if field is None else list(sections(field.annotation))

@@ -61,10 +61,44 @@ class WorkersConfig(Section):
     cpus_per_worker: float = Field(1.0, gt=0)
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Additional Ray resources of a worker; with `use_gpu` also a fraction of a GPU, e.g. `{GPU: 0.5}`."""
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    """Whether every worker holds the whole model (`none`) or its part of weights, gradients and moments, by FSDP2:
+    `full` shards over all workers, `hybrid` over each group of `shards` workers, between which the groups hold copies
+    (docs/scaling.md). A number of workers and a sharding can be changed when a run is resumed."""
+    shards: int = Field(0, ge=0)
+    """Workers that hold one copy of the model together with sharding `hybrid`: those of one machine, best."""
     threads: int = Field(1, ge=1)
     """Torch threads of each worker if it computes on CPUs."""
     max_failures: int = Field(2, ge=0)
     """How often the workers are restarted because one was lost; the run resumes from its last checkpoint."""
+
+    @model_validator(mode="after")
+    def _shardable(self) -> Self:
+        if self.sharding == "none":
+            if self.shards:
+                raise ValueError(
+                    f"shards {self.shards} is for sharding hybrid, it is none: set it, or leave shards out"
+                )
+            return self
+        if self.least < 2:
+            raise ValueError(
+                f"sharding {self.sharding} shares a model between workers, and num_workers is {self.count}: set it to "
+                f"2 or more, or sharding=none"
+            )
+        if self.sharding == "full":
+            if self.shards:
+                raise ValueError(
+                    f"shards {self.shards} is for sharding hybrid, it is full: set it, or leave shards out"
+                )
+            return self
+        for number in range(self.least, self.most + 1):
+            if self.shards < 2 or number % self.shards or number == self.shards:
+                raise ValueError(
+                    f"sharding hybrid makes groups of shards={self.shards} workers out of num_workers={self.count}: "
+                    f"set shards to 2 or more, and num_workers to a multiple of it; for a single group set "
+                    f"sharding=full"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -139,9 +139,16 @@ def _loads(data: bytes, columns: Sequence[str]) -> Any:
     if isinstance(value, dict):
         for column in columns:
             cell = value.get(column)
-            if not isinstance(cell, str) and _fractions(cell):
+            if not isinstance(cell, str) and _holds_fraction(cell):
                 return json.loads(text, parse_float=WrittenFloat)
     return value
+
+
+def _holds_fraction(cell: Any) -> bool:
+    """Whether a cell is a fraction, or has one at any depth."""
+    if isinstance(cell, dict | list):
+        return any(map(_holds_fraction, cell.values() if isinstance(cell, dict) else cell))
+    return isinstance(cell, float)
 
 
 def _fractions(cell: Any) -> list[float]:

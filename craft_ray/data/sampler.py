@@ -5,7 +5,63 @@ So a resumed run needs no state of the sampler, and N workers see the global bat
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
+
 import numpy as np
+
+CYCLE = 1000
+"""Samples of a mixture, at least, after which every source has had its part: a weight is met to a thousandth."""
+
+
+class MixtureSampler:
+    """Global batches from several sources by weight, in the order in which the sources are joined.
+
+    A cycle is a permutation in which each source has as many places as its weight asks for, so every cycle holds the
+    parts exactly. A source is gone through by permutations of its own: no row comes again before all others came.
+
+    Args:
+        rows: the number of rows of each source.
+        weights: relative to each other.
+    """
+
+    def __init__(self, rows: Sequence[int], weights: Sequence[float], batch_size: int, seed: int, stream: int) -> None:
+        total = sum(weights)
+        length = max(CYCLE, *(math.ceil(total / weight) for weight in weights))
+        exact = [length * weight / total for weight in weights]
+        self.places = [int(part) for part in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: self.places[i] - exact[i])
+        for i in by_remainder[: length - sum(self.places)]:
+            self.places[i] += 1
+        self.batch_size = batch_size
+        self._key = (seed, stream)
+        self._starts = [0, *itertools.accumulate(rows)]
+        self._inner = [StepSampler(count, 1, seed, (stream, number)) for number, count in enumerate(rows)]
+        self._cycle = -1
+        self._order = np.empty((0, 2), dtype=np.int64)
+
+    def global_batch(self, step: int) -> list[int]:
+        """The rows of a step's batch, [batch_size]."""
+        first = step * self.batch_size
+        return [self._row(index) for index in range(first, first + self.batch_size)]
+
+    def local_batch(self, step: int, rank: int, world_size: int) -> list[int]:
+        """A worker's consecutive part of the global batch."""
+        return _part(self.global_batch(step), rank, world_size)
+
+    def _row(self, index: int) -> int:
+        cycle, offset = divmod(index, sum(self.places))
+        if cycle != self._cycle:
+            each = np.repeat(np.arange(len(self.places)), self.places)
+            sources = np.random.default_rng([*self._key, len(self.places), cycle]).permutation(each)
+            within = np.empty_like(sources)
+            for number, count in enumerate(self.places):
+                within[sources == number] = np.arange(count)
+            self._order, self._cycle = np.stack([sources, within], 1), cycle
+        source, place = (int(number) for number in self._order[offset])
+        row = self._inner[source].global_batch(cycle * self.places[source] + place)[0]
+        return self._starts[source] + row
 
 
 class StepSampler:
@@ -15,11 +71,11 @@ class StepSampler:
         stream: gives task and anchors different orders under one seed.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int, stream: int) -> None:
+    def __init__(self, rows: int, batch_size: int, seed: int, stream: int | tuple[int, ...]) -> None:
         assert rows > 0
         self.rows = rows
         self.batch_size = batch_size
-        self._key = (seed, stream)
+        self._key = (seed, *(stream if isinstance(stream, tuple) else (stream,)))
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
@@ -30,9 +86,7 @@ class StepSampler:
 
     def local_batch(self, step: int, rank: int, world_size: int) -> list[int]:
         """A worker's consecutive part of the global batch."""
-        assert self.batch_size % world_size == 0
-        size = self.batch_size // world_size
-        return self.global_batch(step)[rank * size : (rank + 1) * size]
+        return _part(self.global_batch(step), rank, world_size)
 
     def _row(self, index: int) -> int:
         epoch, offset = divmod(index, self.rows)
@@ -40,3 +94,9 @@ class StepSampler:
             self._order = np.random.default_rng([*self._key, epoch]).permutation(self.rows)
             self._epoch = epoch
         return int(self._order[offset])
+
+
+def _part(batch: list[int], rank: int, world_size: int) -> list[int]:
+    assert len(batch) % world_size == 0
+    size = len(batch) // world_size
+    return batch[rank * size : (rank + 1) * size]

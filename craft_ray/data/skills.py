@@ -1,20 +1,15 @@
-"""The anchors of several old skills, one after the other."""
+"""The anchors of a config: of one old skill, or of several."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import accumulate
-
-from blake3 import blake3
 
 from craft_ray.config import AnchorsConfig, SkillConfig
 from craft_ray.data.cells import shown
-from craft_ray.data.ids import Ids
+from craft_ray.data.joined import JoinedSources
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
-from craft_ray.errors import ConfigError, DataError
+from craft_ray.errors import DataError
 
 
 def open_anchor_source(anchors: AnchorsConfig, skills: Mapping[str, SkillConfig]) -> Source:
@@ -31,7 +26,7 @@ def open_anchor_source(anchors: AnchorsConfig, skills: Mapping[str, SkillConfig]
     for name, skill in skills.items():
         assert skill.anchors is not None, "check_sources refuses a skill without anchors"
         parts[name] = open_source(skill.anchors, f"skills.{name}.anchors")
-    return SkillSources(parts)
+    return JoinedSources(parts, [f"skills.{name}.anchors" for name in parts])
 
 
 class NamedSkills:
@@ -69,43 +64,3 @@ class NamedSkills:
 
     def ids(self) -> Sequence[str]:
         return self._source.ids()
-
-
-class SkillSources:
-    """A source for each skill, one after the other. The name of its skill leads an anchor's id."""
-
-    def __init__(self, parts: Mapping[str, Source]) -> None:
-        self._names, self._sources = list(parts), list(parts.values())
-        self._starts = [0, *accumulate(len(source) for source in self._sources)]
-        self.name = " + ".join(source.name for source in self._sources)
-        for what in ("features", "has_conversations"):
-            for name, source in parts.items():
-                if getattr(source, what) != getattr(self._sources[0], what):
-                    raise ConfigError(
-                        f"skills.{self._names[0]}.anchors and skills.{name}.anchors hold different kinds of samples "
-                        f"({what}: {getattr(self._sources[0], what)} and {getattr(source, what)}): one cache holds "
-                        f"one kind"
-                    )
-        self.features = self._sources[0].features
-        self.has_conversations = self._sources[0].has_conversations
-        self.has_responses = all(source.has_responses for source in self._sources)
-        self.has_choices = all(source.has_choices for source in self._sources)
-
-    @property
-    def fingerprint(self) -> str:
-        named = [f"{n} {s.fingerprint}" for n, s in zip(self._names, self._sources, strict=True)]
-        return blake3("\n".join(named).encode()).hexdigest()[:32]
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, row: int) -> Sample:
-        part = bisect_right(self._starts, row) - 1
-        sample = self._sources[part][row - self._starts[part]]
-        return replace(sample, id=f"{self._names[part]}/{sample.id}", skill=self._names[part])
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[row] for row in range(len(self)))
-
-    def ids(self) -> Sequence[str]:
-        return Ids(f"{n}/{i}" for n, s in zip(self._names, self._sources, strict=True) for i in s.ids())

@@ -13,6 +13,7 @@ from craft_ray.data.cells import cut, index_of, shown, text_of
 from craft_ray.data.conversation import Conversation, alpaca, content_text, image_paths, read_conversation
 from craft_ray.data.ids import Ids
 from craft_ray.data.images import encoded_image
+from craft_ray.data.references import candidates, column_of, filled, value_at, within
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError, first_line
 from craft_ray.storage.paths import StoragePath
@@ -127,8 +128,10 @@ class TableSource:
     def _sample(self, cells: dict[str, Any], where: str, number: str) -> Sample:
         columns = self._columns
 
-        def text(column: str) -> str:
-            return self._text(cells.get(column), column, where)
+        def text(reference: str) -> str:
+            names = within(reference, self._table.column_names)
+            found = {name: self._text(self._value(cells, name, where), name, where) for name in names}
+            return found[reference] if reference in found else filled(reference, found)
 
         conversation = None if columns.messages is None else self._conversation(cells, columns.messages, where)
         prompt = "" if columns.prompt is None else text(columns.prompt)
@@ -136,7 +139,7 @@ class TableSource:
         if conversation is None and columns.image is not None:
             image = encoded_image(cells.get(columns.image), self._folder, where)
         if columns.choices is not None:
-            options = cells.get(columns.choices)
+            options = self._value(cells, columns.choices, where)
             if not isinstance(options, list):
                 raise DataError(
                     f"{where}: column '{columns.choices}' holds {shown(options)}; a list of answers is expected"
@@ -145,7 +148,8 @@ class TableSource:
         response = None if columns.response is None else text(columns.response)
         if columns.answer_index is not None:
             assert choices is not None, "Columns refuses an answer_index without choices"
-            position = index_of(cells.get(columns.answer_index), len(choices), where, columns.answer_index)
+            index = self._value(cells, columns.answer_index, where)
+            position = index_of(index, len(choices), where, columns.answer_index)
             response = choices[position]
         if conversation is not None:
             prompt, image = conversation.transcript, next(iter(conversation.images), None)
@@ -161,6 +165,16 @@ class TableSource:
             origin=where,
         )
 
+    def _value(self, cells: dict[str, Any], reference: str, where: str) -> Any:
+        try:
+            return value_at(cells, reference)
+        except KeyError as error:
+            part, column = error.args[0], column_of(reference, cells)
+            raise DataError(
+                f"{where}: column '{column}' holds {shown(cells.get(column))}, which has no '{part}', and "
+                f"'{reference}' asks for it: fix or remove the row"
+            ) from None
+
     def _conversation(self, cells: dict[str, Any], column: str, where: str) -> Conversation:
         columns, cell = self._columns, cells.get(column)
         if column == INSTRUCTION and isinstance(cell, str):
@@ -170,10 +184,15 @@ class TableSource:
         return read_conversation(cell, column, images, tools, self._folder, where)
 
 
+COMPOSED = ("prompt", "response", "choices", "answer_index", "skill")
+"""What may be a value within a column; texts may also be put together of several. The others are columns."""
+
+
 def named_columns(columns: Columns) -> list[str]:
     """The columns that are read."""
     more = ("input", "output") if columns.messages == INSTRUCTION else ()
-    return list(dict.fromkeys(name for name in (*columns.model_dump().values(), *more) if name is not None))
+    named = [name for name in (*columns.model_dump().values(), *more) if name is not None]
+    return list(dict.fromkeys(column for name in named for column in candidates(name)))
 
 
 def text_columns(columns: Columns) -> list[str]:
@@ -188,12 +207,22 @@ def check_columns(columns: Columns, present: Sequence[str], path: str, key: str)
     Raises:
         ConfigError: one is missing.
     """
-    for role, column in columns.model_dump().items():
-        if column is not None and column not in present:
+    for role, reference in columns.model_dump().items():
+        if reference is None or reference in present:
+            continue
+        try:
+            names = within(reference, present) if role in COMPOSED else [reference]
+        except ValueError as error:
             raise ConfigError(
-                f"{key}.columns.{role} is '{column}', but {path} has the columns {cut(', '.join(present))}: "
-                f"specify one of them, or null"
-            )
+                f"{key}.columns.{role} is '{cut(reference)}', whose braces do not match: {error}"
+            ) from None
+        for name in names:
+            if (column_of(name, present) if role in COMPOSED else name) not in present:
+                asked = f"'{cut(reference)}'" if name == reference else f"'{cut(reference)}' with {{{name}}}"
+                raise ConfigError(
+                    f"{key}.columns.{role} is {asked}, but {path} has the columns {cut(', '.join(present))}: "
+                    f"specify one of them, or null"
+                )
 
 
 def _image_cells(cell: Any) -> list[Any]:

@@ -3,17 +3,25 @@
 Row 0 of a buffer is the task gradient g_t, row 1 the retention gradient g_r; every parameter's `.grad` is a view
 into one of the rows. So the two are paired by position by construction, a parameter that only one loss reaches has
 zeros in the other row, and a comparison is one pass over contiguous memory.
+
+Where FSDP2 shards the parameters (`torch.distributed.fsdp.fully_shard`), the rows hold the local shards alone: FSDP
+reduces each gradient into them during the backward pass, averaged over the workers, and the three numbers of the Gram
+matrix are all that is summed over the shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from craft_ray.errors import ModelError
 
@@ -53,6 +61,9 @@ class AllReduce(Protocol):
     def all_reduce(self, tensor: Tensor) -> None: ...
 
 
+AnyBatch = TypeVar("AnyBatch")
+
+
 @dataclass(frozen=True)
 class Gram:
     """The Gram matrix of g_t and g_r before surgery: three scalars (float64, on the device)."""
@@ -75,27 +86,38 @@ class GradientPair:
 
     Args:
         parameters: named parameters; those that do not require a gradient are skipped.
+        sharded: the module that `fully_shard` made of the one with these parameters, if they are sharded.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], *, with_retention: bool = True) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        *,
+        with_retention: bool = True,
+        sharded: FSDPModule | None = None,
+    ) -> None:
+        if sharded is not None:
+            sharded.reshard()  # a pass without gradients leaves the root's parameters gathered
         named = [(name, p) for name, p in parameters if p.requires_grad]
         assert named, "no parameter requires a gradient"
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
+        self._sharded = sharded
+        local = [local_part(p) for p in self.parameters]
         rows = 2 if with_retention else 1
         self.buffers: list[Tensor] = []
         views: dict[int, list[Tensor]] = {}
         for dtype in dict.fromkeys(p.dtype for p in self.parameters):
             group = [i for i, p in enumerate(self.parameters) if p.dtype == dtype]
-            size = sum(self.parameters[i].numel() for i in group)
-            padded = -(-size // BLOCK) * BLOCK
-            buffer = torch.zeros(rows, padded, dtype=dtype, device=self.parameters[group[0]].device)
+            size = sum(local[i].numel() for i in group)
+            padded = max(-(-size // BLOCK), 1) * BLOCK
+            buffer = torch.zeros(rows, padded, dtype=dtype, device=local[group[0]].device)
             self.buffers.append(buffer)
             start = 0
             for i in group:
-                p = self.parameters[i]
-                views[i] = [buffer[row, start : start + p.numel()].view_as(p) for row in range(rows)]
-                start += p.numel()
+                p, part = self.parameters[i], local[i]
+                views[i] = [as_shard(buffer[row, start : start + part.numel()].view_as(part), p) for row in range(rows)]
+                start += part.numel()
         self.views = [[views[i][row] for i in range(len(named))] for row in range(rows)]
         self._reached = [False] * len(named)
         self._handles = [p.register_post_accumulate_grad_hook(self._marker(i)) for i, p in enumerate(self.parameters)]
@@ -140,15 +162,29 @@ class GradientPair:
         """
         self._start(row)
         total = sum(batch.count for batch in micro_batches)
+        # A sharded gradient is averaged during the backward pass, so its weight comes before.
+        share = None if self._sharded is None else self._shares([total], workers)[0]
         losses = []
-        for batch in micro_batches:
+        for batch in self._reduced_at_the_last(micro_batches):
             loss = self._trained(loss_of(batch), row)
             if len(micro_batches) > 1:
                 loss = loss * (batch.count / total)
-            loss.backward()
+            (loss if share is None else (loss * (share * workers.world_size)).to(loss.dtype)).backward()
             losses.append(loss.detach().float())
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        return self._mean_over_workers(row, loss, total, workers)
+        if share is None:
+            return self._mean_over_workers(row, loss, total, workers)
+        mean = loss * share
+        workers.all_reduce(mean)
+        return mean.float()
+
+    def _reduced_at_the_last(self, micro_batches: Sequence[AnyBatch]) -> Iterator[AnyBatch]:
+        """The micro-batches; sharded gradients are reduced in the backward pass of the last one alone. Until then each
+        worker keeps whole gradients."""
+        for index, batch in enumerate(micro_batches):
+            if self._sharded is not None:
+                self._sharded.set_requires_gradient_sync(index == len(micro_batches) - 1)
+            yield batch
 
     def backward_parts(
         self,
@@ -177,15 +213,14 @@ class GradientPair:
             workers.all_reduce(counts_S)
         counts_S = counts_S.clamp(min=1)  # a loss without a term in this batch is 0
         total_S = torch.zeros_like(counts_S)
-        factors_S = weights_S / counts_S
-        for batch in micro_batches:
+        factors_S = weights_S / counts_S * self._averaged_over(workers)
+        for batch in self._reduced_at_the_last(micro_batches):
             sums_S = self._trained(sums_of(batch), row)
             (sums_S * factors_S.to(sums_S.dtype)).sum().backward()
             total_S += sums_S.detach()
         if workers.world_size > 1:
             workers.all_reduce(total_S)
-            for buffer in self.buffers:
-                workers.all_reduce(buffer[row])
+            self._sum_over_workers(row, workers)
         return (total_S / counts_S).float()
 
     def backward_sum(
@@ -208,17 +243,17 @@ class GradientPair:
         means = []
         for row, ((factor, loss_of, batches), count, share) in enumerate(zip(terms, counts, shares, strict=True)):
             losses = []
-            for batch in batches:
+            weight = factor * share * self._averaged_over(workers)
+            for batch in self._reduced_at_the_last(batches):
                 loss = self._trained(loss_of(batch), row) * (batch.count / count)
-                (loss * (factor * share)).to(loss.dtype).backward()
+                (loss * weight).to(loss.dtype).backward()
                 losses.append(loss.detach().float())
             means.append(torch.stack(losses).sum() * share)
         if workers.world_size > 1:
             together = torch.stack(means)
             workers.all_reduce(together)
             means = list(together)
-            for buffer in self.buffers:
-                workers.all_reduce(buffer[TASK])
+            self._sum_over_workers(TASK, workers)
         return [mean.float() for mean in means]
 
     def _shares(self, counts: Sequence[int], workers: AllReduce) -> Sequence[Tensor | float]:
@@ -229,6 +264,16 @@ class GradientPair:
         every = own.clone()
         workers.all_reduce(every)
         return list(own / every)
+
+    def _averaged_over(self, workers: AllReduce) -> int:
+        """The number of workers whose gradients a backward pass averages: all of them if it is sharded."""
+        return 1 if self._sharded is None else workers.world_size
+
+    def _sum_over_workers(self, row: int, workers: AllReduce) -> None:
+        """Sum a row whose backward passes have not done so."""
+        if self._sharded is None:
+            for buffer in self.buffers:
+                workers.all_reduce(buffer[row])
 
     def _start(self, row: int) -> None:
         for buffer in self.buffers:
@@ -255,7 +300,7 @@ class GradientPair:
         return (sums[0] / sums[1]).float()
 
     def gram(self) -> Gram:
-        """Dot product and squared norms of the two gradients, in one pass."""
+        """Dot product and squared norms of the two gradients, in one pass; of shards, summed once."""
         device = self.buffers[0].device
         gram = torch.zeros(2, 2, dtype=torch.float64, device=device)
         with _no_autocast(device):
@@ -263,7 +308,27 @@ class GradientPair:
                 for slab in buffer.split(SLAB, dim=1) if buffer.dtype != torch.float32 else (buffer,):
                     blocks_NB2 = slab.float().view(2, -1, BLOCK).permute(1, 2, 0)
                     gram += torch.bmm(blocks_NB2.transpose(1, 2), blocks_NB2).sum(0, dtype=torch.float64)
+        if self._sharded is not None:
+            dist.all_reduce(gram, group=self._shard_group())
         return Gram(dot=gram[0, 1], task_sq=gram[0, 0], retention_sq=gram[1, 1])
+
+    def _shard_group(self) -> dist.ProcessGroup:
+        """The workers that hold one copy of the parameters together; they are the mesh's last dimension."""
+        p = self.parameters[0]
+        assert isinstance(p, DTensor)
+        return p.device_mesh.get_group(p.device_mesh.ndim - 1)
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Clip the gradients that `assign_grads` handed out to a norm, as `clip_grad_norm_` does.
+
+        Returns:
+            Their norm before.
+        """
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        clip_grads_with_norm_(self.parameters, torch.inf if max_norm is None else max_norm, norm)
+        return norm
 
     def combine(self, task: Tensor | float, retention: Tensor) -> None:
         """Row 0 <- task * g_t + retention * g_r, in place; `task` must not be zero.
@@ -308,3 +373,15 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A caller's autocast would multiply in bf16."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The shard of a tensor that this worker holds; all of it, where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_shard(local: Tensor, of: Tensor) -> Tensor:
+    """A tensor with this local shard, distributed as `of` is; `local` itself, where that is not."""
+    if not isinstance(of, DTensor):
+        return local
+    return DTensor.from_local(local, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride())

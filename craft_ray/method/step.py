@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from craft_ray.method import surgery
@@ -82,7 +81,7 @@ def task_step(
     """
     loss = gradients.backward(TASK, task_loss, task, workers)
     gradients.assign_grads(workers)
-    norm = clip_grad_norm_(gradients.parameters, torch.inf if max_norm is None else max_norm)
+    norm = gradients.clip(max_norm)
     optimizer.step()
     return loss, norm
 
@@ -129,7 +128,7 @@ def craft_step(
         retention = (craft.retention_freq * b, retention_loss, anchors)
         loss, l_ret = gradients.backward_sum([(a, task_loss, task), retention], workers)
         gradients.assign_grads(workers)
-        norm = clip_grad_norm_(gradients.parameters, torch.inf if max_norm is None else max_norm)
+        norm = gradients.clip(max_norm)
         optimizer.step()
         nan = loss.new_full((), torch.nan)
         following = state.observe(l_ret, craft).ascend(epsilon, craft)

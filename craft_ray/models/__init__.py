@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from craft_ray.errors import ConfigError
 from craft_ray.models.base import Model
 from craft_ray.quiet import uncollected
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 if TYPE_CHECKING:  # craft_ray.models.packing needs only torch and transformers, not pydantic
     from craft_ray.config import ModelConfig, Precision
 
 
 def load_model(
-    config: ModelConfig, precision: Precision, device: torch.device | str = "cpu", weights: str | None = None
+    config: ModelConfig,
+    precision: Precision,
+    device: torch.device | str = "cpu",
+    weights: str | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Model:
     """The model of a configuration, in training mode. If its path is the folder of an adapter, the adapter is merged
     into the model that it belongs to.
@@ -24,9 +32,11 @@ def load_model(
         precision: arithmetic of its forward passes; teacher and student must use the same.
         weights: another folder to take the weights from (a checkpoint); processor and limits are still the config's.
             If it is the folder of an adapter, the adapter is put into the config's model, and is all that trains.
+        mesh: the workers that share its weights; each of them must load it at the same time.
 
     Raises:
-        ConfigError: nothing loads from the path, or the adapter does not belong to this model.
+        ConfigError: nothing loads from the path, or the adapter does not belong to this model, or the model cannot be
+            shared out.
         ModelError: its weights do not load completely.
     """
     from craft_ray.storage.node_cache import local_copy
@@ -39,9 +49,14 @@ def load_model(
     weights = None if weights is None else local_copy(weights, "a checkpoint")
     adapted = weights is not None and adapters.is_adapter(weights)
     if adapters.is_adapter(config.path) and (weights is None or adapted):
+        if mesh is not None:
+            raise ConfigError(
+                f"model.path {config.path} is an adapter, which is merged into a whole model before it is shared out: "
+                f"save the merged model ('craft-ray merge'), or set workers.sharding=none"
+            )
         model = _merged(config, precision, torch.device(device))
     else:
-        model = _load(config, precision, torch.device(device), None if adapted else weights)
+        model = _load(config, precision, torch.device(device), None if adapted else weights, mesh)
     if weights is not None and adapted:
         adapters.load(model, Path(weights), config)
     return model
@@ -66,7 +81,13 @@ def _merged(config: ModelConfig, precision: Precision, device: torch.device) -> 
     return model
 
 
-def _load(config: ModelConfig, precision: Precision, device: torch.device, weights: str | None) -> Model:
+def _load(
+    config: ModelConfig,
+    precision: Precision,
+    device: torch.device,
+    weights: str | None,
+    mesh: DeviceMesh | None = None,
+) -> Model:
     from craft_ray.extras import require_lerobot
 
     if config.kind == "lerobot":
@@ -81,4 +102,4 @@ def _load(config: ModelConfig, precision: Precision, device: torch.device, weigh
 
     kinds: dict[str, type[CausalLM] | type[VisionLanguageModel]]
     kinds = {"causal_lm": CausalLM, "vision_language": VisionLanguageModel}
-    return kinds[config.kind](config, precision, device, weights)
+    return kinds[config.kind](config, precision, device, weights, mesh)

@@ -88,6 +88,9 @@ class Model(ABC):
     hidden_size: int
     num_hidden_states: int
     """Number of hidden states: the embeddings and the output of every block."""
+    sharded: bool = False
+    """Whether each worker holds a part of the weights (craft_ray/models/sharding.py), so that all of them must make
+    the same passes. `save` then gathers them, and rank 0 writes."""
     adapter: Adapter | None = None
     """What is trained in place of the model's own weights (craft_ray/models/adapters.py)."""
     merged_adapter: Path | None = None

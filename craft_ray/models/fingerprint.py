@@ -9,16 +9,19 @@ import torch
 from blake3 import blake3
 from torch import nn
 
+from craft_ray.models.sharding import whole
+
 LOCATION_KEYS = ("name_or_path", "_name_or_path", "processor_class", "tokenizer_file", "_commit_hash")
 """Settings that say where something came from, not what it does."""
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """Hash over names, types, shapes and bytes of the state; the same however the folder was sharded."""
+    """Hash over names, types, shapes and bytes of the state; the same however the folder was sharded, and the module.
+    All workers that share a module must ask for it."""
     digest = blake3(max_threads=blake3.AUTO)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+        data: Any = whole(tensor.detach()).contiguous().cpu().flatten().view(torch.uint8)
         digest.update(memoryview(data.numpy()))
     return digest.hexdigest()[:32]
 

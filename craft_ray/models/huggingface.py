@@ -18,8 +18,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.data.sample import Sample
@@ -41,7 +43,8 @@ from craft_ray.models.fingerprint import (
     weights_fingerprint,
 )
 from craft_ray.models.limits import Limits
-from craft_ray.models.loading import load_module, load_processor
+from craft_ray.models.loading import empty_module, load_module, load_processor
+from craft_ray.models.sharding import base_forward, load_sharded, whole_state
 from craft_ray.models.text import Cut, TextEncoder
 from craft_ray.models.tokens import clip_suffix, listed, targets, token_log_probs, token_loss
 
@@ -55,18 +58,24 @@ class HuggingFaceModel(LogitsModel, TensorModel):
     reads_images: ClassVar[bool] = False
 
     def __init__(
-        self, config: ModelConfig, precision: Precision, device: torch.device, weights: str | None = None
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        device: torch.device,
+        weights: str | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         self.config = config
         self.precision = precision
         self.device = device
+        self.sharded = mesh is not None
         self.processor = load_processor(self.processor_class, config)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.text = TextEncoder(self.tokenizer)
         self.chat: ChatTemplate | None = None
         if config.chat_template:
             self.chat = ChatTemplate(self.processor, self.tokenizer, self.reads_images, config.path)
-        self.module = load_module(self.auto_class, config, weights or config.path).to(device).train()
+        self.module = self._module(weights or config.path, mesh).train()
         if config.disable_dropout:
             disable_dropout(self.module)
         text = self.module.config.get_text_config()
@@ -88,6 +97,18 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         check_decoder(self)
         if config.gradient_checkpointing:
             self.module.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _module(self, path: str, mesh: DeviceMesh | None) -> Any:
+        """The module of a folder or hub model on the device; with a mesh, this worker's part of it."""
+
+        def load() -> Any:
+            return load_module(self.auto_class, self.config, path)
+
+        if mesh is None:
+            return load().to(self.device)
+        return load_sharded(
+            load, lambda: empty_module(self.auto_class, self.config, path), mesh, self.precision, self.device
+        )
 
     @property
     def description(self) -> str:
@@ -266,18 +287,20 @@ class HuggingFaceModel(LogitsModel, TensorModel):
 
     def hidden_states(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         with self.autocast():
-            states = self.module.base_model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states
+            base = base_forward(self.module)
+            states = base(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states
         check_states(states, layers, self)
         return [states[k] for k in layers]
 
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
         """These models provide all anchors."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
         lengths = {f.layout.length for f in features}
         self.limits.check_continued(max(lengths), max_new_tokens)
-        if len(lengths) > 1 and not self._generates_in_padded_batches:
+        # Where the model is sharded, all workers must generate equally often, whatever the lengths of their prompts.
+        if (len(lengths) > 1 or self.sharded) and len(features) > 1 and not self._generates_in_padded_batches:
             return [tokens for one in features for tokens in self.generate([one], max_new_tokens)]
         settings = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._stops or None, pad_token_id=self.pad
@@ -299,7 +322,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         own_settings = self.module.generation_config
         self.module.generation_config = settings
         try:
-            return self.module.generate(**inputs, **self._outputs, generation_config=settings)
+            return self.module.generate(**inputs, **self._outputs, generation_config=settings, synced_gpus=self.sharded)
         finally:
             self.module.generation_config = own_settings
 
@@ -334,7 +357,13 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         return None
 
     def save(self, folder: Path, final: Path | None = None) -> None:
-        (self.module.save_pretrained if self.adapter is None else self.adapter.save)(folder)
+        if self.sharded:
+            state = whole_state(self.module, keep=dist.get_rank() == 0)
+            if dist.get_rank() != 0:
+                return
+            self.module.save_pretrained(folder, state_dict=state)
+        else:
+            (self.module.save_pretrained if self.adapter is None else self.adapter.save)(folder)
         self.processor.save_pretrained(folder)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from craft_ray.config import ModelConfig
 from craft_ray.errors import ConfigError, ModelError
@@ -65,6 +65,13 @@ def load_module(auto_class: Any, config: ModelConfig, path: str) -> Any:
         raise ConfigError(f"model.path {path}: no {auto_class.__name__} loads from it ({reason(error)})") from None
     check_complete(module, info, path, config.kind)
     return module
+
+
+def empty_module(auto_class: Any, config: ModelConfig, path: str) -> Any:
+    """The module of a folder or hub model on the meta device, without its weights."""
+    settings = AutoConfig.from_pretrained(path, **_options(config))
+    with torch.device("meta"):
+        return auto_class.from_config(settings, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
 
 
 def _options(config: ModelConfig) -> dict[str, Any]:

@@ -198,13 +198,19 @@ def craft_of(config: Experiment, skill: str | None) -> CraftConfig:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mean_loss(mode: RetentionMode[Any], rows: Sequence[int], batch_size: int, workers: Workers) -> float:
-    """L_ret over `rows`, which the workers share."""
+    """L_ret over `rows`, which the workers share. Where they share the model, too, all make the same passes: one
+    without rows for the last repeats a row, which does not count."""
+    parts = batches_of(rows[workers.rank :: workers.world_size], batch_size)
+    most = len(batches_of(rows[:: workers.world_size], batch_size)) if mode.model.sharded else len(parts)
     sums = torch.zeros(2, dtype=torch.float64, device=workers.device)
     with evaluating(mode.model.module):
-        for part in batches_of(rows[workers.rank :: workers.world_size], batch_size):
-            batch = mode.batch(part).to(workers.device)
-            sums += torch.stack([mode.loss(batch).double() * batch.count, sums.new_tensor(batch.count)])
+        for index in range(most):
+            counts = index < len(parts)
+            batch = mode.batch(parts[index] if counts else rows[:1]).to(workers.device)
+            loss = mode.loss(batch).double()
+            if counts:
+                sums += torch.stack([loss * batch.count, sums.new_tensor(batch.count)])
     workers.all_reduce(sums)
     return float(sums[0] / sums[1])

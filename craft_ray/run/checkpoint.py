@@ -61,8 +61,8 @@ def save_checkpoint(
     with new_folder(target) as temporary:
         try:
             model.save(temporary / "model", final=target / "model")
-            _state_file(temporary).parent.mkdir()
-            torch.save(vars(state), _state_file(temporary))
+            state_file(temporary).parent.mkdir()
+            torch.save(vars(state), state_file(temporary))
         except (
             RuntimeError,
             ValueError,
@@ -140,8 +140,8 @@ def adopt_checkpoint(folder: StoragePath, source: Path) -> None:
 
 
 def load_training_state(checkpoint: Path) -> TrainingState:
-    """The state that `save_checkpoint` wrote, on the host."""
-    state = torch.load(_state_file(checkpoint), map_location="cpu", weights_only=True)
+    """The state of a checkpoint, on the host: tensors are mapped from the file and not copied."""
+    state = torch.load(state_file(checkpoint), map_location="cpu", weights_only=True, mmap=True)
     if "dual" in state:  # written by a version whose runs had one multiplier or none
         dual, cache = state.pop("dual"), state.pop("cache")
         state["constraints"] = [] if dual is None else [{"dual": dual, "cache": cache}]
@@ -163,5 +163,5 @@ def checkpoint_step(checkpoint: StoragePath) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def _state_file(checkpoint: Path) -> Path:
+def state_file(checkpoint: Path) -> Path:
     return checkpoint / "training_state" / "state.pt"

@@ -20,6 +20,7 @@ from craft_ray.errors import ConfigError
 from craft_ray.run.metrics import Record
 from craft_ray.storage.files import append_text, write_atomically
 from craft_ray.storage.paths import StoragePath
+from craft_ray.workers import Workers
 
 PACKAGES = ("craft-ray", "torch", "transformers", "ray", "pyarrow", "datasets", "numpy")
 
@@ -115,6 +116,9 @@ class RunFolder:
 
     def push(self) -> None:
         """Let other processes see what was written. Nothing to do here: they read this folder."""
+
+    def push_parts(self, name: str, workers: Workers) -> None:
+        """As `push_checkpoint`, for a checkpoint of which each worker has written a part; all of them call it."""
 
     def push_checkpoint(self) -> None:
         """Let other processes see the last checkpoint, and none that was removed. Nothing to do here."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from craft_ray.config import Experiment, deciding_difference, parse_config
+from craft_ray.config import Experiment, Mixture, deciding_difference, parse_config
 from craft_ray.config.differences import FREE
 from craft_ray.errors import ConfigError, StorageError
 from craft_ray.run.folder import RunFolder
@@ -59,6 +59,12 @@ def check_config(folder: RunFolder, config: Experiment) -> None:
         )
 
 
+def _task(config: Experiment) -> str:
+    if isinstance(config.task, Mixture):
+        return "one of the sources in task.mix"
+    return f"task.path {config.task.path}"
+
+
 def check_task(folder: RunFolder, config: Experiment, fingerprint: str) -> None:
     """Check that a run that has begun may be taken up with task data.
 
@@ -68,7 +74,7 @@ def check_task(folder: RunFolder, config: Experiment, fingerprint: str) -> None:
     recorded = read_identity(folder)
     if recorded is not None and recorded.task != fingerprint:
         raise ConfigError(
-            f"task.path {config.task.path} is not what it was when the run {folder.home} began: its data had the "
+            f"{_task(config)} is not what it was when the run {folder.home} began: its data had the "
             f"fingerprint {recorded.task[:12]}, and now have {fingerprint[:12]}: restore them, or start a new run with "
             f"another name=... or seed=..."
         )

@@ -22,6 +22,7 @@ from craft_ray.run.folder import RunFolder
 from craft_ray.storage.files import is_temporary
 from craft_ray.storage.last import last_checkpoint, point_last
 from craft_ray.storage.paths import ObjectPath, copy_tree, remove_tree
+from craft_ray.workers import Workers
 
 PUSH_S = 2.0
 """Shortest time between two pushes of files that grow."""
@@ -99,10 +100,27 @@ class RunMirror(RunFolder):
         self.push()  # a run that resumes from here has the metrics up to here
         remove_tree(home / last.name)  # the part of it that a lost process had pushed
         copy_tree(last, home / last.name)
-        point_last(home, last.name)
+        self._point_last(last.name)
+
+    def push_parts(self, name: str, workers: Workers) -> None:
+        home = self.home / "checkpoints" / name
+        if workers.rank == 0:
+            self.push()
+            remove_tree(home)
+        workers.gather(None)
+        copy_tree(self._local / "checkpoints" / name, home)
+        workers.gather(None)
+        if workers.rank == 0:
+            self._point_last(name)
+
+    def _point_last(self, name: str) -> None:
+        """Let other processes resume from a checkpoint that is pushed, and remove those before it that are no longer
+        kept."""
+        local, home = self._local / "checkpoints", self.home / "checkpoints"
+        point_last(home, name)
         kept = {entry.name for entry in local.glob("step_*")}
         for old in [entry for entry in home.glob("step_*") if entry.name not in kept]:
-            if checkpoint_step(old) < checkpoint_step(last):
+            if checkpoint_step(old) < checkpoint_step(home / name):
                 remove_tree(old)
 
     @contextmanager

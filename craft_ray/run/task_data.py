@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from craft_ray.config import Experiment
-from craft_ray.data.sampler import StepSampler
-from craft_ray.data.source import open_source
+from craft_ray.data.task import open_task, sampler_of
 from craft_ray.errors import ConfigError
 from craft_ray.models.base import Batch, Features, Model
 from craft_ray.models.capabilities import TokenModel
@@ -31,14 +30,14 @@ class TaskData:
     """
 
     def __init__(self, config: Experiment, model: Model, workers: Workers, features: FeatureCache) -> None:
-        self.source = open_source(config.task, "task")
+        self.source = open_task(config.task)
         model.check_source(self.source)
         if not self.source.has_responses:
             raise ConfigError("task.columns.response names no column: fine-tuning needs responses")
         self._model = model
         self._workers = workers
         self._accumulate = config.train.accumulate
-        self._sampler = StepSampler(len(self.source), config.train.batch_size, config.seed, TASK_STREAM)
+        self._sampler = sampler_of(config.task, self.source, config.train.batch_size, config.seed, TASK_STREAM)
         self._features = features.source(self._preprocess, *source_identity(config.task, model))
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from craft_ray import interruption
 from craft_ray.config import Experiment
@@ -24,10 +25,11 @@ from craft_ray.models import load_model
 from craft_ray.models.adapters import attach
 from craft_ray.models.base import Batch, Model
 from craft_ray.models.features import FeatureCache
+from craft_ray.models.sharding import open_mesh
 from craft_ray.retention.constraints import open_constraints
 from craft_ray.retention.mode import Terms
 from craft_ray.run.best import BestValidation
-from craft_ray.run.checkpoint import TrainingState, checkpoint_name, load_training_state, load_weights
+from craft_ray.run.checkpoint import TrainingState
 from craft_ray.run.claim import only_process
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
@@ -38,6 +40,7 @@ from craft_ray.run.observers import Observer
 from craft_ray.run.optimization import learning_rate, make_optimizer, seed_step
 from craft_ray.run.rows import check_rows
 from craft_ray.run.saving import CheckpointWriter
+from craft_ray.run.sharded_checkpoint import is_sharded, restore
 from craft_ray.run.task_data import TaskData
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.workers import Workers
@@ -102,10 +105,11 @@ class Run:
         self.best = BestValidation(config)
         checkpoint = last_checkpoint(folder.disk / "checkpoints")
         assert checkpoint is None or isinstance(checkpoint, Path)
-        weights = None if checkpoint is None else str(checkpoint / "model")
+        weights = None if checkpoint is None or is_sharded(checkpoint) else str(checkpoint / "model")
 
         torch.manual_seed(config.seed)
-        self.model: Model = load_model(config.model, config.train.precision, workers.device, weights)
+        mesh = open_mesh(config.workers, workers)
+        self.model: Model = load_model(config.model, config.train.precision, workers.device, weights, mesh)
         teacher_weights = None if checkpoint else self.model.weights_fingerprint()
         if config.adapter is not None and teacher_weights is not None:
             torch.manual_seed(config.seed)  # the adapter's first values do not depend on how the model was loaded
@@ -116,7 +120,9 @@ class Run:
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
         self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
         apart = self.constraints.compares_gradients
-        self.gradients = GradientPair(self.model.module.named_parameters(), with_retention=apart)
+        module = self.model.module
+        sharded = module if isinstance(module, FSDPModule) else None
+        self.gradients = GradientPair(module.named_parameters(), with_retention=apart, sharded=sharded)
         self.optimizer = make_optimizer(self.gradients.parameters, config.train)
         self.checkpoints = CheckpointWriter(config, folder, workers, observer, self.best)
         self.step = 0
@@ -147,24 +153,21 @@ class Run:
     # -- the state of the run
 
     def _restore(self, checkpoint: Path) -> None:
-        state = load_training_state(checkpoint)
+        state = restore(checkpoint, self.model, self.gradients, self.optimizer, self.workers)
         self.constraints.load_state_dicts(state.constraints)
-        self.optimizer.load_state_dict(state.optimizer)
         self.gradients.restore_reached(state.reached)
         self.step = state.step
 
     def _checkpoint(self) -> None:
         constraints = self.constraints.state_dicts()
         state = TrainingState(self.step, self.optimizer.state_dict(), self.gradients.reached, constraints)
-        self.checkpoints.write(self.model, state)
+        self.checkpoints.write(self.model, state, self.gradients, self.optimizer)
 
     def _return_to(self, step: int) -> None:
         """Make an earlier step's checkpoint the run's model: its weights, and the budget and λ that belong to them."""
-        checkpoint = self.folder.checkpoint(checkpoint_name(step))
-        load_weights(self.model, self.config.model, self.config.train.precision, checkpoint)
-        self.constraints.load_state_dicts(load_training_state(checkpoint).constraints)
-        self.step = step
-        self.checkpoints.point_back(step)
+        state = self.checkpoints.back_to(step, self.model)
+        self.constraints.load_state_dicts(state.constraints)
+        self.step = state.step
 
     # -- data
 
@@ -188,8 +191,7 @@ class Run:
         every = validation.every or steps
         past = {record["step"]: record for record in self.workers.gather(self.folder.read_validation())[0]}
         self.best.observe(past.values())
-        if self.best.step is not None:
-            self.folder.checkpoint(checkpoint_name(self.best.step))  # so that it is here, and stays
+        self.checkpoints.hold_best()
         if wanted and self.step and (self.step % every == 0 or self.step == steps):
             if self.step not in past:
                 yield self.validate()  # the process was lost between the checkpoint and its validation

@@ -248,11 +248,13 @@ def evaluate(
 @app.command("merge")
 def merge(
     run: Annotated[
-        str, typer.Argument(help="a run that trained an adapter, or one of its checkpoints", show_default=False)
+        str,
+        typer.Argument(help="a run with an adapter or a sharded one, or one of its checkpoints", show_default=False),
     ],
     out: Annotated[str, typer.Argument(help="a new folder for the whole model", show_default=False)],
 ) -> None:
-    """Add a run's adapter to the weights of its teacher, and save a model that loads without PEFT."""
+    """Add a run's adapter to the weights of its teacher, or put a sharded checkpoint together, and save a plain model
+    folder."""
     with _importing():
         from craft_pipelines.merge import merge as stage
 
@@ -341,7 +343,7 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="folder for everything that the demo writes [default: craft-demo-PRESET]")
     ] = None,
-    preset: Annotated[str, typer.Option(help="digits, text or robot")] = "digits",
+    preset: Annotated[str, typer.Option(help="digits, text, chat or robot")] = "digits",
     quick: Annotated[bool, typer.Option("--quick", help="one seed, fewer steps, no sweep")] = False,
 ) -> None:
     """Show on real data what plain fine-tuning forgets and what a budget keeps."""

@@ -20,7 +20,7 @@ from craft_pipelines.outputs import check_kept
 from craft_pipelines.session import join
 from craft_pipelines.train import PlannedRun, check_inputs, resources, run_name, run_on_trainer
 from craft_ray.config import ARMS, Experiment
-from craft_ray.data.source import open_source
+from craft_ray.data.task import open_task
 from craft_ray.errors import ConfigError
 from craft_ray.report.html import write_report
 from craft_ray.run.folder import RunFolder, command_line
@@ -146,7 +146,7 @@ def _check_finished(runs: Sequence[PlannedRun]) -> None:
     fingerprints: dict[str, str] = {}
     for config, folder in [(run.config, run.folder) for run in runs if run.folder.finished() is not None]:
         if (task := config.task.model_dump_json()) not in fingerprints:
-            fingerprints[task] = open_source(config.task, "task").fingerprint
+            fingerprints[task] = open_task(config.task).fingerprint
         check_task(folder, config, fingerprints[task])
 
 

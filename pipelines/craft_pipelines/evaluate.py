@@ -21,8 +21,9 @@ from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import eval_sets, key_of
-from craft_ray.run.scoring import Episodes, EvalData, Score, open_eval_set
+from craft_ray.run.scoring import OF_TEXT, Episodes, EvalData, Score, open_eval_set
 from craft_ray.run.scoring import evaluate as score
+from craft_ray.run.sharded_checkpoint import SHARDS
 from craft_ray.storage.files import write_atomically
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import StoragePath
@@ -109,6 +110,8 @@ def model_folder(path: StoragePath) -> StoragePath:
         return path.resolve()
     if _holds_model(path / "model"):
         return (path / "model").resolve()
+    if (path / SHARDS).exists():
+        raise _parts(path)
     if not (path / "config.yaml").exists():
         raise ConfigError(f"--checkpoint {path} is neither a run, nor a checkpoint of one, nor a model folder")
     last = last_checkpoint(RunFolder(path).checkpoints)
@@ -116,7 +119,16 @@ def model_folder(path: StoragePath) -> StoragePath:
         raise ConfigError(
             f"--checkpoint {path}: the run has no checkpoint (yet): train it with train.keep_checkpoints > 0"
         )
+    if (last / SHARDS).exists() and not _holds_model(last / "model"):
+        raise _parts(last)
     return last / "model"
+
+
+def _parts(checkpoint: StoragePath) -> ConfigError:
+    return ConfigError(
+        f"--checkpoint {checkpoint} holds the parts of a sharded run that has not ended: put them together with "
+        f"craft-ray merge {checkpoint} OUT, and score OUT"
+    )
 
 
 def _holds_model(path: StoragePath) -> bool:
@@ -192,13 +204,13 @@ def _cell(found: Score) -> str:
 
 def changes(done: Sequence[Scored]) -> dict[str, tuple[int, int]]:
     """By skill: how many samples the first of two models got right and the second wrong, and the reverse. Empty unless
-    there are two models; without skills whose answers are not right or wrong (perplexity)."""
+    there are two models; without skills whose texts are neither right nor wrong (perplexity, token accuracy)."""
     if len(done) != 2:
         return {}
     before, after = done
     found = {}
     for skill, first in before.scores.items():
-        if first.metric == "perplexity":
+        if first.metric in OF_TEXT:
             continue
         pairs = [
             (bool(one["correct"]), bool(two["correct"]))

@@ -1,44 +1,67 @@
-"""`craft-ray merge`: the adapter of a run in the weights of its teacher, as a plain folder."""
+"""`craft-ray merge`: a plain folder of a run, its adapter in the weights of its teacher or its parts put together."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from craft_pipelines.outputs import check_kept
+from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError
 from craft_ray.models import adapters, load_model
+from craft_ray.models.base import Model
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.sharded_checkpoint import SHARDS, whole_model
 from craft_ray.storage.files import new_folder
 from craft_ray.storage.last import last_checkpoint
-from craft_ray.storage.paths import StoragePath
+from craft_ray.storage.paths import StoragePath, copy_tree
 
 
 def merge(path: StoragePath, out: StoragePath, say: Any = print) -> None:
-    """Save the model of a run, with its adapter merged, into a new folder.
+    """Save the model of a run, with its adapter or its parts merged, into a new folder.
 
     Args:
         path: the run, whose last checkpoint is taken, or one of its checkpoints.
 
     Raises:
-        ConfigError: there is no such run or checkpoint, it has no adapter, or `out` exists.
+        ConfigError: there is no such run or checkpoint, it has nothing to merge, or `out` exists.
+        StorageError: a part of it is damaged.
     """
     check_kept(out, "OUT")
     if out.exists():
         raise ConfigError(f"{out} exists: choose a new folder for the merged model")
     is_run = (path / "config.yaml").exists()
     checkpoint = last_checkpoint(RunFolder(path).checkpoints) if is_run else path.resolve()
-    if checkpoint is None or not (checkpoint / "model").exists():
+    parts = checkpoint is not None and (checkpoint / SHARDS).exists()
+    if checkpoint is None or not (parts or (checkpoint / "model").exists()):
         raise ConfigError(
             f"{path} is neither a run with a checkpoint (train.keep_checkpoints > 0) nor a checkpoint of one: specify "
             f"one of them"
         )
     config = RunFolder(path if is_run else checkpoint.parent.parent).config()
+    if parts:
+        _merge_parts(checkpoint, config, out)
+        say(f"merged the parts of {checkpoint}: {out}")
+        return
     model_folder = checkpoint / "model"
     if not (model_folder / adapters.CONFIG).exists():
         raise ConfigError(f"{model_folder} is a whole model already, its run trained no adapter: use it as it is")
     model = load_model(config.model, config.train.precision, weights=str(model_folder))
     adapters.merge(model)
+    _save(model, out)
+    say(f"merged the adapter of {checkpoint} into {config.model.path}: {out}")
+
+
+def _merge_parts(checkpoint: StoragePath, config: Experiment, out: StoragePath) -> None:
+    """Save the model that a sharded checkpoint holds. One in a store is first copied to this node."""
+    with tempfile.TemporaryDirectory(prefix="craft-ray-merge-") as scratch:
+        local = checkpoint if isinstance(checkpoint, Path) else Path(scratch) / checkpoint.name
+        if not isinstance(checkpoint, Path):
+            copy_tree(checkpoint, local)
+        _save(whole_model(local, config.model, config.train.precision), out)
+
+
+def _save(model: Model, out: StoragePath) -> None:
     with new_folder(out, last="config.json") as temporary:
         model.save(temporary, final=out if isinstance(out, Path) else None)
-    say(f"merged the adapter of {checkpoint} into {config.model.path}: {out}")

@@ -72,8 +72,9 @@ LEROBOT = {
 }  # fmt: skip
 INSTEAD = (
     "columns.answer_index", "columns.messages", "columns.tools", "columns.skill", "skills", "craft.epsilon_decay",
+    "workers.sharding", "workers.shards",
 )  # fmt: skip
-"""Keys that another key of this list replaces."""
+"""Keys that another key of this list replaces or excludes."""
 REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task", "adapter.kind")
 """Keys without which a section is not valid, or is of another kind."""
 
@@ -329,6 +330,27 @@ def test_a_value_that_is_not_valid(override: str, key: str, minimal: Path) -> No
             ["workers.use_gpu=true", "workers.resources_per_worker.GPU=1.5"],
             "workers: resources_per_worker takes 1.5 GPU: specify a fraction of one, or a whole number",
         ),
+        (
+            ["workers.sharding=full"],
+            "workers: sharding full shares a model between workers, and num_workers is 1: set it to 2",
+        ),
+        (
+            ["workers.sharding=full", "workers.num_workers=0"],
+            "workers: sharding full shares a model between workers, and num_workers is 0: set it to 2",
+        ),
+        (
+            ["workers.sharding=hybrid", "workers.num_workers=[2, 4]", "workers.shards=2"],
+            "workers: sharding hybrid makes groups of shards=2 workers out of num_workers=2 to 4",
+        ),
+        (["workers.shards=2"], "workers: shards 2 is for sharding hybrid, it is none"),
+        (
+            ["workers.sharding=full", "workers.num_workers=2", "adapter={}"],
+            "workers.sharding is full, but there is an adapter",
+        ),
+        (
+            ["workers.sharding=full", "workers.num_workers=2", "model.kind=lerobot"],
+            "workers.sharding is full, but model.kind is lerobot",
+        ),
     ],
 )
 def test_values_that_contradict_each_other(overrides: list[str], said: str, minimal: Path) -> None:
@@ -343,6 +365,11 @@ def test_a_number_of_workers_is_a_range(minimal: Path) -> None:
         workers = config.workers
         assert (workers.least, workers.most, workers.count, workers.elastic) == (least, most, count, least < most)
         assert parse_config(yaml.safe_load(dump_config(config)), "again") == config
+
+
+def test_sharding_is_set_with_the_workers(minimal: Path) -> None:
+    config = load_config(minimal, ["workers.num_workers=4", "workers.sharding=hybrid", "workers.shards=2"])
+    assert (config.workers.sharding, config.workers.shards) == ("hybrid", 2)
 
 
 def test_a_baseline_ignores_the_anchors(minimal: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing import spawn
 
 from craft_ray.errors import ModelError
@@ -53,12 +55,19 @@ def share(data: Batch, sizes: tuple[tuple[int, ...], ...], workers: Workers) -> 
     return data.split(*flat)[start : start + len(sizes[workers.rank])]
 
 
-def train(shares: Shares, workers: Workers, **changes: Any) -> dict[str, Tensor]:
+def train(shares: Shares, workers: Workers, sharded: bool = False, **changes: Any) -> dict[str, Tensor]:
     """Five steps in which surgery fires each time: the anchors hold the network where the task drives it away."""
     module = mlp()
+    if sharded:
+        fully_shard(module[0])
+        fully_shard(module)
     settings = {"projection_gate": "always", "conflict_threshold": 0.5, "lambda_lr": 0.3, "retention_ema": 0.9}
     config = craft_config(**settings | changes)
-    pair = GradientPair(module.named_parameters(), with_retention=compares_gradients(config))
+    pair = GradientPair(
+        module.named_parameters(),
+        with_retention=compares_gradients(config),
+        sharded=module if isinstance(module, FSDPModule) else None,
+    )
     state = DualState.start(config)
     optimizer = torch.optim.AdamW(pair.parameters, lr=1e-2)
     log: dict[str, list[Tensor]] = {}
@@ -73,7 +82,8 @@ def train(shares: Shares, workers: Workers, **changes: Any) -> dict[str, Tensor]
         for name, value in vars(metrics).items():
             if value is not None:
                 log.setdefault(name, []).append(value)
-    weights = nn.utils.parameters_to_vector(module.parameters()).detach()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
+    weights = nn.utils.parameters_to_vector(whole).detach()
     return {"weights": weights, "lambda": state.multiplier} | {k: torch.stack(v) for k, v in log.items()}
 
 
@@ -99,12 +109,39 @@ def reached_by_one(workers: Workers) -> dict[str, Any]:
     return {"reached": pair.reached, "gradients": [shared.grad, other.grad, unused.grad]}
 
 
+def plain_loops() -> list[Tensor]:
+    """The weights after the baseline arm's steps on a sharded network, and after a plain loop of FSDP2."""
+    found = []
+    for plain in (False, True):
+        module = fully_shard(mlp())
+        share = [batch(step).split(4, 4)[dist.get_rank()] for step in range(STEPS)]
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        pair = None if plain else GradientPair(module.named_parameters(), with_retention=False, sharded=module)
+        for data in share:
+            if pair is None:
+                optimizer.zero_grad()
+                squared_error(module)(data).backward()
+                nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+                optimizer.step()
+            else:
+                workers = ProcessGroup(torch.device("cpu"))
+                task_step(
+                    squared_error(module), [data], optimizer=optimizer, gradients=pair, workers=workers, max_norm=0.5
+                )
+        found.append(torch.cat([p.full_tensor().detach().flatten() for p in module.parameters()]))
+    return found
+
+
 def run_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     workers = ProcessGroup(torch.device("cpu"))
     found: dict[str, Any] = {name: train(shares, workers) for name, shares in SHARES.items()}
     found |= {f"{name}, one row": train(shares, workers, **ONE_ROW) for name, shares in SHARES.items()}
+    for name, shares in SHARES.items():
+        found[f"{name}, sharded"] = train(shares, workers, sharded=True)
+        found[f"{name}, one row, sharded"] = train(shares, workers, sharded=True, **ONE_ROW)
+    found["plain"] = plain_loops()
     found["late"] = late_parameter(workers)
     found["reached"] = reached_by_one(workers)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -146,6 +183,29 @@ def test_two_workers_are_one_without_a_second_row(two: list[dict[str, Any]]) -> 
             torch.testing.assert_close(
                 found[f"{shares}, one row"], expected, rtol=1e-4, atol=1e-6, equal_nan=True, msg=named_error(shares)
             )
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_two_workers_that_share_the_weights_are_one(
+    shares: str, one: dict[str, Tensor], two: list[dict[str, Any]]
+) -> None:
+    expected = {"": one, ", one row": train(SHARES["equal"], ONE, **ONE_ROW)}
+    for found in two:
+        for rows, values in expected.items():
+            torch.testing.assert_close(
+                found[f"{shares}{rows}, sharded"],
+                values,
+                rtol=1e-4,
+                atol=1e-6,
+                equal_nan=True,
+                msg=named_error(shares + rows),
+            )
+
+
+def test_the_baseline_is_a_plain_loop_of_fsdp_bit_for_bit(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        ours, plain = found["plain"]
+        assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize("shares", SHARES)

@@ -171,6 +171,7 @@ def test_a_bound_comes_before_the_metric(digits: Digits, cached: Path) -> None:
         ({"train.keep_best": None, "train.patience": 3}, "add train.keep_best"),
         ({"validation.every": 0}, "validation.every is 0"),
         ({"validation.every": 6}, "validation.every is 6"),
+        ({"workers.sharding": "full", "workers.num_workers": 2}, "sharded checkpoints have one at the last step alone"),
         ({"train.keep_checkpoints": 0}, "train.keep_checkpoints is 0"),
         ({"train.keep_best": {"maximize": "new/score"}}, "train.keep_best: a score of the new skill needs data"),
         ({"train.keep_best": {"minimize": "train/loss"}}, "'train/loss' is not measured in validations"),

@@ -1,0 +1,33 @@
+"""The samples of the new skill: one source, or a mixture."""
+
+from __future__ import annotations
+
+from craft_ray.config import Mixture, TaskConfig
+from craft_ray.data.joined import JoinedSources
+from craft_ray.data.sampler import MixtureSampler, StepSampler
+from craft_ray.data.source import Source, open_source
+
+
+def open_task(config: TaskConfig) -> Source:
+    """The samples of `task`; those of a mixture one after the other.
+
+    Raises:
+        ConfigError: a source has nothing, or the sources of a mixture hold different kinds of samples.
+        DataError: a source holds no row.
+    """
+    if not isinstance(config, Mixture):
+        return open_source(config, "task")
+    keys = [f"task.mix[{number}]" for number in range(len(config.mix))]
+    parts = {str(number): open_source(part.data, keys[number]) for number, part in enumerate(config.mix)}
+    return JoinedSources(parts, keys)
+
+
+def sampler_of(
+    config: TaskConfig, source: Source, batch_size: int, seed: int, stream: int
+) -> StepSampler | MixtureSampler:
+    """Which samples a step uses."""
+    if not isinstance(config, Mixture):
+        return StepSampler(len(source), batch_size, seed, stream)
+    assert isinstance(source, JoinedSources)
+    rows = [len(part) for part in source.sources]
+    return MixtureSampler(rows, [part.weight for part in config.mix], batch_size, seed, stream)

@@ -13,7 +13,7 @@ from craft_ray.errors import ConfigError
 from craft_ray.init import Preset
 from craft_ray.init.data import DataFacts, chat_wanted, look_at_data
 from craft_ray.init.model import ModelFacts, look_at_model
-from craft_ray.init.sizes import EPOCHS, SHORT_ANSWER, Hardware, Sizes, choose, learning_rate
+from craft_ray.init.sizes import EPOCHS, SHORT_ANSWER, SMALL, Hardware, Sizes, choose, learning_rate
 
 HELD_OUT = 10
 """A tenth of the data is held out where no evaluation data are named."""
@@ -53,7 +53,7 @@ def draft(asked: Asked, hardware: Hardware) -> str:
                 "a policy is scored in a simulator and not on data: leave --old and --new out, and write "
                 "evaluation.old.rollout and evaluation.new.rollout (docs/lerobot.md)"
             )
-        return _robot(asked, task, anchors)
+        return _robot(asked, task, anchors, hardware)
     old = None if asked.old is None else look_at_data(asked.old, "--old", model, labelled=True)
     new = None if asked.new is None else look_at_data(asked.new, "--new", model, labelled=True)
     return _text(asked, model, task, anchors, old, new, hardware)
@@ -88,7 +88,7 @@ def _text(
         "",
         *_evaluation(task, old, new, held_out, sizes),
         "",
-        *_workers(hardware),
+        *_workers(hardware, model.parameters),
     ]
     return _aligned(lines)
 
@@ -221,16 +221,18 @@ def _scored(facts: DataFacts, section: dict[str, Any], sizes: Sizes) -> dict[str
     return {"metric": "perplexity", "data": section}
 
 
-def _workers(hardware: Hardware) -> list[str]:
+def _workers(hardware: Hardware, parameters: int) -> list[str]:
     if hardware.gpu:
         return ["workers: {num_workers: 1, use_gpu: true}"]
+    if parameters < SMALL:
+        return ["# A model of this size gains nothing from several threads.", "workers: {num_workers: 1}"]
     return [
         "# This machine has no GPU. Threads of the one worker; compare and sweep then run one at a time.",
         f"workers: {{num_workers: 1, cpus_per_worker: {hardware.cpus}, threads: {hardware.cpus}}}",
     ]
 
 
-def _robot(asked: Asked, task: DataFacts, anchors: DataFacts) -> str:
+def _robot(asked: Asked, task: DataFacts, anchors: DataFacts, hardware: Hardware) -> str:
     lines = [
         *_head(asked, task),
         "",
@@ -259,7 +261,7 @@ def _robot(asked: Asked, task: DataFacts, anchors: DataFacts) -> str:
         "#   old: {metric: success, rollout: {env: metaworld, task: drawer-close-v3, episodes: 40}}",
         "#   new: {metric: success, rollout: {env: metaworld, task: door-close-v3, episodes: 40}}",
         "",
-        *_workers(Hardware.here()),
+        *_workers(hardware, SMALL),
     ]
     return _aligned(lines)
 

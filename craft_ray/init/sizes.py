@@ -22,6 +22,8 @@ LONGEST_GENERATED = 64
 SHORT_ANSWER = 16
 """Tokens up to which an answer is compared as a whole."""
 ROUNDED_TO = 8
+SMALL = 20_000_000
+"""Parameters below which a model takes a large learning rate, and one thread."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def learning_rate(model: ModelFacts, lora: bool) -> float:
     """A careful rate: small models take and need a larger one."""
     if lora:
         return 2e-4
-    return 1e-3 if model.parameters < 2e7 else 5e-5 if model.parameters < 5e8 else 1e-5
+    return 1e-3 if model.parameters < SMALL else 5e-5 if model.parameters < 5e8 else 1e-5
 
 
 def _power_of_two(number: int) -> int:

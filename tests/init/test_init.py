@@ -69,6 +69,7 @@ def test_a_language_model_trains_on_its_first_config(text_model: Path, tmp_path:
     assert config.evaluation.new.metric == "exact_match"
     assert config.anchors is not None
     assert config.anchors.positions == ("suffix",)
+    assert config.workers.threads == 1
     assert config.model.max_length == 16  # bytes: 8 of 299+299=, BOS, 3 of 598, EOS, rounded up
     assert {"old", "new"} <= trains(config, tmp_path).keys()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from craft_ray.config import load_config
@@ -29,9 +30,16 @@ def check_outputs(command: Sequence[str], folder: Path) -> None:
         ConfigError: such a path is relative, or the config has a mistake.
     """
     words = shlex.split(command[0]) if len(command) == 1 else list(command)
+    for joined, part in groupby(words, key=("&&", "||", ";", "|").__contains__):
+        if not joined:
+            _check_command(list(part), folder)
+
+
+def _check_command(words: Sequence[str], folder: Path) -> None:
+    """Check one of the commands of a line."""
     if "craft-ray" not in words:
         return
-    words = words[words.index("craft-ray") + 1 :]
+    words = list(words[words.index("craft-ray") + 1 :])
     out = _option(words, "--out")
     if out is not None and not Path(out).is_absolute() and not is_object(out):
         raise _lost("--out", out)

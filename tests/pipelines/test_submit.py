@@ -151,6 +151,7 @@ def test_what_a_job_writes_into_its_working_directory_would_be_lost() -> None:
         (["craft-ray", "anchors", "build", "run.yaml"], "craft.anchor_cache_dir is anchors"),
         (["craft-ray", "train", "run.yaml", "craft.anchor_cache_dir=/shared/anchors"], "output_dir is runs"),
         (["craft-ray compare run.yaml craft.anchor_cache_dir=s3://b/anchors"], "output_dir is runs"),
+        (["craft-ray doctor && craft-ray compare run.yaml --out report"], "--out is report"),
         (["craft-ray", "report", "/shared/run", "--out=report"], "--out is report"),
         (["craft-ray", "sweep", "run.yaml", "--out", "sweep"], "--out is sweep"),
         (["craft-ray", "train", "run.yaml", "train.steps=none"], "train.steps"),
@@ -174,6 +175,7 @@ def test_outputs_that_a_job_would_lose_are_refused_before_the_upload(
         ["craft-ray", "evaluate", "run.yaml"],
         ["craft-ray", "train", "/shared/elsewhere.yaml"],
         ["python", "train.py", "run.yaml"],
+        ["craft-ray train run.yaml output_dir=/shared/runs && tool --out here"],
     ],
 )
 def test_other_commands_are_uploaded(words: list[str], tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 A programmer's mistake is an assertion; a mistake that a user can cause and fix is one of these.
 """
 
+LONGEST = 4000
+"""Characters of a message. What is longer quotes a value of millions of characters somewhere in its middle."""
+
 
 class CraftError(Exception):
     """An error that ends a command with a sentence instead of a traceback."""
@@ -10,7 +13,10 @@ class CraftError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        if len(line) > LONGEST:
+            line = f"{line[: LONGEST // 2]} ... ({len(line)} characters) ... {line[-LONGEST // 2 :]}"
+        super().__init__(line)
 
     @property
     def message(self) -> str:

@@ -58,6 +58,24 @@ def rate_interval(rate: float, trials: int) -> list[float]:
     return [max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)]
 
 
+def rate_upper_bound(events: int, trials: int, confidence: float) -> float:
+    """One-sided upper bound of a rate: the p with P(X <= events) = 1 - confidence for X ~ Binomial(trials, p).
+
+    C. J. Clopper and E. S. Pearson, The use of confidence or fiducial limits illustrated in the case of the binomial,
+    Biometrika 26 (1934): it is exact, and never too small.
+    """
+    assert 0 <= events <= trials
+    if events == trials:
+        return 1.0
+    choose = [math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) for k in range(events + 1)]
+    low, high = events / trials, 1.0
+    for _ in range(50):
+        p = (low + high) / 2
+        terms = (c + k * math.log(p) + (trials - k) * math.log1p(-p) for k, c in enumerate(choose))
+        low, high = (p, high) if math.fsum(map(math.exp, terms)) > 1 - confidence else (low, p)
+    return high
+
+
 def paired_change_bounds(lost: int, gained: int, trials: int, confidence: float) -> tuple[float, float]:
     """One-sided lower and upper bound of the change of a success rate between two passes over the same trials.
 

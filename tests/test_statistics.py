@@ -9,7 +9,7 @@ import statistics
 import pytest
 from scipy import stats
 
-from craft_ray.statistics import Z, mean_bound, mean_interval, rate_interval, t_quantile
+from craft_ray.statistics import Z, mean_bound, mean_interval, rate_interval, rate_upper_bound, t_quantile
 
 T_95 = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 10: 1.833, 31: 1.697}
 """One-sided 95 % quantiles of Student's t by the number of values, from the tables."""
@@ -79,3 +79,13 @@ def test_interval_of_a_rate_by_hand() -> None:
 def test_intervals_of_rates_are_those_of_scipy(successes: int, trials: int) -> None:
     known = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
     assert rate_interval(successes / trials, trials) == pytest.approx([known.low, known.high], abs=1e-9)
+
+
+@pytest.mark.parametrize(("events", "trials"), [(0, 20), (11, 220), (3, 7), (199, 200), (5, 5)])
+def test_upper_bounds_of_rates_are_those_of_scipy(events: int, trials: int) -> None:
+    known = stats.binomtest(events, trials, alternative="less").proportion_ci(0.95, method="exact")
+    assert rate_upper_bound(events, trials, 0.95) == pytest.approx(known.high, abs=1e-9)
+
+
+def test_209_answers_of_220_that_agree_lose_at_most_eight_points() -> None:
+    assert 0.08 <= rate_upper_bound(220 - 209, 220, 0.95) < 0.0825

@@ -51,6 +51,9 @@ class Content(Protocol):
     @property
     def has_conversations(self) -> bool: ...
 
+    @property
+    def has_responses(self) -> bool: ...
+
     def __len__(self) -> int: ...
 
 
@@ -68,6 +71,13 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
         raise ConfigError(f"anchors.layers: {error}") from None
     positions = anchors.positions or model.default_positions
     model.check_anchors(anchors.modes, positions)
+    if stores(anchors.modes, "response"):
+        token_model(model)
+        if not source.has_responses:
+            raise ConfigError(
+                "anchors.modes has replay, which needs the data's responses, but anchors.source.columns.response "
+                "names no column: specify one, or leave replay out"
+            )
     logits = stored_logits(anchors, model) if stores(anchors.modes, "logits") else None
     with_suffix = stores(anchors.modes, "suffix") or "suffix" in (*positions, *(logits.positions if logits else ()))
     return Identity(
@@ -164,7 +174,7 @@ def build_shard(teacher: Teacher, source: Source, rows: Sequence[int], path: Sto
 def write_shard(path: StoragePath, schema: CacheSchema, row_groups: Iterable[pa.Table]) -> None:
     """One Parquet file, which appears when it is complete."""
     arrow = schema.arrow()
-    packed = ("id", "prompt", "input_ids", "skill", "suffix")
+    packed = ("id", "prompt", "input_ids", "skill", "suffix", "response")
     nested = [name for name in arrow.names if pa.types.is_list(arrow.field(name).type) and name not in packed]
     dense = [f"{name}.list.element.list.element" for name in nested]
     with (

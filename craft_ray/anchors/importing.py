@@ -39,6 +39,7 @@ class _Unread:
     fingerprint: str
     features: None = None
     has_conversations: bool = False
+    has_responses: bool = False
 
     def __len__(self) -> int:
         return 0
@@ -64,6 +65,11 @@ def import_shards(
     """
     reader = tensor_model(model)
     assert config.anchors is not None
+    if stores(config.anchors.modes, "response"):
+        raise ConfigError(
+            "legacy shards hold no responses, and anchors.modes asks for them (replay): leave replay out, or build the "
+            "cache with 'craft-ray anchors build'"
+        )
     if stores(config.anchors.modes, "logits"):
         raise ConfigError(
             "legacy shards hold no logits, anchors.modes asks for them: set anchors.modes to [hidden], [token_ce] or "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from craft_ray.anchors.manifest import LAYER_DEFINITION, Identity
 from craft_ray.config import Experiment
-from craft_ray.config.modes import stores
+from craft_ray.config.modes import RETENTION_MODES, stores
 from craft_ray.errors import CacheRefused
 from craft_ray.models.base import Model, resolve_layers
 from craft_ray.storage.paths import StoragePath
@@ -48,7 +48,8 @@ def select(folder: StoragePath, found: Identity, config: Experiment) -> tuple[tu
     """
     craft, layers, positions = config.craft, found.layers, found.positions
     _check_contains(folder, "skills", list(config.skills), found.skills or ())
-    _check_contains(folder, "mode", [craft.retention_mode], found.modes)
+    if not holds(found, craft.retention_mode):
+        _check_contains(folder, "mode", [craft.retention_mode], found.modes)
     if stores([craft.retention_mode], "vectors"):
         layers = _wanted_layers(config, found)
         positions = craft.positions or (config.anchors and config.anchors.positions) or positions
@@ -57,6 +58,18 @@ def select(folder: StoragePath, found: Identity, config: Experiment) -> tuple[tu
     if stores([craft.retention_mode], "logits"):
         positions = _logits_positions(folder, config, found)
     return layers, positions
+
+
+def holds(found: Identity, mode: str) -> bool:
+    """Whether a cache has what a retention mode needs, whichever mode it was stored for."""
+    schema = found.schema
+    held = {
+        "vectors": schema.has_hidden,
+        "suffix": schema.has_suffix,
+        "logits": schema.logits is not None,
+        "response": schema.has_response,
+    }
+    return all(held[what] for what in RETENTION_MODES[mode].stores)
 
 
 def _logits_positions(folder: StoragePath, config: Experiment, found: Identity) -> tuple[str, ...]:

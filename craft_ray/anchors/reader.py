@@ -84,6 +84,7 @@ class AnchorSet:
         }
         self._skills = Ragged(expanded / "skill", BYTES) if schema.with_skills else None
         self._suffix = Ragged(expanded / "suffix", INT32) if schema.has_suffix else None
+        self._response = Ragged(expanded / "response", INT32) if schema.has_response else None
         self._hidden = {
             position: Ragged(expanded / hidden_column(position), NUMPY[schema.dtype], schema.vector_size)
             for position in (schema.positions if schema.has_hidden else ())
@@ -142,6 +143,10 @@ class AnchorSet:
     def suffix(self, row: int) -> list[int]:
         assert self._suffix is not None, "the cache has no suffix tokens"
         return [int(token) for token in self._suffix[row]]
+
+    def response(self, row: int) -> list[int]:
+        assert self._response is not None, "the cache has no responses"
+        return [int(token) for token in self._response[row]]
 
     def vectors(self, rows: Sequence[int], position: str) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of some rows, [B, V, L, D] in the storage type, and which are real, [B, V]."""

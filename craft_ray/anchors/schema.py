@@ -7,6 +7,7 @@ frame, prompt   the observation of a robot as safetensors, and the task (inputs:
 input_ids, pixel_values                                                 (inputs: tensors, imported caches)
 skill           string, which of several old skills the anchor belongs to (only with several)
 suffix          list<int32>, the suffix tokens                          (token_ce, or the position `suffix`)
+response        list<int32>, the data's own response as tokens          (replay)
 hidden_<pos>    list<fixed_size_list<float16|float32>[L * D]>, one entry for each vector of that position;
                 an entry is the vector at each cached layer, one after the other
 tokens_<pos>    list<fixed_size_list<uint16|int32>[k]>, one entry for each token of that position: the most likely next
@@ -120,6 +121,10 @@ class CacheSchema:
         return stores(self.modes, "suffix") or self.reads_suffix
 
     @property
+    def has_response(self) -> bool:
+        return stores(self.modes, "response")
+
+    @property
     def reads_suffix(self) -> bool:
         """Whether the teacher is run on suffix tokens after it has generated them."""
         hidden = self.positions if self.has_hidden else ()
@@ -141,6 +146,8 @@ class CacheSchema:
             fields.append(pa.field("skill", pa.string(), nullable=False))
         if self.has_suffix:
             fields.append(pa.field("suffix", pa.list_(pa.int32())))
+        if self.has_response:
+            fields.append(pa.field("response", pa.list_(pa.int32())))
         if self.has_hidden:
             vector = pa.list_(ARROW[self.dtype], self.vector_size)
             fields += [pa.field(hidden_column(p), pa.list_(vector)) for p in self.positions]

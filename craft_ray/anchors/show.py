@@ -42,6 +42,8 @@ def _complete(folder: StoragePath, manifest: Manifest) -> list[str]:
     if schema.has_suffix:
         whose = {"teacher": "the teacher's own", "response": "the data's responses"}[identity.suffix_from]
         facts["suffix"] = f"{whose}, up to {identity.max_new_tokens} tokens"
+    if schema.has_response:
+        facts["response"] = "the data's own"
     facts |= {
         "teacher": f"{identity.kind}, weights {identity.teacher}, run in {identity.precision}",
         "preprocessor": identity.preprocessor,

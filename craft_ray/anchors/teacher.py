@@ -65,6 +65,8 @@ class Teacher:
             columns["image"] = [image for _, image in inputs]
         if self.schema.with_skills:
             columns["skill"] = [s.skill for s in samples]
+        if self.schema.has_response:
+            columns["response"] = [token_model(self.model).response_tokens(sample) for sample in samples]
         extended = prompts
         with evaluating(self.model.module):
             if self.schema.has_suffix:

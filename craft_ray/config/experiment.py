@@ -9,11 +9,13 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from craft_ray.config.adapter import AdapterConfig
+from craft_ray.config.arms import CATALOGUE
 from craft_ray.config.comparison import CompareConfig
 from craft_ray.config.evaluation import EvaluationConfig, ValidationConfig
 from craft_ray.config.mistakes import explain
 from craft_ray.config.mixture import TaskConfig
 from craft_ray.config.model import ModelConfig
+from craft_ray.config.modes import RETENTION_MODES, OldData
 from craft_ray.config.overrides import apply_changes
 from craft_ray.config.paths import FolderPath
 from craft_ray.config.retention import AnchorsConfig, CraftConfig
@@ -56,8 +58,18 @@ class Experiment(Section):
 
     @property
     def arm(self) -> str:
-        """The arm of the comparison: `baseline`, or the name of the variant, or the retention mode."""
-        return (self.variant or self.craft.retention_mode) if self.craft.enabled else "baseline"
+        """The arm of the comparison: the name of the variant, or the retention mode, or `baseline`."""
+        return self.variant or (self.craft.retention_mode if self.craft.enabled else "baseline")
+
+    @property
+    def old_data(self) -> OldData:
+        """What training needs of the old skill."""
+        if not self.craft.enabled:
+            return "none"
+        answered = self.anchors is not None and self.anchors.suffix_from == "response"
+        if answered and self.craft.retention_mode == "token_ce":
+            return "labelled"
+        return RETENTION_MODES[self.craft.retention_mode].old_data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -68,6 +80,11 @@ class Experiment(Section):
         self._check_keep()
         self._check_best()
         self._check_sharding()
+        if self.train.optimizer == "policy" and self.model.kind != "lerobot":
+            raise ValueError(
+                f"train.optimizer policy is for a LeRobot policy, which brings one, and model.kind is "
+                f"{self.model.kind}: set train.optimizer=adamw"
+            )
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}"
@@ -155,17 +172,29 @@ class Experiment(Section):
 
     def _check_arms(self) -> None:
         """Check that the chosen arms exist and that the settings of each are valid."""
-        known = (*ARMS, *self.compare.variants)
+        known = tuple(dict.fromkeys((*self.compare.own, *CATALOGUE)))
         for arm in self.compare.chosen:
-            if arm not in known:
+            if arm not in known and self.compare.chosen != ("all",):
                 raise ValueError(f"compare.arms: '{arm}' is no arm and no variant; there are {', '.join(known)}")
+        for arm in self.compare.learning_rates:
+            if arm not in known or self._interpolates(arm):
+                raise ValueError(f"compare.learning_rates: '{arm}' is no arm that trains")
         for arm, own in {"token_ce": self.compare.token_ce, **self.compare.variants}.items():
             where = f"compare.{arm}" if arm in ARMS else f"compare.variants.{arm}"
             if "anchor_cache_dir" in own:
                 raise ValueError(f"{where}.anchor_cache_dir cannot be changed: all arms read one cache")
-            for key in ("enabled", "retention_mode") if arm in ARMS else ("enabled",):
+            for key in ("enabled", "retention_mode", "train", "interpolate") if arm in ARMS else ():
                 if key in own:
                     raise ValueError(f"{where}.{key} is what makes the arm, it cannot be changed")
+            self._check_interpolation(where, own)
+            train = own.get("train", {})
+            if not isinstance(train, Mapping):
+                raise ValueError(f"{where}.train is {train!r}: give settings of the section train")
+            if "steps" in train or "precision" in train:
+                raise ValueError(
+                    f"{where}.train changes {'steps' if 'steps' in train else 'precision'}, which all arms "
+                    f"of a comparison share"
+                )
             settings = {**self.craft.model_dump(), **self.compare.craft_settings(arm, self.craft)}
             if settings["epsilon_start"] is None:
                 settings["epsilon_start"] = 1.0  # an arm without a budget is a mistake only where it is compared
@@ -174,9 +203,31 @@ class Experiment(Section):
                     f"{where}.adapter is {own['adapter']!r}: give settings of the section adapter, or null"
                 )
             adapter = self.compare.adapter_settings(arm, self.adapter)
-            for name, section, tree in (("craft", CraftConfig, settings), ("adapter", AdapterConfig, adapter)):
+            training = {**self.train.model_dump(), **train}
+            sections: tuple[tuple[str, type[Section], Mapping[str, Any] | None], ...] = (
+                ("craft", CraftConfig, settings),
+                ("adapter", AdapterConfig, adapter),
+                ("train", TrainConfig, training),
+            )
+            for name, section, tree in sections:
                 if tree is not None:
                     _check_section(name, section, tree, where)
+
+    def _interpolates(self, arm: str) -> bool:
+        return "interpolate" in {**CATALOGUE, **self.compare.variants}.get(arm, {})
+
+    def _check_interpolation(self, where: str, own: Mapping[str, Any]) -> None:
+        """Check that a variant of interpolated runs has runs to interpolate, and nothing else."""
+        source = own.get("interpolate")
+        if source is None:
+            return
+        known = [arm for arm in (*self.compare.own, *CATALOGUE) if not self._interpolates(arm)]
+        if source not in known:
+            raise ValueError(f"{where}.interpolate: '{source}' is no arm that trains; there are {', '.join(known)}")
+        if len(own) > 1:
+            raise ValueError(
+                f"{where} interpolates the runs of {source} and trains nothing, so it has no other settings"
+            )
 
     def _check_adapter(self) -> None:
         if self.adapter is not None and self.adapter.dropout and self.model.disable_dropout:
@@ -204,6 +255,11 @@ class Experiment(Section):
             raise ValueError(
                 f"{sharding}, but train.keep_best goes back to the model of an earlier step, and sharded checkpoints "
                 f"have one at the last step alone; leave train.keep_best out, or set workers.sharding=none"
+            )
+        if self.train.mask_loss_above is not None:
+            raise ValueError(
+                f"{sharding}, but train.mask_loss_above lets the teacher score the samples by worker: set "
+                f"workers.sharding=none, or leave it out"
             )
 
     def changed(self, changes: Mapping[str, Any]) -> Experiment:

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
-Stored = Literal["vectors", "suffix", "logits"]
+Stored = Literal["vectors", "suffix", "logits", "response"]
 """`vectors`: hidden states at the anchored layers and positions. `suffix`: the tokens after the prompt. `logits`: the
-most likely next tokens and their log-probabilities, as `anchors.logits` says."""
+most likely next tokens and their log-probabilities, as `anchors.logits` says. `response`: the data's own responses, as
+tokens."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Unit:
     """None: no number fits every teacher, so a config has to specify one."""
 
 
+OldData = Literal["none", "unlabelled", "labelled"]
+"""What training needs of the old skill: nothing, inputs alone, or inputs with their right responses."""
+
+
 @dataclass(frozen=True)
 class ModeFacts:
     """The facts about one retention mode."""
@@ -32,6 +37,9 @@ class ModeFacts:
     stores: frozenset[Stored]
     units: Mapping[str, Unit]
     """By `craft.loss_type`, or under the single key "" where the mode has one loss."""
+    old_data: OldData = "unlabelled"
+    distance_of_weights: bool = False
+    """Whether the loss is one of the weights, which no data are held out from."""
 
     def unit(self, loss_type: str) -> Unit:
         return self.units.get("") or self.units[loss_type]
@@ -59,6 +67,26 @@ RETENTION_MODES: dict[str, ModeFacts] = {
         "craft_ray.retention.logits:Logits",
         stores=frozenset({"logits"}),
         units={"": Unit("kl_nats", "nats a token from the teacher", 0.05)},
+    ),
+    "replay": ModeFacts(
+        "craft_ray.retention.replay:Replay",
+        stores=frozenset({"response"}),
+        units={"": Unit("nats", "nats a token")},
+        old_data="labelled",
+    ),
+    "l2_sp": ModeFacts(
+        "craft_ray.retention.weights:L2SP",
+        stores=frozenset(),
+        units={"": Unit("half_square", "half the squared distance of the weights")},
+        old_data="none",
+        distance_of_weights=True,
+    ),
+    # The second-order term of the divergence from the teacher, with the Fisher information's diagonal alone.
+    "ewc": ModeFacts(
+        "craft_ray.retention.weights:EWC",
+        stores=frozenset({"suffix"}),
+        units={"": Unit("fisher_nats", "nats a token from the teacher, to second order")},
+        distance_of_weights=True,
     ),
 }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from craft_ray.config.search import ObjectiveConfig
 from craft_ray.config.types import Fraction, Precision, Section, workers
+
+PRESET = ("learning_rate", "schedule", "warmup_steps", "weight_decay", "betas", "max_grad_norm")
+"""What `optimizer: policy` takes from the policy."""
 
 
 class TrainConfig(Section):
@@ -18,7 +21,15 @@ class TrainConfig(Section):
     """Samples in one step, over all workers and micro-batches."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches whose gradients are accumulated for one step."""
+    optimizer: Literal["adamw", "policy"] = "adamw"
+    """`adamw` is AdamW with the keys below. `policy` is what a LeRobot policy's own config says: its optimiser (Adam or
+    AdamW), learning rate and schedule, weight decay, betas, epsilon and clipping; the keys `learning_rate` to
+    `max_grad_norm` are then left out (docs/lerobot.md)."""
     learning_rate: float = Field(1e-4, gt=0)
+    mask_loss_above: float | None = Field(None, gt=0)
+    """Response tokens whose loss under the teacher is above this many nats are not learnt (arXiv 2501.14315); a
+    response keeps at least its likeliest token. It costs one pass of the teacher over the task's data before the first
+    step, and after each resume."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the learning rate after the warm-up; linear and cosine end at zero."""
     warmup_steps: int = Field(0, ge=0)
@@ -49,6 +60,22 @@ class TrainConfig(Section):
     """All rows of the task, of each held-out set and, at the build of a cache, of the anchors are preprocessed once
     before the first step, so that a bad row is found then. Longest time for one source, in minutes; the next start on
     the same data goes on with the rest. 0 checks none."""
+
+    @model_validator(mode="after")
+    def _one_optimizer(self) -> Self:
+        own = [key for key in PRESET if getattr(self, key) != type(self).model_fields[key].default]
+        if self.optimizer == "policy" and own:
+            raise ValueError(
+                f"{own[0]} is {getattr(self, own[0])}, but optimizer policy takes it from the policy's own config: "
+                f"leave it out, or set optimizer=adamw"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is written says nothing that is not used."""
+        tree: dict[str, Any] = dump(self)
+        return {key: value for key, value in tree.items() if self.optimizer == "adamw" or key not in PRESET}
 
 
 class WorkersConfig(Section):

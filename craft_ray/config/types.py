@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 ARMS = ("baseline", "token_ce", "hidden")
-MOST_VARIANTS = 4
-"""As many as a report can distinguish by colour."""
+MOST_VARIANTS = 16
+"""As many as a report can distinguish by colour and marker."""
 Precision = Literal["fp32", "bf16"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """Torch takes no larger one."""

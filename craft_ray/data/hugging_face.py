@@ -4,6 +4,7 @@ here."""
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -26,11 +27,34 @@ from craft_ray.storage.files import checksum
 
 FREE = {"name", "version", "description", "data_dir", "data_files", "sep", "delimiter"}
 """What a folder may say about its files so that they can be read here."""
+WRITTEN = {"csv": "CSV", "json": "JSON"}
+"""Kinds of files whose values have no types, by the library's names: it guesses them."""
 
 
-def read_hub(config: HuggingFaceData, columns: Sequence[str]) -> ArrowTable:
-    """The rows of a split of a data set on the hub. The library's own hash of it includes its revision."""
-    return _loaded(config, columns, cache=None)
+def read_hub(config: HuggingFaceData, columns: Sequence[str]) -> ArrowTable | JsonLines:
+    """The rows of a split of a data set on the hub. CSV and JSON files are fetched and read here; what else there is
+    has types of its own, and the library's hash of it includes its revision.
+
+    Raises:
+        ValueError: there is no such split, or the library would convert its values.
+    """
+    builder = datasets.load_dataset_builder(config.path, revision=config.revision)
+    written = WRITTEN.get(builder.info.builder_name or "")
+    if written is None:
+        return _loaded(config, columns, cache=None)
+    if builder.config.data_files is None:
+        raise ValueError(
+            f"the hub is not reached, and what was kept of its {written} files has converted values; fetch them with "
+            f"'hf download --repo-type dataset', and specify the folder"
+        )
+    files = {str(name): list(names) for name, names in builder.config.data_files.items()}
+    fetched = datasets.DownloadManager(dataset_name=builder.dataset_name).download(files)
+    builder.config.data_files = fetched
+    table = _own_reading(builder, config, columns)
+    assert table is not None, "CSV and JSON are read here or refused"
+    # The files are nowhere else than in the identity, because a name on the hub has none.
+    table.identity += json.dumps([checksum(Path(file)) for file in fetched[Split.parse(config.split).name]])
+    return table
 
 
 def read_folder(config: HuggingFaceData, content: str, columns: Sequence[str]) -> ArrowTable | JsonLines:
@@ -70,11 +94,23 @@ def _own_reading(
     builder: datasets.DatasetBuilder, config: HuggingFaceData, columns: Sequence[str]
 ) -> ArrowTable | JsonLines | None:
     """The rows of a split in files of a kind that is read here, where no value becomes another because of what stands
-    beside it; None for other kinds."""
+    beside it; None for other kinds.
+
+    Raises:
+        ValueError: there is no such split, or the library would have to read CSV or JSON files.
+    """
     settings = builder.config
-    changed = {field.name for field in fields(settings) if getattr(settings, field.name) != _default(field)}
-    if not isinstance(builder, Csv | Json | Parquet) or not changed <= FREE or "+" in config.split:
+    if not isinstance(builder, Csv | Json | Parquet):
         return None
+    changed = {field.name for field in fields(settings) if getattr(settings, field.name) != _default(field)}
+    if "+" in config.split or not changed <= FREE:
+        if isinstance(builder, Parquet):
+            return None
+        wanted = f"split '{config.split}'" if "+" in config.split else f"setting {min(changed - FREE)} of its README"
+        raise ValueError(
+            f"the {wanted} is read by the library alone, which converts values of {WRITTEN[builder.name]} files "
+            f"(007 becomes 7); specify one split, and files that need no such setting"
+        )
     split = Split.parse(config.split)
     splits = {str(name): [Path(file) for file in files] for name, files in settings.data_files.items()}
     if split.name not in splits:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import codecs
 import json
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
 
-from craft_ray.data.cells import WrittenFloat
+from craft_ray.data.cells import WrittenFloat, shown
 from craft_ray.data.compressed import expanded
 from craft_ray.data.formats import short_names
 from craft_ray.errors import first_line
@@ -39,9 +39,13 @@ class JsonLines:
         names: dict[str, None] = {}
         for file in self._files:
             for number, span in zip(file.numbers, file.spans, strict=True):
-                row = _parse(file.bytes(span), f"{file.name}, line {number}", columns)
+                place = f"{file.name}, line {number}"
+                row = _parse(file.bytes(span), place, columns)
                 if not isinstance(row, dict):
-                    raise ValueError(f"{file.name}, line {number}: a {type(row).__name__}, not an object")
+                    raise ValueError(f"{place}: a {type(row).__name__}, not an object")
+                twice = _repeated(row, columns)
+                if twice is not None:
+                    raise ValueError(f"{place}: the key {shown(twice)} occurs twice in one object; keep one of them")
                 names.update(dict.fromkeys(row))
                 for column in columns:
                     cell = row.get(column)
@@ -121,9 +125,38 @@ def _behind_space(text: str, at: int) -> int:
     return at
 
 
+class _Repeating(dict[str, Any]):
+    """An object of which a key occurs twice."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    repeating, seen = _Repeating(value), set[str]()
+    repeating.key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return repeating
+
+
+def _repeated(row: dict[str, Any], columns: Sequence[str]) -> str | None:
+    """A key that occurs twice in what is read of a row: JSON leaves open which value counts."""
+    if isinstance(row, _Repeating) and row.key in columns:
+        return row.key
+    left = [row[column] for column in columns if column in row]
+    while left:
+        value = left.pop()
+        if isinstance(value, _Repeating):
+            return value.key
+        if isinstance(value, dict | list):
+            left.extend(value.values() if isinstance(value, dict) else value)
+    return None
+
+
 def _parse(data: bytes, where: str, columns: Sequence[str]) -> Any:
     try:
-        return _loads(data, columns)
+        return _loads(data, columns, _object)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {error.msg} at character {error.colno}") from None
     except UnicodeDecodeError:
@@ -132,15 +165,19 @@ def _parse(data: bytes, where: str, columns: Sequence[str]) -> Any:
         raise ValueError(f"{where}: {first_line(error)}") from None
 
 
-def _loads(data: bytes, columns: Sequence[str]) -> Any:
-    """The value in `data`; of an object, the fractions with their text if a column is one."""
+def _loads(data: bytes, columns: Sequence[str], of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value in `data`; of an object, the fractions with their text if a column is one.
+
+    Args:
+        of_pairs: makes the objects.
+    """
     text = data.decode("utf-8")
-    value = json.loads(text)
+    value = json.loads(text, object_pairs_hook=of_pairs)
     if isinstance(value, dict):
         for column in columns:
             cell = value.get(column)
             if not isinstance(cell, str) and _holds_fraction(cell):
-                return json.loads(text, parse_float=WrittenFloat)
+                return json.loads(text, parse_float=WrittenFloat, object_pairs_hook=of_pairs)
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from craft_ray.data.cells import cut
 from craft_ray.data.conversation import Conversation
 from craft_ray.data.frame import Frame
 from craft_ray.errors import DataError
@@ -31,9 +32,14 @@ class Sample:
     """The file and the row, where they are known."""
 
     @property
+    def named(self) -> str:
+        """The sample by its id in a message."""
+        return f"sample {cut(self.id)}"
+
+    @property
     def where(self) -> str:
         """The sample in a message."""
-        return self.origin or f"sample {self.id}"
+        return self.origin or self.named
 
     def answer(self) -> str:
         """The response, where one is needed.
@@ -48,7 +54,7 @@ class Sample:
                 f"{self.where}: the conversation ends with a turn of the {self.conversation.messages[-1]['role']}, so "
                 f"there is nothing to learn or to compare: end it with a turn of the assistant, or remove the row"
             )
-        raise DataError(f"sample {self.id} has no response: name the column that holds it (columns.response)")
+        raise DataError(f"{self.named} has no response: name the column that holds it (columns.response)")
 
     def answering(self, response: str) -> Sample:
         """The same question with this answer."""

@@ -18,6 +18,7 @@ from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
 from torch import Tensor
 
 from craft_ray.config import ModelConfig, Precision
+from craft_ray.data.cells import cut
 from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
@@ -114,7 +115,8 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         most = self.settings.max_action_tokens
         if len(suffix) > most:
             raise DataError(
-                f"sample {sample_id} has {len(suffix)} suffix tokens, but the policy's max_action_tokens is {most}: "
+                f"sample {cut(sample_id)} has {len(suffix)} suffix tokens, but the policy's max_action_tokens is "
+                f"{most}: "
                 f"lower max_new_tokens when they are generated, or use a policy with a larger max_action_tokens"
             )
         tokens = torch.cat([given, torch.tensor(list(suffix), dtype=torch.long)])
@@ -153,8 +155,8 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
     def _encode_question(self, sample: Sample) -> dict[str, Any]:
         """The picture as the first camera's, and the question in PaliGemma's format: BOS, the text and a line break."""
         if sample.image is None:
-            raise DataError(f"sample {sample.id} has no image: specify the column that holds it (columns.image)")
-        picture = decode_image(sample.image, f"sample {sample.id}").convert("RGB")
+            raise DataError(f"{sample.named} has no image: specify the column that holds it (columns.image)")
+        picture = decode_image(sample.image, sample.named).convert("RGB")
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
             picture.height, picture.width, 3
         )
@@ -166,7 +168,7 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         most = self.settings.tokenizer_max_length
         if ids.shape[1] > most:
             raise DataError(
-                f"the question of sample {sample.id} has {ids.shape[1]} tokens, but the policy's tokenizer_max_length "
+                f"the question of {sample.named} has {ids.shape[1]} tokens, but the policy's tokenizer_max_length "
                 f"is {most}: shorten it"
             )
         return {
@@ -190,7 +192,7 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         tokens: list[int] = encoded[SUFFIX][0][encoded[SUFFIX_MASK][0].bool()].tolist()
         if self._end not in tokens:
             raise DataError(
-                f"the actions of sample {sample.id} have more tokens than the policy's max_action_tokens of "
+                f"the actions of {sample.named} have more tokens than the policy's max_action_tokens of "
                 f"{self.settings.max_action_tokens}: they are from another robot or on another scale"
             )
         self._check_whole(tokens, sample)
@@ -204,13 +206,13 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         numbers = len(fast.decode(self.policy._paligemma_tokens_to_act_tokens(action_tokens).tolist()))
         if numbers != self.settings.chunk_size * self.action_size:
             raise DataError(
-                f"the actions of sample {sample.id} leave the range that the policy's action tokenizer has tokens for: "
+                f"the actions of {sample.named} leave the range that the policy's action tokenizer has tokens for: "
                 f"widen the statistics with the data set (model.merge_statistics), or leave its episode out"
             )
 
     def _answer_tokens(self, sample: Sample) -> list[int]:
         if sample.response is None:
-            raise DataError(f"sample {sample.id} has no response: specify the column that holds it (columns.response)")
+            raise DataError(f"{sample.named} has no response: specify the column that holds it (columns.response)")
         ids: list[int] = self.tokenizer(sample.response, add_special_tokens=False)["input_ids"]
         eos = [self.tokenizer.eos_token_id] if self.config.append_eos else []
         return ids + eos

@@ -25,10 +25,11 @@ from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.lerobot.dataset import action_chunk
 from craft_ray.lerobot.folder import PolicyFolder, save_folder
+from craft_ray.lerobot.preset import optimizer_preset
 from craft_ray.lerobot.taps import Taps
 from craft_ray.method.pooling import Layout, Pooling
-from craft_ray.models.base import Batch, Features, Model, evaluating
-from craft_ray.models.capabilities import token_model
+from craft_ray.models.base import Batch, Features, evaluating
+from craft_ray.models.capabilities import OptimizerPreset, PresetModel, token_model
 from craft_ray.models.dropout import disable_dropout
 from craft_ray.models.fingerprint import json_fingerprint, tokenizer_identity, weights_fingerprint
 
@@ -39,7 +40,7 @@ LOCATIONS = {"tokenizer_name", "action_tokenizer_name", "paligemma_tokenizer_nam
 """Settings of a processor step that say where something comes from; what the step does is identified otherwise."""
 
 
-class LeRobotPolicy(Model):
+class LeRobotPolicy(PresetModel):
     """What all policies share; a subclass defines its sequence of tokens and how it is run."""
 
     kind: ClassVar[str] = "lerobot"
@@ -137,12 +138,12 @@ class LeRobotPolicy(Model):
         """
         if sample.frame is None:
             raise DataError(
-                f"sample {sample.id} is not a frame of a LeRobotDataset: specify one, as the policy takes nothing else"
+                f"{sample.named} is not a frame of a LeRobotDataset: specify one, as the policy takes nothing else"
             )
         item: dict[str, Any] = {**self.observe(sample.frame), "task": [sample.prompt]}
         if actions:
             if sample.frame.actions is None:
-                raise DataError(f"sample {sample.id} has no actions: specify a LeRobotDataset that holds them")
+                raise DataError(f"{sample.named} has no actions: specify a LeRobotDataset that holds them")
             chunk, is_pad = action_chunk(sample.frame.actions, self.settings.chunk_size)
             item |= {ACTION: torch.from_numpy(chunk)[None], IS_PAD: torch.from_numpy(is_pad)[None]}
         output: dict[str, Any] = self.folder.processors.before(item)
@@ -256,6 +257,9 @@ class LeRobotPolicy(Model):
         self.policy.reset()
         actions: Tensor = self.policy.predict_action_chunk(inputs)
         return actions
+
+    def optimizer_preset(self, steps: int) -> OptimizerPreset:
+        return optimizer_preset(self.policy, steps)
 
     # -- identity and storage
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 if TYPE_CHECKING:  # craft_ray.models.packing needs only torch and transformers, not pydantic
-    from craft_ray.config import ModelConfig, Precision
+    from craft_ray.config import Experiment, ModelConfig, Precision
 
 
 def load_model(
@@ -60,6 +61,16 @@ def load_model(
     if weights is not None and adapted:
         adapters.load(model, Path(weights), config)
     return model
+
+
+def teacher_of(config: Experiment, student: Model, untouched: bool) -> Callable[[], Model]:
+    """The model before fine-tuning, when it is asked for: the student itself while it is untouched; for a resumed run
+    it is loaded again, on the student's device."""
+
+    def teacher() -> Model:
+        return student if untouched else load_model(config.model, config.train.precision, student.device)
+
+    return teacher
 
 
 def _merged(config: ModelConfig, precision: Precision, device: torch.device) -> Model:

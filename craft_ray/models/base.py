@@ -95,6 +95,9 @@ class Model(ABC):
     """What is trained in place of the model's own weights (craft_ray/models/adapters.py)."""
     merged_adapter: Path | None = None
     """The folder of an adapter that is part of the weights, because the config's path names it."""
+    threaded: ClassVar[bool] = False
+    """Whether samples are preprocessed faster by several threads, and may be: pictures decode and scale without the
+    interpreter's lock."""
     default_positions: ClassVar[tuple[str, ...]]
     """The anchor positions with the best measurements for this kind of model (docs/anchors.md)."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+from torch.optim import Optimizer
 
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError
@@ -138,6 +140,31 @@ class PackingModel(Model):
         module must be in eval mode."""
 
 
+@dataclass(frozen=True)
+class OptimizerPreset:
+    """How a model is to be optimised by its own account."""
+
+    optimizer: Optimizer
+    rates: Callable[[int], list[float]]
+    """The learning rate of each parameter group at a step, from 0."""
+    max_norm: float | None
+    """Norm to which the gradient is clipped; None: no clipping."""
+    described: str
+    """The preset in a line."""
+
+
+class PresetModel(Model):
+    """A model that says how it is to be optimised."""
+
+    @abstractmethod
+    def optimizer_preset(self, steps: int) -> OptimizerPreset:
+        """A new optimiser of its trainable parameters, for a run of so many steps.
+
+        Raises:
+            ConfigError: its preset is neither Adam nor AdamW.
+        """
+
+
 def token_model(model: Model) -> TokenModel:
     """The model, if it outputs tokens.
 
@@ -162,8 +189,8 @@ def logits_model(model: Model) -> LogitsModel:
     if isinstance(model, LogitsModel):
         return model
     raise ConfigError(
-        f"retention mode logits needs a language or vision-language model, {model.description} does not show its "
-        f"logits: choose hidden, or for a policy with action tokens token_ce"
+        f"retention modes logits and ewc need a language or vision-language model, {model.description} does not show "
+        f"its logits: choose hidden, or for a policy with action tokens token_ce"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from threading import Lock
 from typing import TypeVar
 
 from craft_ray.models.base import Features
@@ -18,6 +19,7 @@ class FeatureCache:
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self._left = limit_bytes
+        self._lock = Lock()  # rows are checked in several threads
         self._sources: dict[tuple[str, ...], dict[Hashable, Features]] = {}
 
     def source(self, make: Callable[[Key], Features], *identity: str) -> Callable[[Key], Features]:
@@ -32,9 +34,10 @@ class FeatureCache:
             found = kept.get(key)
             if found is None:
                 found = make(key)
-                if found.nbytes <= self._left:
-                    self._left -= found.nbytes
-                    kept[key] = found
+                with self._lock:
+                    if key not in kept and found.nbytes <= self._left:
+                        self._left -= found.nbytes
+                        kept[key] = found
             return found
 
         return features

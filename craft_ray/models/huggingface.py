@@ -225,7 +225,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         if self.config.append_eos and not closed and self._eos is not None and ids[-1:] != [self._eos]:
             ids = [*ids, self._eos]
         if not ids:
-            raise DataError(f"sample {sample.id} has an empty response: there is nothing to learn from it, remove it")
+            raise DataError(f"{sample.named} has an empty response: there is nothing to learn from it, remove it")
         return ids
 
     def boundary_merges(self, sample: Sample) -> bool:

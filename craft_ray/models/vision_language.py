@@ -30,6 +30,7 @@ class VisionLanguageModel(HuggingFaceModel):
 
     kind = "vision_language"
     reads_images = True
+    threaded = True
     default_positions = ("suffix",)
     auto_class = transformers.AutoModelForImageTextToText
     processor_class = transformers.AutoProcessor
@@ -41,14 +42,12 @@ class VisionLanguageModel(HuggingFaceModel):
 
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
         if sample.image is None and sample.conversation is None:
-            raise DataError(f"sample {sample.id} has no image: name the column that holds it (columns.image)")
+            raise DataError(f"{sample.named} has no image: name the column that holds it (columns.image)")
         mark = self.processor.image_token
         marks, most = sample.prompt.count(mark), 0 if self.chat is not None else 1
         if sample.conversation is None and marks > most:
             owner = "a sample has one image" if self.chat is None else "the chat template places it"
-            raise DataError(
-                f"sample {sample.id}: its prompt has {mark} {marks} times, but {owner}: leave {most} of them"
-            )
+            raise DataError(f"{sample.named}: its prompt has {mark} {marks} times, but {owner}: leave {most} of them")
         if self.chat is not None:
             return self._encode(self.chat.prompt(sample), _images(sample), sample)
         text = sample.prompt if mark in sample.prompt else mark + sample.prompt
@@ -138,4 +137,4 @@ class VisionLanguageModel(HuggingFaceModel):
 def _images(sample: Sample) -> list[Image.Image]:
     """The decoded images of a sample, in the order of its text."""
     encoded = (sample.image or b"",) if sample.conversation is None else sample.conversation.images
-    return [decode_image(data, f"sample {sample.id}") for data in encoded]
+    return [decode_image(data, sample.named) for data in encoded]

@@ -29,12 +29,18 @@ ARMS = {
     "token_ce": ArmStyle("CRaFT token_ce", "#0f82c4", "^", "M0-5 5 4H-5Z"),
     "hidden": ArmStyle("CRaFT hidden", "#009e73", "o", "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0"),
 }
-VARIANTS = (
+_FIRST = (
     ("#cc79a7", "v", "M0 5 5-4H-5Z"),
     ("#56b4e9", "D", "M0-5 5 0 0 5-5 0Z"),
     ("#e69f00", "P", "M-1.8-5h3.6v3.2H5v3.6H1.8V5h-3.6V1.8H-5v-3.6h3.2Z"),
     ("#a0522d", "p", "M0-5 4.8-1.5 2.9 4h-5.8l-1.9-5.5Z"),
 )
+VARIANTS = tuple(
+    (color, marker, path)
+    for shift in range(4)
+    for (color, _, _), (_, marker, path) in zip(_FIRST, _FIRST[shift:] + _FIRST[:shift], strict=True)
+)
+"""The first four differ in both, the next in the combination."""
 assert len(VARIANTS) == MOST_VARIANTS
 
 

@@ -75,7 +75,7 @@ def environments(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the template shows in addition to the numbers."""
     arms = {arm: [run for run in runs if run.arm == arm] for arm in summary}
-    constrained = {arm: chosen for arm, chosen in arms.items() if arm != "baseline"}
+    constrained = {arm: chosen for arm, chosen in arms.items() if chosen[0].config.craft.enabled}
     plain = {run.seed: run.result for run in runs if run.arm == "baseline"}
 
     def after_interval(arm: str, skill: str) -> list[float] | None:
@@ -86,6 +86,10 @@ def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> di
     return {
         "runs": runs,
         "arms": arms,
+        "groups": [
+            (label, {arm: n for arm, n in summary.items() if arms[arm][0].config.old_data == kind})
+            for kind, label in wording.OLD_DATA.items()
+        ],
         "styles": {run.arm: run.style for run in runs},
         "configs": {arm: dump_config(chosen[0].config) for arm, chosen in arms.items()},
         "headline": wording.headline(runs, summary),

@@ -26,7 +26,19 @@ LOSSES = {
     "cosine": "1 − cosine",
     "l1": "mean absolute error",
 }
-OF_TOKENS = {"token_ce": "nats per token", "logits": "nats per token from the teacher"}
+OF_TOKENS = {
+    "token_ce": "nats per token",
+    "replay": "nats per token",
+    "logits": "nats per token from the teacher",
+    "l2_sp": "half the squared distance of the weights",
+    "ewc": "nats per token from the teacher, to second order",
+}
+OLD_DATA = {
+    "none": "Without old data",
+    "unlabelled": "With unlabelled old data",
+    "labelled": "With labelled old data",
+}
+"""The classes of arms by what training needs of the old skill."""
 
 
 def percent(value: float | None) -> str:
@@ -115,7 +127,7 @@ def certificates(runs: Sequence[FinishedRun]) -> list[str]:
 
 def _sentence(run: FinishedRun, numbers: dict[str, Any]) -> str:
     parts = [_old_and_new(run, numbers)]
-    if run.arm != "baseline" and numbers["feasible"] is not None:
+    if run.result.get("lambda") is not None and numbers["feasible"] is not None:
         held = "target kept" if "certificate" in run.result else f"budget met on {judged_on(run)}"
         verdict = f"{numbers['feasible']} of {numbers['runs']} {'run' if numbers['runs'] == 1 else 'runs'}"
         parts.append(f"{held} in {verdict}")

@@ -47,8 +47,8 @@ class Constraint:
         self.skill = skill
         self.craft = craft_of(config, skill)
         self.mode = mode
-        self.fingerprint = mode.anchors.fingerprint
-        self.train_rows, self.heldout_rows = mode.anchors.split(self.craft.anchor_holdout, skill=skill)
+        self.fingerprint = mode.fingerprint
+        self.train_rows, self.heldout_rows = mode.split(self.craft.anchor_holdout, skill)
         self.dual = DualState.start(self.craft, workers.device) if self.craft.enabled else None
         self.share = None if self.craft.keep is None else KeptShare(self.craft.keep, self.craft.epsilon_start)
         self._workers = workers
@@ -153,8 +153,15 @@ class Constraint:
             "lambda": multiplier,
             "slackness": None if multiplier is None else multiplier * (loss - epsilon),
             "lambda_max": self.craft.lambda_max,
-            "cache": self.fingerprint,
+            "multiplier": self._multiplier(),
+            "cache": self.mode.cache,
         }
+
+    def _multiplier(self) -> str | None:
+        """Whether lambda follows a budget; None where the skill is only measured."""
+        if self.dual is None:
+            return None
+        return "adaptive" if self.craft.lambda_lr or self.craft.lambda_kp else "fixed"
 
     # -- state
 
@@ -171,6 +178,11 @@ class Constraint:
             CacheRefused: the state belongs to a run with another cache.
         """
         if state["cache"] != self.fingerprint:
+            if self.mode.cache is None:
+                raise CacheRefused(
+                    f"the run was trained from a teacher with the hash {state['cache']}, and model.path now holds "
+                    f"{self.fingerprint}: resume with the model that it started from"
+                )
             raise CacheRefused(
                 f"the run was trained with the anchor cache {state['cache']}, craft.anchor_cache_dir holds "
                 f"{self.fingerprint}: resume with the cache that it started with"

@@ -16,11 +16,13 @@ from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.matching import check_model, select
 from craft_ray.anchors.reader import open_anchors
 from craft_ray.config import Experiment, scores_of
+from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.errors import ConfigError
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import RETENTION, TASK, Counted, GradientPair
 from craft_ray.method.step import StepMetrics, compares_gradients, craft_step, part_of_sum, task_step
 from craft_ray.method.surgery import merged_norm
+from craft_ray.models import teacher_of
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention import mode_named
@@ -50,7 +52,8 @@ def open_constraints(
             cannot be held to such anchors.
         CacheRefused: the cache does not belong to this model and config.
     """
-    if config.craft.anchor_cache_dir is None:
+    stored = RETENTION_MODES[config.craft.retention_mode].stores
+    if config.craft.anchor_cache_dir is None and (stored or not config.craft.enabled):
         if not config.craft.enabled:
             return Constraints(config, [], workers)
         raise ConfigError(
@@ -80,7 +83,10 @@ def open_mode(
         CacheRefused: the cache belongs to another teacher or preprocessor, or lacks what the config asks for.
         ConfigError: the model cannot be held to such anchors.
     """
-    craft = config.craft
+    craft, features = config.craft, features or FeatureCache()
+    teacher = teacher_of(config, model, teacher_weights is not None)
+    if not RETENTION_MODES[craft.retention_mode].stores:
+        return mode_named(craft.retention_mode).open(Opening(craft, model, None, (), (), features, teacher))
     assert craft.anchor_cache_dir is not None
     folder = storage_path(craft.anchor_cache_dir)
     manifest = read_manifest(folder)
@@ -89,7 +95,7 @@ def open_mode(
     if craft.enabled:
         model.check_anchors([craft.retention_mode], positions)
     anchors = open_anchors(folder, manifest)
-    run = Opening(craft, model, anchors, layers, positions, features or FeatureCache())
+    run = Opening(craft, model, anchors, layers, positions, features, teacher)
     return mode_named(craft.retention_mode).open(run)
 
 

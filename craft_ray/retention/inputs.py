@@ -19,15 +19,26 @@ class AnchorInputs:
 
     Args:
         with_suffix: whether the cached suffix tokens follow the prompt.
+        with_response: whether the data's own responses do.
         cache: features of earlier runs in this process.
     """
 
-    def __init__(self, model: Model, anchors: AnchorSet, with_suffix: bool, cache: FeatureCache | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        anchors: AnchorSet,
+        with_suffix: bool,
+        cache: FeatureCache | None = None,
+        with_response: bool = False,
+    ) -> None:
+        assert not (with_suffix and with_response)
         self._model = model
         self._anchors = anchors
         self._with_suffix = with_suffix
+        self._with_response = with_response
+        follows = "response" if with_response else f"suffix {with_suffix}"
         self._features = (cache or FeatureCache()).source(
-            self._preprocess, anchors.fingerprint, f"suffix {with_suffix}", model.preprocessor_fingerprint()
+            self._preprocess, anchors.fingerprint, follows, model.preprocessor_fingerprint()
         )
 
     def batch(self, rows: Sequence[int], positions: Sequence[str] | None = None) -> Batch:
@@ -56,6 +67,8 @@ class AnchorInputs:
 
     def _preprocess(self, row: int) -> Features:
         suffix = self._anchors.suffix(row) if self._with_suffix else None
+        if self._with_response:
+            suffix = self._anchors.response(row)
         if self._anchors.identity.inputs == "tensors":
             input_ids, pixels = self._anchors.tensors(row)
             return tensor_model(self._model).from_tensors(input_ids, pixels, suffix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
@@ -37,16 +37,26 @@ class Opening:
 
     craft: CraftConfig
     model: Model
-    anchors: AnchorSet
+    cache: AnchorSet | None
+    """None for a mode whose teacher stores nothing."""
     layers: Sequence[int]
     positions: Sequence[str]
     """Layers and positions of the cache that this run anchors."""
     features: FeatureCache
     """Preprocessed anchors of earlier runs in this process."""
+    teacher: Callable[[], Model]
+    """The model before fine-tuning: the student itself before its first step, and in a resumed run one that is loaded
+    for it."""
+
+    @property
+    def anchors(self) -> AnchorSet:
+        """The cache of a mode that needs one."""
+        assert self.cache is not None, "the mode stores something, so it is opened with a cache"
+        return self.cache
 
 
 class RetentionMode(ABC, Generic[AnchorBatch]):
-    """One way to measure how far the student has moved on the anchors of a cache."""
+    """One way to measure how far the student has moved: on the anchors of a cache, or in its weights."""
 
     name: ClassVar[str]
     needs: ClassVar[Literal["anchors", "responses", "weights"]]
@@ -54,9 +64,16 @@ class RetentionMode(ABC, Generic[AnchorBatch]):
     unit: Unit
     """The unit of the loss, and so of the budget."""
     model: Model
-    anchors: AnchorSet
     description: str
-    """What is compared on the anchors, for messages."""
+    """What is compared, for messages."""
+    cache: str | None
+    """Fingerprint of the anchor cache; None for a mode without one."""
+    fingerprint: str
+    """Identity of what the student is held to: the cache's or, without one, the teacher's."""
+
+    @abstractmethod
+    def split(self, holdout: float, skill: str | None = None) -> tuple[list[int], list[int]]:
+        """The rows to train on, and those held out, which are none where the loss is no mean over anchors."""
 
     @classmethod
     @abstractmethod
@@ -65,7 +82,7 @@ class RetentionMode(ABC, Generic[AnchorBatch]):
 
     @abstractmethod
     def batch(self, rows: Sequence[int]) -> AnchorBatch:
-        """The anchors of these rows, on the host."""
+        """What the loss takes of these rows, on the host."""
 
     @abstractmethod
     def loss(self, batch: AnchorBatch) -> Tensor:
@@ -90,6 +107,19 @@ class RetentionMode(ABC, Generic[AnchorBatch]):
 class SampleMode(RetentionMode[AnchorBatch]):
     """A mode whose loss is a mean over terms of single anchors, so that one batch may hold anchors of several
     skills."""
+
+    anchors: AnchorSet
+
+    @property
+    def cache(self) -> str:  # type: ignore[override]
+        return self.anchors.fingerprint
+
+    @property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        return self.anchors.fingerprint
+
+    def split(self, holdout: float, skill: str | None = None) -> tuple[list[int], list[int]]:
+        return self.anchors.split(holdout, skill=skill)
 
     @abstractmethod
     def sample_sums(self, batch: AnchorBatch) -> Tensor:

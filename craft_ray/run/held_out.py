@@ -14,7 +14,7 @@ from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.models.fingerprint import json_fingerprint
 from craft_ray.run.folder import RunFolder
-from craft_ray.run.kept import Certificate, kept_bounds
+from craft_ray.run.kept import Certificate, agreement, kept_bounds
 from craft_ray.run.metrics import Record
 from craft_ray.run.rows import Rows
 from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, ratio
@@ -135,6 +135,8 @@ class HeldOut:
             bounds = kept_bounds(before, after)
             if skill != "new" and bounds is not None:
                 of[skill] |= {"ratio_low": bounds[0], "ratio_high": bounds[1]}
+            if skill != "new" and (agreed := agreement(before, after)) is not None:
+                of[skill]["agreement"] = agreed
             for when, seen in (("before", before), ("after", after)):
                 of[skill] |= {f"{name}_{when}": value for name, value in seen.details.items()}
             if self._main:
@@ -188,7 +190,7 @@ class HeldOut:
                     how = [eval_set.metric, self._model.preprocessor_fingerprint()]
                     content = data.of.fingerprint if self._main else ""
                     key = f"{key_of(self._config, section, skill)}.data"
-                    yield Rows(key, len(data.of), content, data.prepare, how)
+                    yield Rows(key, len(data.of), content, data.prepare, how, self._model.threaded)
 
     def _teacher_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
         data = self.data(section, skill, eval_set)

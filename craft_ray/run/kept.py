@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from craft_ray.run.scoring import Score
-from craft_ray.statistics import paired_change_bounds, ratio_of_sums_bounds
+from craft_ray.statistics import paired_change_bounds, rate_upper_bound, ratio_of_sums_bounds
 
 CONFIDENCE = 0.95
 """Of the one-sided bounds that a certificate states."""
@@ -34,6 +34,30 @@ def kept_bounds(before: Score, after: Score, confidence: float = CONFIDENCE) -> 
     gained = sum(new["correct"] and not old["correct"] for old, new in pairs)
     low, high = paired_change_bounds(lost, gained, len(pairs), confidence)
     return max(0.0, 1 + low / before.value), 1 + high / before.value
+
+
+def agreement(before: Score, after: Score) -> dict[str, Any] | None:
+    """A bound that needs no labels: the student's accuracy is at least the teacher's minus P(their answers differ), and
+    Clopper and Pearson bound that probability. None for scores that are not of answers."""
+    if before.metric not in ("exact_match", "choice"):
+        return None
+    pairs = zip(before.records, after.records, strict=True)
+    differing = sum(old["prediction"] != new["prediction"] for old, new in pairs)
+    return {
+        "agreeing": before.samples - differing,
+        "samples": before.samples,
+        "lost_at_most": rate_upper_bound(differing, before.samples, CONFIDENCE),
+        "confidence": CONFIDENCE,
+    }
+
+
+def agreement_in_words(found: dict[str, Any]) -> str:
+    """The bound in a sentence."""
+    return (
+        f"student and teacher agree on {found['agreeing']} of {found['samples']} inputs of the old skill: at most "
+        f"{100 * found['lost_at_most']:.1f} points of accuracy lost, at {found['confidence']:.0%} confidence, whatever "
+        f"the labels are"
+    )
 
 
 Verdict = Literal["met", "not met", "undecided"]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from craft_ray.config import scores_of
+from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.errors import DataError
 from craft_ray.method.step import StepMetrics
-from craft_ray.run.kept import in_words
+from craft_ray.run.kept import agreement_in_words, in_words
 
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -202,12 +203,12 @@ def validation_line(record: Record, steps: int) -> str:
     return " | ".join(parts)
 
 
-def skill_line(skill: str, found: Record, arm: str) -> str:
+def skill_line(skill: str, found: Record) -> str:
     """The result of one of several old skills, in words."""
     line = f"{skill}: retention loss {found['retention_loss']:.4g} on {found['heldout_anchors']} held-out anchors"
     if "certificate" in found:
         return f"{line}; {in_words(found['certificate'])}; λ {found['lambda']:.3g}"
-    if arm == "baseline":
+    if found["lambda"] is None:
         return line
     verdict = "met" if found["feasible"] else "NOT met"
     return f"{line}, budget {found['epsilon']:g}: {verdict}; λ {found['lambda']:.3g}"
@@ -233,19 +234,24 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     ]
     if scores:
         lines.append("; ".join(scores))
+    for skill, score in scored.items():
+        if "agreement" in score:
+            lines.append(f"{skill}: {agreement_in_words(score['agreement'])}")
     for skill, found in skills.items() if result["retention_loss"] is not None else ():
-        lines.append(skill_line(skill, found, result["arm"]))
+        lines.append(skill_line(skill, found))
     if "certificate" in result and not skills:
         lines.append(in_words(result["certificate"]))
     if result["retention_loss"] is not None and not skills:
         held = result["heldout_anchors"]
         judged = f"{held} held-out anchors" if held else "the training anchors (none were held out)"
+        if RETENTION_MODES[result["retention_mode"]].distance_of_weights:
+            judged = "the weights"
         loss = f"retention loss {result['retention_loss']:.4g} on {judged}"
         allow = "allow a larger ε"
         if "certificate" in result:  # this ε bounds what training saw, wherever that left the skill
             loss += f"; on training anchors ε ended at {result['epsilon']:.4g}"
             allow = "keep less"
-        elif result["arm"] != "baseline":
+        elif result["lambda"] is not None:
             loss += f", budget {result['epsilon']:g}: {'met' if result['feasible'] else 'NOT met'}"
         lines.append(loss)
         if not result["feasible"] and result["lambda"] is not None and result["lambda"] >= result["lambda_max"]:

@@ -3,17 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.optim import AdamW, Optimizer
 
 from craft_ray.config import TrainConfig
+from craft_ray.errors import ConfigError
+from craft_ray.models.base import Model
+from craft_ray.models.capabilities import PresetModel
 
 
-def make_optimizer(parameters: Sequence[torch.Tensor], config: TrainConfig) -> Optimizer:
-    """AdamW over all parameters, with the fused kernel, which is the fastest and does not wait for the device."""
-    return AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+@dataclass(frozen=True)
+class Optimization:
+    """An optimiser with its learning rate, which is a function of the step, so that it needs no state."""
+
+    optimizer: Optimizer
+    rates: Callable[[int], list[float]]
+    """The learning rate of each parameter group at a step, from 0."""
+    max_norm: float | None
+    described: str | None
+    """The preset of a policy in a line; None: the config says everything."""
+
+    def set_rate(self, step: int) -> float:
+        """Set the learning rates of a step (from 0), and return the first, which is logged."""
+        rates = self.rates(step)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return rates[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state, and the preset that it is of."""
+        return self.optimizer.state_dict() | {"preset": self.described}
+
+    def check_preset(self, state: dict[str, Any]) -> None:
+        """Check that a state goes on with the preset that it was written under.
+
+        Raises:
+            ConfigError: the policy prescribed something else when it was written.
+        """
+        preset = state.get("preset")
+        if preset != self.described:
+            raise ConfigError(
+                f"the run started with another preset in its policy's config.json ({preset}), it is now: "
+                f"{self.described}: restore the file, or start a new run"
+            )
+
+
+def make_optimization(model: Model, parameters: Sequence[torch.Tensor], config: TrainConfig) -> Optimization:
+    """AdamW over all parameters, with the fused kernel, which is the fastest and does not wait for the device; or the
+    optimiser of the model's own preset.
+
+    Raises:
+        ConfigError: the model's preset is neither Adam nor AdamW.
+    """
+    if config.optimizer == "policy":
+        assert isinstance(model, PresetModel), "the config allows a preset only for models that have one"
+        preset = model.optimizer_preset(config.steps)
+        optimised = {id(p) for group in preset.optimizer.param_groups for p in group["params"]}
+        assert optimised == {id(p) for p in parameters}, "the preset leaves parameters out"
+        return Optimization(preset.optimizer, preset.rates, preset.max_norm, preset.described)
+    optimizer = AdamW(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    return Optimization(optimizer, lambda step: [learning_rate(step, config)], config.max_grad_norm, None)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -10,9 +10,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +32,9 @@ from craft_ray.storage.files import write_atomically
 from craft_ray.storage.node_cache import node_cache
 from craft_ray.workers import Workers
 
-SAY_S = 10.0
-"""Time between two lines about a check that takes long."""
+SAY_S = 2.0
+"""Time between two reports of a check that takes long."""
+MOST_THREADS = 8
 EXAMPLES = 3
 GOLDEN = 0.6180339887498949
 
@@ -46,6 +51,8 @@ class Rows:
     prepare: Callable[[int], object]
     how: Sequence[Any]
     """Everything else that decides whether a row can be prepared."""
+    threaded: bool = False
+    """Whether several threads may prepare rows at once, and are faster."""
 
     @property
     def identity(self) -> str:
@@ -64,12 +71,17 @@ def anchor_rows(anchors: AnchorsConfig, model: Model, source: Source, identity: 
             given = anchors.suffix_from == "response"
             tokens.with_suffix(prompt, tokens.response_tokens(sample) if given else [0], sample.id)
 
+        if identity.schema.has_response:
+            tokens = token_model(model)
+            tokens.with_suffix(prompt, tokens.response_tokens(sample), sample.id)
+
     return Rows(
         "anchors.source",
         len(source),
         source.fingerprint,
         prepare,
-        ["anchors", identity.preprocessor, identity.suffix_from],
+        ["anchors", identity.preprocessor, identity.suffix_from, identity.schema.has_response],
+        model.threaded,
     )
 
 
@@ -89,12 +101,19 @@ class _Found:
             self.first = (row, message)
 
 
-def check_rows(rows: Rows, minutes: float, workers: Workers, say: Callable[[str], None]) -> None:
+Report = Callable[[str, int, int, float], None]
+"""Receives what `Observer.checking` does."""
+
+
+def check_rows(
+    rows: Rows, minutes: float, workers: Workers, say: Callable[[str], None], report: Report = lambda *_: None
+) -> None:
     """Prepare every row once; the workers share them.
 
     Args:
         minutes: the longest time that this may take; 0 checks nothing.
-        say: receives the progress of a check that takes long, and how many rows are left.
+        say: receives how many rows are left.
+        report: receives the progress of a check that takes long.
 
     Raises:
         DataError: a row cannot be used; it says how many more.
@@ -105,7 +124,7 @@ def check_rows(rows: Rows, minutes: float, workers: Workers, say: Callable[[str]
     before = workers.gather(_checked(record))[0]
     if before >= rows.count:
         return
-    shares = workers.gather(_check_share(rows, before, minutes, workers, say))
+    shares = workers.gather(_check_share(rows, before, minutes, workers, report))
     _refuse(rows, shares)
     whole = sum(share.checked for share in shares) == rows.count - before
     # The rows that all workers have reached, in their common order.
@@ -123,25 +142,51 @@ def _checked(record: Path) -> int:
     return int(json.loads(record.read_text())["checked"]) if record.exists() else 0
 
 
-def _check_share(rows: Rows, before: int, minutes: float, workers: Workers, say: Callable[[str], None]) -> _Found:
+def _check_share(rows: Rows, before: int, minutes: float, workers: Workers, report: Report) -> _Found:
     """Check this worker's rows, in an order that is spread over the whole source."""
     found, stride = _Found(), _stride(rows.count)
+    threads = max(1, min(MOST_THREADS, _processors() // workers.world_size)) if rows.threaded else 1
     started = said = time.monotonic()
-    for place in range(before + workers.rank, rows.count, workers.world_size):
+
+    def taken(row: int, prepared: Callable[[], object]) -> None:
+        nonlocal said
         interruption.check()
-        now = time.monotonic()
-        if now - started > 60 * minutes:
-            break
-        if workers.rank == 0 and now - said > SAY_S:
-            said = now
-            say(f"checking the rows of {rows.key}: {place} of {rows.count}")
-        row = place * stride % rows.count
         try:
-            rows.prepare(row)
+            prepared()
         except DataError as error:
             found.add(row, error.message)
         found.checked += 1
+        now = time.monotonic()
+        if workers.rank == 0 and now - said > SAY_S:
+            said = now
+            done = found.checked * workers.world_size
+            left_s = (now - started) / done * (rows.count - before - done)
+            report(rows.key, min(before + done, rows.count), rows.count, max(left_s, 1.0))
+
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[tuple[int, Future[object]]] = deque()
+        for place in range(before + workers.rank, rows.count, workers.world_size):
+            if time.monotonic() - started > 60 * minutes:
+                break
+            row = place * stride % rows.count
+            if threads == 1 or not found.checked:
+                # The first row is prepared alone: tokenizers set themselves up then, and may not be shared meanwhile.
+                taken(row, partial(rows.prepare, row))
+                continue
+            ahead.append((row, pool.submit(rows.prepare, row)))
+            if len(ahead) == 2 * threads:
+                row, future = ahead.popleft()
+                taken(row, future.result)
+        for row, future in ahead:
+            taken(row, future.result)
+    if said != started:
+        report(rows.key, before + found.checked * workers.world_size, rows.count, 0.0)
     return found
+
+
+def _processors() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse(rows: Rows, shares: Sequence[_Found]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from craft_ray import interruption
 from craft_ray.config import EvalSet, RolloutEvalSet, SampleEvalSet, TaskConfig
+from craft_ray.data.cells import shown
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError, DataError
@@ -252,14 +253,16 @@ def _choices(sample: Sample) -> tuple[str, ...]:
     choices = sample.choices or ()
     if sample.response not in choices:
         raise DataError(
-            f"sample {sample.id}: its response '{sample.response}' is not one of its choices {list(choices)}"
+            f"{sample.named}: its response {shown(sample.response)} is not one of its choices {shown(list(choices))}"
         )
     if len(choices) == 1:
-        raise DataError(f"sample {sample.id} has only the choice '{choices[0]}': add a wrong one, or remove the sample")
+        raise DataError(
+            f"{sample.named} has only the choice {shown(choices[0])}: add a wrong one, or remove the sample"
+        )
     if choices.count(sample.response) > 1:
         raise DataError(
-            f"sample {sample.id}: its response '{sample.response}' appears more than once among its choices "
-            f"{list(choices)}: keep it once"
+            f"{sample.named}: its response {shown(sample.response)} appears more than once among its choices "
+            f"{shown(list(choices))}: keep it once"
         )
     return choices
 

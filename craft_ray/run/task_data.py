@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from craft_ray.config import Experiment
 from craft_ray.data.task import open_task, sampler_of
 from craft_ray.errors import ConfigError
@@ -11,6 +13,7 @@ from craft_ray.models.features import FeatureCache
 from craft_ray.retention.mode import split
 from craft_ray.run.rows import Rows
 from craft_ray.run.scoring import source_identity
+from craft_ray.run.selective import TokenMask
 from craft_ray.workers import Workers
 
 TASK_STREAM = 0
@@ -24,12 +27,20 @@ class TaskData:
 
     Args:
         features: preprocessed samples of earlier runs in this process.
+        teacher: the model before fine-tuning, for `train.mask_loss_above`.
 
     Raises:
         ConfigError: the model cannot read the data, or there are no responses to learn.
     """
 
-    def __init__(self, config: Experiment, model: Model, workers: Workers, features: FeatureCache) -> None:
+    def __init__(
+        self,
+        config: Experiment,
+        model: Model,
+        workers: Workers,
+        features: FeatureCache,
+        teacher: Callable[[], Model],
+    ) -> None:
         self.source = open_task(config.task)
         model.check_source(self.source)
         if not self.source.has_responses:
@@ -39,6 +50,11 @@ class TaskData:
         self._accumulate = config.train.accumulate
         self._sampler = sampler_of(config.task, self.source, config.train.batch_size, config.seed, TASK_STREAM)
         self._features = features.source(self._preprocess, *source_identity(config.task, model))
+        self.mask: TokenMask | None = None
+        threshold = config.train.mask_loss_above
+        if threshold is not None:
+            size = config.train.batch_size
+            self.mask = TokenMask(teacher(), self._features, len(self.source), threshold, size, workers)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -46,7 +62,12 @@ class TaskData:
     def batches(self, step: int) -> list[Batch]:
         """This worker's micro-batches of a step (from 0), on the host."""
         rows = self._sampler.local_batch(step, self._workers.rank, self._workers.world_size)
-        return [self._model.collate([self._features(row) for row in part]) for part in split(rows, self._accumulate)]
+        return [self._model.collate([self._sample(row) for row in part]) for part in split(rows, self._accumulate)]
+
+    def described(self) -> list[str]:
+        """What there is to tell about the samples before a run."""
+        lines = [self.boundary_merges(), None if self.mask is None else self.mask.described()]
+        return [line for line in lines if line is not None]
 
     def boundary_merges(self) -> str | None:
         """Where prompt and response are tokenised apart, although together they would have other tokens: a line to
@@ -68,7 +89,10 @@ class TaskData:
         """Every row, to be checked before the first step."""
         how = ["task", self._model.preprocessor_fingerprint()]
         content = self.source.fingerprint if self._workers.rank == 0 else ""
-        return Rows("task", len(self.source), content, self._features, how)
+        return Rows("task", len(self.source), content, self._features, how, self._model.threaded)
+
+    def _sample(self, row: int) -> Features:
+        return self._features(row) if self.mask is None else self.mask(row, self._features(row))
 
     def _preprocess(self, row: int) -> Features:
         return self._model.preprocess_task(self.source[row])

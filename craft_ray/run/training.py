@@ -21,7 +21,7 @@ from craft_ray import interruption
 from craft_ray.config import Experiment
 from craft_ray.data.prefetch import prefetch
 from craft_ray.method.gradients import GradientPair
-from craft_ray.models import load_model
+from craft_ray.models import load_model, teacher_of
 from craft_ray.models.adapters import attach
 from craft_ray.models.base import Batch, Model
 from craft_ray.models.features import FeatureCache
@@ -37,7 +37,7 @@ from craft_ray.run.identity import check_same, record
 from craft_ray.run.judgement import judged
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
 from craft_ray.run.observers import Observer
-from craft_ray.run.optimization import learning_rate, make_optimizer, seed_step
+from craft_ray.run.optimization import make_optimization, seed_step
 from craft_ray.run.rows import check_rows
 from craft_ray.run.saving import CheckpointWriter
 from craft_ray.run.sharded_checkpoint import is_sharded, restore
@@ -114,7 +114,8 @@ class Run:
         if config.adapter is not None and teacher_weights is not None:
             torch.manual_seed(config.seed)  # the adapter's first values do not depend on how the model was loaded
             attach(self.model, config.adapter, config.model, teacher_weights)
-        self.task = TaskData(config, self.model, workers, features)
+        teacher = teacher_of(config, self.model, teacher_weights is not None)
+        self.task = TaskData(config, self.model, workers, features, teacher)
         if self.main:
             check_same(folder, config, self.task.source.fingerprint)
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
@@ -123,7 +124,8 @@ class Run:
         module = self.model.module
         sharded = module if isinstance(module, FSDPModule) else None
         self.gradients = GradientPair(module.named_parameters(), with_retention=apart, sharded=sharded)
-        self.optimizer = make_optimizer(self.gradients.parameters, config.train)
+        self.optimization = make_optimization(self.model, self.gradients.parameters, config.train)
+        self.optimizer = self.optimization.optimizer
         self.checkpoints = CheckpointWriter(config, folder, workers, observer, self.best)
         self.step = 0
         if checkpoint is not None:
@@ -144,8 +146,8 @@ class Run:
             f"{count / 1e6:.2f} M trainable parameters, {len(self.task)} samples of the new skill, "
             f"{self.workers.world_size} worker(s) on {self.workers.device}"
         )
-        lines, merges = self.constraints.described(), self.task.boundary_merges()
-        for line in lines if merges is None else [merges, *lines]:
+        first = [] if self.optimization.described is None else [self.optimization.described]
+        for line in [*first, *self.task.described(), *self.constraints.described()]:
             self.observer.note(line)
         if self.step:
             self.observer.note(f"resuming after step {self.step}")
@@ -155,12 +157,13 @@ class Run:
     def _restore(self, checkpoint: Path) -> None:
         state = restore(checkpoint, self.model, self.gradients, self.optimizer, self.workers)
         self.constraints.load_state_dicts(state.constraints)
+        self.optimization.check_preset(state.optimizer)
         self.gradients.restore_reached(state.reached)
         self.step = state.step
 
     def _checkpoint(self) -> None:
         constraints = self.constraints.state_dicts()
-        state = TrainingState(self.step, self.optimizer.state_dict(), self.gradients.reached, constraints)
+        state = TrainingState(self.step, self.optimization.state_dict(), self.gradients.reached, constraints)
         self.checkpoints.write(self.model, state, self.gradients, self.optimizer)
 
     def _return_to(self, step: int) -> None:
@@ -230,9 +233,7 @@ class Run:
                 data = next(batches)
                 waited = time.perf_counter() - started
                 seed_step(self.config.seed, self.step, self.workers.rank)
-                lr = learning_rate(self.step, config)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
+                lr = self.optimization.set_rate(self.step)
                 epsilons = self.constraints.epsilons(self.step)
                 metrics = self.constraints.update(
                     self.model.task_loss,
@@ -241,7 +242,7 @@ class Run:
                     self.step,
                     optimizer=self.optimizer,
                     gradients=self.gradients,
-                    max_norm=config.max_grad_norm,
+                    max_norm=self.optimization.max_norm,
                 )
                 self.step += 1
                 save = self.checkpoints.due(self.step)
@@ -295,4 +296,4 @@ def check_every_row(run: Run) -> None:
         DataError: a row cannot be used.
     """
     for rows in [run.task.rows(), *run.held_out.rows()]:
-        check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note)
+        check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note, run.observer.checking)

@@ -212,8 +212,8 @@ def copy_tree(source: StoragePath, target: StoragePath) -> None:
         StorageError: it could not be read or written; files that were already copied stay.
     """
     with _store_errors(target, "written"):
-        if isinstance(target, Path) and source.is_dir():
-            target.mkdir(parents=True, exist_ok=True)  # Arrow creates the folders in it, but not the folder itself
+        if isinstance(target, Path) and not source.is_file():
+            target.mkdir(parents=True, exist_ok=True)  # pyarrow makes only the folders in it, and so none if it is flat
         pa.fs.copy_files(
             _name_in(source), _name_in(target), source_filesystem=_filesystem_of(source),
             destination_filesystem=_filesystem_of(target), chunk_size=CHUNK,

@@ -30,6 +30,9 @@ class TrackingObserver:
     def note(self, text: str) -> None:
         self.inner.note(text)
 
+    def checking(self, key: str, done: int, rows: int, left_s: float) -> None:
+        self.inner.checking(key, done, rows, left_s)
+
     def steps(self, records: Sequence[Record]) -> None:
         self.inner.steps(records)
         self._log(records)

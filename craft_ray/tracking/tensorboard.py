@@ -24,6 +24,9 @@ class TensorBoardObserver:
     def note(self, text: str) -> None:
         self.inner.note(text)
 
+    def checking(self, key: str, done: int, rows: int, left_s: float) -> None:
+        self.inner.checking(key, done, rows, left_s)
+
     def steps(self, records: Sequence[Record]) -> None:
         if records:
             self._write(records, purge=records[0]["step"])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from craft_pipelines.console import RowsProgress, bars
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.ray_metrics import BuildMetrics
 from craft_pipelines.session import check_resources, join
@@ -125,7 +126,9 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
             say(f"anchor cache found in {folder}: {manifest.identity.rows} anchors, no row computed")
             return Built(manifest, 0)
 
-    check_rows(anchor_rows(anchors, model, source, plan.identity), config.train.check_minutes, OneWorker(), say)
+    with bars() as shown:
+        anchored = anchor_rows(anchors, model, source, plan.identity)
+        check_rows(anchored, config.train.check_minutes, OneWorker(), say, RowsProgress(shown).show)
     expected = estimate(model, source, plan.identity.schema, anchors)
     _announce(say, plan.identity, expected, folder)
     if done:

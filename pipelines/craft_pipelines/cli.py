@@ -23,6 +23,7 @@ from craft_pipelines.configs import config_app, init
 from craft_pipelines.ending import end_interrupted, interruption_in
 from craft_ray import interruption
 from craft_ray.config import load_config, parse_overrides
+from craft_ray.config.arms import with_arms
 from craft_ray.errors import NOT_MET, ConfigError, CraftError
 from craft_ray.quiet import uncollected
 from craft_ray.storage.paths import storage_path
@@ -154,7 +155,7 @@ def train(
         run = stage.plan_run(experiment)
     result = stage.train_run(run)
     print(f"run: {run.folder.path}")
-    if result["arm"] != "baseline" and not result["feasible"]:
+    if result.get("multiplier") == "adaptive" and not result["feasible"]:
         sys.exit(NOT_MET)
 
 
@@ -163,7 +164,8 @@ def compare(
     config: Config,
     overrides: Overrides = None,
     arms: Annotated[
-        str | None, typer.Option(help="comma-separated: baseline,token_ce,hidden and variants; all of them by default")
+        str | None,
+        typer.Option(help="comma-separated: baseline,token_ce,hidden (these by default), variants, others; or all"),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="comma-separated numbers")] = None,
     out: Annotated[str | None, typer.Option(help="folder for runs and report")] = None,
@@ -179,6 +181,9 @@ def compare(
     with _importing():
         from craft_pipelines import compare as stage
 
+    experiment, left_out = with_arms(experiment, experiment.compare.chosen)
+    for line in left_out:
+        print(line)
     folder = (storage_path(out) if out else stage.default_folder(experiment)).absolute()
     result = stage.compare(experiment, experiment.compare.chosen, experiment.compare.seeds, folder)
     print(f"report: {folder / 'report.html'}")
@@ -259,6 +264,21 @@ def merge(
         from craft_pipelines.merge import merge as stage
 
     stage(storage_path(run).absolute(), storage_path(out).absolute())
+
+
+@app.command("interpolate")
+def interpolate(
+    run: Annotated[str, typer.Argument(help="a finished run, or one of its checkpoints", show_default=False)],
+    out: Annotated[str, typer.Argument(help="a new folder for the model", show_default=False)],
+    alpha: Annotated[
+        float | None, typer.Option(min=0, max=1, help="0 is the teacher, 1 the run [default: the best on validation]")
+    ] = None,
+) -> None:
+    """Mix the weights of a run with its teacher's (WiSE-FT), and save the model."""
+    with _importing():
+        from craft_pipelines.interpolate import interpolate as stage
+
+    stage(storage_path(run).absolute(), storage_path(out).absolute(), alpha)
 
 
 @app.command("report")

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import ray
+import torch
 
 from craft_pipelines.anchors import build
 from craft_pipelines.console import QuarterObserver, following
@@ -24,9 +25,12 @@ from craft_ray.data.task import open_task
 from craft_ray.errors import ConfigError
 from craft_ray.report.html import write_report
 from craft_ray.run.folder import RunFolder, command_line
-from craft_ray.run.identity import check_config, check_task
+from craft_ray.run.identity import check_config, check_task, record
+from craft_ray.run.interpolation import interpolated
+from craft_ray.run.mirror import mirrored_folder
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, storage_path
+from craft_ray.workers import OneWorker
 
 CONSTRAINED_COST = 2.0
 """Expected time of a constrained run relative to plain fine-tuning; only used to balance the groups."""
@@ -45,6 +49,10 @@ def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folde
 
 
 def _compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folder: StoragePath) -> dict[str, Any]:
+    for arm in arms:
+        source = config.compare.interpolated(arm)
+        if source is not None and source not in arms:
+            raise ConfigError(f"{arm} interpolates the runs of {source}, which is not among the arms: add it")
     configs = [arm_config(config, arm, seed, folder, arms) for arm in arms for seed in seeds]
     if config.craft.anchor_cache_dir is not None and config.anchors is not None:
         build(config)
@@ -52,14 +60,19 @@ def _compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], fold
     for run in runs[:: len(seeds)]:
         check_inputs(run.config)
     _check_finished(runs)
+    mixed = [run for run in runs if config.compare.interpolated(run.config.arm)]
     open_runs = [run for run in runs if run.folder.finished() is None]
     if len(open_runs) < len(runs):
         print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are finished already")
     for run in open_runs:
         if not run.folder.started:
             run.folder.write_environment(command_line())
-    if open_runs:
-        _train_groups(open_runs)
+    to_train = [run for run in open_runs if run not in mixed]
+    if to_train:
+        _train_groups(to_train)
+    for run in [run for run in mixed if run in open_runs]:
+        source = config.compare.interpolated(run.config.arm)
+        _interpolate(run, next(r for r in runs if (r.config.arm, r.config.seed) == (source, run.config.seed)))
     return write_report([run.folder for run in runs], folder, title=config.name, command=shlex.join(command_line()))
 
 
@@ -71,8 +84,9 @@ def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arm
     other arms are not part of a run's config, so that an arm can be added to a finished comparison.
     """
     settings = _settings(config, arm)
-    if arm == "baseline" and len(arms) > 1:
-        settings = _settings(config, preferred(config, arms)) | settings
+    measured_by = preferred(config, [other for other in arms if other != "baseline"])
+    if not settings["enabled"] and measured_by is not None:
+        settings = _settings(config, measured_by) | settings
     changes: dict[str, Any] = {
         "adapter": config.compare.adapter_settings(arm, config.adapter),
         "variant": arm if arm in config.compare.variants else None,
@@ -80,9 +94,12 @@ def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arm
         "output_dir": str(folder / "runs"),
         "compare": {"parallel": config.compare.parallel},
         **{f"craft.{key}": value for key, value in settings.items()},
+        **{f"train.{key}": value for key, value in config.compare.train_settings(arm).items()},
     }
     if settings.get("epsilon_unit", config.craft.epsilon_unit) != config.craft.epsilon_unit:
         changes |= {f"skills.{name}.epsilon_start": None for name in config.skills}  # they are in the other unit
+    if config.compare.validate_arms or config.compare.interpolated(arm) is not None:
+        return config.changed(changes)
     return config.changed(changes | _unvalidated(config, config.changed(changes).kept_parts()))
 
 
@@ -113,16 +130,28 @@ def _settings(config: Experiment, arm: str) -> dict[str, Any]:
     return settings
 
 
-def preferred(config: Experiment, arms: Sequence[str]) -> str:
+def preferred(config: Experiment, arms: Sequence[str]) -> str | None:
     """The constrained arm whose loss measures plain fine-tuning: the config's retention mode if it is compared, else
-    hidden, token_ce, or the first variant."""
+    hidden, token_ce, or the first variant; None if all arms are ways of plain fine-tuning."""
     order = (config.craft.retention_mode, "hidden", "token_ce", *config.compare.variants)
-    return next(arm for arm in order if arm in arms)
+    measuring = (arm for arm in order if arm in arms and config.compare.craft_settings(arm, config.craft)["enabled"])
+    return next(measuring, None)
 
 
 def met(result: dict[str, Any]) -> bool:
-    """Whether every constrained run of a comparison kept its budget on held-out anchors."""
-    return all(run["feasible"] for run in result["runs"] if run["arm"] != "baseline")
+    """Whether every run of a comparison whose multiplier follows a budget kept it on held-out anchors."""
+    return all(run["feasible"] for run in result["runs"] if run.get("multiplier") == "adaptive")
+
+
+def _interpolate(run: PlannedRun, source: PlannedRun) -> None:
+    """Make an arm of the finished run of another arm, in this process."""
+    workers = OneWorker(torch.device("cuda" if run.config.workers.use_gpu and torch.cuda.is_available() else "cpu"))
+    torch.set_num_threads(run.config.workers.threads)
+    label = f"[{run.config.arm} seed {run.config.seed}]"
+    task = open_task(run.config.task).fingerprint
+    with mirrored_folder(run.folder, main=True) as folder:
+        record(folder, run.config, task)
+        interpolated(run.config, source.folder, folder, workers, lambda line: print(f"{label} {line}", flush=True))
 
 
 def _planned(config: Experiment) -> PlannedRun:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from craft_ray.run.metrics import Record, console_line, result_lines, validation_line
 from craft_ray.run.observers import Observer
@@ -23,8 +24,49 @@ from craft_ray.storage.files import append_text
 from craft_ray.storage.paths import ObjectPath, StoragePath
 
 POLL_S = 0.1
+LINE_S = 10.0
+"""Time between two lines about rows that are checked."""
 STORE_POLL_S = 1.0
 """In an object store, where each poll is a request."""
+
+
+class RowsProgress:
+    """How far a check of rows is: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, bars: Progress | None) -> None:
+        self._bars = bars
+        self._bar: TaskID | None = None
+        self._next_line = time.monotonic() + LINE_S
+
+    def show(self, key: str, done: int, rows: int, left_s: float) -> None:
+        if self._bars is not None:
+            if self._bar is None:
+                self._bar = self._bars.add_task(f"checking the rows of {key}", total=rows)
+            self._bars.update(self._bar, completed=done)
+            if not left_s:
+                self._bars.remove_task(self._bar)
+                self._bar = None
+        elif left_s and time.monotonic() > self._next_line:
+            self._next_line = time.monotonic() + LINE_S
+            _line(f"checking the rows of {key}: {done} of {rows}, about {readable_seconds(left_s)} left")
+
+
+def readable_seconds(seconds: float) -> str:
+    """A duration in words: 40 s, 3 min, 2.5 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def bars() -> Iterator[Progress | None]:
+    """Progress bars below what is printed; none where no terminal shows them."""
+    if not sys.stdout.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(highlight=False), transient=True) as progress:
+        yield progress
 
 
 class ConsoleObserver:
@@ -33,15 +75,17 @@ class ConsoleObserver:
     def __init__(self, steps: int, mode: str) -> None:
         self.total = steps
         self.mode = mode
-        self._progress: Progress | None = None
-        if sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=Console(highlight=False), transient=True)
-            self._progress.start()
+        self._open = ExitStack()
+        self._progress = self._open.enter_context(bars())
+        if self._progress is not None:
             self._bar = self._progress.add_task(mode, total=steps)
+        self._rows = RowsProgress(self._progress)
 
     def note(self, text: str) -> None:
         self._print(text)
+
+    def checking(self, key: str, done: int, rows: int, left_s: float) -> None:
+        self._rows.show(key, done, rows, left_s)
 
     def steps(self, records: Sequence[Record]) -> None:
         """Print a line for the last step: the log has a line every `train.log_every` steps, the file has all steps."""
@@ -57,8 +101,7 @@ class ConsoleObserver:
             self._print(line)
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._open.close()
 
     def _print(self, text: str) -> None:
         if self._progress is not None:
@@ -77,6 +120,9 @@ class QuarterObserver:
         self._quarter = 0
 
     def note(self, text: str) -> None:
+        pass
+
+    def checking(self, key: str, done: int, rows: int, left_s: float) -> None:
         pass
 
     def steps(self, records: Sequence[Record]) -> None:
@@ -100,6 +146,9 @@ class FileObserver:
 
     def note(self, text: str) -> None:
         self._append({"note": text})
+
+    def checking(self, key: str, done: int, rows: int, left_s: float) -> None:
+        self._append({"checking": [key, done, rows, left_s]})
 
     def steps(self, records: Sequence[Record]) -> None:
         self._append({"steps": list(records)})
@@ -135,6 +184,8 @@ def following(path: StoragePath, observer: Observer) -> Iterator[None]:
                 message = json.loads(line)
                 if "note" in message:
                     observer.note(message["note"])
+                elif "checking" in message:
+                    observer.checking(*message["checking"])
                 elif "validated" in message:
                     observer.validated(message["validated"])
                 elif "done" in message:

@@ -28,19 +28,10 @@ def merge(path: StoragePath, out: StoragePath, say: Any = print) -> None:
         ConfigError: there is no such run or checkpoint, it has nothing to merge, or `out` exists.
         StorageError: a part of it is damaged.
     """
-    check_kept(out, "OUT")
-    if out.exists():
-        raise ConfigError(f"{out} exists: choose a new folder for the merged model")
-    is_run = (path / "config.yaml").exists()
-    checkpoint = last_checkpoint(RunFolder(path).checkpoints) if is_run else path.resolve()
-    parts = checkpoint is not None and (checkpoint / SHARDS).exists()
-    if checkpoint is None or not (parts or (checkpoint / "model").exists()):
-        raise ConfigError(
-            f"{path} is neither a run with a checkpoint (train.keep_checkpoints > 0) nor a checkpoint of one: specify "
-            f"one of them"
-        )
-    config = RunFolder(path if is_run else checkpoint.parent.parent).config()
-    if parts:
+    check_new_folder(out)
+    run, checkpoint = checkpoint_of(path)
+    config = run.config()
+    if (checkpoint / SHARDS).exists():
         _merge_parts(checkpoint, config, out)
         say(f"merged the parts of {checkpoint}: {out}")
         return
@@ -65,3 +56,29 @@ def _merge_parts(checkpoint: StoragePath, config: Experiment, out: StoragePath) 
 def _save(model: Model, out: StoragePath) -> None:
     with new_folder(out, last="config.json") as temporary:
         model.save(temporary, final=out if isinstance(out, Path) else None)
+
+
+def check_new_folder(out: StoragePath) -> None:
+    """
+    Raises:
+        ConfigError: the folder exists, or would not outlast the command.
+    """
+    check_kept(out, "OUT")
+    if out.exists():
+        raise ConfigError(f"{out} exists: choose a new folder for the model")
+
+
+def checkpoint_of(path: StoragePath) -> tuple[RunFolder, StoragePath]:
+    """A run and its last checkpoint, or the given one.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint.
+    """
+    is_run = (path / "config.yaml").exists()
+    checkpoint = last_checkpoint(RunFolder(path).checkpoints) if is_run else path.resolve()
+    if checkpoint is None or not ((checkpoint / "model").exists() or (checkpoint / SHARDS).exists()):
+        raise ConfigError(
+            f"{path} is neither a run with a checkpoint (train.keep_checkpoints > 0) nor a checkpoint of one: specify "
+            f"one of them"
+        )
+    return RunFolder(path if is_run else checkpoint.parent.parent), checkpoint

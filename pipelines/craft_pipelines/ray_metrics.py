@@ -135,6 +135,9 @@ class RayMetrics(RefreshedGauges):
     def note(self, text: str) -> None:
         self.inner.note(text)
 
+    def checking(self, key: str, done: int, rows: int, left_s: float) -> None:
+        self.inner.checking(key, done, rows, left_s)
+
     def steps(self, records: Sequence[Record]) -> None:
         if records:
             self.set(gauge_values(records))

@@ -63,7 +63,9 @@ class PlannedRun:
 
 
 def run_name(config: Experiment) -> str:
-    return f"{config.name}-{config.arm}-seed{config.seed}"
+    """The name of a run's folder. What trains an adapter does not share it with what trains all weights."""
+    adapter = "" if config.adapter is None else f"-{config.adapter.kind}"
+    return f"{config.name}-{config.arm}{adapter}-seed{config.seed}"
 
 
 def plan_run(config: Experiment) -> PlannedRun:

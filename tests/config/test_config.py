@@ -72,6 +72,7 @@ LEROBOT = {
 }  # fmt: skip
 INSTEAD = (
     "columns.answer_index", "columns.messages", "columns.tools", "columns.skill", "skills", "craft.epsilon_decay",
+    "train.optimizer",
     "workers.sharding", "workers.shards",
 )  # fmt: skip
 """Keys that another key of this list replaces or excludes."""
@@ -80,7 +81,13 @@ REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task", "adapter.
 
 
 def scored(data: dict[str, Any]) -> dict[str, Any]:
-    return {**{f"data.{k}": v for k, v in data.items()}, "metric": "choice", "batch_size": 3, "max_new_tokens": 5}
+    return {
+        **{f"data.{k}": v for k, v in data.items()},
+        "metric": "choice",
+        "batch_size": 3,
+        "max_new_tokens": 5,
+        "replies": 2,
+    }
 
 
 ROLLOUT = {
@@ -320,6 +327,14 @@ def test_a_value_that_is_not_valid(override: str, key: str, minimal: Path) -> No
             ["craft.epsilon_decay=0.5", "craft.epsilon_decay_steps=3"],
             "craft: epsilon_decay 0.5 and epsilon_decay_steps 3 both say when epsilon_end is reached: leave one",
         ),
+        (
+            ["train.optimizer=policy"],
+            "train.optimizer policy is for a LeRobot policy, which brings one, and model.kind is causal_lm",
+        ),
+        (
+            ["train.optimizer=policy", "train.learning_rate=1e-3"],
+            "train: learning_rate is 0.001, but optimizer policy takes it from the policy's own config: leave it out",
+        ),
         (["train.warmup_steps=5"], "train.warmup_steps 5 is more than train.steps 4"),
         (["workers.resources_per_worker.GPU=0.5"], "workers: resources_per_worker takes 0.5 GPU, which use_gpu=false"),
         (
@@ -470,11 +485,13 @@ def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
         (
             "validation.new={metric: choice, data: {path: a}, rollout: {env: e, task: t}}",
             "validation.new.rollout belongs to episodes in a simulator (metric: success), but validation.new is read "
-            "as held-out samples (metric: exact_match, choice, perplexity): leave it out, or set validation.new.metric",
+            "as held-out samples (metric: exact_match, choice, perplexity, token_accuracy): leave it out, or set "
+            "validation.new.metric",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, data: {path: a}}",
-            "evaluation.new.data belongs to held-out samples (metric: exact_match, choice, perplexity), but",
+            "evaluation.new.data belongs to held-out samples (metric: exact_match, choice, perplexity, "
+            "token_accuracy), but",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, max_new_tokens: 3}",
@@ -637,7 +654,7 @@ def test_what_follows_from_the_settings(minimal: Path) -> None:
     assert load_config(minimal).arm == "hidden"
     assert load_config(minimal, ["craft.retention_mode=token_ce", "craft.epsilon_start=0.1"]).arm == "token_ce"
     assert load_config(minimal, ["variant=near"]).arm == "near"
-    assert load_config(minimal, ["variant=near", "craft.enabled=false"]).arm == "baseline"
+    assert load_config(minimal, ["variant=near", "craft.enabled=false"]).arm == "near"
     assert load_config(minimal).compare.chosen == ("baseline", "token_ce", "hidden")
     assert load_config(minimal, ["compare.variants={near: {}}"]).compare.chosen[-2:] == ("hidden", "near")
     assert load_config(minimal, ["craft.epsilon_start=0.5"]).craft.epsilon_final == 0.5

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -25,12 +26,12 @@ WORDS = ["007", "1", "1.10", "1e3", "true", "2024-01-01", "NA", "null", "nan", "
 """What a table would convert."""
 
 
-def source(path: Path, columns: dict[str, str | None] | None = None, **settings: Any) -> Source:
+def source(path: Path | str, columns: dict[str, str | None] | None = None, **settings: Any) -> Source:
     columns = {"prompt": "prompt", "response": "response"} if columns is None else columns
     return open_source(data_config(path=str(path), columns=columns, **settings), "task")
 
 
-def responses(path: Path, **settings: Any) -> list[str | None]:
+def responses(path: Path | str, **settings: Any) -> list[str | None]:
     return [sample.response for sample in source(path, **settings)]
 
 
@@ -67,6 +68,63 @@ def test_a_folder_of_csv_that_was_fetched_from_the_hub(tmp_path: Path) -> None:
     (tmp_path / "train.csv").rename(tmp_path / "train.jsonl")
     jsonl(tmp_path / "train.jsonl", '{"prompt": 1, "response": 1.10}', '{"prompt": 2, "response": "2024-01-01"}')
     assert responses(tmp_path) == ["1.10", "2024-01-01"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the hub has under the name org/words. The library takes it from this folder; the rest is its own doing."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    builder_of, load = datasets.load_dataset_builder, datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda _, **__: builder_of(str(folder)))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda _, split, **__: load(str(folder), split=split, cache_dir=str(tmp_path / "cache")),
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("train.csv", "prompt,response\na,007\nb,1\nc,\n", ["007", "1", ""]),
+        ("train.tsv", "prompt\tresponse\na\t1.10\nb\tTrue\n", ["1.10", "True"]),
+        (
+            "train.jsonl",
+            '{"prompt": "a", "response": 1.10}\n{"prompt": "b", "response": "2024-01-01"}',
+            ["1.10", "2024-01-01"],
+        ),
+        ("train.json", '[{"prompt": "a", "response": 1e3}, {"prompt": "b", "response": "007"}]', ["1e3", "007"]),
+    ],
+)
+def test_values_on_the_hub_are_as_written(name: str, content: str, expected: list[str], hub: Path) -> None:
+    (hub / name).write_text(content)
+    first = source("org/words", format="dataset")
+    assert [sample.response for sample in first] == expected
+    assert [s.response for s in source("org/words", format="dataset", split="train[1:]")] == expected[1:]
+    assert [s.response for s in source("org/words", format="dataset", limit=1)] == expected[:1]
+    assert "no split 'test'" in refusal(lambda: source("org/words", format="dataset", split="test"), ConfigError)
+    (hub / name).write_text(content.replace("a", "A"))
+    assert source("org/words", format="dataset").fingerprint != first.fingerprint
+
+
+def test_what_only_the_library_could_read_on_the_hub_is_refused(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        (hub / f"{split}.csv").write_text("prompt,response\na,007\n")
+    message = refusal(lambda: source("org/words", format="dataset", split="train+test"), ConfigError)
+    assert "converts values of CSV files" in message
+    (hub / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  header: 0\n---\n")
+    message = refusal(lambda: source("org/words", format="dataset"), ConfigError)
+    assert "setting header" in message
+    kept = SimpleNamespace(info=SimpleNamespace(builder_name="csv"), config=SimpleNamespace(data_files=None))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: kept)
+    assert "the hub is not reached" in refusal(lambda: source("org/words", format="dataset"), ConfigError)
+
+
+def test_a_table_on_the_hub_keeps_its_types(hub: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a", "b"], "response": [7, 8]}), hub / "train.parquet")
+    assert responses("org/words", format="dataset") == ["7", "8"]
 
 
 def test_quotes_newlines_and_marks_of_csv(tmp_path: Path) -> None:
@@ -313,3 +371,33 @@ def test_long_names_make_no_long_message(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["a\nb", None, 3.5, b"x", ["a"], {"a": 1}])
 def test_a_short_value_is_shown_whole(value: Any) -> None:
     assert shown(value) == repr(value)
+
+
+# --- keys that occur twice ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": "a", "response": "x", "response": "y"}',
+        '{"response": "x", "prompt": "a", "response": "x"}',
+        '{"prompt": "a", "response": {"text": "x", "text": "y"}}',
+        '{"prompt": "a", "response": [1.5, {"at": [{"b": 1, "b": 2}]}]}',
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_key_that_occurs_twice_is_refused_where_it_is_read(row: str, ending: str, tmp_path: Path) -> None:
+    """Other parsers take the first value, Python's the last."""
+    good = '{"prompt": "q", "response": "r"}'
+    (tmp_path / f"a.{ending}").write_text(f"{good}\n{row}" if ending == "jsonl" else f"[{good}, {row}]")
+    message = refusal(lambda: source(tmp_path / f"a.{ending}"), ConfigError)
+    assert "line 2: the key " in message
+    assert "occurs twice in one object" in message
+
+
+def test_a_key_that_occurs_twice_in_what_is_not_read(tmp_path: Path) -> None:
+    rows = [
+        '{"prompt": "a", "response": "x", "note": 1, "note": 2}',
+        '{"note": {"b": 1, "b": 2}, "prompt": "a", "response": "y"}',
+    ]
+    assert responses(jsonl(tmp_path / "a.jsonl", *rows)) == ["x", "y"]

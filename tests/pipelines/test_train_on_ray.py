@@ -1,8 +1,9 @@
-"""Runs on real Ray processes: several workers equal one, a lost worker and a killed driver cost only time."""
+"""Runs on real Ray processes: several workers equal one, a killed worker, controller or driver costs only time."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from craft_ray.config import Experiment
 from craft_ray.run.folder import RunFolder
-from tests.support.commands import command, finish, saved, wait_until
+from tests.support.commands import command, finish, one_line, saved, wait_until
 from tests.support.experiments import Digits
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -69,8 +70,15 @@ def test_two_workers_equal_one_on_the_same_global_batches(
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-4)
 
 
+def kill(process: subprocess.Popen[str], title: str) -> None:
+    """Kill the one process of a run's cluster with this in its title, as the kernel does when memory runs out."""
+    found = [p for p in psutil.Process(process.pid).children(recursive=True) if any(title in c for c in p.cmdline())]
+    assert len(found) == 1
+    found[0].send_signal(signal.SIGKILL)
+
+
 @pytest.mark.slow
-def test_runs_with_a_killed_worker_or_driver_have_the_result_of_the_undisturbed_run(
+def test_runs_with_a_killed_worker_controller_or_driver_have_the_result_of_the_undisturbed_run(
     digits: Digits, cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def planned(name: str, workers: int) -> Experiment:
@@ -86,18 +94,25 @@ def test_runs_with_a_killed_worker_or_driver_have_the_result_of_the_undisturbed_
     lost = planned("lost-worker", 1)
     process = command("train", saved(lost, tmp_path))
     wait_until(lambda: len(run_folder(lost).read_metrics()) >= 15)
-    workers = [
-        p
-        for p in psutil.Process(process.pid).children(recursive=True)
-        if any("RayTrainWorker" in c for c in p.cmdline())
-    ]
-    assert len(workers) == 1
-    workers[0].send_signal(signal.SIGKILL)
+    kill(process, "RayTrainWorker")
     code, out, err = finish(process)
     assert code in (0, 3), err
     assert "resuming after step" in out
     assert equal(weights(lost), weights(undisturbed))
     assert without_times(lost) == without_times(undisturbed)
+
+    headless = planned("lost-controller", 1)
+    process = command("train", saved(headless, tmp_path))
+    wait_until(lambda: len(run_folder(headless).read_metrics()) >= 15)
+    kill(process, "TrainController")
+    code, _, err = finish(process)
+    assert code == 1
+    assert "the process that controls the run was lost" in one_line(err)
+    assert f"--resume {run_folder(headless).path}" in err
+    train_run(resume_run(run_folder(headless).path, headless.changed({"workers.num_workers": 0})))
+    assert "resuming after step" in capsys.readouterr().out
+    assert equal(weights(headless), weights(undisturbed))
+    assert without_times(headless) == without_times(undisturbed)
 
     killed = planned("killed-driver", 0)
     process = command("train", saved(killed, tmp_path))
@@ -130,3 +145,22 @@ def test_a_mistake_found_by_a_worker_is_one_line(digits: Digits, cached: Path, t
     assert len(lines) == 1, err
     assert "its image of 8 bytes does not decode" in lines[0]
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_two_workers_that_share_a_vision_language_model_equal_one(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    """A tower for images and one for text, each with blocks of its own; the last checkpoint has a model folder."""
+    alone, shared = (
+        digits.experiment(cached, {"name": name, "train.steps": 4, "output_dir": str(tmp_path), **changes})
+        for name, changes in {
+            "alone": {},
+            "shared": {"workers.num_workers": 2, "workers.sharding": "full"},
+        }.items()
+    )
+    train_run(plan_run(alone))
+    code, _, err = finish(command("train", saved(shared, tmp_path)))
+    assert code in (0, 3), err
+    found, expected = weights(shared), weights(alone)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)

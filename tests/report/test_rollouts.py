@@ -148,14 +148,15 @@ def test_variants_are_arms_with_a_distinct_style(runs: list[RunFolder], tmp_path
 
 
 def test_no_two_arms_look_alike() -> None:
-    styles = [(style.color, style.marker, style.path) for style in ARMS.values()] + list(VARIANTS)
-    for part in zip(*styles, strict=True):
-        assert len(set(part)) == len(styles)
+    first = [(style.color, style.marker, style.path) for style in ARMS.values()] + list(VARIANTS[:4])
+    for part in zip(*first, strict=True):
+        assert len(set(part)) == len(first)
+    assert len(set(VARIANTS)) == len(VARIANTS)
 
 
 def test_more_variants_than_can_be_distinguished_are_refused(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, name, 0, mode="hidden") for name in "abcde"]
-    with pytest.raises(ConfigError, match="a, b, c, d, e, but a report can distinguish 4"):
+    runs = [write_run(tmp_path, name, 0, mode="hidden") for name in "abcdefghijklmnopq"]
+    with pytest.raises(ConfigError, match="p, q, but a report can distinguish 16"):
         report(runs, tmp_path)
 
 

@@ -27,8 +27,8 @@ from craft_ray.workers import OneWorker
 MINUTES = 5.0
 
 
-def rows(count: int, prepare: Callable[[int], object], content: str = "data") -> Rows:
-    return Rows("task", count, content, prepare, ["how"])
+def rows(count: int, prepare: Callable[[int], object], content: str = "data", threaded: bool = False) -> Rows:
+    return Rows("task", count, content, prepare, ["how"], threaded)
 
 
 def failing_at(*bad: int) -> Callable[[int], None]:
@@ -39,19 +39,45 @@ def failing_at(*bad: int) -> Callable[[int], None]:
     return prepare
 
 
+@pytest.mark.parametrize("threaded", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 89, 144, 400, 1000, 4181])
-def test_each_row_is_prepared_once_and_never_again(count: int) -> None:
-    seen: Counter[int] = Counter()
+def test_each_row_is_prepared_once_and_never_again(count: int, threaded: bool) -> None:
+    seen: list[int] = []  # to which threads append safely
     for _ in range(2):
-        check_rows(rows(count, lambda row: seen.update([row])), MINUTES, OneWorker(), print)
-    assert seen == Counter(range(count))
-    check_rows(rows(count, lambda row: seen.update([row]), "other data"), MINUTES, OneWorker(), print)
-    assert set(seen.values()) == {2}
+        check_rows(rows(count, seen.append, threaded=threaded), MINUTES, OneWorker(), print)
+    assert Counter(seen) == Counter(range(count))
+    check_rows(rows(count, seen.append, "other data", threaded), MINUTES, OneWorker(), print)
+    assert set(Counter(seen).values()) == {2}
 
 
-def test_the_first_bad_row_is_named_and_the_others_are_counted() -> None:
+def test_threads_prepare_rows_at_the_same_time_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("craft_ray.run.rows._processors", lambda: 3)
+    together = threading.Barrier(3)
+    seen: list[int] = []
+
+    def prepare(row: int) -> None:
+        if seen:
+            together.wait(20)  # fails unless three rows are under way
+        seen.append(row)
+
+    check_rows(rows(7, prepare, threaded=True), MINUTES, OneWorker(), print)
+    assert sorted(seen) == list(range(7))
+
+
+def test_progress_is_reported_with_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("craft_ray.run.rows.SAY_S", 0.0)
+    reports: list[tuple[str, int, int, float]] = []
+    check_rows(rows(9, lambda _: None), MINUTES, OneWorker(), print, lambda *report: reports.append(report))
+    assert [done for _, done, _, _ in reports] == [*range(1, 10), 9]
+    assert {(key, of) for key, _, of, _ in reports} == {("task", 9)}
+    assert all(left_s > 0 for *_, left_s in reports[:-1])
+    assert reports[-1][-1] == 0
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_the_first_bad_row_is_named_and_the_others_are_counted(threaded: bool) -> None:
     with pytest.raises(DataError) as caught:
-        check_rows(rows(400, failing_at(300, 3, 41, 5, 77)), MINUTES, OneWorker(), print)
+        check_rows(rows(400, failing_at(300, 3, 41, 5, 77), threaded=threaded), MINUTES, OneWorker(), print)
     assert caught.value.message == (
         "task: row 3 is bad; 4 more of 400 rows cannot be used either (rows 5, 41, 77, ...)"
     )
@@ -179,3 +205,15 @@ def test_a_bad_anchor_ends_a_build_before_its_first_shard(config: Experiment, tm
         build(config, say=lambda _: None)
     assert not list((tmp_path / "cache").rglob("*.parquet"))
     assert build(config.changed({"anchors.source.limit": 30}), say=lambda _: None).rows_computed == 30
+
+
+@pytest.mark.parametrize("bad", [LONG, EMPTY])
+def test_an_id_of_any_length_makes_no_long_message(bad: dict[str, str], config: Experiment, tmp_path: Path) -> None:
+    path = written(tmp_path / "bad.jsonl", {3: bad | {"id": "i" * 2_000_000}})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({"id": str(number)} | row) + "\n" for number, row in enumerate(rows)))
+    config = config.changed({"task.path": str(path), "task.columns.id": "id", "craft.anchor_cache_dir": None})
+    with pytest.raises(DataError) as caught:
+        train(config, RunFolder(tmp_path / "run"), OneWorker(), NullObserver())
+    assert "sample iii" in caught.value.message
+    assert len(caught.value.message) < 1000

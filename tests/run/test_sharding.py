@@ -29,6 +29,8 @@ from craft_ray.storage.paths import ObjectPath, copy_tree, storage_path
 from craft_ray.workers import OneWorker, Workers
 from tests.support.processes import on_workers
 
+pytestmark = pytest.mark.slow  # two and four processes; tests/method/test_workers.py has the step itself
+
 STEPS = 4
 SHARDED = {"workers.num_workers": 2, "workers.sharding": "full"}
 COLUMNS = {"id": "id", "prompt": "prompt", "response": "response"}
@@ -280,7 +282,6 @@ def as_four(workers: Workers, folder: Path, config: Experiment) -> None:
     run_of(workers, hybrid.changed(short), folder / "four" / "bf16")
 
 
-@pytest.mark.slow
 def test_copies_of_shards_and_bfloat16(world: Path, text_model: Path, text_data: Path) -> None:
     """Two copies of the model, each shared between two workers; FSDP's own bfloat16 beside autocast."""
     config = experiment(text_model, text_data, world)
@@ -291,7 +292,6 @@ def test_copies_of_shards_and_bfloat16(world: Path, text_model: Path, text_data:
     )
 
 
-@pytest.mark.slow
 def test_a_run_in_a_store_is_the_one_on_a_disk(
     world: Path, text_model: Path, text_data: Path, object_store: ObjectPath, tmp_path: Path
 ) -> None:

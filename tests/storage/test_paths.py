@@ -249,3 +249,9 @@ def test_a_path_that_is_not_valid_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as found:
         parse_config(TREE | {"output_dir": text}, "test")
     assert "geheim" not in found.value.message
+
+
+def test_a_folder_without_folders_is_copied(bucket: ObjectPath, tmp_path: Path) -> None:
+    (bucket / "flat" / "one.txt").write_bytes(b"1")
+    copy_tree(bucket / "flat", tmp_path / "new" / "flat")
+    assert (tmp_path / "new" / "flat" / "one.txt").read_bytes() == b"1"

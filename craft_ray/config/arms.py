@@ -1,0 +1,137 @@
+"""The field's own answers to forgetting, as arms of a comparison: each is a variant of the config (docs/arms.md)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from craft_ray.config.modes import RETENTION_MODES, stores
+
+if TYPE_CHECKING:
+    from craft_ray.config.experiment import Experiment
+
+PENALTY: dict[str, Any] = {
+    "lambda_lr": 0.0,
+    "lambda_kp": 0.0,
+    "lambda_floor": 0.0,
+    "use_grad_projection": False,
+    "keep": None,
+    "epsilon_schedule": "constant",
+}
+"""L_task + lambda L_ret with a lambda that does not move."""
+ADAPTER_RATE = 10.0
+"""Learning rate of an adapter, relative to that of full training."""
+TOKEN_THRESHOLD = 2.5
+"""Loss in nats above which `selective_tokens` masks a token, as in arXiv 2501.14315."""
+
+
+def penalty(mode: str, weight: float = 1.0, **others: Any) -> dict[str, Any]:
+    """A retention mode with a fixed multiplier; its budget, which nothing follows, is 1 in its unit."""
+    return {
+        "retention_mode": mode, **PENALTY, "initial_lambda": weight, "lambda_max": max(weight, 1.0),
+        "epsilon_start": 1.0, "epsilon_end": None, **others,
+    }  # fmt: skip
+
+
+CATALOGUE: dict[str, dict[str, Any]] = {
+    "selective_tokens": {"enabled": False, "train": {"mask_loss_above": TOKEN_THRESHOLD}},
+    "lora": {"enabled": False, "adapter": {}},
+    "wise_ft": {"interpolate": "baseline"},
+    "l2_sp": penalty("l2_sp", 0.1),
+    "lora_hidden": {"retention_mode": "hidden", "adapter": {}},
+    "hidden_fixed": penalty("hidden"),
+    "token_ce_fixed": penalty("token_ce"),
+    "logits": {"retention_mode": "logits"},
+    "logits_fixed": penalty("logits"),
+    "ewc": penalty("ewc", 100.0),
+    "wise_ft_hidden": {"interpolate": "hidden"},
+    "hidden_keep": {"retention_mode": "hidden", "keep": 0.95},
+    "replay": penalty("replay"),
+    "a_gem": penalty("replay", 0.0, use_grad_projection=True, projection_gate="always", conflict_threshold=0.0),
+    "wise_ft_replay": {"interpolate": "replay"},
+}
+"""The settings of each, as in `compare.variants`."""
+
+
+def rate_name(arm: str, rate: float) -> str:
+    """The name of an arm at a learning rate of its own: `baseline_lr3e_4` for 0.0003."""
+    mantissa, exponent = f"{rate:e}".split("e")
+    number = f"{float(mantissa):g}".replace(".", "_")
+    power = int(exponent)
+    return f"{arm}_lr{number}e{'_' if power < 0 else ''}{abs(power)}"
+
+
+def with_arms(config: Experiment, asked: tuple[str, ...]) -> tuple[Experiment, list[str]]:
+    """The config with the asked arms of the catalogue among its variants, and those that it asks at several learning
+    rates; and a line for each arm that its data do not allow.
+
+    Args:
+        asked: arms by name; the single name `all` stands for every arm there is.
+    """
+    compare = config.compare
+    every = asked == ("all",)
+    names = list(dict.fromkeys([*compare.own, *CATALOGUE])) if every else list(asked)
+    left_out: dict[str, str] = {}
+    variants = {name: dict(settings) for name, settings in compare.variants.items()}
+    for name in [name for name in names if name in CATALOGUE and name not in variants]:
+        variants[name] = _of_config(name, config)
+    if every:
+        for name in names:
+            reason = lacking(config, name, variants.get(name, {}), left_out)
+            if reason is not None:
+                left_out[name] = reason
+    chosen: list[str] = []
+    for name in names:
+        if name in left_out:
+            variants.pop(name, None)
+            continue
+        chosen.append(name)
+        for rate in compare.learning_rates.get(name, ()):
+            own = variants.get(name, {"enabled": False} if name == "baseline" else {"retention_mode": name})
+            if name == "token_ce":
+                own = {**own, **compare.token_ce}
+            variants[rate_name(name, rate)] = {**own, "train": {**own.get("train", {}), "learning_rate": rate}}
+            chosen.append(rate_name(name, rate))
+    changed = config.changed({"compare.variants": variants, "compare.arms": chosen})
+    return changed, [f"left out {name}: {reason}" for name, reason in left_out.items()]
+
+
+def _of_config(name: str, config: Experiment) -> dict[str, Any]:
+    settings = dict(CATALOGUE[name])
+    if "adapter" in settings and config.adapter is None:
+        settings["train"] = {"learning_rate": ADAPTER_RATE * config.train.learning_rate}
+    return settings
+
+
+def lacking(config: Experiment, name: str, settings: dict[str, Any], left_out: dict[str, str]) -> str | None:
+    """What the config does not have that an arm needs; None where it has everything."""
+    source = settings.get("interpolate")
+    if source is not None:
+        if config.validation.old is None or config.validation.new is None:
+            return "alpha is chosen on validation data of both skills (validation.old, validation.new)"
+        return f"it interpolates {source}, which is left out" if source in left_out else None
+    if settings.get("keep") is not None and (config.validation.old is None or not config.validation.every):
+        return "keep follows validations of the old skill (validation.old, validation.every)"
+    if config.model.kind == "lerobot" and settings.get("train", {}).get("mask_loss_above") is not None:
+        return "it masks tokens of text"
+    if name == "baseline" or not settings.get("enabled", True):
+        return None
+    mode = settings.get("retention_mode", config.craft.retention_mode if name in config.compare.variants else name)
+    needed = RETENTION_MODES[mode].stores
+    if needed and config.craft.anchor_cache_dir is None:
+        return "there is no anchor cache (craft.anchor_cache_dir)"
+    if config.adapter is not None and mode in ("l2_sp", "ewc"):
+        return "a distance of weights is measured without an adapter"
+    if config.anchors is not None:
+        held = set(config.anchors.modes)
+        if any(not stores(held, what) for what in needed):
+            return f"the cache is built without it (anchors.modes lacks {mode})"
+    return _without_budget(config, name, settings, mode)
+
+
+def _without_budget(config: Experiment, name: str, settings: dict[str, Any], mode: str) -> str | None:
+    budget = config.compare.craft_settings(name, config.craft) if name in config.compare.own else settings
+    unit = RETENTION_MODES[mode].unit(config.craft.loss_type)
+    given = budget.get("epsilon_start", config.craft.epsilon_start if unit.name == config.craft.epsilon_unit else None)
+    if given is None and unit.default_budget is None:
+        return f"it has no budget in {unit.name} (compare.{name}.epsilon_start)"
+    return None

@@ -1,0 +1,125 @@
+"""Retention modes `l2_sp` and `ewc`: distances of weights, under a fixed multiplier or a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from craft_ray.config import Experiment
+from craft_ray.errors import ConfigError
+from craft_ray.models import load_model
+from craft_ray.models.base import IGNORE
+from craft_ray.retention.constraints import open_mode
+from craft_ray.retention.weights import EWC, L2SP
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import Run
+from craft_ray.workers import OneWorker
+from tests.support.caches import built, prompts, teacher, text_experiment
+from tests.support.runs import trained
+
+BUDGET = {"craft.retention_mode": "l2_sp", "craft.epsilon_start": 0.01, "craft.anchor_cache_dir": None}
+
+
+def experiment(model: Path, folder: Path, mode: str, **changes: object) -> Experiment:
+    settings = {
+        "craft.retention_mode": mode,
+        "craft.epsilon_start": 0.01,
+        "train.steps": 4,
+        "anchors.modes": ["token_ce"],
+    }
+    source = prompts(folder / "a.jsonl", [4, 9, 2, 7, 12, 3, 5, 8])
+    return text_experiment(model, source, folder, settings | {"train.learning_rate": 1e-2} | changes)
+
+
+def test_l2_sp_is_half_the_squared_distance_and_needs_no_anchors(text_model: Path, tmp_path: Path) -> None:
+    config = experiment(text_model, tmp_path, "l2_sp", **{"craft.anchor_cache_dir": None, "anchors": None})
+    model = teacher(config)
+    mode = open_mode(config, model, model.weights_fingerprint())
+    assert isinstance(mode, L2SP)
+    mode.check_untouched([0], 1)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.add_(0.5)
+    batch = mode.batch([0])
+    count = sum(p.numel() for p in model.module.parameters())
+    loss = mode.loss(batch)
+    assert loss.item() == pytest.approx(0.125 * count, rel=1e-5)
+    loss.backward()
+    for parameter in model.module.parameters():
+        assert torch.allclose(parameter.grad, torch.tensor(0.5))  # type: ignore[arg-type]
+
+    result = trained(config, tmp_path / "run").finished()
+    assert result is not None
+    assert (result["retention_mode"], result["heldout_anchors"], result["cache"]) == ("l2_sp", 0, None)
+    last = load_model(config.model, "fp32", weights=str(tmp_path / "run" / "checkpoints" / "last" / "model"))
+    pairs = zip(last.module.parameters(), teacher(config).module.parameters(), strict=True)
+    distance = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs) / 2
+    assert result["retention_loss"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_ewc_weighs_the_distance_by_the_fisher_information_of_drawn_tokens(text_model: Path, tmp_path: Path) -> None:
+    config = experiment(text_model, tmp_path, "ewc", **{"anchors.max_new_tokens": 8})
+    built(config)
+    model = teacher(config)
+    mode = open_mode(config, model, model.weights_fingerprint())
+    assert isinstance(mode, EWC)
+    assert all((diagonal >= 0).all() for diagonal in mode.fisher)
+    again = open_mode(config, model, model.weights_fingerprint())
+    assert isinstance(again, EWC)
+    assert all(map(torch.equal, mode.fisher, again.fisher)), "the draws are the same in every run"
+
+    with torch.no_grad():
+        for parameter in mode.parameters:
+            parameter.add_(0.1)
+    expected = sum(0.5 * 0.01 * float(diagonal.double().sum()) for diagonal in mode.fisher)
+    assert mode.loss(mode.batch([0])).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_information_is_that_of_the_teachers_distribution(text_model: Path, tmp_path: Path) -> None:
+    """Row v of the output layer has the score (1[y = v] - p_v) h for a drawn y, whose expected square is p_v (1 - p_v)
+    h^2; over all rows and many tokens the draws average out."""
+    config = experiment(text_model, tmp_path, "ewc", **{"anchors.max_new_tokens": 8})
+    built(config)
+    model = teacher(config)
+    mode = open_mode(config, model, model.weights_fingerprint())
+    assert isinstance(mode, EWC)
+    suffixes = open_mode(config.changed({"craft.retention_mode": "token_ce", "craft.epsilon_unit": None}), model, None)
+    train, _ = suffixes.split(config.craft.anchor_holdout)
+    batch = suffixes.batch(train).inputs
+    with torch.no_grad():
+        chosen = batch.targets_BP != IGNORE
+        probs_NV = model.logits(batch)[chosen].softmax(-1)  # type: ignore[attr-defined]
+        states_BSD = model.hidden_states(batch, [model.num_hidden_states - 1])[0]
+        states_ND = states_BSD[:, batch.keep_P][chosen]
+        exact = ((probs_NV * (1 - probs_NV)).sum(1) * states_ND.square().sum(1)).mean()
+    head = model.module.get_output_embeddings().weight  # type: ignore[operator]
+    index = next(i for i, parameter in enumerate(mode.parameters) if parameter is head)
+    assert float(mode.fisher[index].sum()) == pytest.approx(float(exact), rel=0.35)
+
+
+@pytest.mark.parametrize("name", ["l2_sp", "ewc"])
+def test_a_resumed_run_is_the_uninterrupted_one(name: str, text_model: Path, tmp_path: Path) -> None:
+    config = experiment(text_model, tmp_path, name, **{"train.checkpoint_every": 2})
+    built(config)
+    whole = trained(config, tmp_path / "whole")
+    folder = RunFolder(tmp_path / "cut")
+    folder.begin(config, ["test"])
+    first = Run(config, folder, OneWorker(), NullObserver())
+    first.loop(until=2)
+    first.close()
+    second = trained(config, folder.path)
+    losses = [[record["craft/retention_loss"] for record in run.read_metrics()] for run in (whole, second)]
+    assert losses[0] == losses[1]
+    assert losses[0][0] == 0 < losses[0][1]
+
+
+def test_an_adapter_is_refused(text_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    config = experiment(text_model, tmp_path, "l2_sp", adapter={"r": 2})
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    with pytest.raises(ConfigError, match="leave the section adapter out"):
+        Run(config, folder, OneWorker(), NullObserver())

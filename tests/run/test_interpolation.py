@@ -1,0 +1,56 @@
+"""Weights between the teacher and a finished run, and the choice of alpha."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from craft_ray.config.arms import rate_name, with_arms
+from craft_ray.models import load_model
+from craft_ray.run.interpolation import Interpolation, choose
+from tests.support.caches import prompts, text_experiment
+
+
+def test_the_ends_are_exact_and_the_middle_is_the_mean(text_model: Path, tmp_path: Path) -> None:
+    config = text_experiment(text_model, prompts(tmp_path / "a.jsonl", [3, 4]), tmp_path)
+    model, other = load_model(config.model, "fp32"), load_model(config.model, "fp32")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    start = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    end = other.module.state_dict()
+    path = Interpolation(model, end)
+    for alpha, expected in ((1.0, end), (0.0, start), (1.0, end)):
+        path.to(alpha)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.module.state_dict().items())
+    path.to(0.5)
+    for name, tensor in model.module.state_dict().items():
+        torch.testing.assert_close(tensor, (start[name] + end[name]) / 2)
+
+
+def test_alpha_is_the_best_mean_or_the_best_that_keeps_enough() -> None:
+    found = [(0.0, 1.0, 0.1), (0.5, 0.9, 0.7), (0.8, 0.6, 0.99), (1.0, 0.3, 1.0)]
+    records = [{"alpha": alpha, "old/ratio": old, "new/gain": new} for alpha, old, new in found]
+    assert choose(records, None)["alpha"] == 0.5
+    assert choose(records, 0.55)["alpha"] == 0.8
+    assert choose(records, 0.999)["alpha"] == 0.0
+
+
+def test_all_arms_leave_out_what_the_data_do_not_allow(text_model: Path, tmp_path: Path) -> None:
+    settings = {"compare.learning_rates": {"baseline": [3e-4]}}
+    config = text_experiment(text_model, prompts(tmp_path / "a.jsonl", [3, 4]), tmp_path, settings)
+    changed, lines = with_arms(config, ("all",))
+    chosen = changed.compare.chosen
+    assert {"baseline", "baseline_lr3e_4", "hidden", "l2_sp", "ewc", "lora", "selective_tokens"} <= set(chosen)
+    left = {line.split(":")[0].removeprefix("left out ") for line in lines}
+    assert {"replay", "a_gem", "wise_ft", "hidden_keep", "logits", "token_ce"} <= left
+    assert not left & set(chosen)
+    assert changed.compare.train_settings("baseline_lr3e_4") == {"learning_rate": 3e-4}
+
+
+@pytest.mark.parametrize(("rate", "name"), [(3e-4, "a_lr3e_4"), (0.0025, "a_lr2_5e_3"), (1.0, "a_lr1e0")])
+def test_an_arm_is_named_after_its_rate(rate: float, name: str) -> None:
+    assert rate_name("a", rate) == name

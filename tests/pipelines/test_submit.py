@@ -197,7 +197,7 @@ def test_the_log_and_the_exit_code_of_the_command_arrive(token_cluster: Cluster,
     jobs = [
         token_cluster.command(*options, "--", sys.executable, "-c", program, "a  b"),
         token_cluster.command(*options, "echo one; echo $HF_HUB_OFFLINE >&2 && exit 0"),
-        token_cluster.command(*options, "--", "craft-ray", "train", "run.yaml"),
+        token_cluster.command(*options, "cp run.yaml here.yaml && craft-ray train here.yaml"),  # seen by the job alone
     ]
     (three, out, err), (zero, shell, _), (two, refused, _) = map(finish, jobs)
     assert three == 3, err

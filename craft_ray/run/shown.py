@@ -9,6 +9,7 @@ from craft_ray.data.cells import cut
 from craft_ray.models.base import Features, Model
 from craft_ray.models.capabilities import TokenModel
 from craft_ray.retention.constraint import Constraint
+from craft_ray.retention.mode import SampleMode
 from craft_ray.run.held_out import HeldOut
 from craft_ray.run.task_data import TaskData
 
@@ -26,6 +27,8 @@ def shown_samples(model: Model, task: TaskData, constraints: Sequence[Constraint
     features = model.preprocess_task(task.source[0])
     yield _line("task", task.source.ids()[0], "learnt", model, features)
     for constraint in constraints:
+        if not isinstance(constraint.mode, SampleMode):
+            continue  # it holds the weights, and reads no anchors
         anchors = constraint.mode.anchors
         if anchors.identity.inputs != "tensors":
             row, where = (

@@ -113,7 +113,7 @@ FLOORS = (
     ("anchors",),
     ("retention",),
     ("run",),
-    ("tracking", "report", "sweep", "examples", "lerobot.hook"),
+    ("tracking", "report", "sweep", "examples", "init", "lerobot.hook"),
 )
 """The packages of craft_ray, from the lowest up: a package imports its own level and those below it. LeRobot's loop
 with CRaFT's step in it uses all of them, as `craft_pipelines` does."""

@@ -135,6 +135,11 @@ class AnchorSet:
         shape = self.identity.pixel_shape
         return self._inputs["input_ids"][row], pixels.view("<f4").reshape(shape) if shape else None
 
+    @property
+    def has_suffix(self) -> bool:
+        """Whether there are suffix tokens."""
+        return self._suffix is not None
+
     def suffix(self, row: int) -> list[int]:
         assert self._suffix is not None, "the cache has no suffix tokens"
         return [int(token) for token in self._suffix[row]]

@@ -36,6 +36,7 @@ from craft_ray.config.overrides import parse_overrides
 from craft_ray.config.paths import SQLITE, matching
 from craft_ray.config.plain_yaml import read_yaml
 from craft_ray.config.retention import AnchorsConfig, CraftConfig, LogitsConfig
+from craft_ray.config.schema import json_schema
 from craft_ray.config.search import ObjectiveConfig, SweepConfig
 from craft_ray.config.skills import SkillConfig, batch_sizes, scores_of
 from craft_ray.config.tracking import TrackingConfig
@@ -90,6 +91,7 @@ __all__ = [
     "differences",
     "dump_config",
     "ending",
+    "json_schema",
     "load_config",
     "matching",
     "parse_config",

@@ -78,6 +78,7 @@ class Experiment(Section):
         self._check_adapter()
         self._check_skills()
         self._check_keep()
+        self._check_best()
         self._check_sharding()
         if self.train.optimizer == "policy" and self.model.kind != "lerobot":
             raise ValueError(
@@ -150,6 +151,24 @@ class Experiment(Section):
                     f"{self.validation.every} in a run of {self.train.steps} steps: set it to e.g. "
                     f"{max(self.train.steps // 10, 1)}"
                 )
+
+    def _check_best(self) -> None:
+        """Check that a run that keeps its best checkpoint has several to choose from."""
+        train, every = self.train, self.validation.every
+        if train.keep_best is None:
+            if train.patience:
+                raise ValueError(
+                    f"train.patience {train.patience} counts validations that are not better, and nothing says what "
+                    f"better is: add train.keep_best, e.g. {{maximize: new/score}}"
+                )
+            return
+        if not 0 < every < train.steps:
+            raise ValueError(
+                f"train.keep_best chooses among validations, and validation.every is {every} in a run of "
+                f"{train.steps} steps: set it to e.g. {max(train.steps // 10, 1)}"
+            )
+        if not train.keep_checkpoints:
+            raise ValueError("train.keep_best keeps a checkpoint, and train.keep_checkpoints is 0: set it to 1 or more")
 
     def _check_arms(self) -> None:
         """Check that the chosen arms exist and that the settings of each are valid."""
@@ -231,6 +250,11 @@ class Experiment(Section):
             raise ValueError(
                 f"{sharding}, but model.kind is lerobot: its policies call parts of their layers directly, for which "
                 f"nothing gathers the weights; set workers.sharding=none"
+            )
+        if self.train.keep_best is not None:
+            raise ValueError(
+                f"{sharding}, but train.keep_best goes back to the model of an earlier step, and sharded checkpoints "
+                f"have one at the last step alone; leave train.keep_best out, or set workers.sharding=none"
             )
         if self.train.mask_loss_above is not None:
             raise ValueError(

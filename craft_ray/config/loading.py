@@ -54,6 +54,11 @@ def _earlier_positions(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tu
             yield from ((f"{prefix}{key}", str(name)) for name in value if str(name) in EARLIER_POSITIONS)
 
 
-def dump_config(config: Experiment) -> str:
-    """The resolved experiment as YAML; `load_config` reads it back as an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump_config(config: Experiment, changed: bool = False) -> str:
+    """The resolved experiment as YAML; `load_config` reads it back as an equal one.
+
+    Args:
+        changed: leave out what has its default: shorter to look at, and not meant to be read back.
+    """
+    tree = config.model_dump(mode="json", exclude_defaults=changed)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from craft_ray.config.search import ObjectiveConfig
 from craft_ray.config.types import Fraction, Precision, Section, workers
 
 PRESET = ("learning_rate", "schedule", "warmup_steps", "weight_decay", "betas", "max_grad_norm")
@@ -47,6 +48,12 @@ class TrainConfig(Section):
     none by time. If checkpoints take long to write, they are further apart: they take 5 % of the time at most."""
     keep_checkpoints: int = Field(2, ge=0)
     """Number of latest checkpoints that are kept; 0 saves none, not even at the end."""
+    keep_best: ObjectiveConfig | None = None
+    """Which checkpoint is the run's model: that of the best validation, e.g. `{maximize: new/score, subject_to:
+    {old/ratio: ">= 0.95"}}`, over what validations measure (docs/keep_best.md). Default: the last one."""
+    patience: int = Field(0, ge=0)
+    """Validations in a row, none of them better than the best of `keep_best`, after which the run ends; 0 never ends it
+    early."""
     prefetch: int = Field(2, ge=1)
     """Batches that are prepared ahead of the step."""
     check_minutes: float = Field(5.0, ge=0)

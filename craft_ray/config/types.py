@@ -96,7 +96,10 @@ Bound = Annotated[str, BeforeValidator(_bound)]
 Episodes = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...] | None,
     AfterValidator(distinct),
-    BeforeValidator(lambda value: None if value is None else _episodes(value)),
+    BeforeValidator(
+        lambda value: None if value is None else _episodes(value),
+        json_schema_input_type=int | str | list[int | str] | None,
+    ),
 ]
 Layers = Annotated[tuple[int, ...] | None, AfterValidator(distinct)]
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
@@ -88,14 +89,7 @@ def open_source(config: DataConfig, key: str) -> Source:
         ConfigError: there is nothing, it has another format, or a named column is missing.
         DataError: it holds no row.
     """
-    named, config = config.path, config.model_copy(update={"path": local_copy(config.path, f"{key}.path")})
-    if config.format == "auto":
-        otherwise = "dataset" if isinstance(config, AutoData) else config.tags[0]
-        try:
-            found = format_at(config.path)
-        except ValueError as error:
-            raise ConfigError(f"{key}: {named}: {error}: narrow the pattern, or set {key}.format") from None
-        config = as_format(config, found or otherwise, key)
+    named, config = config.path, _resolved(config, key)
     if isinstance(config, LeRobotData):
         require_lerobot(f"{key} is a LeRobotDataset")
         from craft_ray.lerobot.dataset import open_lerobot
@@ -106,6 +100,37 @@ def open_source(config: DataConfig, key: str) -> Source:
     return _open_table(config, named, key)
 
 
+def first_rows(config: DataConfig, key: str, count: int) -> tuple[list[str], list[dict[str, Any]]] | None:
+    """The names of all columns and the first rows with all of them, for those who do not know yet which to name; None
+    for a LeRobotDataset, which has none.
+
+    Raises:
+        ConfigError, DataError: as `open_source` does.
+    """
+    named, config = config.path, _resolved(config, key)
+    if isinstance(config, LeRobotData):
+        return None
+    kind = config.tags[0]
+    files, content = _files(config, kind, named, key)
+    with _readable(config, kind, key):
+        names = _read(config, files, content, []).column_names
+        table = _read(config, files, content, names)
+        return names, [table.row(number) for number in range(min(count, len(table)))]
+
+
+def _resolved(config: DataConfig, key: str) -> DataConfig:
+    """A section with a local path and the format that is found there."""
+    named, config = config.path, config.model_copy(update={"path": local_copy(config.path, f"{key}.path")})
+    if config.format == "auto":
+        otherwise = "dataset" if isinstance(config, AutoData) else config.tags[0]
+        try:
+            found = format_at(config.path)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {named}: {error}: narrow the pattern, or set {key}.format") from None
+        config = as_format(config, found or otherwise, key)
+    return config
+
+
 def _open_table(config: TableData, named: str, key: str) -> TableSource:
     """The samples of a table.
 
@@ -113,32 +138,44 @@ def _open_table(config: TableData, named: str, key: str) -> TableSource:
         named: path of the data in the config; a copy of them may be read.
     """
     kind = config.tags[0]
-    files = _files(config, kind, named, key)
-    digest = blake3()
-    for content in files.values():
-        digest.update(bytes.fromhex(content))
-    try:
-        table = _read(config, files, digest.hexdigest())
+    files, content = _files(config, kind, named, key)
+    with _readable(config, kind, key):
+        table = _read(config, files, content, named_columns(config.columns))
         columns = recognised(config.columns, table.column_names)
         if columns != config.columns:
             config = config.model_copy(update={"columns": columns})
-            table = _read(config, files, digest.hexdigest())
-    except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, OSError) as error:
-        reason = cut(first_line(error.__cause__ or error))
-        raise ConfigError(f"{key}: {config.path} does not read as {kind} ({reason})") from None
+            table = _read(config, files, content, named_columns(columns))
     if not len(table):
         raise DataError(f"{key}: {config.path} holds no sample; specify data with at least one row")
     check_columns(config.columns, table.column_names, config.path, key)
     if config.limit is not None:
         table = table.part(0, min(config.limit, len(table)))
     classes = {name: table.classes[name] for name in text_columns(config.columns) if name in table.classes}
+    digest = _hash_of(files)
     digest.update(f"{table.identity}{classes or ''}".encode())
     digest.update(f"{kind}{_reading_settings(config)}".encode())
     return TableSource(named, table, config.columns, _folder(named, list(files)), digest.hexdigest())
 
 
-def _files(config: TableData, kind: str, named: str, key: str) -> dict[Path, str]:
-    """The files of a source with their checksums; none for a data set on the hub."""
+@contextmanager
+def _readable(config: TableData, kind: str, key: str) -> Iterator[None]:
+    """Turns the errors of libraries that read a table into one line."""
+    try:
+        yield
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, OSError) as error:
+        reason = cut(first_line(error.__cause__ or error))
+        raise ConfigError(f"{key}: {config.path} does not read as {kind} ({reason})") from None
+
+
+def _hash_of(files: Mapping[Path, str]) -> Any:
+    digest = blake3()
+    for content in files.values():
+        digest.update(bytes.fromhex(content))
+    return digest
+
+
+def _files(config: TableData, kind: str, named: str, key: str) -> tuple[dict[Path, str], str]:
+    """The files of a source with their checksums, and the hash of all; no files for a data set on the hub."""
     files = files_at(config.path, kind)
     if not files and (kind != "dataset" or looks_local(config.path)):
         raise ConfigError(f"{key}: there is no data at {config.path}: specify a file, a folder or a hub data set")
@@ -158,12 +195,12 @@ def _files(config: TableData, kind: str, named: str, key: str) -> dict[Path, str
             files = files_of_split(files, split.name)
         except ValueError as error:
             raise ConfigError(f"{key}: {named} {error}") from None
-    return {file: checksum(file) for file in files}
+    found = {file: checksum(file) for file in files}
+    return found, _hash_of(found).hexdigest()
 
 
-def _read(config: TableData, files: Mapping[Path, str], content: str) -> Table:
-    """The rows of files with their checksums and the hash `content` of all."""
-    columns = named_columns(config.columns)
+def _read(config: TableData, files: Mapping[Path, str], content: str, columns: Sequence[str]) -> Table:
+    """The rows of files with their checksums and the hash `content` of all, by these columns."""
     if isinstance(config, HuggingFaceData):
         return read_folder(config, content, columns) if files else read_hub(config, columns)
     table: Table

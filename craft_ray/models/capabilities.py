@@ -72,6 +72,10 @@ class TokenModel(Model):
     def decode(self, tokens: Sequence[int]) -> str:
         """Suffix tokens as text, without special tokens."""
 
+    def spelled(self, tokens: Sequence[int]) -> str:
+        """Tokens as text to look at, with special tokens where the model has them."""
+        return self.decode(tokens)
+
     def answer_text(self, tokens: Sequence[int], expected: Sequence[int]) -> str:
         """What `exact_match` compares of an answer: its text as the tokenizer gives it back, which need not be the text
         in the data (case, accents, spaces).

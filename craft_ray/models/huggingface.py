@@ -329,6 +329,9 @@ class HuggingFaceModel(LogitsModel, TensorModel):
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def spelled(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
+
     def answer_text(self, tokens: Sequence[int], expected: Sequence[int]) -> str:
         special = {*self.tokenizer.all_special_ids} | {
             number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special

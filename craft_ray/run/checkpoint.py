@@ -48,13 +48,15 @@ def save_checkpoint(
     state: TrainingState,
     keep: int,
     check: Callable[[Path], None] | None = None,
+    spared: int | None = None,
 ) -> Path:
     """Write a checkpoint, point `last` at it, and remove all but the latest `keep`.
 
     Args:
+        spared: the step of another one that stays.
         check: is called with its `model` folder before `last` points at it; what it refuses is put aside.
     """
-    target = folder / f"step_{state.step:06d}"
+    target = folder / checkpoint_name(state.step)
     clear_leftovers(folder)
     with new_folder(target) as temporary:
         try:
@@ -79,7 +81,8 @@ def save_checkpoint(
             raise
     point_last(folder, target.name)
     for old in sorted(folder.glob("step_*"), key=checkpoint_step)[:-keep]:
-        shutil.rmtree(old)
+        if checkpoint_step(old) != spared:
+            shutil.rmtree(old)
     return target
 
 
@@ -143,6 +146,16 @@ def load_training_state(checkpoint: Path) -> TrainingState:
         dual, cache = state.pop("dual"), state.pop("cache")
         state["constraints"] = [] if dual is None else [{"dual": dual, "cache": cache}]
     return TrainingState(**state)
+
+
+def load_weights(model: Model, config: ModelConfig, precision: Precision, checkpoint: Path) -> None:
+    """Give a model in training the weights of one of its run's checkpoints."""
+    loaded = load_model(config, precision, "cpu", weights=str(checkpoint / "model"))
+    model.module.load_state_dict(loaded.module.state_dict())
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:06d}"
 
 
 def checkpoint_step(checkpoint: StoragePath) -> int:

@@ -110,6 +110,10 @@ class RunFolder:
     def pull(self) -> None:
         """Fetch what a process needs to resume the run. Nothing to do here: it is in this folder."""
 
+    def checkpoint(self, name: str) -> Path:
+        """A checkpoint that this process reads."""
+        return self.disk / "checkpoints" / name
+
     def push(self) -> None:
         """Let other processes see what was written. Nothing to do here: they read this folder."""
 

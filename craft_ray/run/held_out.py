@@ -174,6 +174,13 @@ class HeldOut:
             self._data[section, skill] = EvalData(self._model, source, eval_set, self._features)
         return self._data[section, skill]
 
+    def samples(self) -> Iterator[tuple[str, str, EvalData]]:
+        """Section, skill and data of each set of held-out samples."""
+        for section in SECTIONS:
+            for skill, eval_set in eval_sets(self._config, section):
+                if not isinstance(eval_set, RolloutEvalSet):
+                    yield section, skill, self.data(section, skill, eval_set)
+
     def rows(self) -> Iterator[Rows]:
         """The rows of each set of held-out samples."""
         for section in SECTIONS:

@@ -214,9 +214,17 @@ def skill_line(skill: str, found: Record) -> str:
     return f"{line}, budget {found['epsilon']:g}: {verdict}; λ {found['lambda']:.3g}"
 
 
+def kept_line(kept: dict[str, Any]) -> str:
+    """Which step's checkpoint is a run's model, and why."""
+    bounds = ", ".join(f"{name} {kept['reached'][name]:.4g} ({bound})" for name, bound in kept["bounds"].items())
+    among = "the best validation" if kept["feasible"] else "no validation was within the bounds, this one missed least"
+    ended = f"; training ended early, at step {kept['trained_steps']}" if kept["ended_early"] else ""
+    return f"kept step {kept['step']}: {among}, {kept['metric']} {kept['value']:.4g}{bounds and ', '}{bounds}{ended}"
+
+
 def result_lines(result: dict[str, Any]) -> list[str]:
     """The result of a run, in words."""
-    lines = []
+    lines = [kept_line(result["kept"])] if "kept" in result else []
     skills: dict[str, Any] = result.get("skills", {})
     scored = {**(skills or {"old": result["old"]}), "new": result["new"]}
     scores = [

@@ -74,6 +74,12 @@ class RunMirror(RunFolder):
             copy_tree(last, self._local / "checkpoints" / last.name)
             point_last(self._local / "checkpoints", last.name)
 
+    def checkpoint(self, name: str) -> Path:
+        local = super().checkpoint(name)
+        if not local.exists():
+            copy_tree(self.home / "checkpoints" / name, local)
+        return local
+
     def write_result(self, result: dict[str, Any]) -> None:
         self.push()
         super().write_result(result)

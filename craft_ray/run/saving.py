@@ -10,30 +10,43 @@ from torch.optim import Optimizer
 from craft_ray.config import Experiment
 from craft_ray.method.gradients import GradientPair
 from craft_ray.models.base import Model
+from craft_ray.run.best import BestValidation
 from craft_ray.run.cadence import CheckpointClock
-from craft_ray.run.checkpoint import TrainingState, check_saved, save_checkpoint
+from craft_ray.run.checkpoint import (
+    TrainingState,
+    check_saved,
+    checkpoint_name,
+    load_training_state,
+    load_weights,
+    save_checkpoint,
+)
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import Observer
 from craft_ray.run.sharded_checkpoint import check_exported, save_sharded
+from craft_ray.storage.last import point_last
 from craft_ray.workers import Workers
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run, as one process for all of its workers."""
 
-    def __init__(self, config: Experiment, folder: RunFolder, workers: Workers, observer: Observer) -> None:
+    def __init__(
+        self, config: Experiment, folder: RunFolder, workers: Workers, observer: Observer, best: BestValidation
+    ) -> None:
         self._config = config
         self._folder = folder
         self._workers = workers
         self._observer = observer
+        self._best = best
         self._keep = config.train.keep_checkpoints
         self._clock = CheckpointClock(config.train.checkpoint_minutes if self._keep else 0, workers)
         self._read_back = False  # whether this process has loaded a checkpoint of its own again
 
     def due(self, step: int) -> bool:
-        """Whether one is written after this step: by time, by number, or because it is the last. Ask after each."""
+        """Whether one is written after this step: by time, by number, because it is the last, or because a validation
+        follows that may be the best. Ask after each."""
         every, steps = self._config.train.checkpoint_every, self._config.train.steps
-        return self._clock.due() or bool(every and step % every == 0) or step == steps
+        return self._clock.due() or bool(every and step % every == 0) or step == steps or self._best.judges(step)
 
     def write(self, model: Model, state: TrainingState, gradients: GradientPair, optimizer: Optimizer) -> None:
         """Write a checkpoint, if the run keeps any. No worker continues before it is complete."""
@@ -45,11 +58,26 @@ class CheckpointWriter:
             self._folder.push_parts(f"step_{state.step:06d}", self._workers)
         elif self._workers.rank == 0:
             check = None if self._read_back else lambda folder: self._check(model, folder)
-            save_checkpoint(self._folder.disk / "checkpoints", model, state, self._keep, check)
+            save_checkpoint(self._folder.disk / "checkpoints", model, state, self._keep, check, self._best.step)
             self._read_back = True
             self._folder.push_checkpoint()
         self._workers.gather(None)
         self._clock.saved(time.monotonic() - started)
+
+    def hold_best(self) -> None:
+        """Have the best checkpoint of a resumed run at hand: one that is not is taken for removed."""
+        if self._best.step is not None:
+            self._folder.checkpoint(checkpoint_name(self._best.step))
+
+    def back_to(self, step: int, model: Model) -> TrainingState:
+        """Make an earlier checkpoint the run's model, in memory and as `checkpoints/last`."""
+        checkpoint = self._folder.checkpoint(checkpoint_name(step))
+        load_weights(model, self._config.model, self._config.train.precision, checkpoint)
+        if self._workers.rank == 0:
+            point_last(self._folder.disk / "checkpoints", checkpoint_name(step))
+            self._folder.push_checkpoint()
+        self._workers.gather(None)
+        return load_training_state(checkpoint)
 
     def _write_sharded(self, model: Model, state: TrainingState, gradients: GradientPair, optimizer: Optimizer) -> None:
         """With all workers. At the last step it gets a `model` folder, and its weights are compared with those in

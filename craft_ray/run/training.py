@@ -28,6 +28,7 @@ from craft_ray.models.features import FeatureCache
 from craft_ray.models.sharding import open_mesh
 from craft_ray.retention.constraints import open_constraints
 from craft_ray.retention.mode import Terms
+from craft_ray.run.best import BestValidation
 from craft_ray.run.checkpoint import TrainingState
 from craft_ray.run.claim import only_process
 from craft_ray.run.folder import RunFolder
@@ -101,6 +102,7 @@ class Run:
         self.config, self.folder, self.workers, self.observer = config, folder, workers, observer
         self.main = workers.rank == 0
         features = features or FeatureCache()
+        self.best = BestValidation(config)
         checkpoint = last_checkpoint(folder.disk / "checkpoints")
         assert checkpoint is None or isinstance(checkpoint, Path)
         weights = None if checkpoint is None or is_sharded(checkpoint) else str(checkpoint / "model")
@@ -124,7 +126,7 @@ class Run:
         self.gradients = GradientPair(module.named_parameters(), with_retention=apart, sharded=sharded)
         self.optimization = make_optimization(self.model, self.gradients.parameters, config.train)
         self.optimizer = self.optimization.optimizer
-        self.checkpoints = CheckpointWriter(config, folder, workers, observer)
+        self.checkpoints = CheckpointWriter(config, folder, workers, observer, self.best)
         self.step = 0
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -164,6 +166,12 @@ class Run:
         state = TrainingState(self.step, self.optimization.state_dict(), self.gradients.reached, constraints)
         self.checkpoints.write(self.model, state, self.gradients, self.optimizer)
 
+    def _return_to(self, step: int) -> None:
+        """Make an earlier step's checkpoint the run's model: its weights, and the budget and λ that belong to them."""
+        state = self.checkpoints.back_to(step, self.model)
+        self.constraints.load_state_dicts(state.constraints)
+        self.step = state.step
+
     # -- data
 
     def batches(self) -> Iterator[StepData]:
@@ -185,12 +193,14 @@ class Run:
         wanted = bool(validation.every or validation.old or validation.new)
         every = validation.every or steps
         past = {record["step"]: record for record in self.workers.gather(self.folder.read_validation())[0]}
+        self.best.observe(past.values())
+        self.checkpoints.hold_best()
         if wanted and self.step and (self.step % every == 0 or self.step == steps):
             if self.step not in past:
                 yield self.validate()  # the process was lost between the checkpoint and its validation
             elif self.step < steps:
                 self.constraints.observe(past[self.step])  # a checkpoint is written before its validation
-        while self.step < steps:
+        while self.step < steps and not self.best.exhausted:
             self.loop(until=self.step + every - self.step % every)
             if wanted:
                 yield self.validate()
@@ -204,6 +214,7 @@ class Run:
         record: Record = {"step": self.step} | self.held_out.validation() | self.constraints.validation(self.step)
         if self.step < self.config.train.steps:  # what is certified is the budget of the last step
             self.constraints.observe(record)
+        self.best.observe([record])
         if self.main:
             self.folder.append_validation(record)
             self.observer.validated(record)
@@ -254,8 +265,11 @@ class Run:
 
     def conclude(self) -> None:
         """Score the student, certify the budget on held-out anchors, and write the result."""
-        config = self.config
+        config, trained = self.config, self.step
+        if self.best.step not in (None, trained):
+            self._return_to(self.best.step)
         result: dict[str, Any] = {"name": config.name, "arm": config.arm, "seed": config.seed, "steps": self.step}
+        result |= self.best.described(trained)
         result |= self.held_out.evaluation()
         result |= judged(self.constraints.certificates(self.step), self.held_out.certificates(), result)
         result["stationarity"] = self._stationarity()

@@ -28,7 +28,7 @@ from craft_ray.sweep.space import Params, Space, parse_space
 Status = Literal["open", "finished", "stopped", "failed"]
 Report = dict[str, Any]
 """`step`: steps over all seeds so far; `seeds`: runs that the numbers cover; `metrics`: their means; `params`;
-`value`, `reached`, `violations`, `feasible`, `score`: the verdict (craft_ray.sweep.objective); `seconds`: since the
+`value`, `reached`, `violations`, `feasible`, `score`: the verdict (craft_ray.run.objective); `seconds`: since the
 trial started."""
 
 
@@ -178,6 +178,8 @@ def trial_config(base: Experiment, params: Params, trial: TrialFolder, seed: int
         "output_dir": str(trial.path),
         "evaluation": {"old": None, "new": None},
         **{f"skills.{skill}.evaluation": None for skill in base.skills},
+        "train.keep_best": None,  # the objective judges each validation
+        "train.patience": 0,
         "train.keep_checkpoints": 1 if base.train.checkpoint_every else 0,
         # Set explicitly: a run without validation data would not validate at its end.
         "validation.every": base.validation.every or params.get("train.steps", base.train.steps),

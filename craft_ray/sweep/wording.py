@@ -11,8 +11,8 @@ from typing import Any
 
 from craft_ray.config import Experiment, ObjectiveConfig
 from craft_ray.report.wording import NONE, number, percent
+from craft_ray.run.objective import eval_set_of, is_score, parse_bound, split
 from craft_ray.run.scoring import HIGHER_IS_BETTER
-from craft_ray.sweep.objective import eval_set_of, is_score, parse_bound, split
 from craft_ray.sweep.results import SweepResult, TrialResult
 from craft_ray.sweep.trials import Report
 

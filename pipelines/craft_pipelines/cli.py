@@ -13,11 +13,13 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from craft_pipelines.configs import config_app, init
 from craft_pipelines.ending import end_interrupted, interruption_in
 from craft_ray import interruption
 from craft_ray.config import load_config, parse_overrides
@@ -26,13 +28,21 @@ from craft_ray.errors import NOT_MET, ConfigError, CraftError
 from craft_ray.quiet import uncollected
 from craft_ray.storage.paths import storage_path
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 anchors_app = typer.Typer(no_args_is_help=True, help="Build, check, show and import anchor caches.")
 app.add_typer(anchors_app, name="anchors")
+app.add_typer(config_app, name="config")
+app.command("init")(init)
 
 Config = Annotated[Path, typer.Argument(help="a YAML config", show_default=False)]
 CacheFolder = Annotated[str, typer.Argument(help="the folder of an anchor cache", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. craft.lambda_lr=0.05")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"craft-ray {version('craft-ray')}")
+        raise typer.Exit
 
 
 def main() -> None:
@@ -48,6 +58,15 @@ def main() -> None:
             raise
         print(f"craft-ray: {error.message}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")
+    ] = False,
+) -> None:
+    """Options of the command itself; its help is the program's."""
 
 
 @anchors_app.command("build")
@@ -344,7 +363,7 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="folder for everything that the demo writes [default: craft-demo-PRESET]")
     ] = None,
-    preset: Annotated[str, typer.Option(help="digits, text or chat")] = "digits",
+    preset: Annotated[str, typer.Option(help="digits, text, chat or robot")] = "digits",
     quick: Annotated[bool, typer.Option("--quick", help="one seed, fewer steps, no sweep")] = False,
 ) -> None:
     """Show on real data what plain fine-tuning forgets and what a budget keeps."""

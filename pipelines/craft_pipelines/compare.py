@@ -80,8 +80,8 @@ def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arm
     """The experiment of one arm and seed.
 
     The baseline keeps the cache: it does not train on it, but is measured by the loss of the preferred other arm. Only
-    what a budget follows is validated, because nothing is chosen here. The other arms are not part of a run's config,
-    so that an arm can be added to a finished comparison.
+    what a budget follows is validated, because nothing is chosen here, unless each run keeps its best checkpoint. The
+    other arms are not part of a run's config, so that an arm can be added to a finished comparison.
     """
     settings = _settings(config, arm)
     measured_by = preferred(config, [other for other in arms if other != "baseline"])
@@ -105,6 +105,8 @@ def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arm
 
 def _unvalidated(config: Experiment, kept: Collection[str | None]) -> dict[str, Any]:
     """What leaves out the validations that nothing follows: those of skills without a part to keep."""
+    if config.train.keep_best is not None:
+        return {}
     if None not in kept:
         changes: dict[str, Any] = {"validation": {"every": config.validation.every if kept else 0}}
     else:

@@ -12,8 +12,10 @@ from craft_pipelines.session import check_resources, join
 from craft_pipelines.train import check_inputs, check_new, resources, run_name
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import ConfigError
+from craft_ray.run.cost import cost_line
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import SECTIONS, eval_sets
+from craft_ray.run.shown import shown_samples
 from craft_ray.run.training import Run, check_every_row
 from craft_ray.storage.paths import storage_path
 from craft_ray.workers import OneWorker
@@ -40,7 +42,7 @@ def dry_run(config: Experiment) -> None:
         lacking = check_resources(workers.least, needed, "workers.num_workers")
         if lacking:
             raise ConfigError(lacking)
-    print(dump_config(config))
+    print(f"What differs from the defaults (craft-ray config show prints all):\n{dump_config(config, changed=True)}")
     observer = ConsoleObserver(STEPS, config.arm)
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -53,10 +55,16 @@ def dry_run(config: Experiment) -> None:
                     run.held_out.data(section, skill, eval_set)
             check_every_row(run)
             run.loop(until=STEPS)
+            print("A sample of each source as the model reads it, what counts in [[ ]]:")
+            for line in shown_samples(run.model, run.task, run.constraints.each, run.held_out):
+                print(f"  {line}")
+            steps = run.folder.read_metrics()
+            cost = cost_line(config, steps, run.model.module, run.optimizer, device.type == "cuda")
             run.close()
         finally:
             observer.close()
     where = f"{workers.count} worker(s) of {resources(workers)}" if workers.num_workers else "this process"
+    print(cost)
     print(
         f"Plan: {config.train.steps} steps of {config.train.batch_size} samples on {where}, arm {config.arm}, into "
         f"{storage_path(config.output_dir) / run_name(config)}. "

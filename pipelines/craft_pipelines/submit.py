@@ -18,6 +18,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from craft_pipelines.authentication import refused
 from craft_pipelines.runtime_env import of_job
+from craft_pipelines.submitted import check_outputs
 from craft_pipelines.working_dir import check_size, excludes
 from craft_ray.errors import ConfigError, CraftError, Interrupted, first_line
 from craft_ray.storage.files import readable_bytes
@@ -52,6 +53,7 @@ def submit(command: Sequence[str], address: str | None, folder: Path, wait: bool
     for name in VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = folder.absolute()
+    check_outputs(command, folder)
     patterns = excludes(folder)
     size = check_size(folder, patterns)
     address = dashboard(address)

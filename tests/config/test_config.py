@@ -128,6 +128,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "steps": 9, "batch_size": 8, "accumulate": 2, "mask_loss_above": 2.5, "learning_rate": 0.5, "schedule": "linear", "warmup_steps": 2,
         "weight_decay": 0.0, "betas": [0.5, 0.75], "max_grad_norm": None, "precision": "bf16", "log_every": 3,
         "checkpoint_every": 4, "checkpoint_minutes": 2.5, "keep_checkpoints": 1, "prefetch": 5, "check_minutes": 1.5,
+        "keep_best": {"maximize": "new/ratio", "minimize": None, "subject_to": {}, "confidence": 0.9}, "patience": 3,
     },
     "evaluation.old": scored(TEXT),
     "evaluation.new": ROLLOUT,
@@ -135,7 +136,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "num_workers": 2, "use_gpu": True, "cpus_per_worker": 0.5, "resources_per_worker": {"GPU": 0.5},
         "threads": 2, "max_failures": 0,
     },
-    "validation": {"every": 9},
+    "validation": {"every": 4},
     "validation.old": scored(CSV),
     "validation.new": scored(PARQUET),
     "objective": {
@@ -159,6 +160,7 @@ def test_every_key_can_be_overridden(minimal: Path) -> None:
     config = load_config(minimal, overrides)
     for key, value in EVERY.items():
         found = get(config, key)
+        found = found.model_dump() if isinstance(found, Section) else found
         assert (list(found) if isinstance(found, tuple) else found) == value, key
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,15 @@ def test_the_dry_run_takes_three_steps_and_keeps_nothing(command: Command, confi
     assert code == 0
     assert out.count("\nStep ") == 3
     assert "Plan: 50 steps of 8 samples on this process, arm hidden" in out
-    assert yaml.safe_load(out[: out.index("0.24 M")])["train"]["steps"] == 50
+    changed = yaml.safe_load(out[out.index("\n") : out.index("0.24 M")])
+    assert changed["train"]["steps"] == 50
+    assert "log_every" not in changed["train"]
+    assert "task, sample new-" in out
+    assert "<image>×16" in out
+    assert re.search(r"task, sample .* \d+ tokens, 2 of them learnt: .*\[\[\w+ <eos>\]\]\n", out)
+    assert re.search(r"anchor, sample .* of them the teacher's: .*\[\[", out)
+    assert re.search(r"evaluation.old, sample .* compared: .*\[\[\w+ <eos>\]\]\n", out)
+    assert re.search(r"for 50 steps of [\d.e-]+ s, .* of memory at most; [\d.]+ MiB a checkpoint, 2 kept\n", out)
     assert not (tmp_path / "runs").exists()
 
 

@@ -97,7 +97,7 @@ def test_every_stage_as_a_job(
         assert "did you mean craft.lambda_lr?" in out + err
         code, out, err = job("train", "run.yaml", "output_dir=runs", "name=lost")
         assert code == 2, out + err
-        assert "in the working directory that was uploaded with this job" in out + err
+        assert "in the working directory that is uploaded with the job" in out + err
 
         # A user with credentials for the store fetches the results.
         report = ["report", f"{store}/runs/digits-hidden-seed0", "--out", str(work)]

@@ -18,6 +18,7 @@ from craft_pipelines import working_dir
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.runtime_env import FORWARDED, of_driver, of_job
 from craft_pipelines.submit import DASHBOARD, dashboard
+from craft_pipelines.submitted import check_outputs
 
 from craft_ray.anchors import manifest
 from craft_ray.errors import ConfigError
@@ -143,6 +144,46 @@ def test_what_a_job_writes_into_its_working_directory_would_be_lost() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["craft-ray", "train", "run.yaml"], "craft.anchor_cache_dir is anchors"),
+        (["craft-ray", "anchors", "build", "run.yaml"], "craft.anchor_cache_dir is anchors"),
+        (["craft-ray", "train", "run.yaml", "craft.anchor_cache_dir=/shared/anchors"], "output_dir is runs"),
+        (["craft-ray compare run.yaml craft.anchor_cache_dir=s3://b/anchors"], "output_dir is runs"),
+        (["craft-ray doctor && craft-ray compare run.yaml --out report"], "--out is report"),
+        (["craft-ray", "report", "/shared/run", "--out=report"], "--out is report"),
+        (["craft-ray", "sweep", "run.yaml", "--out", "sweep"], "--out is sweep"),
+        (["craft-ray", "train", "run.yaml", "train.steps=none"], "train.steps"),
+    ],
+)
+def test_outputs_that_a_job_would_lose_are_refused_before_the_upload(
+    words: list[str], key: str, tmp_path: Path
+) -> None:
+    tree = {"model": {"path": "m"}, "task": {"path": "d.jsonl"}, "train": {"steps": 2}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**tree, "craft": {"anchor_cache_dir": "anchors"}}))
+    with pytest.raises(ConfigError) as refused:
+        check_outputs(words, tmp_path)
+    assert key in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["craft-ray", "train", "run.yaml", "output_dir=/shared/runs"],
+        ["craft-ray compare run.yaml --out s3://bucket/report"],
+        ["craft-ray", "evaluate", "run.yaml"],
+        ["craft-ray", "train", "/shared/elsewhere.yaml"],
+        ["python", "train.py", "run.yaml"],
+        ["craft-ray train run.yaml output_dir=/shared/runs && tool --out here"],
+    ],
+)
+def test_other_commands_are_uploaded(words: list[str], tmp_path: Path) -> None:
+    tree = {"model": {"path": "m"}, "task": {"path": "d.jsonl"}, "train": {"steps": 2}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    check_outputs(words, tmp_path)
+
+
 def test_the_log_and_the_exit_code_of_the_command_arrive(token_cluster: Cluster, tmp_path: Path) -> None:
     """Three jobs at once: words with spaces, a line for the shell, and craft-ray with outputs that would be lost."""
     (tmp_path / "inside.txt").write_text("content of the file\n")
@@ -156,7 +197,7 @@ def test_the_log_and_the_exit_code_of_the_command_arrive(token_cluster: Cluster,
     jobs = [
         token_cluster.command(*options, "--", sys.executable, "-c", program, "a  b"),
         token_cluster.command(*options, "echo one; echo $HF_HUB_OFFLINE >&2 && exit 0"),
-        token_cluster.command(*options, "--", "craft-ray", "train", "run.yaml"),
+        token_cluster.command(*options, "cp run.yaml here.yaml && craft-ray train here.yaml"),  # seen by the job alone
     ]
     (three, out, err), (zero, shell, _), (two, refused, _) = map(finish, jobs)
     assert three == 3, err

@@ -23,9 +23,9 @@ from craft_ray.report.wording import number
 from craft_ray.retention.constraints import Constraints, open_constraints
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import console_line, result_lines, validation_line
+from craft_ray.run.objective import objective_of
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train, training
-from craft_ray.sweep.objective import objective_of
 from craft_ray.workers import OneWorker
 from tests.support.experiments import ANSWERED, COLUMNS, Digits
 from tests.support.runs import trained

@@ -11,7 +11,7 @@ import pytest
 
 from craft_ray.config import Experiment, ObjectiveConfig, parse_config
 from craft_ray.errors import ConfigError, DataError
-from craft_ray.sweep.objective import Verdict, judge, means, objective_of, parse_bound
+from craft_ray.run.objective import Verdict, judge, means, objective_of, parse_bound
 
 CASES = 3000
 

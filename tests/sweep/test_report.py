@@ -12,9 +12,9 @@ import pytest
 
 from craft_ray.config import Experiment
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.objective import judge
 from craft_ray.sweep.html import table_rows, write_sweep_report
 from craft_ray.sweep.importance import association, common_step, importance, ranked
-from craft_ray.sweep.objective import judge
 from craft_ray.sweep.parallel import axes_of, broken
 from craft_ray.sweep.plots import pareto_front, pareto_metrics
 from craft_ray.sweep.results import SweepResult, read_results

@@ -27,11 +27,11 @@ from craft_ray.errors import ConfigError, CraftError
 from craft_ray.run.checkpoint import checkpoint_step
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
+from craft_ray.run.objective import judge
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import Run, train, training
 from craft_ray.statistics import mean_bound
 from craft_ray.storage.last import last_checkpoint
-from craft_ray.sweep.objective import judge
 from craft_ray.sweep.results import read_results, write_results
 from craft_ray.sweep.space import Params, parse_space
 from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder, seeds, trial_config

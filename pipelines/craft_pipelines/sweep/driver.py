@@ -31,11 +31,11 @@ from craft_ray.config import DataConfig, EvalSet, Experiment, RolloutConfig, Rol
 from craft_ray.errors import ConfigError, CraftError, Interrupted
 from craft_ray.run.folder import command_line
 from craft_ray.run.held_out import eval_sets, key_of
+from craft_ray.run.objective import objective_of
 from craft_ray.run.scoring import open_eval_set
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, remove_tree, storage_path
 from craft_ray.sweep.html import write_sweep_report
-from craft_ray.sweep.objective import objective_of
 from craft_ray.sweep.results import read_results, write_results
 from craft_ray.sweep.space import Space, check_space
 from craft_ray.sweep.trials import Plan, SweepFolder

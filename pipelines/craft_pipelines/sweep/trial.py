@@ -20,9 +20,9 @@ from craft_ray.run.checkpoint import adopt_checkpoint, checkpoint_step
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.identity import forget_identity
 from craft_ray.run.metrics import Record
+from craft_ray.run.objective import Verdict, judge, means, objective_of
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import copy_tree, remove_tree, storage_path
-from craft_ray.sweep.objective import Verdict, judge, means, objective_of
 from craft_ray.sweep.space import Params
 from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder, seeds, trial_config
 

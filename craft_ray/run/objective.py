@@ -1,4 +1,5 @@
-"""The objective of a sweep: one metric to maximise or minimise, within bounds on others.
+"""An objective: one metric to maximise or minimise, within bounds on others. A sweep ranks its settings by it, and a
+run its checkpoints.
 
 A tuner ranks by one number, and a setting that breaks a bound must not win. So the number combines both:
 
@@ -52,17 +53,20 @@ class Verdict:
         return self.violation == 0
 
 
-def judge(objective: ObjectiveConfig, runs: Sequence[Mapping[str, Any]]) -> Verdict:
+def judge(objective: ObjectiveConfig, runs: Sequence[Mapping[str, Any]], key: str = "objective") -> Verdict:
     """The verdict on a setting from the metrics of its runs, one for each seed.
+
+    Args:
+        key: where the objective is in the config, for errors.
 
     Raises:
         DataError: a metric of the objective has no value.
     """
-    value = statistics.mean(_values(objective.metric, runs))
+    value = statistics.mean(_values(objective.metric, runs, key))
     reached, violations = {}, {}
     for metric, bound in objective.subject_to.items():
         least, limit = parse_bound(bound)
-        reached[metric] = mean_bound(_values(metric, runs), objective.confidence, lower=least)
+        reached[metric] = mean_bound(_values(metric, runs, key), objective.confidence, lower=least)
         missing = limit - reached[metric] if least else reached[metric] - limit
         violations[metric] = max(0.0, missing) / (abs(limit) or 1.0)
     total = math.fsum(violations.values())
@@ -90,15 +94,28 @@ def objective_of(config: Experiment) -> ObjectiveConfig:
             "the config has no objective: add e.g. 'objective: {maximize: new/score, subject_to: {old/ratio: \">= "
             "0.95\"}}'"
         )
+    check_objective(objective, config, "objective")
+    return objective
+
+
+def check_objective(objective: ObjectiveConfig, config: Experiment, key: str, of_steps: bool = True) -> None:
+    """Check an objective against what the config measures.
+
+    Args:
+        key: where it is in the config, for errors.
+        of_steps: whether the means of steps can be judged, or only what a validation measures.
+
+    Raises:
+        ConfigError: it names a metric that is not measured, or it would search for the worst.
+    """
     for metric in (objective.metric, *objective.subject_to):
-        _check_measured(metric, config)
+        _check_measured(metric, config, key, STEPS if of_steps else ())
     wanted = [(objective.metric, objective.maximize is not None)]
     wanted += [(metric, parse_bound(bound)[0]) for metric, bound in objective.subject_to.items()]
     for metric, more in wanted:
         better = more_is_better(metric, config)
         if better is not None and better is not more:
-            raise ConfigError(_wrong_way(metric, better))
-    return objective
+            raise ConfigError(f"{key}: {_wrong_way(metric, better)}")
 
 
 def more_is_better(metric: str, config: Experiment) -> bool | None:
@@ -122,13 +139,13 @@ def is_score(metric: str) -> bool:
 
 def _wrong_way(metric: str, better: bool) -> str:
     if better:
-        return f"objective: higher {metric} is better: maximize it, or bound it with >="
+        return f"higher {metric} is better: maximize it, or bound it with >="
     if is_score(metric):
         return (
-            f"objective: {metric} is a perplexity, where lower is better: minimize it, bound it with <=, or use "
+            f"{metric} is a perplexity, where lower is better: minimize it, bound it with <=, or use "
             f"{metric.rpartition('/')[0]}/ratio, where higher is better"
         )
-    return f"objective: lower {metric} is better: minimize it, or bound it with <="
+    return f"lower {metric} is better: minimize it, or bound it with <="
 
 
 def means(records: Iterable[Record]) -> Record:
@@ -141,16 +158,17 @@ def means(records: Iterable[Record]) -> Record:
     return {metric: statistics.fmean(values) for metric, values in columns.items() if values}
 
 
-def _check_measured(metric: str, config: Experiment) -> None:
+def _check_measured(metric: str, config: Experiment, key: str, steps: Sequence[str]) -> None:
     skills = skill_metrics(config)
     if is_score(metric) and (metric in SCORES or metric in skills):
-        eval_set_of(config, split(metric)[0])
+        eval_set_of(config, split(metric)[0], key)
     elif metric in HELDOUT or metric in skills:
         if config.craft.anchor_cache_dir is None:
-            raise ConfigError(f"objective: {metric} needs anchors: set craft.anchor_cache_dir")
-    elif metric not in STEPS:
+            raise ConfigError(f"{key}: {metric} needs anchors: set craft.anchor_cache_dir")
+    elif metric not in steps:
+        where = "" if steps else " in validations"
         raise ConfigError(
-            f"objective: '{metric}' is not measured: choose among {', '.join((*SCORES, *HELDOUT, *skills, *STEPS))}"
+            f"{key}: '{metric}' is not measured{where}: choose among {', '.join((*SCORES, *HELDOUT, *skills, *steps))}"
         )
 
 
@@ -160,7 +178,7 @@ def skill_metrics(config: Experiment) -> list[str]:
     return [f"{scores_of(skill)}/{kind}" for skill in config.skills for kind in kinds]
 
 
-def eval_set_of(config: Experiment, skill: str) -> EvalSet:
+def eval_set_of(config: Experiment, skill: str, key: str = "objective") -> EvalSet:
     """How a skill is scored in validations. Of several old skills, `old` is the one that has kept the least; they are
     scored alike.
 
@@ -172,24 +190,22 @@ def eval_set_of(config: Experiment, skill: str) -> EvalSet:
         named = [sets[name] for name in config.skills if name in sets]
         if len({found.metric for found in named}) > 1:
             raise ConfigError(
-                "objective: old/score would compare scores of several metrics, as the skills are scored by different "
-                "ones: use old/ratio"
+                f"{key}: old/score would compare scores of several metrics, as the skills are scored by different "
+                f"ones: use old/ratio"
             )
         if named:
             return named[0]
     if skill not in sets:
-        raise ConfigError(
-            f"objective: a score of the {skill} skill needs data: add {key_of(config, 'validation', skill)}"
-        )
+        raise ConfigError(f"{key}: a score of the {skill} skill needs data: add {key_of(config, 'validation', skill)}")
     return sets[skill]
 
 
-def _values(metric: str, runs: Sequence[Mapping[str, Any]]) -> list[float]:
+def _values(metric: str, runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     values = [run.get(metric) for run in runs]
     if any(value is None for value in values):
         reason = "the teacher's own score is 0" if metric.endswith("/ratio") else "it was not measured in these steps"
-        raise DataError(f"objective: {metric} has no value ({reason})")
+        raise DataError(f"{key}: {metric} has no value ({reason})")
     numbers = [float(value) for value in values if value is not None]
     if not all(math.isfinite(number) for number in numbers):
-        raise DataError(f"objective: {metric} is {numbers[0] if len(numbers) == 1 else numbers}: it must be finite")
+        raise DataError(f"{key}: {metric} is {numbers[0] if len(numbers) == 1 else numbers}: it must be finite")
     return numbers

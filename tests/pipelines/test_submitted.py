@@ -78,10 +78,10 @@ def test_what_a_job_would_not_find_is_refused(check: Check, task: str, why: str)
 
 def test_overrides_are_part_of_the_config(check: Check) -> None:
     check("craft-ray", "train", "run.yaml", "task.path=/shared/new.jsonl", task="large/new.jsonl")
-    with pytest.raises(ConfigError, match="task.path in run.yaml is the relative path large/new.jsonl"):
+    with pytest.raises(ConfigError, match=r"task\.path in run\.yaml is the relative path large/new\.jsonl"):
         check("craft-ray", "train", "run.yaml", "task.path=large/new.jsonl")
     with pytest.raises(
-        ConfigError, match="craft.anchor_cache_dir in run.yaml is the relative path cache, .*leaves it out"
+        ConfigError, match=r"craft\.anchor_cache_dir in run\.yaml is the relative path cache, .*leaves it out"
     ):
         check("craft-ray", "train", "run.yaml", "craft.anchor_cache_dir=cache")
 
@@ -96,7 +96,7 @@ def test_the_config_itself_is_in_the_copy(check: Check) -> None:
 def test_each_craft_ray_command_of_a_line_is_checked(check: Check) -> None:
     line = "craft-ray anchors build run.yaml && craft-ray train run.yaml"
     check(line)
-    with pytest.raises(ConfigError, match="task.path in run.yaml is the relative path large/new.jsonl"):
+    with pytest.raises(ConfigError, match=r"task\.path in run\.yaml is the relative path large/new\.jsonl"):
         check(f"{line} task.path=large/new.jsonl")
 
 

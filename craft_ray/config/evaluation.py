@@ -43,8 +43,9 @@ class ScoredSet(Kind):
 
     metric: str
     """exact_match: the greedy answer equals the response; choice: the response is the likeliest of the choices;
-    perplexity: of the response, per token (lower is better); success: the fraction of `rollout`'s episodes in which
-    the policy succeeds."""
+    perplexity: of the response, per token (lower is better); token_accuracy: the fraction of the response's tokens
+    that are the likeliest after those before them; success: the fraction of `rollout`'s episodes in which the policy
+    succeeds."""
     batch_size: int = Field(64, ge=1)
     """Samples in one forward pass; for rollouts, episodes that run in parallel."""
 
@@ -52,18 +53,22 @@ class ScoredSet(Kind):
 class SampleEvalSet(ScoredSet):
     """A skill that is scored on held-out samples."""
 
-    tags: ClassVar[tuple[str, ...]] = ("exact_match", "choice", "perplexity")
+    tags: ClassVar[tuple[str, ...]] = ("exact_match", "choice", "perplexity", "token_accuracy")
     noun: ClassVar[str] = "held-out samples"
 
-    metric: Literal["exact_match", "choice", "perplexity"] = "exact_match"
+    metric: Literal["exact_match", "choice", "perplexity", "token_accuracy"] = "exact_match"
     data: DataConfig
     max_new_tokens: int = Field(16, ge=1)
-    """Longest generated answer for exact_match."""
+    """Longest generated answer, for exact_match and `replies`."""
+    replies: int = Field(0, ge=0)
+    """For perplexity and token_accuracy: number of samples, from the first, whose greedy answer is generated, too. The
+    report shows it beside the response."""
 
     @property
     def decisive(self) -> dict[str, Any]:
         """The settings that a score depends on, besides model and data. Stored scores of teachers are found by it."""
-        return {"metric": self.metric, "max_new_tokens": self.max_new_tokens}
+        replies = {"replies": self.replies} if self.replies else {}
+        return {"metric": self.metric, "max_new_tokens": self.max_new_tokens, **replies}
 
 
 class RolloutEvalSet(ScoredSet):

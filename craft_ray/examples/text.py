@@ -8,10 +8,10 @@ modules. The same interpreter always gives the same model folder and the same da
 import ast
 import itertools
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Final
+from typing import Final, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,6 +42,7 @@ SOURCE_MODULES: Final = (
     "textwrap", "threading", "traceback", "typing", "uuid", "weakref",
 )  # fmt: skip
 
+Item = TypeVar("Item")
 SCHEMA: Final = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("response", pa.string())])
 
 
@@ -166,11 +167,11 @@ def chunks_of(documents: dict[str, str], split: str) -> Iterator[tuple[str, str]
                 yield f"{name}/{offset}", text[offset : offset + CHUNK_BYTES]
 
 
-def spread(items: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+def spread(items: Sequence[Item], count: int) -> list[Item]:
     """`count` items at equal distances, or all of them if there are fewer."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def write_rows(path: Path, rows: list[dict[str, str | None]]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+def write_rows(path: Path, rows: Sequence[Mapping[str, str | None]]) -> None:
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), path)

@@ -1,7 +1,8 @@
 """Held-out samples of the old skill on which a CRaFT arm and plain fine-tuning differ.
 
-For answers: those that plain fine-tuning got wrong and CRaFT got right, in the order of the data. For perplexity: those
-whose loss per token differs most. A note says how many were chosen out of how many, and how many show the opposite.
+For answers: those that plain fine-tuning got wrong and CRaFT got right, in the order of the data. For texts: those
+whose loss per token differs most, or the first ones if the models' replies to them were generated. A note says how many
+were chosen out of how many, and how many show the opposite.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from craft_ray.report.arms import ARMS
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.wording import number
 from craft_ray.run.metrics import Record
+from craft_ray.run.scoring import OF_TEXT
 
 MOST_ANSWERS, MOST_TEXTS = 12, 6
 LONGEST_TEXT = 320
@@ -72,7 +74,7 @@ def examples(runs: Sequence[FinishedRun]) -> Examples | None:
     if isinstance(eval_set, RolloutEvalSet):
         return None
     predictions = _Predictions(plain, craft)
-    select = _texts if eval_set.metric == "perplexity" else _answers
+    select = _texts if eval_set.metric in OF_TEXT else _answers
     ids, note = select(predictions)
     samples, problem = _samples(eval_set, ids, predictions)
     chosen = [_example(predictions, id_, samples.get(id_)) for id_ in ids]
@@ -128,11 +130,17 @@ def _texts(predictions: _Predictions) -> tuple[list[str], str]:
         return _per_token(predictions.plain[id_]) - _per_token(predictions.craft[id_])
 
     better = sorted((id_ for id_ in predictions.ids if gain(id_) > 0), key=gain, reverse=True)
-    shown = better[:MOST_TEXTS]
+    replied = [id_ for id_ in predictions.ids if "prediction" in predictions.craft[id_]]
+    shown = replied[:MOST_ANSWERS] or better[:MOST_TEXTS]
     note = (
         f"Seed {predictions.seed}: of {len(predictions.ids)} held-out samples of the old skill, {len(better)} are "
         f"more likely under {predictions.craft_label} than under plain fine-tuning. "
     )
+    if replied:
+        return shown, note + (
+            f"Shown are the first {len(shown)} in data order, with what each model replies to them and its loss on the "
+            f"expected reply."
+        )
     return shown, note + (
         f"Shown are the {len(shown)} that differ most, with the loss of each model in nats per token." if shown else ""
     )
@@ -144,7 +152,10 @@ def _per_token(record: Record) -> float:
 
 
 def _outcome(record: Record) -> str:
-    return f"{number(_per_token(record))} nats per token" if "nll" in record else _short(record["prediction"])
+    if "nll" not in record:
+        return _short(record["prediction"])
+    loss = f"{number(_per_token(record))} nats per token"
+    return f"{_short(record['prediction'])} ({loss})" if "prediction" in record else loss
 
 
 def _samples(

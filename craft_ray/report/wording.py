@@ -17,6 +17,7 @@ METRICS = {
     "exact_match": "exact match",
     "choice": "correct choice",
     "perplexity": "perplexity ↓",
+    "token_accuracy": "token accuracy",
     "success": "success rate",
 }
 LOSSES = {

@@ -26,6 +26,10 @@ def kept_bounds(before: Score, after: Score, confidence: float = CONFIDENCE) -> 
         return math.exp(low), math.exp(min(high, 700.0))
     if not before.value:
         return None
+    if before.metric == "token_accuracy":
+        gains = [new["hits"] - old["hits"] for old, new in pairs]
+        low, high = ratio_of_sums_bounds(gains, [new["tokens"] for _, new in pairs], confidence)
+        return max(0.0, 1 + low / before.value), 1 + high / before.value
     lost = sum(old["correct"] and not new["correct"] for old, new in pairs)
     gained = sum(new["correct"] and not old["correct"] for old, new in pairs)
     low, high = paired_change_bounds(lost, gained, len(pairs), confidence)

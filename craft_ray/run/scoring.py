@@ -1,5 +1,5 @@
-"""Scores on held-out data: exact match of the greedy answer, choice by likelihood, perplexity of the response, and a
-policy's success in a simulator."""
+"""Scores on held-out data: exact match of the greedy answer, choice by likelihood, perplexity of the response and
+accuracy of its tokens, and a policy's success in a simulator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 
@@ -22,7 +22,9 @@ from craft_ray.models.capabilities import token_model
 from craft_ray.models.features import FeatureCache
 from craft_ray.workers import Workers
 
-HIGHER_IS_BETTER = {"exact_match": True, "choice": True, "perplexity": False, "success": True}
+HIGHER_IS_BETTER = {"exact_match": True, "choice": True, "perplexity": False, "token_accuracy": True, "success": True}
+OF_TEXT = ("perplexity", "token_accuracy")
+"""Metrics of a text as a whole, whose samples are neither right nor wrong."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes:
 
         return Rollouts(eval_set.rollout, f"{key}.rollout")
     source = open_source(eval_set.data, f"{key}.data")
-    if source.features is not None and eval_set.metric != "perplexity":
+    if source.features is not None and eval_set.metric not in OF_TEXT:
         raise ConfigError(
             f"{key}.metric is {eval_set.metric}, but {source.name} is a LeRobotDataset: its actions are scored by "
             f"perplexity, and a policy by success in a rollout"
@@ -154,8 +156,10 @@ class EvalData:
         if self.eval_set.metric == "choice":
             for choice in _choices(self.source[row]):
                 self.answered(row, choice)
-        elif self.eval_set.metric == "perplexity":
+        elif self.eval_set.metric in OF_TEXT:
             self.answered(row)
+            if row < _replies(self.eval_set):
+                self.question(row)
         else:
             self.question(row)
 
@@ -176,9 +180,7 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
     own = len(mine)
     if model.sharded:  # every worker makes the same passes: one without a last row repeats the data's last
         mine += [len(data.of) - 1] * (-(-len(data.of) // workers.world_size) - own)
-    score = {"exact_match": _exact_match, "choice": _choice, "perplexity": _perplexity, "success": _success}[
-        eval_set.metric
-    ]
+    score = {"exact_match": _exact_match, "choice": _choice, "success": _success}.get(eval_set.metric, _text)
     records = []
     with evaluating(model.module):
         for start in range(0, len(mine), eval_set.batch_size):
@@ -186,11 +188,16 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
             records += score(data, mine[start : start + eval_set.batch_size], workers)
     shares = workers.gather(records[:own])
     everyone = [shares[i % workers.world_size][i // workers.world_size] for i in range(len(data.of))]
-    if eval_set.metric == "perplexity":
+    if eval_set.metric in OF_TEXT:
         tokens = sum(record["tokens"] for record in everyone)
         if not tokens:
-            raise DataError(f"{data.of.name}: the responses hold no token to predict: perplexity needs at least one")
-        value = _perplexity_of(sum(record["nll"] for record in everyone) / tokens, data.of.name)
+            raise DataError(
+                f"{data.of.name}: the responses hold no token to predict: {eval_set.metric} needs at least one"
+            )
+        if eval_set.metric == "perplexity":
+            value = _perplexity_of(sum(record["nll"] for record in everyone) / tokens, data.of.name)
+        else:
+            value = sum(record["hits"] for record in everyone) / tokens
     else:
         value = sum(record["correct"] for record in everyone) / len(everyone)
     details = {}
@@ -224,9 +231,8 @@ def _choice(data: EvalData, rows: Sequence[int], workers: Workers) -> list[dict[
     most = max(workers.gather(len(order))) if data.model.sharded else len(order)  # samples differ in their choices
     for start in range(0, most, size):
         indices = order[start : start + size] or order[:1]
-        likelihoods = _log_likelihoods(data.model, [asked[index] for index in indices])
-        for index, (total, _) in zip(indices, likelihoods, strict=True):
-            found[index] = total
+        for index, one in zip(indices, _likelihoods(data.model, [asked[index] for index in indices]), strict=True):
+            found[index] = one.total
     totals, records = iter(found), []
     for sample in samples:
         choices, response = _choices(sample), sample.answer()
@@ -258,12 +264,27 @@ def _choices(sample: Sample) -> tuple[str, ...]:
     return choices
 
 
-def _perplexity(data: EvalData, rows: Sequence[int], _: Workers) -> list[dict[str, Any]]:
-    found = _log_likelihoods(data.model, [data.answered(row) for row in rows])
-    return [
-        {"id": data.source[row].id, "nll": -total, "tokens": count}
-        for row, (total, count) in zip(rows, found, strict=True)
+def _text(data: EvalData, rows: Sequence[int], workers: Workers) -> list[dict[str, Any]]:
+    found = _likelihoods(data.model, [data.answered(row) for row in rows])
+    records: list[dict[str, Any]] = [
+        {"id": data.source[row].id, "nll": -one.total, "tokens": one.tokens, "hits": one.hits}
+        for row, one in zip(rows, found, strict=True)
     ]
+    asked = [data.question(row) for row in rows if row < _replies(data.eval_set)]
+    own = len(asked)
+    if data.model.sharded:  # a worker that has less to ask makes the others' passes
+        asked += [data.question(rows[0])] * (max(workers.gather(len(asked))) - len(asked))
+    if asked:
+        assert isinstance(data.eval_set, SampleEvalSet)
+        model = token_model(data.model)
+        answers = model.generate(asked, data.eval_set.max_new_tokens)
+        for record, tokens in zip(records[:own], answers[:own], strict=True):  # rows ascend: the first were asked
+            record["prediction"] = model.decode(tokens).strip()
+    return records
+
+
+def _replies(eval_set: EvalSet) -> int:
+    return eval_set.replies if isinstance(eval_set, SampleEvalSet) else 0
 
 
 def _perplexity_of(nats: float, name: str) -> float:
@@ -288,12 +309,21 @@ def _success(data: EvalData, rows: Sequence[int], _: Workers) -> list[dict[str, 
     return data.episodes.run(data.model, rows)
 
 
-def _log_likelihoods(model: Model, features: Sequence[Features]) -> list[tuple[float, int]]:
-    """Log-likelihood of each suffix in nats, and its number of tokens."""
+class _Likelihood(NamedTuple):
+    """Of a suffix: its log-likelihood in nats, its tokens, and how many of them are the most likely one where they
+    stand."""
+
+    total: float
+    tokens: int
+    hits: int
+
+
+def _likelihoods(model: Model, features: Sequence[Features]) -> list[_Likelihood]:
     batch = model.collate(features).to(model.device)
-    log_probs, _ = token_model(model).token_log_probs(batch)
-    counts = (batch.targets_BP != IGNORE).sum(1).tolist()
-    return list(zip(log_probs.double().sum(1).tolist(), counts, strict=True))
+    log_probs, best = token_model(model).token_log_probs(batch)
+    predicted = batch.targets_BP != IGNORE
+    columns = (log_probs.double().sum(1), predicted.sum(1), (best & predicted).sum(1))
+    return [_Likelihood(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _record(sample: Sample, prediction: str, response: str, correct: bool) -> dict[str, Any]:

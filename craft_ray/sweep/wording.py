@@ -20,6 +20,7 @@ PROSE = {
     "exact_match": "exact match",
     "choice": "correct choices",
     "perplexity": "perplexity",
+    "token_accuracy": "token accuracy",
 }
 HELDOUT = {
     "heldout/retention_loss": "retention loss on held-out anchors",

@@ -324,7 +324,7 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="folder for everything that the demo writes [default: craft-demo-PRESET]")
     ] = None,
-    preset: Annotated[str, typer.Option(help="digits, text or robot")] = "digits",
+    preset: Annotated[str, typer.Option(help="digits, text, chat or robot")] = "digits",
     quick: Annotated[bool, typer.Option("--quick", help="one seed, fewer steps, no sweep")] = False,
 ) -> None:
     """Show on real data what plain fine-tuning forgets and what a budget keeps."""

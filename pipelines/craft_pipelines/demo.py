@@ -1,8 +1,8 @@
 """`craft-ray demo`: the whole chain on real data that comes with a package, in a few minutes on two cores.
 
-A teacher learns an old skill, the anchor cache is built from it, and the arms learn a new skill: plainly, and under a
-budget for the old one; then a small sweep searches for the setting that learns most of the new skill. Started again in
-the same folder, the demo finds what is finished and computes nothing twice.
+A teacher learns an old skill, or has it already; the anchor cache is built from it, and the arms learn a new skill:
+plainly, and under a budget for the old one; then a small sweep searches for the setting that learns most of the new
+skill. Started again in the same folder, the demo finds what is finished and computes nothing twice.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Preset:
 
     module: str
     config: str
-    """The comparison's config; the teacher's has the suffix `_teacher`."""
+    """The comparison's config; that of a teacher that has to learn first has the suffix `_teacher`."""
     old: str
     new: str
     quick: tuple[str, ...]
@@ -49,6 +49,8 @@ class Preset:
     """A package of the extra `demo`."""
     model_from_data: bool = False
     """Whether the model is made to fit the data: its tokenizers, its ranges."""
+    pretrained: bool = False
+    """Whether the model has the old skill already; the data hold its own answers, so they are made after it."""
     with_sweep: bool = True
 
 
@@ -68,6 +70,15 @@ PRESETS = {
         "Python source",
         # Half the steps need a faster multiplier, and a token budget that is not decided by rounding.
         ("compare.seeds=[0]", "train.steps=100", "craft.lambda_lr=0.1", "compare.token_ce.epsilon_start=0.9"),
+    ),
+    "chat": Preset(
+        "craft_ray.examples.chat",
+        "demo_chat",
+        "answering questions as the model did before",
+        "the first line of a function's docstring",
+        ("compare.seeds=[0]", "train.steps=24", "evaluation.old.data.limit=48", "evaluation.new.data.limit=48"),
+        pretrained=True,
+        with_sweep=False,
     ),
     "robot": Preset(
         "craft_ray.examples.robot",
@@ -104,13 +115,17 @@ def demo(out: Path, preset_name: str, quick: bool) -> bool:
         raise ConfigError(f"the preset {preset_name} needs scikit-learn's data: {install('demo')}")
     out = out.absolute()
     check_kept(out, "--out")
-    _make_inputs(preset, out)
-    quickly = preset.quick_teacher if quick else ()
-    teach_config = load_config(CONFIGS / f"{preset.config}_teacher.yaml", quickly, base=out)
     searches = preset.with_sweep and not quick
     stages = 4 if searches else 3
-    print(f"1/{stages} the teacher learns the old skill: {preset.old}")
-    _teach(teach_config)
+    if preset.pretrained:
+        print(f"1/{stages} the teacher has the old skill: {preset.old}")
+        _make_inputs(preset, out)
+    else:
+        _make_inputs(preset, out)
+        quickly = preset.quick_teacher if quick else ()
+        teach_config = load_config(CONFIGS / f"{preset.config}_teacher.yaml", quickly, base=out)
+        print(f"1/{stages} the teacher learns the old skill: {preset.old}")
+        _teach(teach_config)
     print(f"2/{stages} the teacher's anchor cache, and the arms learn the new skill: {preset.new}")
     config = load_config(CONFIGS / f"{preset.config}.yaml", preset.quick if quick else (), base=out)
     if quick:
@@ -139,10 +154,13 @@ def _make_inputs(preset: Preset, out: Path) -> None:
         raise ConfigError(f"{out} holds the demo of {mark.read_text()}, not of {preset.module}: choose another --out")
     write_atomically(mark, preset.module)
     maker = importlib.import_module(preset.module)
-    build_model = maker.build_model
+    build_model, write_data = maker.build_model, maker.write_data
     if preset.model_from_data:
         build_model = partial(build_model, data=out / "data", final=out / "model")
-    for name, make in (("data", maker.write_data), ("model", build_model)):
+    makers = [("data", write_data), ("model", build_model)]
+    if preset.pretrained:
+        makers = [("model", build_model), ("data", partial(write_data, model=out / "model"))]
+    for name, make in makers:
         if not (out / name).exists():
             with new_folder(out / name) as folder:
                 make(folder)

@@ -21,7 +21,7 @@ from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import eval_sets, key_of
-from craft_ray.run.scoring import Episodes, EvalData, Score, open_eval_set
+from craft_ray.run.scoring import OF_TEXT, Episodes, EvalData, Score, open_eval_set
 from craft_ray.run.scoring import evaluate as score
 from craft_ray.run.sharded_checkpoint import SHARDS
 from craft_ray.storage.files import write_atomically
@@ -204,13 +204,13 @@ def _cell(found: Score) -> str:
 
 def changes(done: Sequence[Scored]) -> dict[str, tuple[int, int]]:
     """By skill: how many samples the first of two models got right and the second wrong, and the reverse. Empty unless
-    there are two models; without skills whose answers are not right or wrong (perplexity)."""
+    there are two models; without skills whose texts are neither right nor wrong (perplexity, token accuracy)."""
     if len(done) != 2:
         return {}
     before, after = done
     found = {}
     for skill, first in before.scores.items():
-        if first.metric == "perplexity":
+        if first.metric in OF_TEXT:
             continue
         pairs = [
             (bool(one["correct"]), bool(two["correct"]))

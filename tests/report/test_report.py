@@ -80,6 +80,17 @@ def test_perplexity_ratios_are_inverted(tmp_path: Path) -> None:
     assert page.text.index("12.5 nats per token") < page.text.index("12.0 nats per token")
 
 
+def test_replies_stand_side_by_side(tmp_path: Path) -> None:
+    data_file(tmp_path)
+    runs = [write_run(tmp_path, arm, 0, metric="token_accuracy", replies=5) for arm in ("baseline", "hidden")]
+    page = Page(report(runs, tmp_path)[1])
+    assert "Shown are the first 5 in data order, with what each model replies" in page.text
+    for row in range(5):
+        assert page.text.count(f"yes {row} (1.00 nats per token)") == (3 if row < 3 else 2), "teacher, CRaFT, plain"
+    assert page.text.count("no 3 (4.50 nats per token)") == page.text.count("no 4 (5.00 nats per token)") == 1
+    assert "yes 5" not in page.text
+
+
 def test_no_plain_run_no_new_ratio(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path, "hidden", 0), write_run(tmp_path, "hidden", 1)])
     plain = read_runs([write_run(tmp_path, "baseline", 0)])

@@ -66,6 +66,18 @@ def test_perplexity_is_the_teachers_over_the_students() -> None:
     assert kept_bounds(before, before) == (1.0, 1.0), "nothing has moved in any text"
 
 
+def test_token_accuracy_is_bounded_over_texts() -> None:
+    """Ten tokens a text; the student loses one of the teacher's nine, or none, in turn."""
+    records = [[{"hits": 9, "tokens": 10}] * 40, [{"hits": 9 - i % 2, "tokens": 10} for i in range(40)]]
+    before, after = (Score("token_accuracy", sum(r["hits"] for r in rs) / 400, 40, rs) for rs in records)
+    bounds = kept_bounds(before, after)
+    assert bounds is not None
+    # The mean loss of a text is 1/2, its standard deviation sqrt(10/39).
+    half = 1.6449 * math.sqrt(10 / 39 / 40) / 9
+    assert bounds == pytest.approx((17 / 18 - half, 17 / 18 + half), abs=1e-4)
+    assert kept_bounds(before, before) == (1.0, 1.0)
+
+
 def test_a_teacher_that_scores_zero_has_nothing_to_keep() -> None:
     assert kept_bounds(answers(False, False), answers(True, False)) is None
 

@@ -194,7 +194,8 @@ def test_perplexity_of_one_sample_is_that_of_transformers(text: Model, tmp_path:
         loss = text.module(input_ids=ids, labels=labels).loss.item()
     result = score(text, questions(tmp_path / "a.jsonl", rows, "perplexity"))
     assert result.value == pytest.approx(math.exp(loss), rel=1e-5)
-    assert result.records == [{"id": "00000000", "nll": pytest.approx(10 * loss, rel=1e-5), "tokens": 10}]
+    [record] = result.records
+    assert (record["id"], record["nll"], record["tokens"]) == ("00000000", pytest.approx(10 * loss, rel=1e-5), 10)
 
 
 def test_perplexity_is_per_token_not_per_sample(text: Model, tmp_path: Path) -> None:
@@ -207,6 +208,40 @@ def test_perplexity_is_per_token_not_per_sample(text: Model, tmp_path: Path) -> 
     result = score(text, questions(tmp_path / "a.jsonl", rows, "perplexity", batch_size=3))
     assert result.value == pytest.approx(expected, rel=1e-5)
     assert [record["tokens"] for record in result.records] == [2, 28, 1, 2, 2]
+
+
+def test_token_accuracy_counts_the_tokens_that_the_model_would_have_chosen(text: Model, tmp_path: Path) -> None:
+    """The model's own greedy answer, of which other letters replace the last ones: those before count, and what follows
+    them is asked of transformers."""
+    own = answers(text, TEXTS, 6)
+    responses = [answer[: len(answer) - row] + "zq@#"[:row] for row, answer in enumerate(own)]
+    hits = tokens = 0
+    for prompt, response in zip(TEXTS, responses, strict=True):
+        tokenizer = text.tokenizer  # type: ignore[attr-defined]
+        start, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(prompt + response)["input_ids"]
+        ids = torch.tensor([*ids, tokenizer.eos_token_id])
+        with torch.inference_mode():
+            best = text.module(input_ids=ids[None]).logits[0].argmax(-1)
+        hits += int((best[start - 1 : -1] == ids[start:]).sum())
+        tokens += len(ids) - start
+    rows = [{"prompt": prompt, "response": response} for prompt, response in zip(TEXTS, responses, strict=True)]
+    result = score(text, questions(tmp_path / "a.jsonl", rows, "token_accuracy", batch_size=3))
+    assert 0 < hits < tokens
+    assert result.value == pytest.approx(hits / tokens)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "token_accuracy"])
+def test_replies_to_the_first_samples_are_recorded_and_change_no_score(
+    metric: str, text: Model, tmp_path: Path
+) -> None:
+    rows = [{"prompt": prompt, "response": "ab"} for prompt in TEXTS]
+    path = tmp_path / "a.jsonl"
+    without = score(text, questions(path, rows, metric, batch_size=2))
+    result = score(text, questions(path, rows, metric, batch_size=2, replies=3, max_new_tokens=4))
+    assert result.value == without.value
+    replies = [record.pop("prediction", None) for record in result.records]
+    assert replies == [*(reply.strip() for reply in answers(text, TEXTS[:3], 4)), None, None]
+    assert result.records == without.records
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(text_model: Path, tmp_path: Path) -> None:
@@ -290,7 +325,7 @@ def test_several_workers_give_the_score_of_one(metric: str, count: int, text_mod
         assert results[0] == expected
 
 
-@pytest.mark.parametrize("metric", ["exact_match", "choice", "perplexity"])
+@pytest.mark.parametrize("metric", ["exact_match", "choice", "perplexity", "token_accuracy"])
 def test_the_size_of_a_batch_changes_no_score(metric: str, text: Model, tmp_path: Path) -> None:
     rows = [{"prompt": prompt, "response": "ab", "choices": ["ab", "cd"]} for prompt in TEXTS]
     values = [

@@ -104,6 +104,7 @@ def write_run(
     metric: str = "exact_match",
     predictions: bool = True,
     mode: str | None = None,
+    replies: int = 0,
     **craft: Any,
 ) -> RunFolder:
     """A finished run with the given scores `(before, after)` and the given held-out retention loss."""
@@ -130,14 +131,17 @@ def write_run(
         }  # fmt: skip
     run.write_result(result)
     if predictions and old is not None:
-        run.write_predictions("old_before", [outcome(row, True, metric) for row in range(20)])
-        run.write_predictions("old_after", [outcome(row, arm != "baseline" or row < 3, metric) for row in range(20)])
+        right = {"before": [True] * 20, "after": [arm != "baseline" or row < 3 for row in range(20)]}
+        for when, answers in right.items():
+            outcomes = [outcome(row, answer, metric, replies) for row, answer in enumerate(answers)]
+            run.write_predictions(f"old_{when}", outcomes)
     return run
 
 
-def outcome(row: int, right: bool, metric: str) -> dict[str, Any]:
-    if metric == "perplexity":
-        return {"id": f"s{row}", "nll": 2.0 if right else 6.0 + row, "tokens": 2}
+def outcome(row: int, right: bool, metric: str, replies: int = 0) -> dict[str, Any]:
+    if metric in ("perplexity", "token_accuracy"):
+        text = {"id": f"s{row}", "nll": 2.0 if right else 6.0 + row, "tokens": 2, "hits": 2 * right}
+        return text | ({"prediction": f"{'yes' if right else 'no'} {row}"} if row < replies else {})
     answer = str(row % 10)
     return {
         "id": f"s{row}", "prompt": f"{EVIL} {row}", "response": answer,

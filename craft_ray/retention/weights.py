@@ -59,8 +59,8 @@ class WeightDistance(RetentionMode[WholeModel]):
             )
         if model.sharded:
             raise ConfigError(
-                f"craft.retention_mode {self.name} sums over all weights, and workers.sharding leaves each worker a part "
-                f"of them: set workers.sharding=none, or choose another mode"
+                f"craft.retention_mode {self.name} sums over all weights, and workers.sharding leaves each worker a "
+                f"part of them: set workers.sharding=none, or choose another mode"
             )
         self.model = model
         trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}

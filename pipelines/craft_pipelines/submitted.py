@@ -29,7 +29,10 @@ def check_outputs(command: Sequence[str], folder: Path) -> None:
     Raises:
         ConfigError: such a path is relative, or the config has a mistake.
     """
-    words = shlex.split(command[0]) if len(command) == 1 else list(command)
+    try:
+        words = shlex.split(command[0]) if len(command) == 1 else list(command)
+    except ValueError as error:
+        raise ConfigError(f"the command does not read as a line for the shell ({error}): {command[0]}") from None
     for joined, part in groupby(words, key=("&&", "||", ";", "|").__contains__):
         if not joined:
             _check_command(list(part), folder)

@@ -62,6 +62,24 @@ def check_size(folder: Path, patterns: Sequence[str]) -> int:
     Raises:
         ConfigError: `folder` is not a directory, or larger than a cluster accepts.
     """
+    sizes = contents(folder, patterns)
+    total = sizes.total()
+    if total >= LIMIT:
+        largest = ", ".join(f"{path} {readable_bytes(size)}" for path, size in sizes.most_common(MAX_LISTED))
+        raise ConfigError(
+            f"the working directory {folder} has {readable_bytes(total)} to upload, a cluster accepts less than "
+            f"{readable_bytes(LIMIT)} (largest: {largest}): exclude files in a .rayignore, put data on storage that "
+            f"the cluster sees, or choose another --working-dir"
+        )
+    return total
+
+
+def contents(folder: Path, patterns: Sequence[str]) -> Counter[Path]:
+    """Bytes of each file of the copy, by its path below `folder`.
+
+    Raises:
+        ConfigError: `folder` is not a directory.
+    """
     if not folder.is_dir():
         raise ConfigError(f"--working-dir is {folder}, and there is no such directory")
     sizes: Counter[Path] = Counter()
@@ -75,12 +93,4 @@ def check_size(folder: Path, patterns: Sequence[str]) -> int:
     quiet = logging.getLogger(f"{__name__}.travel")
     quiet.disabled = True
     _dir_travel(folder, [ignored], add, include_gitignore=respects, logger=quiet)
-    total = sizes.total()
-    if total >= LIMIT:
-        largest = ", ".join(f"{path} {readable_bytes(size)}" for path, size in sizes.most_common(MAX_LISTED))
-        raise ConfigError(
-            f"the working directory {folder} has {readable_bytes(total)} to upload, a cluster accepts less than "
-            f"{readable_bytes(LIMIT)} (largest: {largest}): exclude files in a .rayignore, put data on storage that "
-            f"the cluster sees, or choose another --working-dir"
-        )
-    return total
+    return sizes

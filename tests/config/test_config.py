@@ -125,7 +125,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "conflict_threshold": 0.5, "projection_gate": "always", "projection_mode": "task_priority",
     },
     "train": {
-        "steps": 9, "batch_size": 8, "accumulate": 2, "mask_loss_above": 2.5, "learning_rate": 0.5, "schedule": "linear", "warmup_steps": 2,
+        "steps": 9, "batch_size": 8, "accumulate": 2, "mask_loss_above": 2.5, "learning_rate": 0.5,
+        "schedule": "linear", "warmup_steps": 2,
         "weight_decay": 0.0, "betas": [0.5, 0.75], "max_grad_norm": None, "precision": "bf16", "log_every": 3,
         "checkpoint_every": 4, "checkpoint_minutes": 2.5, "keep_checkpoints": 1, "prefetch": 5, "check_minutes": 1.5,
         "keep_best": {"maximize": "new/ratio", "minimize": None, "subject_to": {}, "confidence": 0.9}, "patience": 3,
@@ -791,8 +792,8 @@ def parts(hint: Any) -> Iterator[Any]:
 
 NO_PATHS = {
     "name", "variant", "revision", "id", "image", "messages", "tools", "prompt", "response", "choices", "answer_index",
-    "split", "skill", "skills", "learning_rates", "rename", "delimiter", "positions", "resources_per_worker", "env", "task", "arms",
-    "token_ce", "variants",
+    "split", "skill", "skills", "learning_rates", "rename", "delimiter", "positions", "resources_per_worker", "env", "task",
+    "arms", "token_ce", "variants",
     "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules",
     "modules_to_save",
 }  # fmt: skip

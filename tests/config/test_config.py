@@ -792,8 +792,8 @@ def parts(hint: Any) -> Iterator[Any]:
 
 NO_PATHS = {
     "name", "variant", "revision", "id", "image", "messages", "tools", "prompt", "response", "choices", "answer_index",
-    "split", "skill", "skills", "learning_rates", "rename", "delimiter", "positions", "resources_per_worker", "env", "task",
-    "arms", "token_ce", "variants",
+    "split", "skill", "skills", "learning_rates", "rename", "delimiter", "positions", "resources_per_worker", "env",
+    "task", "arms", "token_ce", "variants",
     "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules",
     "modules_to_save",
 }  # fmt: skip

@@ -183,10 +183,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def step_time() -> None:
+def step_time(arguments: argparse.Namespace) -> None:
     """Seconds of a step with three skills over those with one, at the same anchor batch, in turns."""
     with tempfile.TemporaryDirectory() as scratch:
-        config = problem(Path(scratch))
+        config = problem((arguments.keep_in or Path(scratch)).absolute())
         long = {"train.steps": 10_000, "train.log_every": 10_000}
         several = config.changed(variants(config, Path(scratch))["ε 0.05, a multiplier each"] | long)
         one = several.changed({"skills": {}, "anchors": None})
@@ -218,7 +218,7 @@ def main() -> None:
     quiet_libraries()
     torch.set_num_threads(1)
     if arguments.what == "time":
-        step_time()
+        step_time(arguments)
     else:
         runs(arguments)
 

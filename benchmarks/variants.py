@@ -29,6 +29,7 @@ SETTINGS: Any = SimpleNamespace(
     log_angle=True,
     projection_mode="weighted",
     initial_lambda=1.0,
+    lambda_start=1.0,
     lambda_lr=0.1,
     lambda_max=10.0,
     lambda_kp=0.0,

@@ -36,8 +36,8 @@ class AnchorsConfig(Section):
     """`hidden` stores hidden states, `token_ce` the teacher's own greedily generated suffix tokens, `logits` the
     teacher's most likely next tokens."""
     positions: Positions = None
-    """Token positions whose hidden states are stored. Default: `suffix` for vision-language models, `all` for
-    language models, which performed best (docs/anchors.md)."""
+    """Token positions whose hidden states are stored. Default: `suffix` for vision-language models and
+    with `model.chat_template`, `all` for other language models, which performed best (docs/anchors.md)."""
     layers: Annotated[tuple[int, ...], AfterValidator(distinct)] = (-2, -1)
     """Indices into the hidden states: 0 is the embeddings, k the output of block k, the last one after the final
     norm. Negative indices count from the end."""

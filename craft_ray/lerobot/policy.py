@@ -44,7 +44,7 @@ class LeRobotPolicy(PresetModel):
     """What all policies share; a subclass defines its sequence of tokens and how it is run."""
 
     kind: ClassVar[str] = "lerobot"
-    default_positions: ClassVar[tuple[str, ...]] = ("all",)
+    default_positions: tuple[str, ...] = ("all",)
     counts_steps: ClassVar[bool] = False
     """Whether its loss is a mean over the actions within the episode; otherwise it is one over samples."""
     one_size: ClassVar[bool] = False

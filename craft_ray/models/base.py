@@ -98,7 +98,7 @@ class Model(ABC):
     threaded: ClassVar[bool] = False
     """Whether samples are preprocessed faster by several threads, and may be: pictures decode and scale without the
     interpreter's lock."""
-    default_positions: ClassVar[tuple[str, ...]]
+    default_positions: tuple[str, ...]
     """The anchor positions with the best measurements for this kind of model (docs/anchors.md)."""
 
     @property

@@ -21,9 +21,13 @@ class CausalLM(HuggingFaceModel, PackingModel):
     """A language model: AutoModelForCausalLM with its tokenizer."""
 
     kind = "causal_lm"
-    default_positions = ("all",)
     auto_class = transformers.AutoModelForCausalLM
     processor_class = transformers.AutoTokenizer
+
+    @property
+    def default_positions(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Of running text every token; of a chat model its own replies, which kept more (docs/evidence.md)."""
+        return ("all",) if self.chat is None else ("suffix",)
 
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
         if self.chat is None:

@@ -1,4 +1,4 @@
-"""A-GEM is settings of the step: where g_t and g_r conflict, the part of g_t along g_r is removed, and nothing is added.
+"""A-GEM is settings of the step: where g_t and g_r conflict, the part of g_t along g_r goes, and nothing is added.
 
 g = g_t - (<g_t, g_r> / |g_r|^2) g_r   if <g_t, g_r> < 0, else g_t        Chaudhry et al., arXiv 1812.00420, eq. 11
 """
@@ -36,4 +36,4 @@ def test_the_arm_is_the_papers_projection_whatever_the_budget(seed: int, epsilon
 
 def test_both_cases_occur_above() -> None:
     pairs = [torch.randn(2, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
-    assert {bool(task @ old < 0) for task, old in pairs} == {True, False}
+    assert {bool(task @ old < 0) for task, old in pairs} == {False, True}

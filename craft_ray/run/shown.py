@@ -42,7 +42,10 @@ def shown_samples(model: Model, task: TaskData, constraints: Sequence[Constraint
 
 
 def _line(where: str, name: str, what: str, model: TokenModel, features: Features) -> str:
-    tokens, marked = features.tokens["input_ids"].tolist(), features.layout.predicted
+    marked = features.layout.predicted
+    if "input_ids" not in features.tokens:  # a robot's observation, which is no text
+        return f"{where}, sample {name}: {features.layout.length} positions, {len(marked)} of them {what}"
+    tokens = features.tokens["input_ids"].tolist()
     return (
         f"{where}, sample {name}: {len(tokens)} tokens, {len(marked)} of them {what}: "
         f"{cut(marked_text(model, tokens, marked), LONGEST)}"

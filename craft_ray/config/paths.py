@@ -52,6 +52,14 @@ def _location(text: str) -> str:
     return text.rstrip("/")
 
 
+def _expanded(text: str) -> Path:
+    """A path with the folder of a user in place of `~`."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"'{text}' starts at the folder of a user who is not known here: write the path out") from None
+
+
 def _folder(text: str, info: ValidationInfo) -> str:
     """The absolute path of a folder, which need not exist yet."""
     return text if text.startswith(OBJECTS) else _absolute(text, info)
@@ -61,14 +69,14 @@ def _path_or_hub_name(text: str, info: ValidationInfo) -> str:
     """Absolute if something exists there, or if it is written as a path; otherwise a hub name."""
     if text.startswith(OBJECTS):
         return text
-    path = _base(info) / Path(text).expanduser()
+    path = _base(info) / _expanded(text)
     if text.startswith(("~", "./", "../")) or matching(path):
         return _absolute(text, info)
     return text
 
 
 def _absolute(text: str, info: ValidationInfo) -> str:
-    return os.path.normpath((_base(info) / Path(text).expanduser()).absolute())
+    return os.path.normpath((_base(info) / _expanded(text)).absolute())
 
 
 def _tracking_uri(text: str, info: ValidationInfo) -> str:

@@ -62,13 +62,7 @@ def text_of(value: Any, where: str, column: str, classes: Mapping[str, Sequence[
     """
     holds = f"{where}: column '{column}' holds"
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            half = value[error.start]
-            raise DataError(
-                f"{holds} {shown(value)} with {half!r}, half of a character; fix or remove the row"
-            ) from None
+        refuse_halves(value, holds)
         return value
     if value is None or (isinstance(value, float | Decimal) and not math.isfinite(value)):
         raise DataError(f"{holds} {shown(value)}; fix or remove the row")
@@ -81,6 +75,32 @@ def text_of(value: Any, where: str, column: str, classes: Mapping[str, Sequence[
     if column in classes:
         return _class_name(value, holds, classes[column])
     return value.written if isinstance(value, WrittenFloat) else str(value)
+
+
+def refuse_halves(value: Any, holds: str) -> None:
+    """Refuse half a character (a lone surrogate), which no tokenizer takes, in text or anywhere within lists and
+    mappings.
+
+    Args:
+        holds: the start of the message: what holds the value.
+
+    Raises:
+        DataError: there is one.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start]
+            raise DataError(
+                f"{holds} {shown(value)} with {half!r}, half of a character; fix or remove the row"
+            ) from None
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            refuse_halves(pair, holds)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            refuse_halves(part, holds)
 
 
 def _class_name(value: Any, holds: str, names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from craft_ray.data.cells import refuse_halves
 from craft_ray.data.images import encoded_image
 from craft_ray.errors import DataError
 from craft_ray.storage.paths import StoragePath
@@ -112,6 +113,8 @@ def alpaca(instruction: str, more: Any, output: Any, where: str) -> Conversation
             raise DataError(f"{where}: column '{name}' holds {_short(value)}; text is expected, fix or remove the row")
     if more is not None and not isinstance(more, str):
         raise DataError(f"{where}: column 'input' holds {_short(more)}; text is expected, fix or remove the row")
+    for name, value in (("instruction", instruction), ("input", more), ("output", output)):
+        refuse_halves(value, f"{where}: column '{name}' holds")
     asked = f"{instruction}\n{more}" if more else instruction
     return Conversation(({"role": "user", "content": asked},), {"role": "assistant", "content": output})
 
@@ -152,7 +155,9 @@ def _message(turn: Any, number: int, marked: bool, where: str) -> Message:
     empty = not content.strip() if isinstance(content, str) else not any(map(_says_something, content))
     if empty and not fields.get("tool_calls"):
         raise DataError(f"{where} ({role}) is empty: fix or remove the row")
-    return fields | {"content": content}
+    message = fields | {"content": content}
+    refuse_halves(message, f"{where} ({role}) holds")
+    return message
 
 
 def _says_something(part: Message) -> bool:
@@ -227,6 +232,7 @@ def _tools(cell: Any, where: str) -> tuple[Any, ...] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: its tools are {_short(tools)}; a list of JSON schemas is expected")
+    refuse_halves(tools, f"{where}: its tools hold")
     return tuple(tools)
 
 

@@ -62,9 +62,10 @@ def local_copy(path: str, key: str) -> str:
         key: the config key that names the path, for errors.
 
     Raises:
-        ConfigError: there is nothing at the path.
+        ConfigError: there is nothing at the path in an object store, or the system does not let this user read it.
     """
     if not is_object(path):
+        _check_readable(path, key)
         return path
     remote = through_last(ObjectPath(path))
     is_file = remote.is_file()
@@ -85,6 +86,23 @@ def local_copy(path: str, key: str) -> str:
                     copy_tree(source, copy)
     folder = target / root.name
     return str(folder if root == remote else folder / remote.name)
+
+
+def _check_readable(path: str, key: str) -> None:
+    """Refuse a path that the system does not look at: a name that is too long, links in a circle, a folder that this
+    user may not open. Where nothing is, the path may be a pattern, or a name on the hub.
+
+    Raises:
+        ConfigError: it is such a path.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} does not open ({error.strerror}): specify a path that does") from None
+    if not os.access(path, os.R_OK | os.X_OK if os.path.isdir(path) else os.R_OK):
+        raise ConfigError(f"{key}: {path} may not be read by this user: change its permissions, or copy it")
 
 
 def _is_named(info: Any, root: ObjectPath, remote: ObjectPath, pattern: str | None) -> bool:

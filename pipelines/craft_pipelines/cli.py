@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from craft_pipelines.configs import config_app, init
-from craft_pipelines.ending import end_interrupted, interruption_in
+from craft_pipelines.ending import end_interrupted, interruption_in, path_refused
 from craft_ray import interruption
 from craft_ray.config import load_config, parse_overrides
 from craft_ray.config.arms import with_arms
@@ -54,10 +54,11 @@ def main() -> None:
         # Typer turns an interruption into its exit code. After a signal, any other end is a consequence of it.
         if interruption.signalled() or interruption_in(error) is not None:
             end_interrupted(error)
-        if not isinstance(error, CraftError):
+        mistake = error if isinstance(error, CraftError) else path_refused(error)
+        if mistake is None:
             raise
-        print(f"craft-ray: {error.message}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        print(f"craft-ray: {mistake.message}", file=sys.stderr)
+        sys.exit(mistake.exit_code)
 
 
 @app.callback()

@@ -1,14 +1,26 @@
-"""How an interrupted command ends: one line that says how to go on, and exit code 130."""
+"""How a command ends that was interrupted, or that was given a path that the system does not open: in one line."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from contextlib import suppress
 from typing import NoReturn
 
-from craft_ray.errors import Interrupted
+from craft_ray.errors import ConfigError, Interrupted
 from craft_ray.interruption import MESSAGE
+
+REFUSED = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
+"""What the system says of a path itself: too long a name, no permission, links in a circle."""
+
+
+def path_refused(error: BaseException) -> ConfigError | None:
+    """The line for a path that the system does not look at, whichever command and option named it; None for any other
+    error."""
+    if not isinstance(error, OSError) or error.errno not in REFUSED or error.filename is None:
+        return None
+    return ConfigError(f"{os.fsdecode(error.filename)} does not open ({error.strerror}): specify a path that does")
 
 
 def end_interrupted(error: BaseException) -> NoReturn:

@@ -760,6 +760,9 @@ def test_relative_paths_become_absolute(minimal: Path, tmp_path: Path, monkeypat
     assert config.evaluation.new is not None
     assert config.evaluation.new.data.path == str(tmp_path / "here" / "a.txt")
 
+    with pytest.raises(ConfigError, match=r"task\.path: '~nobody-here/a\.jsonl' starts at the folder of a user"):
+        load_config(minimal, ["task.path=~nobody-here/a.jsonl"])
+
     hub = load_config(minimal)
     assert (hub.model.path, hub.task.path) == ("org/model", "org/data")
 

@@ -32,6 +32,8 @@ SHAREGPT = [
 ]
 EXPECTED = Conversation(tuple(TURNS[:-1]), TURNS[-1])
 QUESTION = {"role": "user", "content": "Wo?"}
+HALF = "a \udfff b"
+HALVED = r"holds? .*half of a character"
 
 
 def opened(path: Path, **columns: Any) -> Source:
@@ -174,6 +176,28 @@ IMAGED = {"messages": "messages", "image": "images"}
         ),
         ({"messages": [QUESTION], "t": "[{"}, {"messages": "messages", "tools": "t"}, "its tools are no JSON"),
         ({"instruction": "Greet me.", "output": None}, {}, "column 'output' holds None; text is expected"),
+        ({"messages": [QUESTION, {"role": "assistant", "content": HALF}]}, {}, f"turn 2 \\(assistant\\) {HALVED}"),
+        ({"messages": [{"role": "system", "content": HALF}, QUESTION]}, {}, f"turn 1 \\(system\\) {HALVED}"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+            {},
+            f"turn 1 \\(user\\) {HALVED}",
+        ),
+        (
+            {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [{"a": {HALF: 1}}]}]},
+            {},
+            f"turn 2 \\(assistant\\) {HALVED}",
+        ),
+        ({"conversations": [{"from": "human", "value": HALF}]}, {}, f"turn 1 \\(user\\) {HALVED}"),
+        ({"messages": [QUESTION], "t": [{"name": HALF}]}, {"messages": "messages", "tools": "t"}, HALVED),
+        (
+            {"messages": [QUESTION], "t": json.dumps([{"name": HALF}])},
+            {"messages": "messages", "tools": "t"},
+            HALVED,
+        ),
+        ({"instruction": HALF, "output": "b"}, {}, f"column 'instruction' {HALVED}"),
+        ({"instruction": "a", "input": HALF, "output": "b"}, {}, f"column 'input' {HALVED}"),
+        ({"instruction": "a", "output": HALF}, {}, f"column 'output' {HALVED}"),
     ],
 )
 def test_what_is_no_conversation(row: dict[str, Any], columns: dict[str, str], expected: str, tmp_path: Path) -> None:

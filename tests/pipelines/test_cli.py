@@ -216,3 +216,22 @@ def test_differences_of_a_resumed_config_are_reported_across_kinds_of_a_section(
     assert any(line.startswith("task.episodes was None, is (0,)") for line in found)
     assert any(line.startswith("task.columns was {") and line.endswith("is None") for line in found)
     assert not list(differences(original, original))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "--resume", "PATH"), ("anchors", "show", "PATH"), ("anchors", "verify", "PATH"), ("report", "PATH"),
+        ("merge", "PATH", "OUT"), ("sweep", "--resume", "PATH"), ("price", "PATH"),
+        ("train", "CONFIG", "--dry-run", "craft.anchor_cache_dir=PATH"), ("train", "CONFIG", "model.path=PATH"),
+    ],
+)  # fmt: skip
+def test_a_path_that_the_system_does_not_open_is_one_line(
+    words: tuple[str, ...], command: Command, config: Path, tmp_path: Path
+) -> None:
+    known = {"PATH": str(tmp_path / ("n" * 300)), "OUT": str(tmp_path / "out"), "CONFIG": str(config)}
+    code, _, err = command(
+        *("".join(known.get(part, part) for part in re.split(r"(PATH|OUT|CONFIG)", w)) for w in words)
+    )
+    assert code == 2
+    assert "does not open (File name too long)" in one_line(err)

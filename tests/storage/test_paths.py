@@ -41,6 +41,15 @@ def test_names_behave_like_those_of_a_path() -> None:
     assert storage_path("a/b") == Path("a/b")
 
 
+def test_a_path_that_the_system_does_not_open_is_refused_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for path in (tmp_path / ("n" * 300), tmp_path / ("n" * 300) / "below", tmp_path / "circle"):
+        with pytest.raises(ConfigError, match=r"^task\.path: .* does not open \("):
+            local_copy(str(path), "task.path")
+    for path in (tmp_path, tmp_path / "nothing", tmp_path / "*.jsonl", "a/hub-name", "a\0b"):
+        assert local_copy(str(path), "task.path") == str(path)
+
+
 def test_no_system_function_mistakes_it_for_a_file() -> None:
     with pytest.raises(TypeError, match="in an object store"):
         open(ObjectPath("s3://bucket/a"))  # noqa: SIM115

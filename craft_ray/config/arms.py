@@ -106,11 +106,12 @@ def lacking(config: Experiment, name: str, settings: dict[str, Any], left_out: d
     """What the config does not have that an arm needs; None where it has everything."""
     source = settings.get("interpolate")
     if source is not None:
-        if config.validation.old is None or config.validation.new is None:
+        if not config.validates_both:
             return "alpha is chosen on validation data of both skills (validation.old, validation.new)"
         return f"it interpolates {source}, which is left out" if source in left_out else None
-    if settings.get("keep") is not None and (config.validation.old is None or not config.validation.every):
-        return "keep follows validations of the old skill (validation.old, validation.every)"
+    followed = [skill.validation for skill in config.skills.values()] or [config.validation.old]
+    if settings.get("keep") is not None and (None in followed or not config.validation.every):
+        return "keep follows validations of every old skill (validation.every)"
     if config.model.kind == "lerobot" and settings.get("train", {}).get("mask_loss_above") is not None:
         return "it masks tokens of text"
     if name == "baseline" or not settings.get("enabled", True):
@@ -119,7 +120,7 @@ def lacking(config: Experiment, name: str, settings: dict[str, Any], left_out: d
     needed = RETENTION_MODES[mode].stores
     if needed and config.craft.anchor_cache_dir is None:
         return "there is no anchor cache (craft.anchor_cache_dir)"
-    if config.adapter is not None and mode in ("l2_sp", "ewc"):
+    if config.adapter is not None and RETENTION_MODES[mode].distance_of_weights:
         return "a distance of weights is measured without an adapter"
     if config.anchors is not None:
         held = set(config.anchors.modes)

@@ -248,17 +248,16 @@ def unused_left_out(value: Any) -> Any:
     return value if own is None else without_unused(value, own, list(KINDS.values()))
 
 
-DataConfig = Annotated[
+TaggedKinds = (
     Annotated[JsonLinesData, Tag("jsonl")]
     | Annotated[CsvData, Tag("csv")]
     | Annotated[ParquetData, Tag("parquet")]
     | Annotated[HuggingFaceData, Tag("dataset")]
     | Annotated[TextData, Tag("text")]
     | Annotated[LeRobotData, Tag("lerobot")]
-    | Annotated[AutoData, Tag("auto")],
-    Discriminator(format_of),
-    BeforeValidator(unused_left_out),
-]
+    | Annotated[AutoData, Tag("auto")]
+)
+DataConfig = Annotated[TaggedKinds, Discriminator(format_of), BeforeValidator(unused_left_out)]
 
 
 def as_format(config: DataConfig, found: str, key: str) -> DataConfig:

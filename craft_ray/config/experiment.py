@@ -129,6 +129,12 @@ class Experiment(Section):
         parts = {name: self.craft.keep if skill.keep is None else skill.keep for name, skill in self.skills.items()}
         return {name: keep for name, keep in parts.items() if keep is not None}
 
+    @property
+    def validates_both(self) -> bool:
+        """Whether validations score an old skill and the new one, so that the one can be weighed against the other."""
+        old = [self.validation.old, *(skill.validation for skill in self.skills.values())]
+        return self.validation.new is not None and any(found is not None for found in old)
+
     def keep_key(self, skill: str | None) -> str:
         """The key that says what part of a skill must be kept."""
         return "craft.keep" if skill is None or self.skills[skill].keep is None else f"skills.{skill}.keep"

@@ -7,18 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from craft_ray.config.data import (
-    AutoData,
-    CsvData,
-    DataConfig,
-    HuggingFaceData,
-    JsonLinesData,
-    LeRobotData,
-    ParquetData,
-    TextData,
-    format_of,
-    unused_left_out,
-)
+from craft_ray.config.data import DataConfig, TaggedKinds, format_of, unused_left_out
 from craft_ray.config.kinds import Kind
 from craft_ray.config.types import Section
 
@@ -67,15 +56,4 @@ def _only_mix(value: Any) -> Any:
     return value
 
 
-TaskConfig = Annotated[
-    Annotated[Mixture, Tag("mix")]
-    | Annotated[JsonLinesData, Tag("jsonl")]
-    | Annotated[CsvData, Tag("csv")]
-    | Annotated[ParquetData, Tag("parquet")]
-    | Annotated[HuggingFaceData, Tag("dataset")]
-    | Annotated[TextData, Tag("text")]
-    | Annotated[LeRobotData, Tag("lerobot")]
-    | Annotated[AutoData, Tag("auto")],
-    Discriminator(_kind),
-    BeforeValidator(_only_mix),
-]
+TaskConfig = Annotated[Annotated[Mixture, Tag("mix")] | TaggedKinds, Discriminator(_kind), BeforeValidator(_only_mix)]

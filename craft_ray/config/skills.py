@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -10,20 +9,14 @@ from pydantic import AfterValidator, Field
 
 from craft_ray.config.data import DataConfig
 from craft_ray.config.evaluation import EvalSet
-from craft_ray.config.types import Section
+from craft_ray.config.types import Section, checked_name
 
 RESERVED = ("old", "new")
 """Names of scores that a run has anyway."""
 
 
 def _skill_name(name: str) -> str:
-    if name in RESERVED:
-        raise ValueError(f"'{name}' is what scores of a run are called: choose another name for the skill")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(
-            f"'{name}' is not a skill's name: use lower-case letters, digits and _, starting with a letter"
-        )
-    return name
+    return checked_name(name, "skill", RESERVED, "what scores of a run are called")
 
 
 SkillName = Annotated[str, AfterValidator(_skill_name)]

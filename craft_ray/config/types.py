@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -79,14 +80,24 @@ def workers(value: Any) -> Any:
     return value
 
 
-def _variant(name: str) -> str:
-    if name in ARMS:
-        raise ValueError(f"'{name}' is the name of an arm: choose another name for the variant")
+def checked_name(name: str, what: str, taken: Collection[str], meaning: str) -> str:
+    """A name that a user gives in a config.
+
+    Args:
+        what: what is named.
+        taken: names that have a meaning already.
+    """
+    if name in taken:
+        raise ValueError(f"'{name}' is {meaning}: choose another name for the {what}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(
-            f"'{name}' is not a variant name: use lower-case letters, digits and _, starting with a letter"
+            f"'{name}' is not a name of a {what}: use lower-case letters, digits and _, starting with a letter"
         )
     return name
+
+
+def _variant(name: str) -> str:
+    return checked_name(name, "variant", ARMS, "the name of an arm")
 
 
 Position = Annotated[str, AfterValidator(_position)]

@@ -50,9 +50,13 @@ class JoinedSources:
         return self.starts[-1]
 
     def __getitem__(self, row: int) -> Sample:
-        part = bisect_right(self.starts, row) - 1
+        part = self.part_of(row)
         sample = self.sources[part][row - self.starts[part]]
-        return replace(sample, id=f"{self.names[part]}/{sample.id}", skill=self.names[part])
+        return replace(sample, id=f"{self.names[part]}/{sample.id}")
+
+    def part_of(self, row: int) -> int:
+        """The index of the source that a row is of."""
+        return bisect_right(self.starts, row) - 1
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[row] for row in range(len(self)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,51 @@ CYCLE = 1000
 """Samples of a mixture, at least, after which every source has had its part: a weight is met to a thousandth."""
 
 
-class MixtureSampler:
+class Sampler(ABC):
+    """Batches of consecutive places in an endless order of rows."""
+
+    batch_size: int
+
+    @abstractmethod
+    def row(self, place: int) -> int:
+        """The row at a place of the order."""
+
+    def global_batch(self, step: int) -> list[int]:
+        """The rows of a step's batch, [batch_size]."""
+        first = step * self.batch_size
+        return [self.row(place) for place in range(first, first + self.batch_size)]
+
+    def local_batch(self, step: int, rank: int, world_size: int) -> list[int]:
+        """A worker's consecutive part of the global batch."""
+        assert self.batch_size % world_size == 0
+        size = self.batch_size // world_size
+        return self.global_batch(step)[rank * size : (rank + 1) * size]
+
+
+class StepSampler(Sampler):
+    """Global batches over `rows` samples: a new permutation each epoch; batches may cross its end.
+
+    Args:
+        stream: gives task and anchors different orders under one seed.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, stream: int | tuple[int, ...]) -> None:
+        assert rows > 0
+        self.rows = rows
+        self.batch_size = batch_size
+        self._key = (seed, *(stream if isinstance(stream, tuple) else (stream,)))
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def row(self, place: int) -> int:
+        epoch, offset = divmod(place, self.rows)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([*self._key, epoch]).permutation(self.rows)
+            self._epoch = epoch
+        return int(self._order[offset])
+
+
+class MixtureSampler(Sampler):
     """Global batches from several sources by weight, in the order in which the sources are joined.
 
     A cycle is a permutation in which each source has as many places as its weight asks for, so every cycle holds the
@@ -41,17 +86,8 @@ class MixtureSampler:
         self._cycle = -1
         self._order = np.empty((0, 2), dtype=np.int64)
 
-    def global_batch(self, step: int) -> list[int]:
-        """The rows of a step's batch, [batch_size]."""
-        first = step * self.batch_size
-        return [self._row(index) for index in range(first, first + self.batch_size)]
-
-    def local_batch(self, step: int, rank: int, world_size: int) -> list[int]:
-        """A worker's consecutive part of the global batch."""
-        return _part(self.global_batch(step), rank, world_size)
-
-    def _row(self, index: int) -> int:
-        cycle, offset = divmod(index, sum(self.places))
+    def row(self, place: int) -> int:
+        cycle, offset = divmod(place, sum(self.places))
         if cycle != self._cycle:
             each = np.repeat(np.arange(len(self.places)), self.places)
             sources = np.random.default_rng([*self._key, len(self.places), cycle]).permutation(each)
@@ -59,44 +95,5 @@ class MixtureSampler:
             for number, count in enumerate(self.places):
                 within[sources == number] = np.arange(count)
             self._order, self._cycle = np.stack([sources, within], 1), cycle
-        source, place = (int(number) for number in self._order[offset])
-        row = self._inner[source].global_batch(cycle * self.places[source] + place)[0]
-        return self._starts[source] + row
-
-
-class StepSampler:
-    """Global batches over `rows` samples: a new permutation each epoch; batches may cross its end.
-
-    Args:
-        stream: gives task and anchors different orders under one seed.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int, stream: int | tuple[int, ...]) -> None:
-        assert rows > 0
-        self.rows = rows
-        self.batch_size = batch_size
-        self._key = (seed, *(stream if isinstance(stream, tuple) else (stream,)))
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
-
-    def global_batch(self, step: int) -> list[int]:
-        """The rows of a step's batch, [batch_size]."""
-        first = step * self.batch_size
-        return [self._row(index) for index in range(first, first + self.batch_size)]
-
-    def local_batch(self, step: int, rank: int, world_size: int) -> list[int]:
-        """A worker's consecutive part of the global batch."""
-        return _part(self.global_batch(step), rank, world_size)
-
-    def _row(self, index: int) -> int:
-        epoch, offset = divmod(index, self.rows)
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([*self._key, epoch]).permutation(self.rows)
-            self._epoch = epoch
-        return int(self._order[offset])
-
-
-def _part(batch: list[int], rank: int, world_size: int) -> list[int]:
-    assert len(batch) % world_size == 0
-    size = len(batch) // world_size
-    return batch[rank * size : (rank + 1) * size]
+        source, nth = (int(number) for number in self._order[offset])
+        return self._starts[source] + self._inner[source].row(cycle * self.places[source] + nth)

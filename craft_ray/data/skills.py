@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from craft_ray.config import AnchorsConfig, SkillConfig
 from craft_ray.data.cells import shown
@@ -26,7 +27,14 @@ def open_anchor_source(anchors: AnchorsConfig, skills: Mapping[str, SkillConfig]
     for name, skill in skills.items():
         assert skill.anchors is not None, "check_sources refuses a skill without anchors"
         parts[name] = open_source(skill.anchors, f"skills.{name}.anchors")
-    return JoinedSources(parts, [f"skills.{name}.anchors" for name in parts])
+    return SkillSources(parts, [f"skills.{name}.anchors" for name in parts])
+
+
+class SkillSources(JoinedSources):
+    """A source for each skill, whose name its anchors get."""
+
+    def __getitem__(self, row: int) -> Sample:
+        return replace(super().__getitem__(row), skill=self.names[self.part_of(row)])
 
 
 class NamedSkills:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from craft_ray.config import Mixture, TaskConfig
 from craft_ray.data.joined import JoinedSources
-from craft_ray.data.sampler import MixtureSampler, StepSampler
+from craft_ray.data.sampler import MixtureSampler, Sampler, StepSampler
 from craft_ray.data.source import Source, open_source
 
 
@@ -22,9 +22,7 @@ def open_task(config: TaskConfig) -> Source:
     return JoinedSources(parts, keys)
 
 
-def sampler_of(
-    config: TaskConfig, source: Source, batch_size: int, seed: int, stream: int
-) -> StepSampler | MixtureSampler:
+def sampler_of(config: TaskConfig, source: Source, batch_size: int, seed: int, stream: int) -> Sampler:
     """Which samples a step uses."""
     if not isinstance(config, Mixture):
         return StepSampler(len(source), batch_size, seed, stream)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.report.runs import FinishedRun
 from craft_ray.run.kept import in_words
 from craft_ray.run.scoring import HIGHER_IS_BETTER
@@ -25,13 +26,6 @@ LOSSES = {
     "mse": "mean squared error",
     "cosine": "1 − cosine",
     "l1": "mean absolute error",
-}
-OF_TOKENS = {
-    "token_ce": "nats per token",
-    "replay": "nats per token",
-    "logits": "nats per token from the teacher",
-    "l2_sp": "half the squared distance of the weights",
-    "ewc": "nats per token from the teacher, to second order",
 }
 OLD_DATA = {
     "none": "Without old data",
@@ -92,7 +86,8 @@ def success_interval(score: dict[str, Any], when: str) -> list[float] | None:
 def loss_unit(run: FinishedRun) -> str:
     """The unit of a run's retention loss."""
     craft = run.config.craft
-    return OF_TOKENS.get(craft.retention_mode) or LOSSES[craft.loss_type]
+    unit = RETENTION_MODES[craft.retention_mode].unit(craft.loss_type)
+    return LOSSES.get(unit.name, unit.words)
 
 
 def workers_of(run: FinishedRun) -> str:

@@ -96,12 +96,11 @@ def validated(path: Interpolation, held_out: HeldOut, metric: str, alphas: Seque
     Raises:
         ConfigError: the teacher or the run scores zero on a skill, so that there is no ratio.
     """
-    records = []
-    for alpha in alphas:
+    scored: dict[float, Record] = {}
+    for alpha in dict.fromkeys([*alphas, 1.0]):
         path.to(alpha)
-        records.append({"alpha": alpha, **held_out.validation()})
-    path.to(1.0)
-    last = held_out.validation()["new/score"]
+        scored[alpha] = {"alpha": alpha, **held_out.validation()}
+    records, last = [scored[alpha] for alpha in alphas], scored[1.0]["new/score"]
     for record in records:
         record["new/gain"] = ratio(metric, record["new/score"], last)
         if record["new/gain"] is None or record["old/ratio"] is None:
@@ -128,8 +127,9 @@ def interpolated(
     trained, checkpoint = source.finished(), last_checkpoint(source.checkpoints)
     if trained is None or checkpoint is None:
         raise ConfigError(f"{source.path} has no checkpoint to interpolate: train it with train.keep_checkpoints > 0")
-    if config.validation.old is None or config.validation.new is None:
-        raise ConfigError("alpha is chosen on validation data of both skills: add validation.old and validation.new")
+    if not config.validates_both:
+        raise ConfigError("alpha is chosen on validation data of an old skill and the new one: add both")
+    assert config.validation.new is not None
     model = load_model(config.model, config.train.precision, workers.device)
     held_out = HeldOut(config, model, model.weights_fingerprint(), folder, workers, FeatureCache())
     held_out.score_teacher()

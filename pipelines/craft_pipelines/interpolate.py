@@ -32,10 +32,14 @@ def interpolate(path: StoragePath, out: StoragePath, alpha: float | None, say: A
     check_new_folder(out)
     run, checkpoint = checkpoint_of(path)
     config = run.config()
-    if alpha is None and (config.validation.old is None or config.validation.new is None):
+    if not (checkpoint / "model").exists():
         raise ConfigError(
-            f"the run {run.path} has no validation data of both skills (validation.old, validation.new) to choose "
-            f"alpha by: specify one, e.g. --alpha 0.5"
+            f"{checkpoint} is in parts, as its workers wrote it: take the run's last one, or merge it first"
+        )
+    if alpha is None and not config.validates_both:
+        raise ConfigError(
+            f"the run {run.path} has no validation data of an old skill and the new one to choose alpha by: "
+            f"specify one, e.g. --alpha 0.5"
         )
     mix = between(config, checkpoint, torch.device("cpu"))
     if alpha is None:

@@ -19,7 +19,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from craft_pipelines.authentication import refused
 from craft_pipelines.runtime_env import of_job
 from craft_pipelines.submitted import check_outputs
-from craft_pipelines.submitted_inputs import check_paths
+from craft_pipelines.submitted_inputs import check_inputs
 from craft_pipelines.working_dir import check_size, excludes
 from craft_ray.errors import ConfigError, CraftError, Interrupted, first_line
 from craft_ray.storage.files import readable_bytes
@@ -58,7 +58,7 @@ def submit(command: Sequence[str], address: str | None, folder: Path, wait: bool
     check_outputs(command, folder)
     patterns = excludes(folder)
     size = check_size(folder, patterns)
-    check_paths(command, folder, patterns)
+    check_inputs(command, folder, patterns)
     address = dashboard(address)
     client = connect(address)
     entrypoint = command[0] if len(command) == 1 else shlex.join(command)

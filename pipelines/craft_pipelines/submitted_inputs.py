@@ -4,37 +4,34 @@ directory and not the directory itself."""
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from craft_pipelines.submitted import submitted
 from craft_pipelines.working_dir import contents
 from craft_ray.config import load_config
 from craft_ray.config.paths import matching
 from craft_ray.errors import ConfigError
 
-SEPARATORS = frozenset({"&&", "||", ";", "|", "&"})
-"""Words between the commands of a line for the shell."""
-CONFIGS = (".yaml", ".yml")
 WRITTEN = "output_dir"
 """Written and not read, and only by some commands, which refuse a folder of the copy themselves."""
 
 
-def check_paths(command: Sequence[str], folder: Path, patterns: Sequence[str]) -> None:
+def check_inputs(command: Sequence[str], folder: Path, patterns: Sequence[str]) -> None:
     """Check that the configs which a command names, and the relative paths in them, are in the copy of `folder`.
 
     Only commands of `craft-ray` are looked at, and only configs that are named relative to `folder`: what an absolute
     path leads to on the cluster is not known here.
 
     Args:
-        command: its words; a single one is a line for the shell.
+        command: as in `submitted`.
         patterns: of the files that are not copied.
 
     Raises:
         ConfigError: one of them is missing in the copy, or a config is invalid.
     """
-    configs = list(_configs(command))
+    configs = [(each.config, each.overrides) for each in submitted(command) if each.config is not None]
     if not configs:
         return
     folder = _normal(folder)
@@ -52,37 +49,6 @@ def check_paths(command: Sequence[str], folder: Path, patterns: Sequence[str]) -
                     folder,
                     copied,
                 )
-
-
-def _configs(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """The relative config of each `craft-ray` command, with the overrides that it gets.
-
-    After another command of the line (`cd`, a script) the working directory or its files may be different, so what
-    follows it is not looked at.
-    """
-    words = _shell_words(command[0]) if len(command) == 1 else list(command)
-    start = 0
-    for end in [i for i, word in enumerate(words) if word in SEPARATORS] + [len(words)]:
-        part, start = words[start:end], end + 1
-        if not part or Path(part[0]).name != "craft-ray":
-            return
-        name = next((word for word in part if word.endswith(CONFIGS) and "=" not in word), None)
-        if name is None or Path(name).is_absolute() or part[part.index(name) - 1].startswith("--"):
-            continue
-        following = part[part.index(name) + 1 :]
-        yield name, [word for word in following if "=" in word and not word.startswith("-")]
-
-
-def _shell_words(line: str) -> list[str]:
-    """The words and operators of a line; none of one that needs a shell to be understood."""
-    if any(character in line for character in "$`(){}<>\n"):
-        return []
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-    lexer.whitespace_split = True
-    try:
-        return list(lexer)
-    except ValueError:  # an open quote, which the shell will report
-        return []
 
 
 def _relative_paths(config: Path, overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, str]]:

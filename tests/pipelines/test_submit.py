@@ -140,10 +140,6 @@ def test_what_a_job_writes_into_its_working_directory_would_be_lost() -> None:
     check_kept(Path("/data/runs/a"), "output_dir")
 
 
-# --------------------------------------------------------------------------------------------- what is returned
-
-
-@pytest.mark.ray
 @pytest.mark.parametrize(
     ("words", "key"),
     [
@@ -184,6 +180,10 @@ def test_other_commands_are_uploaded(words: list[str], tmp_path: Path) -> None:
     check_outputs(words, tmp_path)
 
 
+# --------------------------------------------------------------------------------------------- what is returned
+
+
+@pytest.mark.ray
 def test_the_log_and_the_exit_code_of_the_command_arrive(token_cluster: Cluster, tmp_path: Path) -> None:
     """Three jobs at once: words with spaces, a line for the shell, and craft-ray with outputs that would be lost."""
     (tmp_path / "inside.txt").write_text("content of the file\n")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from craft_pipelines import demo
 from craft_pipelines.cli import app
-from craft_pipelines.submitted_inputs import check_paths
+from craft_pipelines.submitted_inputs import check_inputs
 from craft_pipelines.working_dir import excludes
 from typer.testing import CliRunner
 
@@ -43,7 +43,7 @@ def check(tmp_path: Path) -> Check:
             "train": {"steps": 1},
         }
         (folder / config).write_text(yaml.safe_dump(content))
-        check_paths(command or ("craft-ray", "train", config), folder, excludes(folder))
+        check_inputs(command or ("craft-ray", "train", config), folder, excludes(folder))
 
     return run
 

@@ -141,7 +141,7 @@ def test_variants_are_arms_with_a_distinct_style(runs: list[RunFolder], tmp_path
     assert "CRaFT near kept 25.0 %" in text_of
     assert "craft.positions" in text_of
     assert "hidden in relative squared error" in text_of
-    assert "near in nats per token" in text_of
+    assert "near in nats a token" in text_of
     styles = {run.arm: run.style for run in read_runs(runs)}
     assert (styles["prefix"].color, styles["near"].color) == (VARIANTS[0][0], VARIANTS[1][0])
     assert all(text.count(style.path) > 3 for style in styles.values())

@@ -214,7 +214,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"anchors.source": None, "skills": {"a": {}}}, r"skills\.a has no anchors"),
     ({"skills": {"a": {"anchors": {"path": "x.jsonl"}}}}, r"anchors\.source and skills\.a\.anchors are both specified"),
     ({"skills": {"old": {}}}, "'old' is what scores of a run are called"),
-    ({"skills": {"A b": {}}}, "'A b' is not a skill's name"),
+    ({"skills": {"A b": {}}}, "'A b' is not a name of a skill"),
 ]
 
 

@@ -57,7 +57,7 @@ class StepMetrics:
     dot: Tensor
     cos: Tensor
     conflict: Tensor
-    """Whether the cosine is below the threshold."""
+    """Whether the cosine (or, by choice, the dot product) is below the threshold."""
     projected: Tensor
     """Whether the conflict was projected away; the gate decides."""
     skills_2S: Tensor | None = None
@@ -145,7 +145,8 @@ def craft_step(
     gram = gradients.gram()
     directed = (l_ret > noise_floor).any()
     cos = torch.where(directed, gram.cos, torch.nan)
-    conflict = cos < craft.conflict_threshold
+    compared = torch.where(directed, gram.dot, torch.nan) if craft.conflict_measure == "dot" else cos
+    conflict = compared < craft.conflict_threshold
     projected = conflict & gate(state, epsilon, craft)
 
     removed = surgery.projection(gram, projected)

@@ -141,7 +141,7 @@ class Constraints:
         craft, mode = self.craft, self.held[0].mode
         surgery = "projection off"
         if craft.use_grad_projection:
-            surgery = f"projection {craft.projection_gate} below cosine {craft.conflict_threshold:g}"
+            surgery = f"projection {craft.projection_gate} below {craft.conflict_measure} {craft.conflict_threshold:g}"
         trained, held_out = (sum(len(getattr(c, rows)) for c in self.held) for rows in ("train_rows", "heldout_rows"))
         budget = f"{len(self.held)} skills" if self._mixture is not None else self.held[0].budget()
         lines = [

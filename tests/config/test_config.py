@@ -122,7 +122,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "violation": "absolute", "violation_clip": None, "retention_ema": 0.5, "epsilon_schedule": "linear",
         "epsilon_start": 0.5, "epsilon_unit": "nats", "epsilon_end": 0.25, "epsilon_decay_steps": 3,
         "use_grad_projection": False, "log_angle": False,
-        "conflict_threshold": 0.5, "projection_gate": "always", "projection_mode": "task_priority",
+        "conflict_measure": "dot", "conflict_threshold": 0.5,
+        "projection_gate": "always", "projection_mode": "task_priority",
     },
     "train": {
         "steps": 9, "batch_size": 8, "accumulate": 2, "mask_loss_above": 2.5, "learning_rate": 0.5,
@@ -240,6 +241,9 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("craft.projection_mode=weigted", "craft.projection_mode"),
         ("craft.loss_type=huber", "craft.loss_type"),
         ("craft.epsilon_schedule=step", "craft.epsilon_schedule"),
+        ("craft.conflict_threshold=.nan", "craft.conflict_threshold"),
+        ("model.path=''", "model.path"),
+        ("output_dir=' '", "output_dir"),
         ("craft.layers=[]", "craft.layers"),
         ("craft.layers=[-1, -1]", "craft.layers"),
         ("craft.positions=[every_0]", "craft.positions.0"),
@@ -294,6 +298,28 @@ def test_a_value_that_is_not_valid(override: str, key: str, minimal: Path) -> No
     message = refusal(minimal, override)
     assert message.startswith(f"{minimal}: {key}")
     assert message.removeprefix(f"{minimal}: {key}")[0] in ": "
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "key"),
+    [
+        ("seed=true", "", "seed"),
+        ("train.steps=true", "train: ", "steps"),
+        ("train.learning_rate=false", "train: ", "learning_rate"),
+        ("train.betas=[true, 0.9]", "train: ", "betas"),
+        ("workers.num_workers=true", "workers: ", "num_workers"),
+        ("craft.layers=[true]", "craft: ", "layers"),
+        ("craft.keep=true", "craft: ", "keep"),
+    ],
+)
+def test_a_truth_value_is_no_number(override: str, place: str, key: str, minimal: Path) -> None:
+    value = "false" if "false" in override else "true"
+    assert refusal(minimal, override) == f"{minimal}: {place}{key} is {value}, which is not a number: specify one"
+
+
+def test_a_threshold_of_the_dot_product_has_any_size(minimal: Path) -> None:
+    config = load_config(minimal, ["craft.conflict_measure=dot", "craft.conflict_threshold=-250"])
+    assert config.craft.conflict_threshold == -250
 
 
 @pytest.mark.parametrize(

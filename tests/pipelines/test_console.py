@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from craft_pipelines import console
-from craft_pipelines.console import FileObserver, RowsProgress, following, readable_seconds
+from craft_pipelines.console import FileObserver, Screen, following, readable_seconds
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -19,11 +19,11 @@ def test_lines_are_sparse_and_say_how_long_it_takes(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(console.time, "monotonic", lambda: now)
-    progress = RowsProgress(None)
+    progress = Screen(None)
     for second in range(0, 25, 2):
         now = 100.0 + second
-        progress.show("task", 10 * second, 4000, 150.0)
-    progress.show("task", 4000, 4000, 0.0)
+        progress.progress("checking the rows of task", 10 * second, 4000, 150.0)
+    progress.progress("checking the rows of task", 4000, 4000, 0.0)
     assert capsys.readouterr().out.splitlines() == [
         "checking the rows of task: 120 of 4000, about 2 min left",
         "checking the rows of task: 240 of 4000, about 2 min left",
@@ -34,26 +34,26 @@ def test_a_terminal_has_a_bar_while_rows_are_checked() -> None:
     screen = io.StringIO()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=screen, force_terminal=True), auto_refresh=False) as bars:
-        progress = RowsProgress(bars)
-        progress.show("task", 1000, 4000, 150.0)
+        progress = Screen(bars)
+        progress.progress("checking the rows of task", 1000, 4000, 150.0)
         assert [(task.description, task.percentage) for task in bars.tasks] == [("checking the rows of task", 25.0)]
         bars.refresh()
-        progress.show("task", 4000, 4000, 0.0)
+        progress.progress("checking the rows of task", 4000, 4000, 0.0)
         assert not bars.tasks
-        progress.show("evaluation.new.data", 1, 2, 1.0)
+        progress.progress("checking the rows of evaluation.new.data", 1, 2, 1.0)
         assert [task.percentage for task in bars.tasks] == [50.0]
     assert "checking the rows of task" in screen.getvalue()
 
 
 def test_progress_comes_from_a_worker_through_its_file(tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int, float]] = []
+    seen: list[tuple[str, float, int, float]] = []
 
     class Screen(NullObserver):
-        def checking(self, key: str, done: int, rows: int, left_s: float) -> None:
-            seen.append((key, done, rows, left_s))
+        def progress(self, what: str, done: float, total: int, left_s: float) -> None:
+            seen.append((what, done, total, left_s))
 
     with following(tmp_path / "messages", Screen()):
-        FileObserver(tmp_path / "messages").checking("task", 3, 9, 4.5)
+        FileObserver(tmp_path / "messages").progress("task", 3, 9, 4.5)
     assert seen == [("task", 3, 9, 4.5)]
 
 

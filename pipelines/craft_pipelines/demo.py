@@ -133,6 +133,7 @@ def demo(out: Path, preset_name: str, quick: bool) -> bool:
         _teach(teach_config)
     print(f"2/{stages} the teacher's anchor cache, and the arms learn the new skill: {preset.new}")
     config = load_config(CONFIGS / f"{preset.config}.yaml", preset.quick if quick else (), base=out)
+    config = config.changed({"about.old": preset.old, "about.new": preset.new})
     if quick:
         config = config.changed({"name": config.name + "-quick"})
     write_atomically(out / f"{config.name}.yaml", dump_config(config))  # as a start for other settings or seeds

@@ -26,7 +26,7 @@ from craft_ray.storage.paths import ObjectPath, StoragePath
 POLL_S = 0.1
 LINE_S = 10.0
 """Time before the first line about work that takes long."""
-LINE_PART = 0.2
+LINE_PART = 0.5
 """Part of the time that the work has taken, before the next line."""
 STORE_POLL_S = 1.0
 """In an object store, where each poll is a request."""

@@ -94,6 +94,22 @@ def paired_change_bounds(lost: int, gained: int, trials: int, confidence: float)
     return max(-1.0, change - half), min(1.0, change + half)
 
 
+def mcnemar(lost: int, gained: int) -> float:
+    """Two-sided P of a split at least as uneven as `lost` against `gained`, for independent trials that each went
+    either way with equal chance.
+
+    min(1, 2 sum_{k <= min(lost, gained)} C(n, k) / 2^n),   n = lost + gained
+
+    Q. McNemar, Note on the sampling error of the difference between correlated proportions or percentages,
+    Psychometrika 12 (1947); exact by the binomial, so that it holds for a few trials, too.
+
+    Args:
+        lost, gained: trials that succeeded only in the first, or only in the second pass.
+    """
+    n = lost + gained
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(lost, gained) + 1)) / 2**n)
+
+
 def ratio_of_sums_bounds(tops: Sequence[float], bottoms: Sequence[float], confidence: float) -> tuple[float, float]:
     """One-sided lower and upper bound of R = sum(tops) / sum(bottoms) over independent pairs, by the delta method:
 

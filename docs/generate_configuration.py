@@ -133,6 +133,7 @@ SECTIONS = (
     ("EvalSet", "{validation,evaluation}.{old,new}."),
     (config.RolloutConfig, "{validation,evaluation}.{old,new}.rollout."),
     (config.WorkersConfig, "workers."),
+    (config.AboutConfig, "about."),
     (config.CompareConfig, "compare."),
     (config.ObjectiveConfig, "objective."),
     (config.SweepConfig, "sweep."),

@@ -1,5 +1,6 @@
 """The experiment as frozen models, read and validated once, on entry. Neither torch nor ray is imported here."""
 
+from craft_ray.config.about import AboutConfig
 from craft_ray.config.adapter import AdapterConfig
 from craft_ray.config.comparison import CompareConfig
 from craft_ray.config.data import (
@@ -51,6 +52,7 @@ __all__ = [
     "MOST_VARIANTS",
     "POSITIONS",
     "SQLITE",
+    "AboutConfig",
     "AdapterConfig",
     "AnchorsConfig",
     "AutoData",

@@ -16,6 +16,7 @@ FREE = (
     "train.check_minutes",
     "workers",
     "tracking",
+    "about",
     "compare",
     "sweep",
     "objective",

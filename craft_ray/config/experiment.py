@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from craft_ray.config.about import AboutConfig
 from craft_ray.config.adapter import AdapterConfig
 from craft_ray.config.arms import CATALOGUE
 from craft_ray.config.comparison import CompareConfig
@@ -51,6 +52,7 @@ class Experiment(Section):
     validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     workers: WorkersConfig = WorkersConfig()
+    about: AboutConfig = AboutConfig()
     compare: CompareConfig = CompareConfig()
     objective: ObjectiveConfig | None = None
     sweep: SweepConfig = SweepConfig()

@@ -10,7 +10,6 @@ from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.report.runs import FinishedRun
 from craft_ray.run.kept import in_words
 from craft_ray.run.scoring import HIGHER_IS_BETTER
-from craft_ray.statistics import rate_interval
 
 NONE = "–"
 
@@ -50,6 +49,11 @@ def number(value: float | None) -> str:
     return f"{value:.{digits}f}" if digits <= 5 else f"{value:.2e}"
 
 
+def probability(value: float) -> str:
+    """Two significant digits; a very small one by its bound."""
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
 def score_of(value: float | None, metric: str) -> str:
     """A score: a percentage for answers, a number for perplexity."""
     return percent(value) if HIGHER_IS_BETTER[metric] else number(value)
@@ -76,11 +80,9 @@ def sample_count(samples: int, skill: str, metric: str) -> str:
     return f"{samples} held-out samples of the {skill} skill"
 
 
-def success_interval(score: dict[str, Any], when: str) -> list[float] | None:
-    """Wilson's interval for the success rate of one run (`before` or `after`). None for other metrics."""
-    if score[when] is None or score["metric"] != "success":
-        return None
-    return rate_interval(score[when], score["samples"])
+def is_held(run: FinishedRun) -> bool:
+    """Whether a run was held to a budget or a target. Plain fine-tuning and fixed penalties are only measured."""
+    return run.config.craft.enabled and run.result.get("multiplier") != "fixed"
 
 
 def loss_unit(run: FinishedRun) -> str:

@@ -21,6 +21,7 @@ from craft_ray.extras import require_lerobot
 from craft_ray.models.base import IGNORE, Features, Model, evaluating
 from craft_ray.models.capabilities import token_model
 from craft_ray.models.features import FeatureCache
+from craft_ray.run.pace import Pace
 from craft_ray.workers import Workers
 
 HIGHER_IS_BETTER = {"exact_match": True, "choice": True, "perplexity": False, "token_accuracy": True, "success": True}
@@ -174,8 +175,12 @@ class EvalData:
 
 
 @torch.no_grad()
-def evaluate(data: EvalData, workers: Workers) -> Score:
-    """Score a model; each worker takes its share of the samples, and all workers get the result."""
+def evaluate(data: EvalData, workers: Workers, pace: Pace | None = None) -> Score:
+    """Score a model; each worker takes its share of the samples, and all workers get the result.
+
+    Args:
+        pace: reports how many samples are scored.
+    """
     model, eval_set = data.model, data.eval_set
     mine = list(range(workers.rank, len(data.of), workers.world_size))
     own = len(mine)
@@ -187,6 +192,10 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
         for start in range(0, len(mine), eval_set.batch_size):
             interruption.check()
             records += score(data, mine[start : start + eval_set.batch_size], workers)
+            if pace is not None:
+                pace.reached(len(records) * workers.world_size)
+    if pace is not None:
+        pace.end()
     shares = workers.gather(records[:own])
     everyone = [shares[i % workers.world_size][i // workers.world_size] for i in range(len(data.of))]
     if eval_set.metric in OF_TEXT:

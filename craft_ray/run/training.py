@@ -118,7 +118,7 @@ class Run:
         self.task = TaskData(config, self.model, workers, features, teacher)
         if self.main:
             check_same(folder, config, self.task.source.fingerprint)
-        self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
+        self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features, observer.progress)
         self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
         apart = self.constraints.compares_gradients
         module = self.model.module
@@ -269,7 +269,7 @@ class Run:
         if self.best.step not in (None, trained):
             self._return_to(self.best.step)
         result: dict[str, Any] = {"name": config.name, "arm": config.arm, "seed": config.seed, "steps": self.step}
-        result |= self.best.described(trained)
+        result |= {"task_samples": len(self.task)} | self.best.described(trained)
         result |= self.held_out.evaluation()
         result |= judged(self.constraints.certificates(self.step), self.held_out.certificates(), result)
         result["stationarity"] = self._stationarity()
@@ -296,4 +296,4 @@ def check_every_row(run: Run) -> None:
         DataError: a row cannot be used.
     """
     for rows in [run.task.rows(), *run.held_out.rows()]:
-        check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note, run.observer.checking)
+        check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note, run.observer.progress)

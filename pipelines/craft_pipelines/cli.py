@@ -8,6 +8,7 @@ one line, never as a traceback.
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import sys
@@ -48,6 +49,8 @@ def _print_version(wanted: bool) -> None:
 def main() -> None:
     """Run the command; a known error becomes one line and its exit code."""
     interruption.listen()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log has each line when it is printed
     try:
         app()
     except BaseException as error:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from craft_pipelines.console import screen
 from craft_pipelines.outputs import check_kept
 from craft_ray.config import Experiment
 from craft_ray.data.source import Source
@@ -21,6 +22,7 @@ from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import eval_sets, key_of
+from craft_ray.run.pace import Pace, Report
 from craft_ray.run.scoring import OF_TEXT, Episodes, EvalData, Score, open_eval_set
 from craft_ray.run.scoring import evaluate as score
 from craft_ray.run.sharded_checkpoint import SHARDS
@@ -78,7 +80,9 @@ def evaluate(
         if config.model.kind != "lerobot":  # a policy is built from its config, so other sizes do not load
             vocabulary = vocabulary or vocabulary_size(model)
             _check_vocabulary(vocabulary_size(model), vocabulary, path, config)
-        done.append(Scored(label, path, model.weights_fingerprint(), _scores(config, model, sources, features)))
+        with screen() as shown:
+            scores = _scores(config, model, sources, features, shown.progress)
+        done.append(Scored(label, path, model.weights_fingerprint(), scores))
         del model
         gc.collect()  # samples and model refer to each other, and the next model needs the memory
     for line in lines(done):
@@ -177,12 +181,17 @@ def _check_vocabulary(found: int, expected: int, path: str, config: Experiment) 
 
 
 def _scores(
-    config: Experiment, model: Model, sources: Mapping[str, Source | Episodes], features: FeatureCache
+    config: Experiment,
+    model: Model,
+    sources: Mapping[str, Source | Episodes],
+    features: FeatureCache,
+    report: Report,
 ) -> dict[str, Score]:
     found = {}
     for skill, eval_set in eval_sets(config, "evaluation"):
         torch.manual_seed(config.seed)  # the same for every model, where a policy draws its actions
-        found[skill] = score(EvalData(model, sources[skill], eval_set, features), OneWorker(model.device))
+        pace = Pace(f"scoring on {key_of(config, 'evaluation', skill)}", len(sources[skill]), report)
+        found[skill] = score(EvalData(model, sources[skill], eval_set, features), OneWorker(model.device), pace)
     return found
 
 

@@ -1,0 +1,81 @@
+"""The commands on what is finished: `craft-ray report`, `price`, `merge` and `interpolate`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from craft_ray.errors import ConfigError
+from craft_ray.quiet import importing
+from craft_ray.storage.paths import storage_path
+
+
+def merge(
+    run: Annotated[
+        str,
+        typer.Argument(help="a run with an adapter or a sharded one, or one of its checkpoints", show_default=False),
+    ],
+    out: Annotated[str, typer.Argument(help="a new folder for the whole model", show_default=False)],
+) -> None:
+    """Add a run's adapter to the weights of its teacher, or put a sharded checkpoint together, and save a plain model
+    folder."""
+    with importing():
+        from craft_pipelines.merge import merge as stage
+
+    stage(storage_path(run).absolute(), storage_path(out).absolute())
+
+
+def interpolate(
+    run: Annotated[str, typer.Argument(help="a finished run, or one of its checkpoints", show_default=False)],
+    out: Annotated[str, typer.Argument(help="a new folder for the model", show_default=False)],
+    alpha: Annotated[
+        float | None, typer.Option(min=0, max=1, help="0 is the teacher, 1 the run [default: the best on validation]")
+    ] = None,
+) -> None:
+    """Mix the weights of a run with its teacher's (WiSE-FT), and save the model."""
+    with importing():
+        from craft_pipelines.interpolate import interpolate as stage
+
+    stage(storage_path(run).absolute(), storage_path(out).absolute(), alpha)
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(help="run directories", show_default=False)],
+    out: Annotated[str, typer.Option(help="folder for report.html and result.json")] = ".",
+) -> None:
+    """Write the report of finished runs."""
+    with importing():
+        from craft_pipelines.outputs import check_kept
+        from craft_ray.report.html import write_report
+        from craft_ray.run.folder import RunFolder, command_line
+
+    target = storage_path(out)
+    check_kept(target, "--out")
+    folders = [RunFolder(storage_path(path).absolute()) for path in runs]
+    for folder in folders:
+        if not folder.path.exists():
+            raise ConfigError(f"there is no run at {folder.path}: give run directories")
+        if folder.finished() is None:
+            raise ConfigError(f"{folder.path} is not a finished run: it has no result.json; continue it with --resume")
+    write_report(folders, target, title=folders[0].config().name, command=shlex.join(command_line()))
+    print(f"report: {target / 'report.html'}")
+
+
+def price(
+    runs: Annotated[list[str], typer.Argument(help="run directories, or sweeps", show_default=False)],
+    keep: Annotated[str, typer.Option(help="comma-separated parts of the old skill")] = "0.9,0.95,0.99",
+) -> None:
+    """Tell from validations what keeping a part of the old skill costs of the new one."""
+    try:
+        targets = [float(part) for part in keep.split(",")]
+    except ValueError:
+        targets = []
+    if not targets or not all(0 < target <= 1 for target in targets):
+        raise ConfigError(f"--keep is '{keep}': give parts of the old skill separated by commas, e.g. 0.9,0.95")
+    with importing():
+        from craft_ray.report.price import points_of, price_lines, runs_at
+
+    points, metric = points_of(runs_at([storage_path(path).absolute() for path in runs]))
+    print("\n".join(price_lines(points, metric, targets)))

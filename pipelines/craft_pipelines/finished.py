@@ -1,4 +1,4 @@
-"""The commands on what is finished: `craft-ray report`, `price`, `merge` and `interpolate`."""
+"""The commands on what is finished: `craft-ray report`, `export`, `price`, `merge` and `interpolate`."""
 
 from __future__ import annotations
 
@@ -61,6 +61,19 @@ def report(
             raise ConfigError(f"{folder.path} is not a finished run: it has no result.json; continue it with --resume")
     write_report(folders, target, title=folders[0].config().name, command=shlex.join(command_line()))
     print(f"report: {target / 'report.html'}")
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(help="a run, a folder with a report of runs, or a sweep", show_default=False)
+    ],
+    out: Annotated[str, typer.Argument(help="a new folder for the files", show_default=False)],
+) -> None:
+    """Save the figures of a report as PDF and PNG, and its tables as CSV and LaTeX."""
+    with importing():
+        from craft_pipelines.export import export as stage
+
+    stage(storage_path(source).absolute(), storage_path(out).absolute())
 
 
 def price(

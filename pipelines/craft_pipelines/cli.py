@@ -18,7 +18,7 @@ import typer
 
 from craft_pipelines.configs import config_app, init
 from craft_pipelines.ending import end_interrupted, interruption_in, path_refused
-from craft_pipelines.finished import export, interpolate, merge, price, report
+from craft_pipelines.finished import export, interpolate, merge, price, push, report
 from craft_ray import interruption
 from craft_ray.config import load_config, parse_overrides
 from craft_ray.config.arms import with_arms
@@ -253,6 +253,7 @@ app.command("merge")(merge)
 app.command("interpolate")(interpolate)
 app.command("report")(report)
 app.command("export")(export)
+app.command("push")(push)
 app.command("price")(price)
 
 

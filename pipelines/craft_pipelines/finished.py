@@ -1,8 +1,9 @@
-"""The commands on what is finished: `craft-ray report`, `export`, `price`, `merge` and `interpolate`."""
+"""The commands on what is finished: `craft-ray report`, `export`, `push`, `price`, `merge` and `interpolate`."""
 
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -74,6 +75,32 @@ def export(
         from craft_pipelines.export import export as stage
 
     stage(storage_path(source).absolute(), storage_path(out).absolute())
+
+
+def push(
+    run: Annotated[str, typer.Argument(help="a finished run", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="create the repository as a private one")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "--card-only", help="write the card into the run's folder, and send nothing")
+    ] = False,
+    card: Annotated[Path | None, typer.Option(help="send this card, e.g. an edited one of a dry run")] = None,
+    license: Annotated[str | None, typer.Option(help="the hub's identifier of a licence, e.g. apache-2.0")] = None,
+    license_name: Annotated[str | None, typer.Option(help="with --license other: its name")] = None,
+    license_link: Annotated[str | None, typer.Option(help="with --license other: its address")] = None,
+    base_model: Annotated[str | None, typer.Option(help="the teacher's name on the hub, if it was a folder")] = None,
+    report: Annotated[
+        str | None, typer.Option(help="a report with this run, for the table of arms [default: its comparison's]")
+    ] = None,
+) -> None:
+    """Send a run's model to the hub, with a card that says what was learnt and what was kept."""
+    with importing():
+        from craft_pipelines.push import push as stage
+        from craft_ray.report.card import CardFields
+
+    fields = CardFields(license, license_name, license_link, base_model)
+    beside = None if report is None else storage_path(report).absolute()
+    stage(storage_path(run).absolute(), repository, fields, private, dry_run, card, beside)
 
 
 def price(

@@ -54,7 +54,7 @@ def write_report(runs: Sequence[RunFolder], target: StoragePath, *, title: str, 
         summary=summary,
         environments=content["environment"],
         differences=different,
-        **_view(finished, summary),
+        **view(finished, summary),
     )
     write_atomically(target / "report.html", page)
     write_atomically(target / "result.json", json.dumps(content, indent=2))
@@ -76,7 +76,7 @@ def environments(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     return found
 
 
-def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the template shows in addition to the numbers."""
     arms = {arm: [run for run in runs if run.arm == arm] for arm in summary}
     constrained = {arm: chosen for arm, chosen in arms.items() if chosen[0].config.craft.enabled}

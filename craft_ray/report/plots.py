@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from craft_ray.report.arms import ARMS
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.summary import new_ratio, old_ratio
-from craft_ray.report.svg import INK, PAPER, inline_svg, new_figure
+from craft_ray.report.svg import INK, PAPER, inline_svg, label_log_axis, new_figure
 from craft_ray.report.thin import Curve, curve
 from craft_ray.report.wording import METRICS, loss_unit
 from craft_ray.run.scoring import HIGHER_IS_BETTER, ratio
@@ -218,7 +218,7 @@ def _fit_log_axis(axes: Axes, runs: Sequence[FinishedRun], plain: Sequence[Finis
     top = max([*positive, runs[0].config.craft.epsilon_start])
     bottom = max(min([*positive, budget]) / 1.6, budget / 10**DECADES_BELOW)
     axes.set_ylim(bottom, top * 2.2)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    label_log_axis(axes.yaxis)
 
 
 def _points(axes: Axes, points: Sequence[tuple[float, float]], color: str, marker: str) -> None:

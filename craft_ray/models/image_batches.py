@@ -38,11 +38,9 @@ class ImageBatches:
     def __init__(self, process: Process, path: str) -> None:
         self._path = path
         self._fills: dict[str, float] = {}
-        self._problem: str | None = None
+        self._problem: str | None
         try:
-            self._learn(process)
-        except ValueError as error:
-            self._problem = str(error)
+            self._problem = self._learn(process)
         except Exception as error:  # a processor that takes one image a sample can raise anything for several
             self._problem = f"it fails on several images ({type(error).__name__}: {first_line(error)[:200]})"
 
@@ -60,29 +58,26 @@ class ImageBatches:
             )
         return joined(parts, self._fills.get(name, 0))[0]
 
-    def _learn(self, process: Process) -> None:
-        """Compare a batch with its samples, and note what it is padded with.
-
-        Raises:
-            ValueError: it is not what its samples give.
-        """
+    def _learn(self, process: Process) -> str | None:
+        """Compare a batch with its samples, and note what it is padded with; what differs, if anything does."""
         square, wide = (Image.new("RGB", size, (200, 120, 40)) for size in (SQUARE, WIDE))
         samples = [[square], [wide, square]]
         alone = [process([pictures]) for pictures in samples]
         together = process(samples)
         for name, tensor in together.items():
             if not all(name in one for one in alone):
-                raise ValueError(f"{name} is in the batch alone")
+                return f"{name} is in the batch alone"
             expected, real = joined([one[name] for one in alone], 0)
             if tensor.shape != expected.shape:
-                raise ValueError(f"{name} is {list(tensor.shape)} in a batch and {list(expected.shape)} one by one")
+                return f"{name} is {list(tensor.shape)} in a batch and {list(expected.shape)} one by one"
             if not torch.allclose(tensor[real].float(), expected[real].float(), atol=TOLERANCE, rtol=TOLERANCE):
-                raise ValueError(f"{name} has other values in a batch")
+                return f"{name} has other values in a batch"
             padding = tensor[~real].unique()
             if len(padding) > 1:
-                raise ValueError(f"{name} is padded with different values")
+                return f"{name} is padded with different values"
             if len(padding):
                 self._fills[name] = padding.item()
+        return None
 
 
 def joined(parts: Sequence[Tensor], fill: float) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,9 @@ class Content(Protocol):
     def has_conversations(self) -> bool: ...
 
     @property
+    def has_image_lists(self) -> bool: ...
+
+    @property
     def has_responses(self) -> bool: ...
 
     def __len__(self) -> int: ...
@@ -102,11 +105,13 @@ def identity_of(experiment: Experiment, model: Model, source: Content) -> Identi
     )
 
 
-def _inputs(source: Content) -> Literal["raw", "messages", "frames"]:
+def _inputs(source: Content) -> Literal["raw", "images", "messages", "frames"]:
     """How the cache stores the anchors of a source."""
     if source.features is not None:
         return "frames"
-    return "messages" if source.has_conversations else "raw"
+    if source.has_conversations:
+        return "messages"
+    return "images" if source.has_image_lists else "raw"
 
 
 def stored_logits(anchors: AnchorsConfig, model: Model) -> StoredLogits:
@@ -174,7 +179,7 @@ def build_shard(teacher: Teacher, source: Source, rows: Sequence[int], path: Sto
 def write_shard(path: StoragePath, schema: CacheSchema, row_groups: Iterable[pa.Table]) -> None:
     """One Parquet file, which appears when it is complete."""
     arrow = schema.arrow()
-    packed = ("id", "prompt", "input_ids", "skill", "suffix", "response")
+    packed = ("id", "prompt", "image_bytes", "input_ids", "skill", "suffix", "response")
     nested = [name for name in arrow.names if pa.types.is_list(arrow.field(name).type) and name not in packed]
     dense = [f"{name}.list.element.list.element" for name in nested]
     with (

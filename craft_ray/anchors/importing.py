@@ -39,6 +39,7 @@ class _Unread:
     fingerprint: str
     features: None = None
     has_conversations: bool = False
+    has_image_lists: bool = False
     has_responses: bool = False
 
     def __len__(self) -> int:

@@ -46,7 +46,7 @@ class Identity(_Frozen):
     dtype: str
     rounded_to: str | None = None
     """The type in which the vectors of an imported cache were stored before, if it is coarser than `dtype`."""
-    inputs: Literal["raw", "messages", "frames", "tensors"]
+    inputs: Literal["raw", "images", "messages", "frames", "tensors"]
     pixel_shape: tuple[int, ...] | None = None
     """Shape of one sample's pixel_values, if inputs are tensors."""
     suffix_from: str

@@ -17,6 +17,7 @@ from craft_ray.anchors.ragged import Ragged, write_ragged
 from craft_ray.anchors.schema import NUMPY, hidden_column, log_probs_column, tokens_column
 from craft_ray.data.conversation import Conversation
 from craft_ray.data.frame import Frame
+from craft_ray.data.images import split_bytes
 from craft_ray.data.sample import Sample
 from craft_ray.errors import CacheRefused
 from craft_ray.storage.files import checksum, new_folder
@@ -63,6 +64,7 @@ def check_sizes(folder: StoragePath, manifest: Manifest) -> None:
 
 INPUTS = {
     "raw": ("image", "prompt"),
+    "images": ("image", "image_bytes", "prompt"),
     "messages": ("image", "prompt"),
     "frames": ("frame", "prompt"),
     "tensors": ("input_ids", "pixel_values"),
@@ -80,7 +82,8 @@ class AnchorSet:
         schema = manifest.identity.schema
         self._ids = Ragged(expanded / "id", BYTES)
         self._inputs = {
-            name: Ragged(expanded / name, INT32 if name == "input_ids" else BYTES) for name in INPUTS[schema.inputs]
+            name: Ragged(expanded / name, INT32 if name in ("input_ids", "image_bytes") else BYTES)
+            for name in INPUTS[schema.inputs]
         }
         self._skills = Ragged(expanded / "skill", BYTES) if schema.with_skills else None
         self._suffix = Ragged(expanded / "suffix", INT32) if schema.has_suffix else None
@@ -127,6 +130,9 @@ class AnchorSet:
         if self.identity.inputs == "messages":
             conversation = Conversation.from_stored(prompt, image.tobytes())
             return Sample(self.id(row), conversation.transcript, conversation=conversation)
+        if self.identity.inputs == "images":
+            images = split_bytes(image.tobytes(), self._inputs["image_bytes"][row].tolist())
+            return Sample(self.id(row), prompt, next(iter(images), None), images=images)
         return Sample(id=self.id(row), prompt=prompt, image=image.tobytes() if len(image) else None)
 
     def tensors(self, row: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -2,6 +2,7 @@
 
 id              string
 image, prompt   the raw input                                           (inputs: raw)
+image, image_bytes, prompt: images, one after the other, and the bytes of each  (inputs: images)
 image, prompt   images, one after the other, and the turns as JSON      (inputs: messages)
 frame, prompt   the observation of a robot as safetensors, and the task (inputs: frames)
 input_ids, pixel_values                                                 (inputs: tensors, imported caches)
@@ -108,7 +109,7 @@ class CacheSchema:
     hidden_size: int
     dtype: str
     inputs: str
-    """`raw`, `messages`, `frames` or `tensors`."""
+    """`raw`, `images`, `messages`, `frames` or `tensors`."""
     logits: StoredLogits | None = None
     with_skills: bool = False
 
@@ -142,6 +143,8 @@ class CacheSchema:
         else:
             seen = "frame" if self.inputs == "frames" else "image"
             fields += [pa.field(seen, pa.binary()), pa.field("prompt", pa.string())]
+            if self.inputs == "images":
+                fields.append(pa.field("image_bytes", pa.list_(pa.int32())))
         if self.with_skills:
             fields.append(pa.field("skill", pa.string(), nullable=False))
         if self.has_suffix:

@@ -36,8 +36,10 @@ from craft_ray.models.capabilities import logits_model, packing_model, token_mod
 
 
 def stored_input(sample: Sample) -> tuple[str, bytes | None]:
-    """Prompt and image as a row of the cache holds them."""
-    return (sample.prompt, sample.image) if sample.conversation is None else sample.conversation.stored()
+    """Prompt and image as a row of the cache holds them; several images are one after the other."""
+    if sample.conversation is not None:
+        return sample.conversation.stored()
+    return sample.prompt, sample.image if sample.images is None else b"".join(sample.images)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Teacher:
             columns["frame"] = [s.frame and s.frame.to_bytes() for s in samples]
         else:
             columns["image"] = [image for _, image in inputs]
+        if self.schema.inputs == "images":
+            columns["image_bytes"] = [[len(image) for image in sample.pictures or ()] for sample in samples]
         if self.schema.with_skills:
             columns["skill"] = [s.skill for s in samples]
         if self.schema.has_response:

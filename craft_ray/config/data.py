@@ -6,12 +6,21 @@ from collections.abc import Collection, Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from craft_ray.config.kinds import Kind, without_unused
 from craft_ray.config.mistakes import explain
 from craft_ray.config.paths import FolderPath, PathOrHubName
-from craft_ray.config.types import Episodes, Section
+from craft_ray.config.types import Episodes, Section, distinct
 from craft_ray.errors import ConfigError
 
 ENDINGS = {
@@ -37,9 +46,10 @@ class Columns(Section):
 
     id: str | None = None
     """Unique name of a sample. Default: the row number."""
-    image: str | None = None
+    image: str | Annotated[tuple[str, ...], AfterValidator(distinct)] | None = None
     """A path, encoded bytes (PNG, JPEG), a `{bytes, path}` pair, a data URI or an array of uint8 (height, width[,
-    channel]). For a conversation also a list of them."""
+    channel]), or a list of them; a list of columns (`[left, right]`) puts their images one after the other
+    (docs/data.md)."""
     messages: str | None = None
     """A conversation: a list of turns with `role` and `content`, or with `from` and `value` (ShareGPT); or the
     `instruction` of rows that have an `output`, too (Alpaca). It replaces prompt and response, and needs
@@ -57,6 +67,11 @@ class Columns(Section):
     """Index of the right choice, from 0; replaces the response."""
     skill: str | None = None
     """Which of the config's `skills` an anchor belongs to."""
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The columns that hold images."""
+        return self.image if isinstance(self.image, tuple) else () if self.image is None else (self.image,)
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from craft_ray.data.cells import refuse_halves
-from craft_ray.data.images import encoded_image
+from craft_ray.data.images import encoded_image, split_bytes
 from craft_ray.errors import DataError
 from craft_ray.storage.paths import StoragePath
 
@@ -61,12 +61,9 @@ class Conversation:
     def from_stored(cls, text: str, data: bytes) -> Conversation:
         """The conversation that `stored` wrote, without its answer."""
         tree = json.loads(text)
-        images, start = [], 0
-        for size in tree["image_bytes"]:
-            images.append(data[start : start + size])
-            start += size
+        images = split_bytes(data, tree["image_bytes"])
         tools = None if tree["tools"] is None else tuple(tree["tools"])
-        return cls(tuple(tree["messages"]), None, tuple(images), tools)
+        return cls(tuple(tree["messages"]), None, images, tools)
 
 
 def content_text(message: Message) -> str:
@@ -104,6 +101,15 @@ def read_conversation(
     if not messages:
         raise DataError(f"{where}: the conversation is a single turn of the assistant: put a turn of the user first")
     return Conversation(tuple(messages), answer, found, _tools(tools, where))
+
+
+def marked_parts(text: str) -> list[Message]:
+    """Text with marks of images as parts, whose images are elsewhere."""
+    parts: list[Message] = []
+    for number, piece in enumerate(text.split(IMAGE_MARK)):
+        parts += [{"type": "image", "image": None}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
 
 
 def alpaca(instruction: str, more: Any, output: Any, where: str) -> Conversation:
@@ -147,7 +153,7 @@ def _message(turn: Any, number: int, marked: bool, where: str) -> Message:
         )
     content = fields.get("content", "")
     if isinstance(content, str):
-        content = _parts_of_marked(content) if marked and IMAGE_MARK in content else content
+        content = marked_parts(content) if marked and IMAGE_MARK in content else content
     elif isinstance(content, Sequence) and not isinstance(content, bytes):
         content = [_part(part, where) for part in content]
     else:
@@ -180,15 +186,6 @@ def _inline(part: Mapping[str, Any]) -> Any:
         if value is not None:
             return value.get("url") if name == "image_url" and isinstance(value, Mapping) else value
     return None
-
-
-def _parts_of_marked(text: str) -> list[Message]:
-    """Text with marks of images as parts."""
-    parts: list[Message] = []
-    for number, piece in enumerate(text.split(IMAGE_MARK)):
-        parts += [{"type": "image", "image": None}] if number else []
-        parts += [{"type": "text", "text": piece}] if piece else []
-    return parts
 
 
 def _images(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,53 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from craft_ray.data.cells import cut, shown
 from craft_ray.errors import DataError, first_line
 from craft_ray.storage.paths import StoragePath, is_object, storage_path
+
+
+def is_list_of_images(cell: Any) -> bool:
+    """Whether a cell holds a list of images, and not one image, which may be an array in nested lists: height, width
+    and channel. What nests deeper is a list of arrays."""
+    depth, inner = 0, cell
+    while isinstance(inner, list):
+        depth, inner = depth + 1, next(iter(inner), None)
+    return depth > 3 or (depth == 1 and not isinstance(inner, int | float))
+
+
+def images_in(cell: Any) -> list[Any]:
+    """The images of a cell: those of a list of them, a single one, or none."""
+    return [] if cell is None else cell if is_list_of_images(cell) else [cell]
+
+
+def images_of_row(cells: Mapping[str, Any], columns: Sequence[str], where: str) -> list[Any]:
+    """The images in some columns of a row, one after the other. Of several columns the last ones may hold nothing.
+
+    Args:
+        where: names the sample in an error.
+
+    Raises:
+        DataError: nothing stands where another image follows, or within a list.
+    """
+    filled = [name for name in columns if cells.get(name) is not None]
+    found: list[Any] = []
+    for column in columns[: columns.index(filled[-1]) + 1] if filled else ():
+        cell = cells.get(column)
+        if cell is None:
+            raise DataError(
+                f"{where}: column '{column}' holds no image, but '{filled[-1]}' behind it does: fill the columns from "
+                f"the first on, or remove the row"
+            )
+        for number, value in enumerate(images_in(cell), 1):
+            if value is None:
+                raise DataError(
+                    f"{where}: image {number} in the list of column '{column}' is null: fix or remove the row"
+                )
+            found.append(value)
+    return found
+
+
+def split_bytes(data: bytes, sizes: Sequence[int]) -> tuple[bytes, ...]:
+    """What lies one after the other, with these numbers of bytes."""
+    ends = [0, *accumulate(sizes)]
+    return tuple(data[start:end] for start, end in pairwise(ends))
 
 
 def encoded_image(value: Any, folder: StoragePath, where: str) -> bytes:

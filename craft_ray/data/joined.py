@@ -42,6 +42,10 @@ class JoinedSources:
         self.has_choices = all(source.has_choices for source in self.sources)
 
     @property
+    def has_image_lists(self) -> bool:
+        return any(source.has_image_lists for source in self.sources)
+
+    @property
     def fingerprint(self) -> str:
         named = [f"{name} {source.fingerprint}" for name, source in zip(self.names, self.sources, strict=True)]
         return blake3("\n".join(named).encode()).hexdigest()[:32]

@@ -19,13 +19,15 @@ class Sample:
     prompt: str
     """The input text. Of a conversation its transcript, which is shown and never given to a model."""
     image: bytes | None = None
-    """An encoded image (PNG, JPEG). Of a conversation the first one, which is shown."""
+    """An encoded image (PNG, JPEG). Of a conversation or a list the first one, which is shown."""
     response: str | None = None
     """The answer. Of a conversation the text of the assistant's last turn."""
     choices: tuple[str, ...] | None = None
     frame: Frame | None = None
     conversation: Conversation | None = None
     """What a model reads in place of `prompt`, `image` and `response`."""
+    images: tuple[bytes, ...] | None = None
+    """All images in the order of the text, where the data hold a list of them; a list may be empty."""
     skill: str | None = field(default=None, compare=False)
     """Which of several old skills an anchor belongs to."""
     origin: str | None = field(default=None, compare=False)
@@ -40,6 +42,13 @@ class Sample:
     def where(self) -> str:
         """The sample in a message."""
         return self.origin or self.named
+
+    @property
+    def pictures(self) -> tuple[bytes, ...] | None:
+        """The encoded images that a model reads, in the order of the text; None if the data name no image."""
+        if self.conversation is not None:
+            return self.conversation.images
+        return self.images if self.image is None or self.images is not None else (self.image,)
 
     def answer(self) -> str:
         """The response, where one is needed.

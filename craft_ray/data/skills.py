@@ -52,6 +52,10 @@ class NamedSkills:
         return self._source.features
 
     @property
+    def has_image_lists(self) -> bool:
+        return self._source.has_image_lists
+
+    @property
     def fingerprint(self) -> str:
         return self._source.fingerprint
 

@@ -55,6 +55,11 @@ class Source(Protocol):
     """Whether its samples are conversations."""
 
     @property
+    def has_image_lists(self) -> bool:
+        """Whether a sample has any number of images, and not one."""
+        ...
+
+    @property
     def features(self) -> Mapping[str, tuple[int, ...]] | None:
         """Names and shapes of a robot's features (images: channels, height, width); None for other samples."""
         ...

@@ -12,7 +12,7 @@ from craft_ray.config import INSTRUCTION, Columns
 from craft_ray.data.cells import cut, index_of, shown, text_of
 from craft_ray.data.conversation import Conversation, alpaca, content_text, image_paths, read_conversation
 from craft_ray.data.ids import Ids
-from craft_ray.data.images import encoded_image
+from craft_ray.data.images import encoded_image, images_in, images_of_row, is_list_of_images
 from craft_ray.data.references import candidates, column_of, filled, value_at, within
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError, first_line
@@ -71,9 +71,9 @@ class TableSource:
     def fingerprint(self) -> str:
         """It includes the content of images, not their paths."""
         digest = blake3(self._content.encode())
-        if self._columns.image is not None:
-            for row, cell in enumerate(self._table.column(self._columns.image)):
-                for image in _image_cells(cell) if self.has_conversations else (cell,):
+        for name in self._columns.images:
+            for row, cell in enumerate(self._table.column(name)):
+                for image in images_in(cell):
                     if isinstance(image, dict) and not image.get("bytes"):
                         image = image.get("path")
                     if isinstance(image, str):
@@ -83,6 +83,16 @@ class TableSource:
                 for path in image_paths(cell):
                     digest.update(encoded_image(path, self._folder, self._where(row)))
         return digest.hexdigest()[:32]
+
+    @cached_property
+    def has_image_lists(self) -> bool:
+        """Whether a sample has a list of images: where several columns are named, or the first cell of the column that
+        is not empty holds one."""
+        names = self._columns.images
+        if self.has_conversations or len(names) != 1:
+            return bool(names) and not self.has_conversations
+        cells = (self._table.row(row).get(names[0]) for row in range(len(self)))
+        return is_list_of_images(next((cell for cell in cells if cell is not None), None))
 
     def __len__(self) -> int:
         return len(self._table)
@@ -135,9 +145,8 @@ class TableSource:
 
         conversation = None if columns.messages is None else self._conversation(cells, columns.messages, where)
         prompt = "" if columns.prompt is None else text(columns.prompt)
-        image = choices = None
-        if conversation is None and columns.image is not None:
-            image = encoded_image(cells.get(columns.image), self._folder, where)
+        choices = None
+        pictures = self._pictures(cells, where) if conversation is None else conversation.images
         if columns.choices is not None:
             options = self._value(cells, columns.choices, where)
             if not isinstance(options, list):
@@ -152,15 +161,16 @@ class TableSource:
             position = index_of(index, len(choices), where, columns.answer_index)
             response = choices[position]
         if conversation is not None:
-            prompt, image = conversation.transcript, next(iter(conversation.images), None)
+            prompt = conversation.transcript
             response = None if conversation.answer is None else content_text(conversation.answer)
         return Sample(
             id=number if columns.id is None else text(columns.id),
             prompt=prompt,
-            image=image,
+            image=next(iter(pictures), None),
             response=response,
             choices=choices,
             conversation=conversation,
+            images=pictures if self.has_image_lists else None,
             skill=None if columns.skill is None else text(columns.skill),
             origin=where,
         )
@@ -175,11 +185,30 @@ class TableSource:
                 f"'{reference}' asks for it: fix or remove the row"
             ) from None
 
+    def _pictures(self, cells: dict[str, Any], where: str) -> tuple[bytes, ...]:
+        """The images of a row that is no conversation: one, unless the source has lists of them."""
+        columns = self._columns.images
+        if self.has_image_lists:
+            if len(columns) == 1 and cells.get(columns[0]) is None:
+                raise DataError(
+                    f"{where}: column '{columns[0]}' holds nothing; a list of images is expected, an empty one where a "
+                    f"row has none"
+                )
+            values = images_of_row(cells, columns, where)
+        else:
+            values = [cells.get(name) for name in columns]
+            if any(map(is_list_of_images, values)):
+                raise DataError(
+                    f"{where}: column '{columns[0]}' holds a list of images, but a single image in earlier rows: write "
+                    f"a list in every row"
+                )
+        return tuple(encoded_image(value, self._folder, where) for value in values)
+
     def _conversation(self, cells: dict[str, Any], column: str, where: str) -> Conversation:
         columns, cell = self._columns, cells.get(column)
         if column == INSTRUCTION and isinstance(cell, str):
             return alpaca(cell, cells.get("input"), cells.get("output"), where)
-        images = None if columns.image is None else _image_cells(cells.get(columns.image))
+        images = images_of_row(cells, columns.images, where) if columns.images else None
         tools = None if columns.tools is None else cells.get(columns.tools)
         return read_conversation(cell, column, images, tools, self._folder, where)
 
@@ -191,8 +220,8 @@ COMPOSED = ("prompt", "response", "choices", "answer_index", "skill")
 def named_columns(columns: Columns) -> list[str]:
     """The columns that are read."""
     more = ("input", "output") if columns.messages == INSTRUCTION else ()
-    named = [name for name in (*columns.model_dump().values(), *more) if name is not None]
-    return list(dict.fromkeys(column for name in named for column in candidates(name)))
+    named = [name for _, name in _roles(columns)]
+    return list(dict.fromkeys(column for name in (*named, *more) for column in candidates(name)))
 
 
 def text_columns(columns: Columns) -> list[str]:
@@ -207,8 +236,8 @@ def check_columns(columns: Columns, present: Sequence[str], path: str, key: str)
     Raises:
         ConfigError: one is missing.
     """
-    for role, reference in columns.model_dump().items():
-        if reference is None or reference in present:
+    for role, reference in _roles(columns):
+        if reference in present:
             continue
         try:
             names = within(reference, present) if role in COMPOSED else [reference]
@@ -225,8 +254,8 @@ def check_columns(columns: Columns, present: Sequence[str], path: str, key: str)
                 )
 
 
-def _image_cells(cell: Any) -> list[Any]:
-    """The images of a conversation: those of a list of them, or a single one."""
-    if cell is None:
-        return []
-    return cell if isinstance(cell, list) and not isinstance(next(iter(cell), None), (list, int)) else [cell]
+def _roles(columns: Columns) -> list[tuple[str, str]]:
+    """What the config names, and by which reference; images may be in several columns."""
+    tree = columns.model_dump(exclude={"image"})
+    named = [(role, name) for role, name in tree.items() if name is not None]
+    return [*named, *(("image", name) for name in columns.images)]

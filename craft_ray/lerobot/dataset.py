@@ -90,7 +90,7 @@ class LeRobotSource:
         self.features: dict[str, tuple[int, ...]] = {f.name: f.shape for f in features}
         self.has_responses = ACTION in self.features
         self.has_choices = False
-        self.has_conversations = False
+        self.has_conversations = self.has_image_lists = False
         self._config, self._root, self._layout, self._chosen = config, root, layout, chosen
         data = layout.data(chosen)
         for file in (*data, *layout.videos(chosen)):

@@ -34,7 +34,7 @@ class Features:
     tokens: dict[str, Tensor]
     """Per token, each [S]: input_ids, attention_mask, and whatever else the model takes."""
     images: dict[str, Tensor]
-    """Per image, concatenated along dimension 0 in a batch."""
+    """Of its images: what follows each other along dimension 0 in a batch."""
     layout: Layout
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from craft_ray.data.conversation import Conversation, Message, content_text
+from craft_ray.data.conversation import IMAGE_MARK, Conversation, Message, content_text, marked_parts
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError, first_line
 
@@ -198,11 +198,13 @@ class ChatTemplate:
         return conversation
 
     def _two_turns(self, sample: Sample) -> Conversation:
-        """A question as a conversation; the image stands in front of the text."""
+        """A question as a conversation; images that its text does not name stand in front of it."""
         if not self._parts:
             return Conversation(({"role": "user", "content": sample.prompt},))
-        parts = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
-        return Conversation(({"role": "user", "content": parts},), images=(sample.image or b"",))
+        images, parts = sample.pictures or (), marked_parts(sample.prompt)
+        if IMAGE_MARK not in sample.prompt:
+            parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": sample.prompt}]
+        return Conversation(({"role": "user", "content": parts},), images=images)
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, ask: bool, where: str) -> str:
         """What the template writes.
@@ -262,3 +264,17 @@ def special_tokens(tokenizer: Any) -> list[str]:
     """The special tokens of a tokenizer as text, the longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted(filter(None, {*added, *tokenizer.all_special_tokens}), key=len, reverse=True)
+
+
+def written_image(processor: Any, mark: str) -> str:
+    """What a processor's chat template writes for an image that stands between two texts: Qwen2-VL's puts its mark
+    into a pair of others. The mark, where there is no template or it moves images elsewhere."""
+    parts = [{"type": "text", "text": PROBE}, {"type": "image"}, {"type": "text", "text": PROBE}]
+    if not getattr(processor, "chat_template", None):
+        return mark
+    try:
+        text = str(processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False))
+    except Exception:  # a template is a program; whoever wants it is told what it refuses when the model is loaded
+        return mark
+    pieces = text.split(PROBE)
+    return pieces[1] if len(pieces) == 3 and pieces[1].count(mark) == 1 else mark

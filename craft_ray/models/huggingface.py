@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -152,6 +152,14 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         """Indices of image tokens in a prompt."""
         return ()
 
+    def image_inputs(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of an encoded prompt that are of its images, and not of its tokens."""
+        return {}
+
+    def join_images(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """The input `name` of the images of several samples as that of their batch."""
+        return torch.cat(list(parts))
+
     def prompt_types(self, input_ids_1S: Tensor) -> dict[str, Tensor]:
         """token_type_ids of a prompt with images, where the model takes any."""
         return {}
@@ -174,8 +182,8 @@ class HuggingFaceModel(LogitsModel, TensorModel):
     def _prompt(self, encoded: dict[str, Tensor]) -> Features:
         """Features of an encoded prompt alone."""
         prompt = encoded["input_ids"]
-        tokens = {name: t[0] for name, t in encoded.items() if t.shape == prompt.shape}
-        images = {name: t for name, t in encoded.items() if t.shape != prompt.shape}
+        images = self.image_inputs(encoded)
+        tokens = {name: t[0] for name, t in encoded.items() if name not in images}
         tokens.setdefault("attention_mask", torch.ones_like(tokens["input_ids"]))
         length = len(tokens["input_ids"])
         return Features(tokens, images, Layout(length, length, self.image_tokens(prompt[0])))
@@ -261,7 +269,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
                 (row[width - length :] if left else row[:length]).copy_(f.tokens[name])
             batch[name] = rows
         for name in dict.fromkeys(name for f in features for name in f.images):  # a conversation may have none
-            batch[name] = torch.cat([f.images[name] for f in features if name in f.images])
+            batch[name] = self.join_images(name, [f.images[name] for f in features if name in f.images])
         return batch
 
     # -- device side

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
+from craft_ray.data.conversation import IMAGE_MARK
 from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
 from craft_ray.errors import DataError
 from craft_ray.models.base import Features
-from craft_ray.models.chat import LITERAL
+from craft_ray.models.chat import LITERAL, written_image
 from craft_ray.models.fingerprint import without_locations
 from craft_ray.models.huggingface import HuggingFaceModel
+from craft_ray.models.image_batches import ImageBatches, Pictures
 from craft_ray.models.image_tokens import image_reading
 from craft_ray.models.readings import AS_STORED, Reading
 from craft_ray.models.text import Cut
@@ -41,17 +44,55 @@ class VisionLanguageModel(HuggingFaceModel):
         return 1 if self.module.config.model_type == "paligemma" else 0
 
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
-        if sample.image is None and sample.conversation is None:
+        if sample.pictures is None:
             raise DataError(f"{sample.named} has no image: name the column that holds it (columns.image)")
-        mark = self.processor.image_token
-        marks, most = sample.prompt.count(mark), 0 if self.chat is not None else 1
-        if sample.conversation is None and marks > most:
-            owner = "a sample has one image" if self.chat is None else "the chat template places it"
-            raise DataError(f"{sample.named}: its prompt has {mark} {marks} times, but {owner}: leave {most} of them")
+        if sample.conversation is None:
+            self._check_marks(sample)
         if self.chat is not None:
             return self._encode(self.chat.prompt(sample), _images(sample), sample)
-        text = sample.prompt if mark in sample.prompt else mark + sample.prompt
-        return self._processed(text, _images(sample))
+        mark, images = self.processor.image_token, _images(sample)
+        text = sample.prompt if mark == IMAGE_MARK else sample.prompt.replace(IMAGE_MARK, self._written_image)
+        if mark not in text:
+            text = (mark if sample.images is None else self._written_image * len(images)) + text
+        return self._apart(self._processed(text, images), sample)
+
+    @cached_property
+    def _written_image(self) -> str:
+        """What the model's chat template writes for an image, which need not be its mark alone; the mark where it has
+        no template."""
+        return written_image(self.processor, self.processor.image_token)
+
+    def _apart(self, encoded: dict[str, Tensor], sample: Sample) -> dict[str, Tensor]:
+        """Check that a model that gives images positions of their own (Qwen2-VL) takes each for one: it counts runs of
+        image tokens.
+
+        Raises:
+            DataError: two images stand side by side.
+        """
+        if not {"mm_token_type_ids", "image_grid_thw"} <= encoded.keys():
+            return encoded
+        of_images = torch.nn.functional.pad(encoded["mm_token_type_ids"][0] == 1, (1, 0))
+        runs, images = int((of_images[1:] & ~of_images[:-1]).sum()), len(encoded["image_grid_thw"])
+        if runs != images:
+            raise DataError(
+                f"{sample.where}: {images} images stand in {runs} places of its text, and {self.config.path} takes "
+                f"those side by side for one: put text between them, or use its chat template"
+            )
+        return encoded
+
+    def _check_marks(self, sample: Sample) -> None:
+        """Check that a prompt names each of its images, or none of them.
+
+        Raises:
+            DataError: it names more or fewer.
+        """
+        names = {IMAGE_MARK} if self.chat is not None else {IMAGE_MARK, self.processor.image_token}
+        marks, given = sum(map(sample.prompt.count, names)), len(sample.pictures or ())
+        if marks not in (0, given):
+            raise DataError(
+                f"{sample.where}: its prompt has {' or '.join(sorted(names))} {marks} times, but the row has {given} "
+                f"image{'s' if given != 1 else ''}: name each of them once, or none, so that they come first"
+            )
 
     def encode_learnt(self, sample: Sample) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         assert self.chat is not None
@@ -89,17 +130,50 @@ class VisionLanguageModel(HuggingFaceModel):
             )
         bos = self.tokenizer.bos_token
         options = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
-        return self._processed(text, images, **options)
+        return self._apart(self._processed(text, images, **options), sample)
 
     def _processed(self, text: str, images: Sequence[Image.Image], **options: Any) -> dict[str, Tensor]:
         encoded = self.processor(images=[list(images)] if images else None, text=[text], return_tensors="pt", **options)
         tokens = encoded["input_ids"]
         size = len(self.text.without_appended(tokens[0].tolist()))
+        of_images = self.image_inputs(encoded)
         return {
-            name: tensor[:, :size] if tensor.shape == tokens.shape else tensor
+            name: tensor if name in of_images else tensor[:, :size]
             for name, tensor in encoded.items()
             if name != "labels"
         }
+
+    def image_inputs(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # One image may have as many numbers as a short prompt has tokens: what the image processor makes is known.
+        own, tokens = self.processor.image_processor.model_input_names, encoded["input_ids"]
+        return {name: tensor for name, tensor in encoded.items() if name in own or tensor.shape != tokens.shape}
+
+    def join_images(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        if len({part.shape for part in parts}) == 1:
+            return torch.cat(list(parts))
+        return self._image_batches.join(name, parts)
+
+    @cached_property
+    def _image_batches(self) -> ImageBatches:
+        """Made when a batch needs it: a processor that tiles takes as long for it as for a few samples."""
+        return ImageBatches(self._images_alone, self.config.path)
+
+    def _images_alone(self, samples: Sequence[Pictures]) -> dict[str, Tensor]:
+        """What the processor makes of the images of some samples."""
+        mark, tokenizer = self.processor.image_token, self.tokenizer
+        own = tokenizer.pad_token
+        if own is None:  # the tokens are padded and not looked at
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.pad)
+        try:
+            encoded = self.processor(
+                images=[list(pictures) for pictures in samples],
+                text=[mark * len(pictures) for pictures in samples],
+                padding=True,
+                return_tensors="pt",
+            )
+        finally:
+            tokenizer.pad_token = own
+        return self.image_inputs(encoded)
 
     probed = "a few tokens and a picture"
 
@@ -136,5 +210,9 @@ class VisionLanguageModel(HuggingFaceModel):
 
 def _images(sample: Sample) -> list[Image.Image]:
     """The decoded images of a sample, in the order of its text."""
-    encoded = (sample.image or b"",) if sample.conversation is None else sample.conversation.images
-    return [decode_image(data, sample.named) for data in encoded]
+    encoded = sample.pictures or ()
+    several = len(encoded) > 1
+    return [
+        decode_image(data, f"{sample.named}, image {number}" if several else sample.named)
+        for number, data in enumerate(encoded, 1)
+    ]

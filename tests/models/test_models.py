@@ -645,7 +645,7 @@ def test_a_sample_that_is_too_long_is_never_cut(name: str, load: Callable[..., H
         (Sample("s7", "digit", png(0)[:80]), "sample s7: its image of 80 bytes does not decode"),
         (
             Sample("s7", "<image><image>digit", png(0)),
-            "sample s7: its prompt has <image> 2 times, but a sample has one",
+            "sample s7: its prompt has <image> 2 times, but the row has 1 image: name each of them once",
         ),
     ],
 )

@@ -1,0 +1,234 @@
+"""Samples with several images, and images that a processor cuts into tiles: what the library computes for one alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from craft_ray.config import ModelConfig
+from craft_ray.data.conversation import Conversation
+from craft_ray.data.sample import Sample
+from craft_ray.errors import DataError, ModelError
+from craft_ray.models import load_model
+from craft_ray.models.image_batches import ImageBatches, Pictures
+from craft_ray.models.vision_language import VisionLanguageModel
+from tests.support.tiling import BUILDERS, build, png, without_videos
+
+FAMILIES = tuple(BUILDERS)
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def question(name: str, prompt: str, *images: bytes, response: str = " yes") -> Sample:
+    return Sample(name, prompt, next(iter(images), None), response, images=images)
+
+
+SQUARE, WIDE, TALL, LARGE = png(8, 8), png(24, 8, 1), png(8, 20, 2), png(16, 16, 3)
+SAMPLES = [
+    question("two", "<image>, then <image>: which?", SQUARE, WIDE),
+    question("one", "is it tall?", TALL, response=" no, not so"),
+    question("three", "count", LARGE, SQUARE, png(30, 8, 4)),
+]
+"""Different numbers of images, and images of different numbers of tiles."""
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., VisionLanguageModel]]:
+    """A model of a family; those without changes are shared."""
+    folders: dict[str, Path] = {}
+    shared: dict[str, VisionLanguageModel] = {}
+
+    def get(family: str, **changes: Any) -> VisionLanguageModel:
+        if family not in folders:
+            folders[family] = build(family, tmp_path_factory.mktemp(family) / family)
+        key = f"{family} {changes}"
+        if key not in shared:
+            settings = {"kind": "vision_language", "path": str(folders[family]), "max_length": 512} | changes
+            model = load_model(ModelConfig(**settings), "fp32")
+            assert isinstance(model, VisionLanguageModel)
+            shared[key] = model
+        return shared[key]
+
+    with without_videos():
+        yield get
+
+
+def opened(sample: Sample) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(data)).convert("RGB") for data in sample.pictures or ()]
+
+
+def marked(model: VisionLanguageModel, family: str, sample: Sample) -> str:
+    """The prompt with what the family writes for an image, in front where the prompt names none."""
+    mark = model.processor.image_token
+    mark = f"<|vision_start|>{mark}<|vision_end|>" if family.startswith("qwen") else mark
+    text = sample.prompt.replace("<image>", mark)
+    return text if mark in text else mark * len(sample.pictures or ()) + text
+
+
+def libraries(model: VisionLanguageModel, family: str, sample: Sample, end: Sequence[int]) -> dict[str, Tensor]:
+    """One sample with its response, as the family's own processor has it."""
+    inputs = dict(model.processor(images=[opened(sample)], text=[marked(model, family, sample)], return_tensors="pt"))
+    for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            fill = {"input_ids": list(end), "attention_mask": [1] * len(end)}.get(name, [0] * len(end))
+            inputs[name] = torch.cat([inputs[name], torch.tensor([fill])], 1)
+    return inputs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_what_the_library_computes_for_each_sample(
+    family: str, load: Callable[..., VisionLanguageModel]
+) -> None:
+    model = load(family)
+    features = [model.preprocess_task(sample) for sample in SAMPLES]
+    batch = model.collate(features, ("vision_mean",))
+    states = model.hidden_states(batch, range(model.num_hidden_states))
+    assert batch.pooling is not None
+    pooled = batch.pooling(states).values_BLVD
+    total, tokens = 0.0, 0
+    for row, sample in enumerate(SAMPLES):
+        end = model.response_tokens(sample)
+        inputs = libraries(model, family, sample, end)
+        ids = inputs["input_ids"][0]
+        assert features[row].tokens["input_ids"].tolist() == ids.tolist()
+        labels = torch.full_like(ids, -100)
+        labels[-len(end) :] = ids[-len(end) :]
+        with torch.no_grad():
+            own = model.module(**inputs, labels=labels[None], output_hidden_states=True)
+        places = torch.nonzero(ids == model.module.config.image_token_id).flatten()
+        assert features[row].layout.image_tokens == tuple(places.tolist())
+        for layer, expected in enumerate(own.hidden_states):
+            torch.testing.assert_close(states[layer][row, : len(ids)], expected[0], **CLOSE)
+            torch.testing.assert_close(pooled[row, layer, 0], expected[0, places].mean(0), **CLOSE)
+        total, tokens = total + own.loss.item() * len(end), tokens + len(end)
+    assert batch.tokens == tokens
+    assert model.task_loss(batch).item() == pytest.approx(total / tokens, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_images_of_a_batch_are_those_of_the_librarys_batch(
+    family: str, load: Callable[..., VisionLanguageModel]
+) -> None:
+    model = load(family)
+    batch = model.collate([model.preprocess(sample) for sample in SAMPLES])
+    texts = [marked(model, family, sample) for sample in SAMPLES]
+    own = model.processor(images=list(map(opened, SAMPLES)), text=texts, padding=True, return_tensors="pt")
+    images = [
+        name for name in own if name not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    ]
+    assert "pixel_values" in images
+    for name in images:
+        assert torch.equal(batch.inputs[name], own[name])
+    shapes = {tuple(model.preprocess(sample).images["pixel_values"].shape) for sample in SAMPLES}
+    assert len(shapes) == 3, "the samples have different numbers of images or tiles"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_samples_alone(family: str, load: Callable[..., VisionLanguageModel]) -> None:
+    model = load(family)
+    prompts = [model.preprocess(sample) for sample in SAMPLES]
+    assert model.generate(prompts, 3) == [model.generate([prompt], 3)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_with_and_without_images_share_a_batch(family: str, load: Callable[..., VisionLanguageModel]) -> None:
+    model = load(family)
+    features = [model.preprocess_task(sample) for sample in (question("none", "no image here"), *SAMPLES)]
+    assert not features[0].images
+    losses = [model.task_loss(batch).item() * batch.tokens for batch in (model.collate([one]) for one in features)]
+    batch = model.collate(features)
+    assert model.task_loss(batch).item() == pytest.approx(sum(losses) / batch.tokens, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_chat_template_places_the_images(family: str, load: Callable[..., VisionLanguageModel]) -> None:
+    model = load(family, chat_template=True)
+    first, second = opened(SAMPLES[0])
+    parts = [
+        {"type": "image", "image": first}, {"type": "text", "text": ", then "}, {"type": "image", "image": second},
+        {"type": "text", "text": ": which?"},
+    ]  # fmt: skip
+    own = model.processor.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=True, return_dict=True, return_tensors="pt",
+        add_generation_prompt=True,
+    )  # fmt: skip
+    expected = own["input_ids"][0].tolist()
+    assert model.preprocess(SAMPLES[0]).tokens["input_ids"].tolist() == expected
+    # A conversation with the same parts is the same prompt.
+    named = [{key: value for key, value in part.items() if key != "image"} for part in parts]
+    turns = ({"role": "user", "content": named},)
+    talk = Sample("talk", "", conversation=Conversation(turns, None, SAMPLES[0].images or ()))
+    assert model.preprocess(talk).tokens["input_ids"].tolist() == expected
+    before = model.preprocess(question("front", "which?", SQUARE, WIDE)).tokens["input_ids"].tolist()
+    assert before != expected
+    assert model.tokenizer.decode(before).endswith("which?<|im_end|>\n<|im_start|>assistant\n")
+
+
+# --- refusals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    ("sample", "expected"),
+    [
+        (question("a", "<image> and <image>", SQUARE), r"<image> 2 times, but the row has 1 image: name each"),
+        (question("a", "<image>?", SQUARE, WIDE), r"<image> 1 times, but the row has 2 images: name each"),
+        (question("a", "<image>?"), r"<image> 1 times, but the row has 0 images"),
+    ],
+)
+def test_a_prompt_names_all_of_its_images_or_none(
+    sample: Sample, expected: str, chat: bool, load: Callable[..., VisionLanguageModel]
+) -> None:
+    model = load("idefics3", chat_template=chat)
+    with pytest.raises(DataError, match=rf"a\.jsonl, row 3: its prompt has {expected}") as caught:
+        model.preprocess(replace(sample, origin="a.jsonl, row 3"))
+    assert "\n" not in caught.value.message
+
+
+def test_a_damaged_image_is_named_by_its_number(load: Callable[..., VisionLanguageModel]) -> None:
+    with pytest.raises(DataError, match="sample a, image 2: its image of 4 bytes does not decode"):
+        load("idefics3").preprocess(question("a", "?", SQUARE, b"none"))
+
+
+def test_images_side_by_side_that_the_model_takes_for_one(load: Callable[..., VisionLanguageModel]) -> None:
+    mark = "<|image_pad|>"
+    with pytest.raises(DataError, match="sample a: 2 images stand in 1 places of its text"):
+        load("qwen2_vl").preprocess(question("a", f"{mark}{mark}?", SQUARE, WIDE))
+    assert load("qwen2_vl").preprocess(question("a", f"{mark}, {mark}?", SQUARE, WIDE))
+
+
+# --- how a processor joins images -----------------------------------------------------------------------------
+
+
+def areas(samples: Sequence[Pictures], fill: float = 0, skewed: bool = False) -> Mapping[str, Tensor]:
+    """Each image's width, height and area in a row of a sample, as many rows as the sample with the most images."""
+    most = max(map(len, samples))
+    rows = [[[float(w), h, w * h] for w, h in (picture.size for picture in pictures)] for pictures in samples]
+    padded = torch.tensor([[*row, *([[fill] * 3] * (most - len(row)))] for row in rows])
+    return {"areas": padded.flip(1) if skewed and len(samples) > 1 else padded}
+
+
+def test_what_a_batch_is_padded_with_is_learnt() -> None:
+    one, two = (areas([[Image.new("RGB", (2, 3))] * count])["areas"] for count in (1, 2))
+    joined = ImageBatches(lambda samples: areas(samples, fill=-1), "m").join("areas", [one, two])
+    assert joined.tolist() == [[[2, 3, 6], [-1, -1, -1]], [[2, 3, 6], [2, 3, 6]]]
+
+
+@pytest.mark.parametrize("error", [None, ValueError("one\nimage"), RuntimeError("one image")])
+def test_a_processor_that_joins_images_otherwise_is_refused(error: Exception | None) -> None:
+    def process(samples: Sequence[Pictures]) -> Mapping[str, Tensor]:
+        if error is not None and max(map(len, samples)) > 1:
+            raise error
+        return areas(samples, skewed=True)
+
+    one, two = (areas([[Image.new("RGB", (2, 3))] * count])["areas"] for count in (1, 2))
+    with pytest.raises(ModelError, match="model m: the images of a batch have areas of different shapes") as caught:
+        ImageBatches(process, "m").join("areas", [one, two])
+    assert "\n" not in caught.value.message

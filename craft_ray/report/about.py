@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
-from craft_ray.config import EvalSet, LeRobotData, Mixture, RolloutEvalSet
+from craft_ray.config import EvalSet, LeRobotData, Mixture, RolloutEvalSet, SampleEvalSet
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.wording import METRICS
 
@@ -37,7 +37,8 @@ def described(scored: EvalSet | None, samples: int | None) -> str:
         return ""
     if isinstance(scored, RolloutEvalSet):
         return scored.rollout.prompt or scored.rollout.task
-    return f"{METRICS[scored.metric].removesuffix(' ↓')} on {PurePosixPath(scored.data.path).name}"
+    where = PurePosixPath(scored.data.path).name if isinstance(scored, SampleEvalSet) else ", ".join(scored.harness.tasks)
+    return f"{METRICS[scored.metric].removesuffix(' ↓')} on {where}"
 
 
 def model_name(path: str) -> str:

@@ -21,7 +21,7 @@ from craft_ray.report.arms import ARMS
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.wording import number
 from craft_ray.run.metrics import Record
-from craft_ray.run.scoring import OF_TEXT
+from craft_ray.run.scoring import OF_TEXT, outcome
 
 MOST_ANSWERS, MOST_TEXTS = 12, 6
 LONGEST_TEXT = 320
@@ -76,7 +76,10 @@ def examples(runs: Sequence[FinishedRun]) -> Examples | None:
     predictions = _Predictions(plain, craft)
     select = _texts if eval_set.metric in OF_TEXT else _answers
     ids, note = select(predictions)
-    samples, problem = read_samples(eval_set, "evaluation.old.data", ids, predictions.craft)
+    samples: dict[str, Sample] = {}
+    problem = None
+    if isinstance(eval_set, SampleEvalSet):
+        samples, problem = read_samples(eval_set, "evaluation.old.data", ids, predictions.craft)
     chosen = [example(predictions.craft[id_], samples.get(id_), predictions.outcomes(id_)) for id_ in ids]
     return Examples(chosen, note, problem)
 
@@ -114,13 +117,19 @@ def _by_id(run: FinishedRun, name: str) -> dict[str, Record]:
 
 def _answers(predictions: _Predictions) -> tuple[list[str], str]:
     def differ(wrong: dict[str, Record], right: dict[str, Record]) -> list[str]:
-        return [id_ for id_ in predictions.ids if right[id_]["correct"] and not wrong[id_]["correct"]]
+        return [id_ for id_ in predictions.ids if outcome(right[id_]) > outcome(wrong[id_])]
 
     kept, lost = differ(predictions.plain, predictions.craft), differ(predictions.craft, predictions.plain)
     shown = kept[:MOST_ANSWERS]
+    graded = any("score" in predictions.craft[id_] for id_ in predictions.ids)
     note = (
-        f"Seed {predictions.seed}: of {len(predictions.ids)} held-out samples of the old skill, plain fine-tuning got "
-        f"{len(kept)} wrong that {predictions.craft_label} got right, and {len(lost)} the other way round. "
+        f"Seed {predictions.seed}: of {len(predictions.ids)} held-out samples of the old skill, "
+        + (
+            f"{len(kept)} score lower after plain fine-tuning than after {predictions.craft_label}"
+            if graded
+            else f"plain fine-tuning got {len(kept)} wrong that {predictions.craft_label} got right"
+        )
+        + f", and {len(lost)} the other way round. "
     )
     return shown, note + (f"Shown are the first {len(shown)} of the {len(kept)}, in data order." if shown else "")
 
@@ -152,6 +161,8 @@ def _per_token(record: Record) -> float:
 
 
 def _outcome(record: Record) -> str:
+    if "score" in record:
+        return f"{_short(record['prediction'])} (score {number(record['score'])})"
     if "nll" not in record:
         return _short(record["prediction"])
     loss = f"{number(_per_token(record))} nats per token"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from craft_ray.config import RolloutEvalSet
+from craft_ray.config import SampleEvalSet
 from craft_ray.report.examples import Example, Examples, example, read_samples
 from craft_ray.report.runs import FinishedRun
 from craft_ray.run.metrics import Record
@@ -14,11 +14,11 @@ MOST = 6
 
 def replies(runs: Sequence[FinishedRun]) -> Examples | None:
     """The first held-out samples of the new skill, with the answers of the first seed's runs. None where no answers
-    were generated or chosen, and for episodes."""
+    were generated or chosen, for episodes, and for tasks of a harness."""
     seed = min(run.seed for run in runs)
     own = [run for run in runs if run.seed == seed]
     eval_set = own[0].config.evaluation.new
-    if eval_set is None or isinstance(eval_set, RolloutEvalSet):
+    if not isinstance(eval_set, SampleEvalSet):
         return None
     said: dict[str, dict[str, Record]] = {"Teacher, before": _answered(own[0], "new_before")}
     said |= {run.style.label: _answered(run, "new_after") for run in own}

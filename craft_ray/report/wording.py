@@ -15,9 +15,15 @@ NONE = "–"
 
 METRICS = {
     "exact_match": "exact match",
+    "contains": "answer contained",
+    "numeric": "correct number",
+    "regex": "pattern found",
+    "rouge_l": "ROUGE-L",
+    "function": "own metric",
     "choice": "correct choice",
     "perplexity": "perplexity ↓",
     "token_accuracy": "token accuracy",
+    "lm_eval": "harness tasks",
     "success": "success rate",
 }
 LOSSES = {

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from craft_ray.config import EvalSet, EvaluationConfig, Experiment, RolloutEvalSet, ValidationConfig, scores_of
+from craft_ray.config import EvalSet, EvaluationConfig, Experiment, SampleEvalSet, ValidationConfig, scores_of
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
@@ -182,7 +182,7 @@ class HeldOut:
         """Section, skill and data of each set of held-out samples."""
         for section in SECTIONS:
             for skill, eval_set in eval_sets(self._config, section):
-                if not isinstance(eval_set, RolloutEvalSet):
+                if isinstance(eval_set, SampleEvalSet):
                     yield section, skill, self.data(section, skill, eval_set)
 
     def rows(self) -> Iterator[Rows]:
@@ -190,7 +190,7 @@ class HeldOut:
         for section in SECTIONS:
             for skill, eval_set in eval_sets(self._config, section):
                 data = self.data(section, skill, eval_set)
-                if not isinstance(eval_set, RolloutEvalSet):
+                if isinstance(eval_set, SampleEvalSet):
                     how = [eval_set.metric, self._model.preprocessor_fingerprint()]
                     content = data.of.fingerprint if self._main else ""
                     key = f"{key_of(self._config, section, skill)}.data"
@@ -200,6 +200,8 @@ class HeldOut:
         data = self.data(section, skill, eval_set)
         teacher = self._teacher_weights or self._teacher_of_resumed_run()
         how = [self._model.preprocessor_fingerprint(), self._config.train.precision]
+        if data.judge is not None and data.judge.identity:
+            how.append(data.judge.identity)
         key = json_fingerprint([teacher, data.of.fingerprint, eval_set.decisive, how])
         own = self._own_teacher_score(section, skill)
         shared = self._folder.shared / f".teacher-score-{key[:16]}.json"

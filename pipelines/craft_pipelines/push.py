@@ -204,7 +204,7 @@ def _send(hub: HfApi, repository: str, files: dict[str, Path | bytes], private: 
         for file in info.siblings or []
         if file.rfilename.endswith(WEIGHTS) and file.rfilename not in files
     ]
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationDelete(old) for old in stale),
         *(CommitOperationAdd(path, content) for path, content in files.items()),
     ]

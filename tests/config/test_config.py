@@ -513,13 +513,13 @@ def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
         (
             "validation.new={metric: choice, data: {path: a}, rollout: {env: e, task: t}}",
             "validation.new.rollout belongs to episodes in a simulator (metric: success), but validation.new is read "
-            "as held-out samples (metric: exact_match, choice, perplexity, token_accuracy): leave it out, or set "
+            "as held-out samples (metric: exact_match, choice, perplexity, token_accuracy, contains, rouge_l): leave "
             "validation.new.metric",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, data: {path: a}}",
             "evaluation.new.data belongs to held-out samples (metric: exact_match, choice, perplexity, "
-            "token_accuracy), but",
+            "token_accuracy, contains, rouge_l) or held-out samples with numbers (metric: numeric) or",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, max_new_tokens: 3}",
@@ -824,7 +824,7 @@ NO_PATHS = {
     "split", "skill", "skills", "learning_rates", "rename", "delimiter", "positions", "resources_per_worker", "env",
     "task", "arms", "token_ce", "variants",
     "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules",
-    "modules_to_save",
+    "modules_to_save", "pattern", "function", "tasks", "metric",
 }  # fmt: skip
 """Text fields that are not paths. A new field is added here, or its type makes it absolute."""
 

@@ -29,7 +29,16 @@ from craft_pipelines.sweep.trial import TRIAL, CraftTrial
 from craft_pipelines.train import check_inputs, resources
 from craft_ray.anchors.manifest import is_complete, read_manifest
 from craft_ray.anchors.matching import select
-from craft_ray.config import DataConfig, EvalSet, Experiment, RolloutConfig, RolloutEvalSet, differences
+from craft_ray.config import (
+    DataConfig,
+    EvalSet,
+    Experiment,
+    HarnessConfig,
+    HarnessEvalSet,
+    RolloutConfig,
+    RolloutEvalSet,
+    differences,
+)
 from craft_ray.errors import ConfigError, CraftError, Interrupted
 from craft_ray.run.folder import command_line
 from craft_ray.run.held_out import eval_sets, key_of
@@ -158,8 +167,10 @@ def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
     return bool(result.best.feasible)
 
 
-def _inputs(eval_set: EvalSet) -> DataConfig | RolloutConfig:
+def _inputs(eval_set: EvalSet) -> DataConfig | HarnessConfig | RolloutConfig:
     """What a model is scored on."""
+    if isinstance(eval_set, HarnessEvalSet):
+        return eval_set.harness
     return eval_set.rollout if isinstance(eval_set, RolloutEvalSet) else eval_set.data
 
 

@@ -37,7 +37,10 @@ def described(scored: EvalSet | None, samples: int | None) -> str:
         return ""
     if isinstance(scored, RolloutEvalSet):
         return scored.rollout.prompt or scored.rollout.task
-    where = PurePosixPath(scored.data.path).name if isinstance(scored, SampleEvalSet) else ", ".join(scored.harness.tasks)
+    if isinstance(scored, SampleEvalSet):
+        where = PurePosixPath(scored.data.path).name
+    else:
+        where = ", ".join(scored.harness.tasks)
     return f"{METRICS[scored.metric].removesuffix(' ↓')} on {where}"
 
 

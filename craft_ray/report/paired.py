@@ -103,7 +103,8 @@ def agreements(runs: Sequence[FinishedRun]) -> list[Agreement]:
 
 def sampling_interval(run: FinishedRun, skill: str, when: str) -> list[float] | None:
     """A 95 % interval of a single model's score over samples: Wilson's for a rate of answers or episodes (of graded
-    answers, which vary less than right and wrong ones of the same mean, it is too wide), by the delta method for texts, whose tokens are not independent. None where the run kept no records of its samples."""
+    answers, which vary less than right and wrong ones of the same mean, it is too wide); by the delta method for texts,
+    whose tokens are not independent. None where the run kept no records of its samples."""
     score = run.result[skill]
     if score[when] is None:
         return None

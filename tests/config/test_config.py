@@ -148,7 +148,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "samples": 3, "sampler": "tpe", "seed": 4, "scheduler": "median", "grace": 2, "reduction_factor": 4,
         "repeat": 2, "parallel": 3, "max_failures": 0,
     },
-    "tracking": {"mlflow": "http://tracking", "wandb": "offline", "project": "mine"},
+    "tracking": {"mlflow": "http://tracking", "wandb": "offline", "trackio": "local", "project": "mine"},
+    "about": {"old": "digits", "new": "digits upside down"},
     "compare": {
         "arms": ["hidden"], "seeds": [7], "parallel": 2, "validate_arms": True,
         "token_ce": {"epsilon_start": 0.5}, "variants": {"near": {"epsilon_start": 0.25}},
@@ -514,7 +515,7 @@ def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
             "validation.new={metric: choice, data: {path: a}, rollout: {env: e, task: t}}",
             "validation.new.rollout belongs to episodes in a simulator (metric: success), but validation.new is read "
             "as held-out samples (metric: exact_match, choice, perplexity, token_accuracy, contains, rouge_l): leave "
-            "validation.new.metric",
+            "it out, or set validation.new.metric",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, data: {path: a}}",
@@ -824,7 +825,7 @@ NO_PATHS = {
     "split", "skill", "skills", "learning_rates", "rename", "delimiter", "positions", "resources_per_worker", "env",
     "task", "arms", "token_ce", "variants",
     "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules",
-    "modules_to_save", "pattern", "function", "tasks", "metric",
+    "modules_to_save", "pattern", "function", "tasks", "metric", "old", "new",
 }  # fmt: skip
 """Text fields that are not paths. A new field is added here, or its type makes it absolute."""
 

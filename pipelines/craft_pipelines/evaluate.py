@@ -20,12 +20,14 @@ from craft_ray.models import load_model
 from craft_ray.models.adapters import CONFIG as ADAPTER
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
+from craft_ray.report.wording import probability
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import eval_sets, key_of
 from craft_ray.run.pace import Pace, Report
 from craft_ray.run.scoring import OF_TEXT, Episodes, EvalData, Score, open_eval_set
 from craft_ray.run.scoring import evaluate as score
 from craft_ray.run.sharded_checkpoint import SHARDS
+from craft_ray.statistics import mcnemar
 from craft_ray.storage.files import write_atomically
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import StoragePath
@@ -204,7 +206,10 @@ def lines(done: Sequence[Scored]) -> Iterator[str]:
     for row in rows:
         yield "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     for skill, (lost, won) in changes(done).items():
-        yield f"{skill}, {done[0].label} -> {done[1].label}: {lost} from right to wrong, {won} from wrong to right"
+        yield (
+            f"{skill}, {done[0].label} -> {done[1].label}: {lost} from right to wrong, {won} from wrong to right "
+            f"(McNemar's P {probability(mcnemar(lost, won))})"
+        )
 
 
 def _cell(found: Score) -> str:
@@ -242,7 +247,7 @@ def _write(done: Sequence[Scored], sources: Mapping[str, Source | Episodes], out
             "scores": scores,
         }
     for skill, (lost, won) in changes(done).items():
-        result[skill] |= {"right_to_wrong": lost, "wrong_to_right": won}
+        result[skill] |= {"right_to_wrong": lost, "wrong_to_right": won, "mcnemar_p": mcnemar(lost, won)}
     records = [
         json.dumps({"model": model.label, "skill": skill, **record}, ensure_ascii=False)
         for model in done

@@ -51,8 +51,8 @@ def model_name(path: str) -> str:
         return path
     for end in SAVED_AS:
         if parts[-len(end) :] == end and len(parts) > len(end) + 1:
-            return f"{parts[-len(end) - 1]} ({path})"
-    return f"{parts[-1]} ({path})"
+            return parts[-len(end) - 1]
+    return parts[-1]
 
 
 def _task(run: FinishedRun) -> str:

@@ -14,7 +14,7 @@ from craft_ray.report.about import facts
 from craft_ray.report.examples import examples
 from craft_ray.report.losses import loss_plot
 from craft_ray.report.page import template
-from craft_ray.report.paired import agreements, kept_interval, paired, sampling_interval
+from craft_ray.report.paired import kept_interval, paired, sampling_interval
 from craft_ray.report.plots import cosine_plot, pareto_plot, retention_plot, series
 from craft_ray.report.replies import replies
 from craft_ray.report.rollouts import rollouts
@@ -120,7 +120,6 @@ def view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dic
         "old_ratio_interval": old_ratio_interval,
         "new_ratio_interval": new_ratio_interval,
         "paired": paired(runs),
-        "agreements": agreements(runs),
         "units": list(dict.fromkeys(wording.loss_unit(run) for run in runs if run.result["feasible"] is not None)),
         "held": {arm: wording.is_held(chosen[0]) for arm, chosen in arms.items()},
         "is_held": wording.is_held,

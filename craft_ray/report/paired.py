@@ -33,6 +33,13 @@ class Paired:
     lost: int
     """Samples that the other model got right and the run wrong."""
     gained: int
+    agreeing: int | None
+    """Samples with the same answer, whatever the right one is; None for episodes."""
+
+    @property
+    def agreement(self) -> list[float] | None:
+        """Wilson's interval, of 95 %, of the rate of same answers."""
+        return None if self.agreeing is None else rate_interval(self.agreeing / self.samples, self.samples)
 
     @property
     def p(self) -> float:
@@ -61,44 +68,14 @@ def _pair(run: FinishedRun, skill: str, against: str, other: FinishedRun, when: 
     answers = [(theirs[id_]["correct"], record["correct"]) for id_, record in ours.items()]
     lost = sum(before and not after for before, after in answers)
     gained = sum(after and not before for before, after in answers)
-    return Paired(run, skill, against, len(answers), lost, gained)
+    agreeing = None
+    if all("prediction" in record for record in (*theirs.values(), *ours.values())):
+        agreeing = sum(theirs[id_]["prediction"] == record["prediction"] for id_, record in ours.items())
+    return Paired(run, skill, against, len(answers), lost, gained, agreeing)
 
 
 def _records(run: FinishedRun, skill: str, when: str) -> dict[str, Record]:
     return {record["id"]: record for record in run.folder.read_predictions(f"{skill}_{when}")}
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """On how many inputs of the old skill a run answers as the teacher does, whatever the right answer is."""
-
-    run: FinishedRun
-    skill: str
-    agreeing: int
-    samples: int
-
-    @property
-    def rate(self) -> float:
-        return self.agreeing / self.samples
-
-    @property
-    def interval(self) -> list[float]:
-        """Wilson's, of 95 %."""
-        return rate_interval(self.rate, self.samples)
-
-
-def agreements(runs: Sequence[FinishedRun]) -> list[Agreement]:
-    """Of the runs whose old skill is one of answers."""
-    scored = [
-        (run, skill, found)
-        for run in runs
-        for skill, found in (run.result.get("skills") or {"old": run.result["old"]}).items()
-    ]
-    return [
-        Agreement(run, skill, found["agreement"]["agreeing"], found["agreement"]["samples"])
-        for run, skill, found in scored
-        if "agreement" in found
-    ]
 
 
 def sampling_interval(run: FinishedRun, skill: str, when: str) -> list[float] | None:

@@ -130,7 +130,7 @@ def certificates(runs: Sequence[FinishedRun]) -> list[str]:
 
 def _sentence(run: FinishedRun, numbers: dict[str, Any]) -> str:
     parts = [_old_and_new(run, numbers)]
-    if run.result.get("lambda") is not None and numbers["feasible"] is not None:
+    if run.result.get("lambda") is not None and numbers["feasible"] is not None and is_held(run):
         held = "target kept" if "certificate" in run.result else f"budget met on {judged_on(run)}"
         verdict = f"{numbers['feasible']} of {numbers['runs']} {'run' if numbers['runs'] == 1 else 'runs'}"
         parts.append(f"{held} in {verdict}")

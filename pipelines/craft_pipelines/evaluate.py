@@ -20,6 +20,7 @@ from craft_ray.models import load_model
 from craft_ray.models.adapters import CONFIG as ADAPTER
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
+from craft_ray.report.wording import probability
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.harness import HarnessTasks
 from craft_ray.run.held_out import eval_sets, key_of
@@ -27,6 +28,7 @@ from craft_ray.run.pace import Pace, Report
 from craft_ray.run.scoring import GRADED, OF_TEXT, Episodes, EvalData, Score, open_eval_set, outcome
 from craft_ray.run.scoring import evaluate as score
 from craft_ray.run.sharded_checkpoint import SHARDS
+from craft_ray.statistics import mcnemar
 from craft_ray.storage.files import write_atomically
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import StoragePath
@@ -205,7 +207,7 @@ def lines(done: Sequence[Scored]) -> Iterator[str]:
     for row in rows:
         yield "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     for skill, (lost, won) in changes(done).items():
-        changed = f"{lost} from right to wrong, {won} from wrong to right"
+        changed = f"{lost} from right to wrong, {won} from wrong to right (McNemar's P {probability(mcnemar(lost, won))})"
         if done[0].scores[skill].metric in GRADED:
             changed = f"{lost} samples score lower, {won} higher"
         yield f"{skill}, {done[0].label} -> {done[1].label}: {changed}"
@@ -245,8 +247,10 @@ def _write(done: Sequence[Scored], sources: Mapping[str, Source | Episodes | Har
             "scores": scores,
         }
     for skill, (lost, won) in changes(done).items():
-        names = ("lower", "higher") if result[skill]["metric"] in GRADED else ("right_to_wrong", "wrong_to_right")
-        result[skill] |= dict(zip(names, (lost, won), strict=True))
+        if result[skill]["metric"] in GRADED:
+            result[skill] |= {"lower": lost, "higher": won}
+        else:
+            result[skill] |= {"right_to_wrong": lost, "wrong_to_right": won, "mcnemar_p": mcnemar(lost, won)}
     records = [
         json.dumps({"model": model.label, "skill": skill, **record}, ensure_ascii=False)
         for model in done

@@ -40,8 +40,8 @@ def test_flips_are_counted_against_the_teacher_and_against_plain_fine_tuning(tmp
     }
     assert found["hidden", "new", "Plain fine-tuning"].p == 0.5, "two differences decide nothing"
     text = Page(report(runs, tmp_path)[1]).text
-    assert "Right → wrong Wrong → right P" in text
-    assert "Plain fine-tuning 20 0 2 0.5" in text
+    assert "Right → wrong Wrong → right P Same answer" in text
+    assert "Plain fine-tuning 20 0 2 0.5 18 of 20 [69.9, 97.2] %" in text, "the same mistakes are the same answer"
 
 
 def test_a_single_run_has_intervals_over_its_samples(tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_what_was_compared_is_said_in_words(tmp_path: Path) -> None:
     ("path", "name"),
     [
         ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
-        ("/data/models/small", "small (/data/models/small)"),
-        ("/x/teacher/checkpoints/last/model", "teacher (/x/teacher/checkpoints/last/model)"),
-        ("/x/demo/model", "demo (/x/demo/model)"),
+        ("/data/models/small", "small"),
+        ("/x/teacher/checkpoints/last/model", "teacher"),
+        ("/x/demo/model", "demo"),
     ],
 )
 def test_a_models_name_is_what_it_is_known_by(path: str, name: str) -> None:

@@ -42,9 +42,15 @@ class TrialLog(Callback):
         self._say = say
         self._crashes: Counter[int] = Counter()
         self._ended = {trial.number for trial in folder.trials() if trial.outcome().status != "open"}
+        self._started = False
         self._part: dict[int, float] = {}
         """Of each trial that is running, the part of its steps that is done."""
         self._pace = Pace("trials", count, report, len(self._ended))
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if not self._started:
+            self._started = True
+            self._say("the first trial has started")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any

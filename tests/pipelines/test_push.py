@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM
 
 from craft_ray.config import parse_config
-from craft_ray.errors import ConfigError, CraftError, StorageError
+from craft_ray.errors import ConfigError, CraftError, ModelError, StorageError
 from craft_ray.models import load_model
 from craft_ray.report.card import CardFields, public_command
 from craft_ray.report.html import write_report
@@ -225,6 +225,11 @@ def test_what_cannot_be_pushed_is_one_line(plain: Path, hub: Hub, tmp_path: Path
         with pytest.raises(ConfigError, match=said) as caught:
             push(run, name, fields, **options, api=api(hub))
         assert "\n" not in caught.value.message
+    broken = tmp_path / "broken"
+    shutil.copytree(plain, broken, symlinks=True)
+    (broken / "checkpoints" / "last" / "model" / "notes.json").write_text("{")
+    with pytest.raises(ModelError, match=r"notes\.json is not JSON"):
+        push(broken, "me/x", APACHE, api=api(hub))
     assert hub.commits == 0
 
 

@@ -207,7 +207,9 @@ def lines(done: Sequence[Scored]) -> Iterator[str]:
     for row in rows:
         yield "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     for skill, (lost, won) in changes(done).items():
-        changed = f"{lost} from right to wrong, {won} from wrong to right (McNemar's P {probability(mcnemar(lost, won))})"
+        changed = (
+            f"{lost} from right to wrong, {won} from wrong to right (McNemar's P {probability(mcnemar(lost, won))})"
+        )
         if done[0].scores[skill].metric in GRADED:
             changed = f"{lost} samples score lower, {won} higher"
         yield f"{skill}, {done[0].label} -> {done[1].label}: {changed}"

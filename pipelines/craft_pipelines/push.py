@@ -11,13 +11,13 @@ from typing import Any
 
 import huggingface_hub
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, errors
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, ModelCard, errors
 from huggingface_hub.utils import validate_repo_id
 
 from craft_pipelines.export import runs_of
 from craft_pipelines.merge import checkpoint_of, merge
 from craft_ray.config import Experiment
-from craft_ray.errors import ConfigError, StorageError
+from craft_ray.errors import ConfigError, ModelError, StorageError
 from craft_ray.models.adapters import CONFIG as ADAPTER
 from craft_ray.report.card import CardFields, base_model, model_card
 from craft_ray.report.runs import FinishedRun, read_runs
@@ -78,10 +78,11 @@ def push(
     hub = api or HfApi()
     if not (hub.token or huggingface_hub.get_token()):
         raise ConfigError("the hub needs a token that may write: set HF_TOKEN, or run 'hf auth login'")
-    with _model_folder(checkpoint) as folder, _hub_errors(repository):
+    with _model_folder(checkpoint) as folder:
         files = _files(folder, run, checkpoint, fields)
         size = readable_bytes(sum(map(_size, files.values())))
-        url, visibility = _send(hub, repository, files | {CARD: text.encode()}, private)
+        with _hub_errors(repository):
+            url, visibility = _send(hub, repository, files | {CARD: text.encode()}, private)
     say(f"{len(files) + 1} files, {size}, in a {visibility} repository: {url}")
 
 
@@ -163,11 +164,18 @@ def _files(folder: Path, run: FinishedRun, checkpoint: StoragePath, fields: Card
         if path.is_file() and name != CARD:
             found[name] = path
             if path.suffix == ".json" and path.name != "tokenizer.json":
-                text = path.read_text(encoding="utf-8")
-                cleaned = _without_folders(json.loads(text), here, base)
-                if cleaned != json.loads(text):
+                content = _read_json(path)
+                cleaned = _without_folders(content, here, base)
+                if cleaned != content:
                     found[name] = json.dumps(cleaned, indent=2).encode()
     return found
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({reason(error)}): restore it, or remove it from the model") from None
 
 
 def _without_folders(value: Any, here: list[str], base: str | None) -> Any:
@@ -204,7 +212,7 @@ def _send(hub: HfApi, repository: str, files: dict[str, Path | bytes], private: 
         for file in info.siblings or []
         if file.rfilename.endswith(WEIGHTS) and file.rfilename not in files
     ]
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
         *(CommitOperationDelete(old) for old in stale),
         *(CommitOperationAdd(path, content) for path, content in files.items()),
     ]

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM
 
 from craft_ray.config import parse_config
-from craft_ray.errors import ConfigError, CraftError, StorageError
+from craft_ray.errors import ConfigError, CraftError, ModelError, StorageError
 from craft_ray.models import load_model
 from craft_ray.report.card import CardFields, public_command
 from craft_ray.report.html import write_report
@@ -163,12 +163,14 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_new_ones(plain: Path, hub
     assert hub.files["me/kept"]["model.safetensors"] != b"old"
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_in_parts_is_put_together(plain: Path, hub: Hub, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(plain, run, symlinks=True)
     checkpoint = (run / "checkpoints" / "last").resolve()
     model = load_model(RunFolder(run).config().model, "fp32", weights=str(checkpoint / "model"))
-    dcp.save(named_tensors(model), storage_writer=dcp.FileSystemWriter(checkpoint / SHARDS, thread_count=1))
+    writer = dcp.FileSystemWriter(checkpoint / SHARDS, thread_count=1)
+    dcp.save(named_tensors(model), storage_writer=writer, no_dist=True)
     parts = {f"{SHARDS}/{part.name}": part for part in (checkpoint / SHARDS).iterdir()}
     (checkpoint / FILES).write_text(json.dumps({k: [p.stat().st_size, checksum(p)] for k, p in parts.items()}))
     shutil.rmtree(checkpoint / "model")
@@ -225,6 +227,11 @@ def test_what_cannot_be_pushed_is_one_line(plain: Path, hub: Hub, tmp_path: Path
         with pytest.raises(ConfigError, match=said) as caught:
             push(run, name, fields, **options, api=api(hub))
         assert "\n" not in caught.value.message
+    broken = tmp_path / "broken"
+    shutil.copytree(plain, broken, symlinks=True)
+    (broken / "checkpoints" / "last" / "model" / "notes.json").write_text("{")
+    with pytest.raises(ModelError, match=r"notes\.json is not JSON"):
+        push(broken, "me/x", APACHE, api=api(hub))
     assert hub.commits == 0
 
 

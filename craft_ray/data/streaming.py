@@ -202,6 +202,6 @@ def _identity(builder: datasets.DatasetBuilder, config: HuggingFaceData) -> str:
         path = Path(file)
         told = (path.name, path.stat().st_size) if path.exists() else (file, of_split.origin_metadata[number])
         digest.update(str(told).encode())
-    how = config.model_dump_json(include={"split", "limit", "columns", "shuffle_buffer"})
+    how = config.model_dump_json(include={"split", "limit", "columns", "shuffle_buffer"}, exclude_none=True)
     digest.update(how.encode())
     return digest.hexdigest()

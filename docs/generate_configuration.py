@@ -131,6 +131,7 @@ SECTIONS = (
     (config.ValidationConfig, "validation."),
     (config.EvaluationConfig, "evaluation."),
     ("EvalSet", "{validation,evaluation}.{old,new}."),
+    (config.HarnessConfig, "{validation,evaluation}.{old,new}.harness."),
     (config.RolloutConfig, "{validation,evaluation}.{old,new}.rollout."),
     (config.WorkersConfig, "workers."),
     (config.AboutConfig, "about."),

@@ -190,6 +190,11 @@ class HuggingFaceData(TableData):
     format: Literal["auto", "dataset"] = "auto"
     revision: str | None = None
     """Commit or tag on the hub."""
+    streaming: bool = False
+    """Read the rows as training needs them, and store nothing: for data of `task` that do not fit the disk
+    (docs/data.md)."""
+    shuffle_buffer: int = Field(10_000, ge=1)
+    """For `streaming`: rows in memory from which the next one is drawn. 1 keeps the order within a file."""
 
 
 class TextData(TableData):

@@ -179,11 +179,12 @@ def _as_table(table: datasets.Dataset, columns: Sequence[str], identity: str = "
     if table._indices is not None:
         table = table.flatten_indices()
     present = [name for name in columns if name in table.column_names] or table.column_names[:1]
-    classes = {name: names for name in present if (names := _class_names(table.features[name])) is not None}
+    classes = {name: names for name in present if (names := class_names(table.features[name])) is not None}
     return ArrowTable([("", table.data.table.select(present))], table.column_names, classes, identity)
 
 
-def _class_names(feature: Any) -> Sequence[str] | None:
+def class_names(feature: Any) -> Sequence[str] | None:
+    """The names that stand behind the integers of a column, also within lists; None for other columns."""
     if isinstance(feature, datasets.List | datasets.LargeList):
-        return _class_names(feature.feature)
+        return class_names(feature.feature)
     return feature.names if isinstance(feature, datasets.ClassLabel) else None

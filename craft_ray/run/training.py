@@ -143,7 +143,7 @@ class Run:
     def _announce(self) -> None:
         count = sum(p.numel() for p in self.gradients.parameters)
         self.observer.note(
-            f"{count / 1e6:.2f} M trainable parameters, {len(self.task)} samples of the new skill, "
+            f"{count / 1e6:.2f} M trainable parameters, {self.task.size} of the new skill, "
             f"{self.workers.world_size} worker(s) on {self.workers.device}"
         )
         first = [] if self.optimization.described is None else [self.optimization.described]

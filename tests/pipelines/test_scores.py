@@ -97,9 +97,9 @@ def test_a_run_is_kept_judged_scored_and_reported(
     assert scores["old"]["scores"][folder.path.name + "/step_000006"]["score"] == pytest.approx(result["old"]["after"])
     assert scores["new"]["higher"] + scores["new"]["lower"] <= 8
 
-    code, out, err = command("report", folder.path)
+    code, out, err = command("report", folder.path, "--out", "report")
     assert code == 0, err
-    page = (folder.path / "report.html").read_text()
+    page = (world / "report" / "report.html").read_text()
     assert "harness tasks" in page
     assert "own metric" in page
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from craft_ray.config import ModelConfig
 from craft_ray.errors import ConfigError, ModelError
+from craft_ray.extras import install
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,11 @@ def load_processor(processor_class: Any, config: ModelConfig) -> Any:
         raise ConfigError(f"model.path {path}: there is no such folder: specify an existing one, or a hub model")
     try:
         return processor_class.from_pretrained(config.path, **_options(config))
+    except ImportError as error:
+        raise ConfigError(
+            f"model.path {path}: its processor needs a package that is not installed ({_needed(error)}): "
+            f"{install('vision')}"
+        ) from error
     except Exception as error:  # a damaged tokenizer can raise anything, even a bare Exception
         raise ConfigError(
             f"model.path {path}: no processor or tokenizer loads from it ({reason(error)}): specify a folder or a "
@@ -146,6 +152,11 @@ def check_complete(module: nn.Module, info: dict[str, Any], path: str, kind: str
             "model %s: %d of its weights are no part of a %s (e.g. %s); they are not loaded, and not in what is saved",
             *(path, len(unexpected), type(module).__name__, unexpected[0]),
         )
+
+
+def _needed(error: ImportError) -> str:
+    """What a library says of a package that it misses, which it may begin with an empty line."""
+    return next((line for line in str(error).splitlines() if line.strip()), "")[:200]
 
 
 def reason(error: BaseException) -> str:

@@ -795,11 +795,11 @@ def parts(hint: Any) -> Iterator[Any]:
 
 
 NO_PATHS = {
-    "name", "variant", "revision", "id", "image", "image_processor", "messages", "tools", "prompt", "response", "choices", "answer_index",
+    "name", "variant", "revision", "id", "image", "messages", "tools", "prompt", "response", "choices", "answer_index",
     "split", "skill", "skills", "learning_rates", "rename", "delimiter", "positions", "resources_per_worker", "env",
     "task", "arms", "token_ce", "variants",
     "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules",
-    "modules_to_save",
+    "modules_to_save", "image_processor",
 }  # fmt: skip
 """Text fields that are not paths. A new field is added here, or its type makes it absolute."""
 

@@ -15,11 +15,13 @@ from transformers import AutoConfig, PretrainedConfig
 
 from craft_ray.config import ModelConfig
 from craft_ray.errors import ConfigError, ModelError
-from craft_ray.extras import install
+from craft_ray.extras import install, missing
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+VISION = ("torchvision", "num2words")
+"""What some processors import to read videos, also where there are only images: the packages of the extra `vision`."""
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 """Keys of a `config.json` that describe quantised weights: transformers, an older compressed-tensors, MLX."""
 
@@ -35,12 +37,12 @@ def load_processor(processor_class: Any, config: ModelConfig) -> Any:
         raise ConfigError(f"model.path {path}: there is no such folder: specify an existing one, or a hub model")
     try:
         return processor_class.from_pretrained(config.path, **_options(config))
-    except ImportError as error:
-        raise ConfigError(
-            f"model.path {path}: its processor needs a package that is not installed ({_needed(error)}): "
-            f"{install('vision')}"
-        ) from error
     except Exception as error:  # a damaged tokenizer can raise anything, even a bare Exception
+        for package in VISION:
+            if package in str(error).lower() and (why := missing(package)):
+                raise ConfigError(
+                    f"model.path {path}: its processor needs {package}: {install('vision')} ({why})"
+                ) from error
         raise ConfigError(
             f"model.path {path}: no processor or tokenizer loads from it ({reason(error)}): specify a folder or a "
             f"hub model that has one"
@@ -152,11 +154,6 @@ def check_complete(module: nn.Module, info: dict[str, Any], path: str, kind: str
             "model %s: %d of its weights are no part of a %s (e.g. %s); they are not loaded, and not in what is saved",
             *(path, len(unexpected), type(module).__name__, unexpected[0]),
         )
-
-
-def _needed(error: ImportError) -> str:
-    """What a library says of a package that it misses, which it may begin with an empty line."""
-    return next((line for line in str(error).splitlines() if line.strip()), "")[:200]
 
 
 def reason(error: BaseException) -> str:

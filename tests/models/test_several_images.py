@@ -173,6 +173,26 @@ def test_a_chat_template_places_the_images(family: str, load: Callable[..., Visi
     assert model.tokenizer.decode(before).endswith("which?<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_turn_behind_images_is_learnt(family: str, load: Callable[..., VisionLanguageModel]) -> None:
+    model, image = load(family, chat_template=True), {"type": "image"}
+    turns = [
+        {"role": "user", "content": [image, {"type": "text", "text": "tall?"}]},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": [image, {"type": "text", "text": " or "}, image]},
+        {"role": "assistant", "content": "No."},
+    ]
+    conversation = Conversation(tuple(turns[:3]), turns[3], (TALL, WIDE, LARGE))
+    talk = Sample("talk", "", response="No.", conversation=conversation)
+    features = model.preprocess_task(talk)
+    learnt = [int(features.tokens["input_ids"][at]) for at in features.layout.predicted]
+    assert model.tokenizer.decode(learnt) == "Yes.<|im_end|>No.<|im_end|>"
+    both = model.collate([features, model.preprocess_task(SAMPLES[0])])
+    alone = [model.collate([one]) for one in (features, model.preprocess_task(SAMPLES[0]))]
+    expected = sum(model.task_loss(batch).item() * batch.tokens for batch in alone) / both.tokens
+    assert model.task_loss(both).item() == pytest.approx(expected, abs=1e-4)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from craft_ray.config.paths import PathOrHubName
 from craft_ray.config.types import Section
@@ -27,6 +27,9 @@ class ModelConfig(Section):
     max_length: int = Field(512, ge=2)
     """Longest sequence in tokens, including images and suffix. A longer sample is an error, it is never truncated. A
     policy of LeRobot has its own limits (`tokenizer_max_length`, `max_action_tokens`), equally strict."""
+    image_processor: dict[str, Any] = {}
+    """Settings of the image processor in place of the folder's, for `vision_language`: `{do_pan_and_scan: true}`,
+    `{do_image_splitting: false}`, `{size: {shortest_edge: 3136, longest_edge: 602112}}` (docs/models.md)."""
     chat_template: bool = False
     """Format prompts with the model's own chat template."""
     append_eos: bool = True
@@ -38,3 +41,12 @@ class ModelConfig(Section):
     merge_statistics: tuple[PathOrHubName, ...] = ()
     """LeRobotDatasets (folders or hub names) whose statistics widen those of a policy's normaliser. By default the
     teacher's own statistics stay unchanged, whatever the new data are."""
+
+    @model_validator(mode="after")
+    def _images_are_read(self) -> Self:
+        if self.image_processor and self.kind != "vision_language":
+            raise ValueError(
+                f"image_processor has {', '.join(self.image_processor)}, but kind is {self.kind}, which reads images "
+                f"with no processor of its own: leave it out, or set kind: vision_language"
+            )
+        return self

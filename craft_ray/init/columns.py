@@ -12,7 +12,7 @@ from craft_ray.errors import ConfigError
 
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem", "source", "sentence", "text")
 RESPONSES = ("response", "answer", "completion", "output", "target", "solution", "reply", "caption", "label")
-IMAGES = ("image", "picture", "photo", "img")
+IMAGES = ("image", "images", "picture", "pictures", "photo", "photos", "img")
 CHOICES = ("choices", "options", "endings")
 INDICES = ("answer_index", "answer_idx", "label", "answer", "gold")
 IDS = ("id", "uid", "sample_id")
@@ -109,5 +109,7 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_image(value: Any) -> bool:
-    """Whether a cell holds the bytes of an image, alone or beside its path."""
+    """Whether a cell holds the bytes of an image, alone or beside its path, or a list of such images."""
+    if isinstance(value, list):
+        return any(map(_is_image, value))
     return isinstance(value, bytes) or (isinstance(value, dict) and {"bytes", "path"} <= value.keys())

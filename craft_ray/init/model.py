@@ -61,7 +61,7 @@ class ModelFacts:
             chat: whether the chat template writes it.
             images: tokens that an image takes.
         """
-        pictures = images * (len(sample.conversation.images) if sample.conversation else sample.image is not None)
+        pictures = images * len(sample.pictures or ())
         response = len(self._text.following("", sample.response)) if sample.response else 0
         if not chat:
             return len(self._text.plain(sample.prompt)) + pictures, response + 1
@@ -73,7 +73,7 @@ class ModelFacts:
 
     def image_tokens(self, samples: list[Sample]) -> int:
         """Tokens that an image of these samples takes, at most."""
-        found = [data for s in samples for data in (s.conversation.images if s.conversation else (s.image,)) if data]
+        found = [data for sample in samples for data in sample.pictures or ()]
         mark, sizes = self.processor.image_token, [0]
         for data in found[:IMAGES_TRIED]:
             image = decode_image(data, "an image")

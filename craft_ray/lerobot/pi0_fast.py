@@ -156,6 +156,8 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         """The picture as the first camera's, and the question in PaliGemma's format: BOS, the text and a line break."""
         if sample.image is None:
             raise DataError(f"{sample.named} has no image: specify the column that holds it (columns.image)")
+        if len(sample.pictures or ()) > 1:
+            raise DataError(f"{sample.where} has several images, and {self.description} reads one: specify one column")
         picture = decode_image(sample.image, sample.named).convert("RGB")
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
             picture.height, picture.width, 3

@@ -15,10 +15,13 @@ from transformers import AutoConfig, PretrainedConfig
 
 from craft_ray.config import ModelConfig
 from craft_ray.errors import ConfigError, ModelError
+from craft_ray.extras import install, missing
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+VISION = ("torchvision", "num2words")
+"""What some processors import to read videos, also where there are only images: the packages of the extra `vision`."""
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 """Keys of a `config.json` that describe quantised weights: transformers, an older compressed-tensors, MLX."""
 
@@ -35,6 +38,11 @@ def load_processor(processor_class: Any, config: ModelConfig) -> Any:
     try:
         return processor_class.from_pretrained(config.path, **_options(config))
     except Exception as error:  # a damaged tokenizer can raise anything, even a bare Exception
+        for package in VISION:
+            if package in str(error).lower() and (why := missing(package)):
+                raise ConfigError(
+                    f"model.path {path}: its processor needs {package}: {install('vision')} ({why})"
+                ) from error
         raise ConfigError(
             f"model.path {path}: no processor or tokenizer loads from it ({reason(error)}): specify a folder or a "
             f"hub model that has one"

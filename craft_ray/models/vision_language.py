@@ -17,7 +17,7 @@ from torch import Tensor
 from craft_ray.data.conversation import IMAGE_MARK
 from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
-from craft_ray.errors import DataError
+from craft_ray.errors import ConfigError, DataError
 from craft_ray.models.base import Features
 from craft_ray.models.chat import LITERAL, written_image
 from craft_ray.models.fingerprint import without_locations
@@ -133,6 +133,8 @@ class VisionLanguageModel(HuggingFaceModel):
         return self._apart(self._processed(text, images, **options), sample)
 
     def _processed(self, text: str, images: Sequence[Image.Image], **options: Any) -> dict[str, Tensor]:
+        if images and self._image_settings:
+            options["images_kwargs"] = self._image_settings
         encoded = self.processor(images=[list(images)] if images else None, text=[text], return_tensors="pt", **options)
         tokens = encoded["input_ids"]
         size = len(self.text.without_appended(tokens[0].tolist()))
@@ -154,6 +156,23 @@ class VisionLanguageModel(HuggingFaceModel):
         return self._image_batches.join(name, parts)
 
     @cached_property
+    def _image_settings(self) -> dict[str, Any]:
+        """The settings that replace the image processor's own.
+
+        Raises:
+            ConfigError: it has no such setting.
+        """
+        images, settings = self.processor.image_processor, dict(self.config.image_processor)
+        known = sorted(images.valid_kwargs.__annotations__)
+        for name in settings:
+            if name not in known:
+                raise ConfigError(
+                    f"model.image_processor has {name}, but the {type(images).__name__} of {self.config.path} has the "
+                    f"settings {', '.join(known)}: choose one of them, or leave it out"
+                )
+        return settings
+
+    @cached_property
     def _image_batches(self) -> ImageBatches:
         """Made when a batch needs it: a processor that tiles takes as long for it as for a few samples."""
         return ImageBatches(self._images_alone, self.config.path)
@@ -170,6 +189,7 @@ class VisionLanguageModel(HuggingFaceModel):
                 text=[mark * len(pictures) for pictures in samples],
                 padding=True,
                 return_tensors="pt",
+                images_kwargs=self._image_settings,
             )
         finally:
             tokenizer.pad_token = own
@@ -205,7 +225,8 @@ class VisionLanguageModel(HuggingFaceModel):
         images = self.processor.image_processor
         settings = without_locations(self.processor.to_dict())
         settings["image_processor"] = without_locations(images.to_dict())
-        return [type(images).__name__, settings]
+        own = self.config.image_processor
+        return [type(images).__name__, settings, *([dict(own)] if own else [])]
 
 
 def _images(sample: Sample) -> list[Image.Image]:

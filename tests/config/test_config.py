@@ -102,6 +102,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "kind": "vision_language", "path": "org/other", "revision": "abc", "trust_remote_code": True,
         "dtype": "bfloat16", "max_length": 77, "chat_template": True, "append_eos": False, "disable_dropout": False,
         "gradient_checkpointing": True, "merge_statistics": ["org/data"],
+        "image_processor": {"do_pan_and_scan": True},
     },
     "adapter": {
         "kind": "lora", "r": 4, "alpha": 32, "dropout": 0.125, "target_modules": ["q_proj"],
@@ -825,7 +826,7 @@ NO_PATHS = {
     "split", "skill", "skills", "learning_rates", "rename", "delimiter", "positions", "resources_per_worker", "env",
     "task", "arms", "token_ce", "variants",
     "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules",
-    "modules_to_save", "pattern", "function", "tasks", "metric", "old", "new",
+    "modules_to_save", "pattern", "function", "tasks", "metric", "old", "new", "image_processor",
 }  # fmt: skip
 """Text fields that are not paths. A new field is added here, or its type makes it absolute."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,7 @@ def test_every_form_of_a_list(form: str, tmp_path: Path) -> None:
         "bytes": list(IMAGES),
         "pairs": [{"bytes": data, "path": None} for data in IMAGES],
     }[form]
-    rows = [
-        {"image": [cells[0], cells[2]], "prompt": "a"},
-        {"image": [], "prompt": "b"},
-        {"image": cells, "prompt": ""},
-    ]
+    rows = [{"image": images, "prompt": ""} for images in ([cells[0], cells[2]], [], cells)]
     path = tmp_path / ("a.parquet" if form in ("bytes", "pairs") else "a.jsonl")
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -103,38 +98,40 @@ def test_the_content_of_every_image_counts(tmp_path: Path) -> None:
     assert opened(path).fingerprint != before
 
 
-@pytest.mark.parametrize("messages", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "image", "expected"),
+    ("row", "image", "expected"),
     [
-        ([{"image": [URIS[0], None, URIS[1]]}], "image", r"row 1: image 2 in the list of column 'image' is null"),
-        ([{"image": [None]}], "image", r"row 1: image 1 in the list of column 'image' is null"),
-        ([{"left": None, "right": URIS[1]}], ["left", "right"], "row 1: column 'left' holds no image, but 'right'"),
-        ([{"image": ["no.png"]}], "image", r"row 1: the image .*no\.png does not open"),
-        ([{"image": [URIS[0], 7.5]}], "image", "row 1: the image is a (Written)?Float"),
+        ({"image": [URIS[0], None, URIS[1]]}, "image", "row 1: image 2 in the list of column 'image' is null"),
+        ({"image": [None]}, "image", "row 1: image 1 in the list of column 'image' is null"),
+        ({"left": None, "right": URIS[1]}, ["left", "right"], "row 1: column 'left' holds no image, but 'right'"),
+        ({"image": ["no.png"]}, "image", r"row 1: the image .*no\.png does not open"),
+        ({"image": [URIS[0], 7.5]}, "image", "row 1: the image is a (Written)?Float"),
     ],
 )
-def test_what_is_no_list_of_images(
-    rows: list[dict[str, Any]], image: Any, expected: str, messages: bool, tmp_path: Path
-) -> None:
-    first = {name: [URIS[0]] for name in (image if isinstance(image, list) else [image])}
-    turns = [{"role": "user", "content": "<image>" * (3 if "," in str(rows[0].get("image")) else 1)}]
-    asked = {"messages": turns} if messages else {"prompt": "?"}
-    path = json_lines(
-        tmp_path / "a.jsonl", [first | {"messages": turns[:0], "prompt": "?"}, *(r | asked for r in rows)]
-    )
-    source = opened(path, image, **({"messages": "messages"} if messages else {}))
-    if messages and ("no.png" in json.dumps(rows) or "7.5" in json.dumps(rows)):
-        pytest.skip("the conversation's own tests have it")
+def test_what_is_no_list_of_images(row: dict[str, Any], image: Any, expected: str, tmp_path: Path) -> None:
+    good = {name: [URIS[0]] for name in row}
+    path = json_lines(tmp_path / "a.jsonl", [each | {"prompt": "?"} for each in (good, row)])
+    source = opened(path, image)
+    same(source[0].images, (0,) * len(row))
     with pytest.raises(DataError, match=rf"a\.jsonl, {expected}") as caught:
         source[1]
     assert "\n" not in caught.value.message
 
 
+def test_a_null_among_the_images_of_a_conversation(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "<image> or <image>?"}]
+    rows = [{"image": images, "messages": turns} for images in (URIS[:2], [URIS[0], None], URIS)]
+    source = opened(json_lines(tmp_path / "a.jsonl", rows), messages="messages")
+    same(source[0].pictures, (0, 1))
+    with pytest.raises(DataError, match=r"a\.jsonl, row 1: image 2 in the list of column 'image' is null"):
+        source[1]
+    with pytest.raises(DataError, match=r"a\.jsonl, row 2: the turns name 2 images, but its row holds 3"):
+        source[2]
+
+
 def test_a_row_without_a_list_among_lists(tmp_path: Path) -> None:
-    source = opened(
-        json_lines(tmp_path / "a.jsonl", [{"image": URIS[:2], "prompt": ""}, {"image": None, "prompt": ""}])
-    )
+    rows = [{"image": images, "prompt": ""} for images in (URIS[:2], None)]
+    source = opened(json_lines(tmp_path / "a.jsonl", rows))
     with pytest.raises(DataError, match=r"row 1: column 'image' holds nothing; a list of images is expected, an empty"):
         source[1]
 

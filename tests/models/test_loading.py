@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_torchvision_available
 
 from craft_ray.config import ModelConfig
 from craft_ray.errors import ConfigError, CraftError, ModelError
@@ -20,6 +21,7 @@ from craft_ray.models import load_model
 from craft_ray.models.base import Model
 from craft_ray.models.fingerprint import json_fingerprint, weights_fingerprint
 from tests.support.experiments import Digits
+from tests.support.tiling import build, without_videos
 
 KINDS = {"text": "causal_lm", "digits": "vision_language"}
 WEIGHTS = "model.safetensors"
@@ -288,3 +290,12 @@ def test_a_checkpoint_that_is_damaged(text_model: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).write_bytes(b"")
     with pytest.raises(ModelError, match="damaged"):
         load_model(ModelConfig(path=str(text_model)), "fp32", weights=str(folder))
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+def test_a_package_that_a_processor_needs(tmp_path: Path) -> None:
+    with without_videos():
+        folder = build("qwen2_vl", tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"its processor needs torchvision: pip .*craft-ray\[vision\]") as caught:
+        load_model(ModelConfig(kind="vision_language", path=str(folder)), "fp32")
+    assert "\n" not in caught.value.message

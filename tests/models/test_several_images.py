@@ -16,7 +16,7 @@ from torch import Tensor
 from craft_ray.config import ModelConfig
 from craft_ray.data.conversation import Conversation
 from craft_ray.data.sample import Sample
-from craft_ray.errors import DataError, ModelError
+from craft_ray.errors import ConfigError, DataError, ModelError
 from craft_ray.models import load_model
 from craft_ray.models.image_batches import ImageBatches, Pictures
 from craft_ray.models.vision_language import VisionLanguageModel
@@ -37,6 +37,10 @@ SAMPLES = [
     question("three", "count", LARGE, SQUARE, png(30, 8, 4)),
 ]
 """Different numbers of images, and images of different numbers of tiles."""
+PAN_AND_SCAN = {
+    "do_pan_and_scan": True, "pan_and_scan_min_crop_size": 4, "pan_and_scan_max_num_crops": 3,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +124,7 @@ def test_the_images_of_a_batch_are_those_of_the_librarys_batch(
     batch = model.collate([model.preprocess(sample) for sample in SAMPLES])
     texts = [marked(model, family, sample) for sample in SAMPLES]
     own = model.processor(images=list(map(opened, SAMPLES)), text=texts, padding=True, return_tensors="pt")
-    images = [
-        name for name in own if name not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-    ]
+    images = [name for name, tensor in own.items() if tensor.shape != own["input_ids"].shape]
     assert "pixel_values" in images
     for name in images:
         assert torch.equal(batch.inputs[name], own[name])
@@ -169,6 +171,26 @@ def test_a_chat_template_places_the_images(family: str, load: Callable[..., Visi
     before = model.preprocess(question("front", "which?", SQUARE, WIDE)).tokens["input_ids"].tolist()
     assert before != expected
     assert model.tokenizer.decode(before).endswith("which?<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_turn_behind_images_is_learnt(family: str, load: Callable[..., VisionLanguageModel]) -> None:
+    model, image = load(family, chat_template=True), {"type": "image"}
+    turns = [
+        {"role": "user", "content": [image, {"type": "text", "text": "tall?"}]},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": [image, {"type": "text", "text": " or "}, image]},
+        {"role": "assistant", "content": "No."},
+    ]
+    conversation = Conversation(tuple(turns[:3]), turns[3], (TALL, WIDE, LARGE))
+    talk = Sample("talk", "", response="No.", conversation=conversation)
+    features = model.preprocess_task(talk)
+    learnt = [int(features.tokens["input_ids"][at]) for at in features.layout.predicted]
+    assert model.tokenizer.decode(learnt) == "Yes.<|im_end|>No.<|im_end|>"
+    both = model.collate([features, model.preprocess_task(SAMPLES[0])])
+    alone = [model.collate([one]) for one in (features, model.preprocess_task(SAMPLES[0]))]
+    expected = sum(model.task_loss(batch).item() * batch.tokens for batch in alone) / both.tokens
+    assert model.task_loss(both).item() == pytest.approx(expected, abs=1e-4)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------
@@ -232,3 +254,49 @@ def test_a_processor_that_joins_images_otherwise_is_refused(error: Exception | N
     with pytest.raises(ModelError, match="model m: the images of a batch have areas of different shapes") as caught:
         ImageBatches(process, "m").join("areas", [one, two])
     assert "\n" not in caught.value.message
+
+
+# --- settings of the image processor --------------------------------------------------------------------------
+
+
+def test_pan_and_scan_is_a_setting(load: Callable[..., VisionLanguageModel]) -> None:
+    """Gemma 3's processor leaves it off, whatever its folder says."""
+    plain, model = load("gemma3"), load("gemma3", image_processor=PAN_AND_SCAN)
+    features = [model.preprocess_task(sample) for sample in SAMPLES]
+    # 24x8 is cut into three crops, and so are 8x20 and 30x8; squares into none.
+    assert [len(one.images["pixel_values"]) for one in features] == [2 + 3, 1 + 3, 3 + 3]
+    batch = model.collate(features)
+    states = model.hidden_states(batch, [1, 2])
+    for row, sample in enumerate(SAMPLES):
+        inputs = model.processor(
+            images=[opened(sample)], text=[marked(model, "gemma3", sample)], return_tensors="pt", **PAN_AND_SCAN
+        )
+        with torch.no_grad():
+            own = model.module(**inputs, output_hidden_states=True)
+        size = inputs["input_ids"].shape[1]
+        for layer, found in zip((1, 2), states, strict=True):
+            torch.testing.assert_close(found[row, :size], own.hidden_states[layer][0], **CLOSE)
+    assert model.preprocessor_fingerprint() != plain.preprocessor_fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"pan": True},
+            "model.image_processor has pan, but the Gemma3ImageProcessorPil .* has the settings .*do_pan_",
+        ),
+        ({"do_pan_and_scan": "much"}, "does not run on a few tokens and a picture"),
+    ],
+)
+def test_a_setting_that_the_image_processor_does_not_have(
+    settings: dict[str, Any], expected: str, load: Callable[..., VisionLanguageModel]
+) -> None:
+    with pytest.raises((ConfigError, ModelError), match=expected) as caught:
+        load("gemma3", image_processor=settings)
+    assert "\n" not in caught.value.message
+
+
+def test_settings_need_a_model_that_reads_images() -> None:
+    with pytest.raises(ValueError, match="image_processor has do_resize, but kind is causal_lm"):
+        ModelConfig(path="org/model", image_processor={"do_resize": False})

@@ -90,9 +90,6 @@ def test_a_bad_row_is_found_before_the_first_step(experiment: Experiment, tmp_pa
     bad = rows(8)
     bad[5]["prompt"] = "<image><image> twice"
     json_lines(tmp_path / "new.jsonl", bad)
-    changed = experiment.changed({"arms": ["baseline"]}) if hasattr(experiment, "arms") else experiment
-    build(changed, say=lambda _: None)
-    with pytest.raises(
-        DataError, match=r"task: .*new\.jsonl, row 5: its prompt has <image> 2 times, but the row has 1"
-    ):
-        trained(changed, tmp_path / "run")
+    build(experiment, say=lambda _: None)
+    with pytest.raises(DataError, match=r"task: .*new\.jsonl, row 5: its prompt has <image> 2 times, but the row"):
+        trained(experiment, tmp_path / "run")

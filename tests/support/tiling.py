@@ -183,12 +183,9 @@ def qwen2_5_vl() -> tuple[Any, Any]:
 
 
 def gemma3() -> tuple[Any, Any]:
-    """Pan and scan: a wide image comes with crops of it, all in one list; tokens of an image see each other."""
+    """All images in one list, with pan and scan the crops of each behind it; tokens of an image see each other."""
     tokenizer = _tokenizer(image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
-    pictures = Gemma3ImageProcessorPil(
-        size={"height": 8, "width": 8}, do_pan_and_scan=True, pan_and_scan_min_crop_size=4,
-        pan_and_scan_max_num_crops=3, pan_and_scan_min_ratio_to_activate=1.2,
-    )  # fmt: skip
+    pictures = Gemma3ImageProcessorPil(size={"height": 8, "width": 8})
     processor = Gemma3Processor(image_processor=pictures, tokenizer=tokenizer, image_seq_length=4)
     config = Gemma3Config(
         text_config=Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=64, **_ids(tokenizer)),

@@ -133,6 +133,9 @@ class CraftConfig(Section):
     log_angle: bool = True
     """Log the angle between the gradients (`craft/grad_cos`, `craft/grad_dot`, `craft/conflict`). Without it, without
     the projection and with `lambda_floor: 0`, both losses share one copy of the gradients."""
+    retention_grad_dtype: Literal["same", "bfloat16"] = "same"
+    """Type in which the retention gradient is kept beside the task gradient: that of the weights, or `bfloat16`, which
+    takes half of its memory and rounds it once (docs/performance.md)."""
     conflict_threshold: float = Field(-0.1, ge=-1, le=1)
     """Cosine below which the gradients conflict."""
     projection_gate: Literal["always", "violated"] = "violated"

@@ -36,6 +36,7 @@ from craft_ray.models.checks import (
     check_states,
     generates_in_padded_batches,
 )
+from craft_ray.models.compiling import compile_blocks
 from craft_ray.models.dropout import disable_dropout
 from craft_ray.models.fingerprint import (
     json_fingerprint,
@@ -97,6 +98,12 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         check_decoder(self)
         if config.gradient_checkpointing:
             self.module.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.attention == "flex_attention" and device.type == "cpu":
+            raise ConfigError(
+                "model.attention is flex_attention, which trains on a GPU alone: set model.attention=sdpa"
+            )
+        if config.compile:
+            compile_blocks(self.module, device)
 
     def _module(self, path: str, mesh: DeviceMesh | None) -> Any:
         """The module of a folder or hub model on the device; with a mesh, this worker's part of it."""

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from craft_ray.config import ModelConfig
-from craft_ray.errors import ConfigError, ModelError
+from craft_ray.errors import ConfigError, ModelError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,13 @@ def load_module(auto_class: Any, config: ModelConfig, path: str) -> Any:
             dtype=DTYPES[config.dtype],
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
+            **_attention(config),
             **_options(config),
         )
+    except ImportError as error:
+        raise ConfigError(
+            f"model.attention is {config.attention}: {first_line(error)} Install what it needs, or leave it out"
+        ) from None
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
         raise ModelError(f"model {path}: its weights are damaged ({reason(error)}): fetch or save it again") from None
     except (OSError, ValueError) as error:
@@ -71,7 +76,13 @@ def empty_module(auto_class: Any, config: ModelConfig, path: str) -> Any:
     """The module of a folder or hub model on the meta device, without its weights."""
     settings = AutoConfig.from_pretrained(path, **_options(config))
     with torch.device("meta"):
-        return auto_class.from_config(settings, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
+        return auto_class.from_config(
+            settings, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code, **_attention(config)
+        )
+
+
+def _attention(config: ModelConfig) -> dict[str, str]:
+    return {} if config.attention is None else {"attn_implementation": config.attention}
 
 
 def _options(config: ModelConfig) -> dict[str, Any]:

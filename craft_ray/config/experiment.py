@@ -252,6 +252,11 @@ class Experiment(Section):
                     f"model.{key} is {getattr(model, key)}, but model.kind is lerobot: its policies call parts of "
                     f"their layers directly, with an attention of their own; leave it out"
                 )
+        if model.kind == "lerobot" and self.anchors is not None and self.anchors.gpus_per_actor > 1:
+            raise ValueError(
+                f"anchors.gpus_per_actor is {self.anchors.gpus_per_actor:g}, but model.kind is lerobot, and a policy "
+                f"is not spread over several GPUs: set it to 1"
+            )
         if model.attention == "flash_attention_2" and (model.dtype, self.train.precision) == ("float32", "fp32"):
             raise ValueError(
                 "model.attention is flash_attention_2, which computes in bfloat16, but train.precision is fp32: set "

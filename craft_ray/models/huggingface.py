@@ -65,8 +65,10 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         device: torch.device,
         weights: str | None = None,
         mesh: DeviceMesh | None = None,
+        gpus: int = 1,
     ) -> None:
         self.config = config
+        self.gpus = gpus
         self.precision = precision
         self.device = device
         self.sharded = mesh is not None
@@ -109,8 +111,10 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         """The module of a folder or hub model on the device; with a mesh, this worker's part of it."""
 
         def load() -> Any:
-            return load_module(self.auto_class, self.config, path)
+            return load_module(self.auto_class, self.config, path, self.gpus)
 
+        if self.gpus > 1:
+            return load()
         if mesh is None:
             return load().to(self.device)
         return load_sharded(
@@ -297,7 +301,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
             base = base_forward(self.module)
             states = base(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states
         check_states(states, layers, self)
-        return [states[k] for k in layers]
+        return [states[k].to(self.device) for k in layers]  # of a spread model, each is where its layer is
 
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
         """These models provide all anchors."""

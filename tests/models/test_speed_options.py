@@ -13,6 +13,7 @@ from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError
 from craft_ray.models import load_model
 from craft_ray.models.base import Batch, Model, evaluating
+from craft_ray.models.loading import check_spread
 from tests.support.tokenizers import CHATML, byte_level_chat, chat_model
 
 
@@ -83,3 +84,20 @@ def test_compiled_layers_train_as_before_and_evaluate_uncompiled(folder: Path, t
     assert compiled.weights_fingerprint() == plain.weights_fingerprint()
     compiled.save(tmp_path / "saved")
     assert loaded(tmp_path / "saved").weights_fingerprint() == plain.weights_fingerprint()
+
+
+def test_a_spread_model_must_be_on_gpus_alone() -> None:
+    check_spread({"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}, 2, "m")
+    for found in ({"model.layers.0": 0, "model.layers.1": "cpu"}, {"model.layers.0": 1, "lm_head": "disk"}):
+        name = list(found)[1]
+        with pytest.raises(ConfigError, match=f"1 of its parts do not fit \\(e.g. {name}\\): raise the number of GPUs"):
+            check_spread(found, 2, "m")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_spread_teacher_computes_the_same(folder: Path) -> None:
+    alone = load_model(ModelConfig(path=str(folder)), "fp32", "cuda")
+    spread = load_model(ModelConfig(path=str(folder)), "fp32", "cuda", gpus=2)
+    with torch.no_grad(), evaluating(alone.module), evaluating(spread.module):
+        mine, theirs = (model.hidden_states(batch(model).to(alone.device), [1, 2]) for model in (spread, alone))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -38,6 +38,9 @@ from craft_ray.models.sharding import base_forward, find_blocks, shard
 from craft_ray.models.tokens import token_loss
 from craft_ray.workers import OneWorker, ProcessGroup, Workers
 
+FEW = 3
+"""Layers of each kind that are simulated: one computes while the next is gathered and the one before is freed."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -121,9 +124,9 @@ class Losses:
         return hidden_loss(batch.pooling([states[k] for k in self.layers]), batch.teacher)
 
 
-def made(case: Case) -> Any:
-    """The model in training, with its adapter."""
-    module: Any = MODELS[case.model].make().train()
+def made(case: Case, layers: tuple[int, ...] | None = None) -> Any:
+    """The model in training, with its adapter; with its own numbers of layers, or with others."""
+    module: Any = MODELS[case.model].make(*(layers or MODELS[case.model].layers)).train()
     if case.adapter:
         module.to(torch.bfloat16)
         model: Any = SimpleNamespace(module=module, adapter=None, merged_adapter=None)
@@ -190,9 +193,24 @@ def emptied(module: Any) -> Any:
 
 
 def simulate(case: Case, workers: int) -> Bytes:
-    """A worker of so many, none of which exists."""
+    """A worker of so many, none of which exists. Layers are alike, so each number grows by the same with each: it is
+    counted with a few of them and with two more of one kind."""
+    layers = MODELS[case.model].layers
+    few = [min(FEW, number) for number in layers]
+    found = asdict(simulate_layers(case, workers, *few))
+    total = dict(found)
+    for kind, number in enumerate(layers):
+        if number > FEW:
+            more = asdict(simulate_layers(case, workers, *(n + 2 * (k == kind) for k, n in enumerate(few))))
+            for key, value in found.items():
+                total[key] += (more[key] - value) * (number - FEW) // 2
+    return Bytes(**total)
+
+
+def simulate_layers(case: Case, workers: int, *layers: int) -> Bytes:
+    """A worker of so many that trains a model with these numbers of layers."""
     with torch.device("meta"):
-        module = made(case)
+        module = made(case, layers)
     if workers > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=workers)
     try:

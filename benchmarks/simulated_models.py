@@ -71,14 +71,14 @@ class Pi0Fast(nn.Module):
             part.gradient_checkpointing_enable(how)
 
 
-def pi0_fast() -> nn.Module:
+def pi0_fast(text_layers: int, vision_layers: int) -> nn.Module:
     text = GemmaConfig(
-        vocab_size=257152, hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,
-        num_key_value_heads=1, head_dim=256,
+        vocab_size=257152, hidden_size=2048, intermediate_size=16384, num_hidden_layers=text_layers,
+        num_attention_heads=8, num_key_value_heads=1, head_dim=256,
     )  # fmt: skip
     vision = SiglipVisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14,
-        image_size=224, vision_use_head=False,
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=vision_layers,
+        num_attention_heads=16, patch_size=14, image_size=224, vision_use_head=False,
     )  # fmt: skip
     return Pi0Fast(text, vision)
 
@@ -87,16 +87,18 @@ def pi0_fast() -> nn.Module:
 class Simulated:
     """A model, and the length of its samples."""
 
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
+    """From numbers of layers."""
+    layers: tuple[int, ...]
     tokens: int
     suffix: int = 0
     """Tokens at the end of a sample at which hidden states are compared; 0: at all."""
 
 
 MODELS = {
-    "tiny": Simulated(lambda: llama(64, 2, 256, 4, 2, 512), 32),
-    "small": Simulated(lambda: llama(512, 8, 1536, 8, 4, 8192), 256),
-    "pi0_fast": Simulated(pi0_fast, CAMERAS * PATCHES + 200 + ACTIONS, ACTIONS),
-    "7B": Simulated(lambda: llama(4096, 32, 11008, 32, 32, 32000), 2048),
-    "70B": Simulated(lambda: llama(8192, 80, 28672, 64, 8, 32000), 2048),
+    "tiny": Simulated(lambda layers: llama(64, layers, 256, 4, 2, 512), (6,), 32),
+    "small": Simulated(lambda layers: llama(512, layers, 1536, 8, 4, 8192), (8,), 256),
+    "pi0_fast": Simulated(pi0_fast, (18, 27), CAMERAS * PATCHES + 200 + ACTIONS, ACTIONS),
+    "7B": Simulated(lambda layers: llama(4096, layers, 11008, 32, 32, 32000), (32,), 2048),
+    "70B": Simulated(lambda layers: llama(8192, layers, 28672, 64, 8, 32000), (80,), 2048),
 }

@@ -59,8 +59,17 @@ class AnchorsConfig(Section):
     """Teachers that run in parallel."""
     cpus_per_actor: float = Field(1.0, ge=0)
     gpus_per_actor: float = Field(0.0, ge=0)
-    """GPUs of one teacher; a fraction shares one."""
+    """GPUs of one teacher; a fraction shares one. Over 2 and more its layers are spread, for a teacher that is larger
+    than a GPU (needs the package accelerate)."""
     threads_per_actor: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Self:
+        if self.gpus_per_actor > 1 and not self.gpus_per_actor.is_integer():
+            raise ValueError(
+                f"gpus_per_actor is {self.gpus_per_actor:g}: specify a fraction of one GPU, or a whole number"
+            )
+        return self
 
 
 class CraftConfig(Section):
@@ -133,6 +142,9 @@ class CraftConfig(Section):
     log_angle: bool = True
     """Log the angle between the gradients (`craft/grad_cos`, `craft/grad_dot`, `craft/conflict`). Without it, without
     the projection and with `lambda_floor: 0`, both losses share one copy of the gradients."""
+    retention_grad_dtype: Literal["same", "bfloat16"] = "same"
+    """Type in which the retention gradient is kept beside the task gradient: that of the weights, or `bfloat16`, which
+    takes half of its memory and rounds it once (docs/performance.md)."""
     conflict_measure: Literal["cosine", "dot"] = "cosine"
     """What is compared with `conflict_threshold`: the cosine of the two gradients or, as in earlier scripts, their dot
     product, which has the scale of the gradients (docs/migration.md)."""

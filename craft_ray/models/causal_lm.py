@@ -54,6 +54,8 @@ class CausalLM(HuggingFaceModel, PackingModel):
         return self.with_suffix(self._prompt(_one(prompt)), suffix, sample_id)
 
     def check_packing(self) -> None:
+        if self.gpus > 1:
+            raise ValueError(f"a model over {self.gpus} GPUs cannot be packed")
         try:
             with evaluating(self.module), self.autocast():
                 check_packing(self.module.base_model, 1e-1 if self.precision == "bf16" else 1e-3)

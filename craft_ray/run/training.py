@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from craft_ray import interruption
 from craft_ray.config import Experiment
 from craft_ray.data.prefetch import prefetch
-from craft_ray.method.gradients import GradientPair
 from craft_ray.models import load_model, teacher_of
 from craft_ray.models.adapters import attach
 from craft_ray.models.base import Batch, Model
@@ -120,10 +118,7 @@ class Run:
             check_same(folder, config, self.task.source.fingerprint)
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features, observer.progress)
         self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
-        apart = self.constraints.compares_gradients
-        module = self.model.module
-        sharded = module if isinstance(module, FSDPModule) else None
-        self.gradients = GradientPair(module.named_parameters(), with_retention=apart, sharded=sharded)
+        self.gradients = self.constraints.gradient_pair(self.model.module)
         self.optimization = make_optimization(self.model, self.gradients.parameters, config.train)
         self.optimizer = self.optimization.optimizer
         self.checkpoints = CheckpointWriter(config, folder, workers, observer, self.best)

@@ -321,7 +321,8 @@ class ShardWriter:
                 f"most that"
             )
         device = torch.device("cuda" if wanted else "cpu")
-        model = load_model(self.experiment.model, self.experiment.train.precision, device)
+        gpus = max(1, int(wanted))
+        model = load_model(self.experiment.model, self.experiment.train.precision, device, gpus=gpus)
         return Teacher(model, self.plan.identity.schema, self.anchors, self._passed)
 
     @cached_property

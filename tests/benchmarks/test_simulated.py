@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ import torch
 from benchmarks.cost_model import PALIGEMMA
 from benchmarks.harness import Report
 from benchmarks.ledger import Ledger
-from benchmarks.simulated import Case, check, gathered_bytes, made, simulate
+from benchmarks.simulated import Case, check, gathered_bytes, made, simulate, simulate_layers
 from benchmarks.simulated_models import MODELS
 
 
 def parameters(model: str) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in MODELS[model].make().parameters())
+        return sum(p.numel() for p in MODELS[model].make(*MODELS[model].layers).parameters())
 
 
 def test_models_have_the_published_sizes() -> None:
@@ -33,8 +34,16 @@ def test_a_sharded_worker_holds_its_part_of_twenty_bytes_a_parameter() -> None:
     # Each of two losses gathers every weight twice, in bfloat16; the root's stay gathered for the backward pass, and
     # the retention loss needs no head, which is gathered with the root.
     block, root = gathered_bytes(made(Case("tiny")), "bf16")
-    assert found.all_gather == 2 * (2 * MODELS["tiny"].make().config.num_hidden_layers * block + root)
+    assert found.all_gather == 2 * (2 * MODELS["tiny"].layers[0] * block + root)
     assert found.all_reduce < 1000
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_layers_add_the_same_each(sharded: bool) -> None:
+    case = Case("tiny", sharded=sharded)
+    few, whole = simulate(case, 2), simulate_layers(case, 2, *MODELS["tiny"].layers)
+    for key, value in asdict(whole).items():
+        assert getattr(few, key) == pytest.approx(value, rel=0.01), key
 
 
 def test_a_replica_holds_and_reduces_everything() -> None:

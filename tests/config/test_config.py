@@ -101,7 +101,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "model": {
         "kind": "vision_language", "path": "org/other", "revision": "abc", "trust_remote_code": True,
         "dtype": "bfloat16", "max_length": 77, "chat_template": True, "append_eos": False, "disable_dropout": False,
-        "gradient_checkpointing": True, "merge_statistics": ["org/data"],
+        "gradient_checkpointing": True, "merge_statistics": ["org/data"], "attention": "eager", "compile": True,
         "image_processor": {"do_pan_and_scan": True},
     },
     "adapter": {
@@ -122,7 +122,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "lambda_floor": 0.2, "keep": 0.9, "keep_confidence": 0.7,
         "violation": "absolute", "violation_clip": None, "retention_ema": 0.5, "epsilon_schedule": "linear",
         "epsilon_start": 0.5, "epsilon_unit": "nats", "epsilon_end": 0.25, "epsilon_decay_steps": 3,
-        "use_grad_projection": False, "log_angle": False,
+        "use_grad_projection": False, "log_angle": False, "retention_grad_dtype": "bfloat16",
         "conflict_measure": "dot", "conflict_threshold": 0.5,
         "projection_gate": "always", "projection_mode": "task_priority",
     },
@@ -391,6 +391,23 @@ def test_a_threshold_of_the_dot_product_has_any_size(minimal: Path) -> None:
         (
             ["workers.sharding=full", "workers.num_workers=2", "adapter={}"],
             "workers.sharding is full, but there is an adapter",
+        ),
+        (
+            ["workers.sharding=full", "workers.num_workers=2", "train.optimizer=adamw_8bit"],
+            "workers.sharding is full, but train.optimizer is adamw_8bit",
+        ),
+        (
+            ["workers.sharding=full", "workers.num_workers=2", "model.compile=true"],
+            "workers.sharding is full, but model.compile",
+        ),
+        (["model.kind=lerobot", "model.attention=eager"], "model.attention is eager, but model.kind is lerobot"),
+        (
+            ["model.attention=flash_attention_2"],
+            "model.attention is flash_attention_2, which computes in bfloat16, but",
+        ),
+        (
+            ["anchors.gpus_per_actor=1.5"],
+            "anchors: gpus_per_actor is 1.5: specify a fraction of one GPU, or a whole number",
         ),
         (
             ["workers.sharding=full", "workers.num_workers=2", "model.kind=lerobot"],

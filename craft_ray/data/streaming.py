@@ -9,7 +9,7 @@ drawn only near the rows that its file is read with, and to come to a place, eve
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +110,7 @@ class StreamTable:
     def __init__(self, stream: Stream, column_names: Sequence[str], classes: dict[str, Sequence[str]]) -> None:
         self.stream = stream
         self.column_names = list(column_names)
-        self.classes = classes
+        self.classes: Mapping[str, Sequence[str]] = classes
         self.identity = ""
 
     def __len__(self) -> int:
@@ -145,7 +145,7 @@ class StreamedSource(TableSource):
         super().__init__(config.path, self._table_in(None), config.columns, folder, content)
 
     @property
-    def fingerprint(self) -> str:  # type: ignore[override]  # nothing to keep: no row is read for it
+    def fingerprint(self) -> str:  # nothing to keep: no row is read for it
         return self._content[:32]
 
     def _where(self, row: int) -> str:

@@ -69,9 +69,14 @@ class TaskData:
             self.mask = TokenMask(teacher(), self._features, len(self.source), threshold, size, workers)
 
     @property
+    def count(self) -> int | None:
+        """How many samples there are; None of a stream."""
+        return None if self._streamed else len(self.source)
+
+    @property
     def size(self) -> str:
         """How many samples there are, in words."""
-        return "a stream of samples" if self._streamed else f"{len(self.source)} samples"
+        return "a stream of samples" if self.count is None else f"{self.count} samples"
 
     def batches(self, step: int) -> list[Batch]:
         """This worker's micro-batches of a step (from 0), on the host."""

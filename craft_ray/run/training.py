@@ -264,7 +264,7 @@ class Run:
         if self.best.step not in (None, trained):
             self._return_to(self.best.step)
         result: dict[str, Any] = {"name": config.name, "arm": config.arm, "seed": config.seed, "steps": self.step}
-        result |= {"task_samples": len(self.task)} | self.best.described(trained)
+        result |= {"task_samples": self.task.count} | self.best.described(trained)
         result |= self.held_out.evaluation()
         result |= judged(self.constraints.certificates(self.step), self.held_out.certificates(), result)
         result["stationarity"] = self._stationarity()

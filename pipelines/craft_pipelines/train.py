@@ -226,7 +226,7 @@ def run_on_trainer(runs: Sequence[PlannedRun], supervised: bool = False, memory:
             raise ConfigError(lacking)
         if not supervised:  # a supervisor has checked the folder of all its runs
             check_shared(runs[0].folder.path, "output_dir")
-            line(f"starting {workers.count} worker(s) for {len(runs)} run(s)")
+            line(f"starting {workers.count} worker(s)" + (f" for {len(runs)} runs" if runs[1:] else ""))
     scratch = runs[0].folder.path / ".ray"
     remove_tree(scratch)  # a killed driver may have left an error there
     trainer = _Trainer(

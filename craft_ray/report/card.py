@@ -72,7 +72,7 @@ def model_card(run: FinishedRun, name: str, fields: CardFields, arms: Table | No
     """
     fields.check()
     text = "\n\n".join(_body(run, name, fields, arms))
-    return ModelCard(f"---\n{_metadata(run, name, fields).to_yaml()}\n---\n\n{_without_secrets(text)}\n")
+    return ModelCard(_without_secrets(f"---\n{_metadata(run, name, fields).to_yaml()}\n---\n\n{text}\n"))
 
 
 def base_model(config: Experiment, fields: CardFields) -> str | None:

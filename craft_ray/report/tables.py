@@ -97,7 +97,7 @@ def skills_table(runs: Sequence[FinishedRun]) -> Table:
     shown = [
         [
             row["run"].name, row["skill"],
-            *(wording.score_of(row[when], row["metric"]) if "metric" in row else wording.NONE
+            *(wording.score_of(row[when], row["metric"]) if row.get("metric") else wording.NONE
               for when in ("before", "after")),
             wording.percent(row.get("ratio")), wording.number(row.get("retention_loss")), row["target"],
             row["certificate"]["verdict"] if row.get("certificate") else _yes(row.get("feasible")),

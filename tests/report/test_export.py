@@ -14,8 +14,10 @@ from PIL import Image
 
 from craft_ray.errors import ConfigError, StorageError
 from craft_ray.report.export import plots_in, write_files
+from craft_ray.report.runs import read_runs
 from craft_ray.report.svg import inline_svg, new_figure
 from craft_ray.report.table import Table
+from craft_ray.report.tables import report_tables
 from tests.support.reports import data_file, report, write_run
 
 
@@ -97,6 +99,35 @@ def test_a_single_run_and_a_report_of_runs_elsewhere(comparison: Path, tmp_path:
     (tmp_path / "result.json").write_text(json.dumps({"runs": [{"path": str(run)}]}))
     export(tmp_path, tmp_path / "out")
     assert list(json.loads((tmp_path / "out" / "index.json").read_text())["tables"]) == ["arms", "runs"]
+
+
+def test_several_skills_have_a_table(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "hidden", 0, predictions=False)
+    result = json.loads((run.path / "result.json").read_text())
+    certificate = {"keep": 0.9, "verdict": "undecided"}
+    result["skills"] = {
+        "drawing": {
+            "metric": "choice", "before": 0.8, "after": 0.76, "ratio": 0.95, "ratio_low": 0.9, "retention_loss": 0.02,
+            "epsilon": 0.05, "feasible": True, "certificate": certificate, "lambda": 3.0,
+        },
+        "unscored": {"retention_loss": 0.1, "epsilon": 0.05, "feasible": False, "lambda": 10.0},
+    }  # fmt: skip
+    (run.path / "result.json").write_text(json.dumps(result))
+    (table,) = [table for table in report_tables(read_runs([run])) if table.name == "skills"]
+    name = "made-up-hidden-seed0"
+    assert table.shown == [
+        [name, "drawing", "80.0 %", "76.0 %", "95.0 %", "0.0200", "keep 90 %", "undecided", "3.00"],
+        [name, "unscored", "–", "–", "–", "0.100", "ε 0.05", "no", "10.0"],
+    ]
+    assert table.records[0]["ratio_low"] == 0.9
+    assert (table.records[0]["verdict"], table.records[1]["verdict"]) == ("undecided", None)
+
+
+def test_runs_without_scores_have_tables(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "hidden", 0, old=None, new=None, loss=None)
+    arms, runs = report_tables(read_runs([run]))
+    assert arms.shown[1] == ["CRaFT hidden", *["–"] * 7]
+    assert runs.shown[0][2:9] == ["–"] * 7
 
 
 def test_a_comparison_that_was_moved_is_exported_from_where_it_is(

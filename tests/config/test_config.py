@@ -63,7 +63,7 @@ TABLE = {
     "columns.response": "answer", "columns.choices": "options", "split": "test",
 }  # fmt: skip
 CSV, PARQUET = {**TABLE, "format": "csv", "delimiter": ";"}, {**TABLE, "format": "parquet"}
-DATASET = {**TABLE, "format": "dataset", "revision": "v2"}
+DATASET = {**TABLE, "format": "dataset", "revision": "v2", "streaming": True, "shuffle_buffer": 9}
 TEXT = {**TABLE, "format": "text", "chunk_chars": 99}
 LEROBOT = {
     **DATA, "format": "lerobot", "revision": "v2", "episodes": [1, 2], "stride": 2, "sample": 5, "sample_seed": 7,

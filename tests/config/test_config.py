@@ -148,6 +148,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "repeat": 2, "parallel": 3, "max_failures": 0,
     },
     "tracking": {"mlflow": "http://tracking", "wandb": "offline", "project": "mine"},
+    "about": {"old": "reading meters", "new": "reading clocks"},
     "compare": {
         "arms": ["hidden"], "seeds": [7], "parallel": 2, "validate_arms": True,
         "token_ce": {"epsilon_start": 0.5}, "variants": {"near": {"epsilon_start": 0.25}},
@@ -798,7 +799,7 @@ NO_PATHS = {
     "split", "skill", "skills", "learning_rates", "rename", "delimiter", "positions", "resources_per_worker", "env",
     "task", "arms", "token_ce", "variants",
     "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules",
-    "modules_to_save",
+    "modules_to_save", "old", "new",
 }  # fmt: skip
 """Text fields that are not paths. A new field is added here, or its type makes it absolute."""
 

@@ -69,11 +69,11 @@ class Shards:
     def __init__(self, errors: list[Exception]) -> None:
         self.errors = errors
 
-    def __call__(self, config: Any, plan: Any, left: dict[str, range], actors: int) -> SimpleNamespace:
+    def __call__(self, config: Any, plan: Any, left: dict[str, range], actors: int, telling: Any) -> SimpleNamespace:
         def rows() -> Iterator[dict[str, Any]]:
             if self.errors:
                 raise self.errors.pop(0)
-            writer = stage.ShardWriter(stage.dump_config(config), plan.model_dump_json())
+            writer = stage.ShardWriter(stage.dump_config(config), plan.model_dump_json(), lambda *_: None)
             for name, rows in list(left.items()):
                 yield {key: value[0] for key, value in writer(_batch(name, rows)).items()}
 

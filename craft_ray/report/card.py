@@ -178,7 +178,7 @@ def _loading(config: Experiment) -> str:
     if config.model.kind == "lerobot":
         return (
             "from huggingface_hub import snapshot_download\n\n"
-            'folder = snapshot_download("REPOSITORY")  # model.path of craft-ray, or a folder for LeRobot'
+            'folder = snapshot_download("REPOSITORY")  # for model.path'
         )
     auto = {"causal_lm": "AutoModelForCausalLM", "vision_language": "AutoModelForImageTextToText"}[config.model.kind]
     needs = "" if config.adapter is None else "  # transformers loads the adapter into its base model; needs peft"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,25 @@ def test_a_run_without_scores_has_a_card(tmp_path: Path) -> None:
     card = card_of(write_run(tmp_path, "hidden", 0, old=None, new=None))
     assert card.data.eval_results is None
     assert "retention loss 0.04 on 50 held-out anchors, budget 0.05: met" in card.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "library", "task", "words"),
+    [
+        ({}, "transformers", "text-generation", "AutoModelForCausalLM.from_pretrained("),
+        ({"model.kind": "vision_language"}, "transformers", "image-text-to-text", "AutoModelForImageTextToText.from_"),
+        ({"adapter": {"r": 2}}, "peft", "text-generation", "needs peft"),
+        ({"model.kind": "lerobot"}, "lerobot", "robotics", "folder = snapshot_download("),
+    ],
+)
+def test_each_kind_of_model_says_how_it_loads(
+    changes: dict[str, Any], library: str, task: str, words: str, tmp_path: Path
+) -> None:
+    card = card_of(changed(write_run(tmp_path, "hidden", 0, metric="success", predictions=False), changes))
+    assert (card.data.library_name, card.data.pipeline_tag) == (library, task)
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    compile(code, "card", "exec")
+    assert words in code
 
 
 def test_each_use_of_data_is_listed(tmp_path: Path) -> None:

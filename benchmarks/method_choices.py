@@ -96,9 +96,10 @@ def variants(preset: str) -> dict[str, dict[str, Any]]:
     """The name and the changed settings of every run."""
     best, *others = LOGITS[preset]
     rule = {
-        f"original rule, position {p}": {**original_rule(), "craft.positions": [p], "craft.layers": [-2]}
+        f"original rule{of}, position {p}": {**original_rule(), "craft.positions": [p], "craft.layers": [-2], **measure}
         for p in ("vision_mean", "suffix")
         if p in POSITIONS[preset]
+        for of, measure in (("", {}), (" with the cosine", {"craft.conflict_measure": "cosine"}))
     }
     return (
         COMMON

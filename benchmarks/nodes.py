@@ -146,6 +146,19 @@ class Cluster:
         self.nodes.append(node)
         return node
 
+    def wait_until_idle(self, seconds: float = 240) -> None:
+        """Wait until all CPUs of all nodes are free in the cluster's own view. An elastic run takes what it finds."""
+        free = "import ray; ray.init(log_to_driver=False); print(ray.available_resources().get('CPU', 0))"
+        end = time.monotonic() + seconds
+        while True:
+            asked = subprocess.run(
+                [sys.executable, "-c", free], env=self.env, capture_output=True, text=True, check=True
+            )
+            if float(asked.stdout.split()[-1]) == self._cpus * len(self.nodes):
+                return
+            if time.monotonic() > end:
+                raise RuntimeError(f"{asked.stdout.split()[-1]} CPUs of {len(self.nodes)} nodes are free")
+
     def lose(self, node: Node) -> None:
         """Kill a node with all its processes."""
         self.nodes.remove(node)

@@ -45,6 +45,14 @@ def quiet_libraries() -> None:
         datasets.disable_progress_bars()
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Wraps the imports of a stage, which take most of the time of a short one."""
+    with uncollected():
+        quiet_libraries()
+        yield
+
+
 class _WithoutThread:
     """A text stream that drops what one thread writes."""
 

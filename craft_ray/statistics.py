@@ -88,10 +88,43 @@ def paired_change_bounds(lost: int, gained: int, trials: int, confidence: float)
         lost, gained: trials that succeeded only in the first, or only in the second pass.
     """
     assert 0 <= lost + gained <= trials
-    b, c, n = lost + 0.5, gained + 0.5, trials + 2
-    change = (c - b) / n
-    half = normal_quantile(confidence) * math.sqrt(b + c - n * change**2) / n
+    return _paired_bounds(gained - lost, gained + lost, trials, confidence)
+
+
+def paired_mean_change_bounds(changes: Sequence[float], confidence: float) -> tuple[float, float]:
+    """One-sided lower and upper bound of the mean change of scores from 0 to 1 between two passes over the same trials.
+
+    d -+ z sqrt(q + 1 - n d^2) / n,   d = sum(changes)/n,   q = sum(changes^2), n = trials + 2
+
+    Of changes that are -1, 0 and 1 it is the bound of Agresti and Min; the two more trials, of which a half has lost
+    all and a half has gained all, give a width where no score has changed.
+    """
+    assert all(-1 <= change <= 1 for change in changes)
+    squares = math.fsum(change * change for change in changes)
+    return _paired_bounds(math.fsum(changes), squares, len(changes), confidence)
+
+
+def _paired_bounds(total: float, squares: float, trials: int, confidence: float) -> tuple[float, float]:
+    n = trials + 2
+    change = total / n
+    half = normal_quantile(confidence) * math.sqrt(squares + 1 - n * change**2) / n
     return max(-1.0, change - half), min(1.0, change + half)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Two-sided P of a split at least as uneven as `lost` against `gained`, for independent trials that each went
+    either way with equal chance.
+
+    min(1, 2 sum_{k <= min(lost, gained)} C(n, k) / 2^n),   n = lost + gained
+
+    Q. McNemar, Note on the sampling error of the difference between correlated proportions or percentages,
+    Psychometrika 12 (1947); exact by the binomial, so that it holds for a few trials, too.
+
+    Args:
+        lost, gained: trials that succeeded only in the first, or only in the second pass.
+    """
+    n = lost + gained
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(lost, gained) + 1)) / 2**n)
 
 
 def ratio_of_sums_bounds(tops: Sequence[float], bottoms: Sequence[float], confidence: float) -> tuple[float, float]:

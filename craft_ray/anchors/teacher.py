@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,6 +49,16 @@ class Teacher:
     model: Model
     schema: CacheSchema
     config: AnchorsConfig
+    passed: Callable[[float], None] = lambda _: None
+    """Receives, after each forward pass, how many anchors are done by it; of one that is needed by several passes,
+    each counts as its part."""
+
+    @property
+    def passes(self) -> int:
+        """How often the model is run on an anchor, where a suffix that is generated counts once."""
+        generated = self.schema.has_suffix and self.config.suffix_from == "teacher"
+        hidden = len(self.schema.positions) if self.schema.has_hidden else 0
+        return generated + hidden + (len(self.schema.logits.positions) if self.schema.logits is not None else 0)
 
     @cached_property
     def pack_tokens(self) -> int:
@@ -98,6 +108,7 @@ class Teacher:
             generated = model.generate([prompts[i] for i in chosen], self.config.max_new_tokens)
             for i, tokens in zip(chosen, generated, strict=True):
                 result[i] = tokens
+            self.passed(len(chosen) / self.passes)
         return result
 
     @torch.inference_mode()
@@ -116,6 +127,7 @@ class Teacher:
         for pooled in pools:
             for row, vectors in zip(pooled.rows, self._split(pooled, ids), strict=True):
                 result[pooled.position][row] = vectors
+            self.passed(len(pooled.rows) / self.passes)
         return result
 
     @torch.inference_mode()
@@ -142,6 +154,7 @@ class Teacher:
                     rows, np.split(tokens_NK.cpu().numpy(), ends), np.split(values, ends), strict=True
                 ):
                     tokens[row], log_probs[row] = own, likely
+                self.passed(len(rows) / self.passes)
             columns[tokens_column(position)] = vectors_array(tokens, what.k, what.token_type)
             columns[log_probs_column(position)] = vectors_array(log_probs, what.classes, self.schema.dtype)
         return columns

@@ -1,5 +1,6 @@
 """The experiment as frozen models, read and validated once, on entry. Neither torch nor ray is imported here."""
 
+from craft_ray.config.about import AboutConfig
 from craft_ray.config.adapter import AdapterConfig
 from craft_ray.config.comparison import CompareConfig
 from craft_ray.config.data import (
@@ -23,6 +24,12 @@ from craft_ray.config.differences import deciding_difference, differences
 from craft_ray.config.evaluation import (
     EvalSet,
     EvaluationConfig,
+    FunctionEvalSet,
+    HarnessConfig,
+    HarnessEvalSet,
+    NumericEvalSet,
+    PlainEvalSet,
+    RegexEvalSet,
     RolloutConfig,
     RolloutEvalSet,
     SampleEvalSet,
@@ -51,6 +58,7 @@ __all__ = [
     "MOST_VARIANTS",
     "POSITIONS",
     "SQLITE",
+    "AboutConfig",
     "AdapterConfig",
     "AnchorsConfig",
     "AutoData",
@@ -62,6 +70,9 @@ __all__ = [
     "EvalSet",
     "EvaluationConfig",
     "Experiment",
+    "FunctionEvalSet",
+    "HarnessConfig",
+    "HarnessEvalSet",
     "HuggingFaceData",
     "JsonLinesData",
     "LeRobotData",
@@ -69,9 +80,12 @@ __all__ = [
     "MixedData",
     "Mixture",
     "ModelConfig",
+    "NumericEvalSet",
     "ObjectiveConfig",
     "ParquetData",
+    "PlainEvalSet",
     "Precision",
+    "RegexEvalSet",
     "RolloutConfig",
     "RolloutEvalSet",
     "SampleEvalSet",

@@ -25,7 +25,8 @@ class CompareConfig(Section):
     `validation.jsonl`; otherwise only those whose budget follows it."""
     seeds: Annotated[tuple[int, ...], AfterValidator(distinct)] = (0, 1, 2)
     parallel: int | None = Field(None, ge=1)
-    """Concurrent runs, each with its own model in memory. Default: as many as the cluster has room for."""
+    """Concurrent runs, each with its own model in memory. Default: as many as the
+    cluster has processors and memory for."""
     token_ce: dict[str, Any] = {}
     """`craft` settings in which the token_ce arm differs, e.g. `{epsilon_start: 0.1}`: nats, not squares."""
     variants: Annotated[dict[VariantName, dict[str, Any]], Field(max_length=MOST_VARIANTS)] = {}

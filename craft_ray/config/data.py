@@ -28,7 +28,7 @@ ENDINGS = {
     ".txt": "text", ".md": "text", ".py": "text", ".rst": "text",
 }  # fmt: skip
 """Formats by file extension."""
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 """What may follow such an extension."""
 
 
@@ -127,9 +127,9 @@ class Data(Kind):
     """A file, a folder or a glob pattern (local, on a shared mount, or s3://), or a hub name."""
     format: str = "auto"
     """`auto` depends on what is at the path when it is opened: the extension of a file (.jsonl/.ndjson/.json,
-    .csv/.tsv, .parquet, .txt/.md/.py/.rst; upper case and .gz, .bz2, .xz, .zst behind it are fine), the files in a
-    folder, with meta/info.json a LeRobotDataset; anything else is a Hugging Face dataset. A key that only one format
-    has also selects that format. For a LeRobotDataset on the hub set `lerobot`."""
+    .csv/.tsv, .parquet, .txt/.md/.py/.rst; upper case and .gz, .bz2, .xz, .zst, .zip behind it are fine), the files
+    in a folder, with meta/info.json a LeRobotDataset; anything else is a Hugging Face dataset. A key that only one
+    format has also selects that format. For a LeRobotDataset on the hub set `lerobot`."""
     limit: int | None = Field(None, ge=1)
     """Read only the first rows."""
 
@@ -190,6 +190,11 @@ class HuggingFaceData(TableData):
     format: Literal["auto", "dataset"] = "auto"
     revision: str | None = None
     """Commit or tag on the hub."""
+    streaming: bool = False
+    """Read the rows as training needs them, and store nothing: for data of `task` that do not fit the disk
+    (docs/data.md)."""
+    shuffle_buffer: int = Field(10_000, ge=1)
+    """For `streaming`: rows in memory from which the next one is drawn. 1 keeps the order within a file."""
 
 
 class TextData(TableData):

@@ -16,11 +16,19 @@ FREE = (
     "train.check_minutes",
     "workers",
     "tracking",
+    "about",
     "compare",
     "sweep",
     "objective",
 )
 """Keys and sections that decide no number of a run, up to the rounding of another number of workers."""
+
+PLACES: dict[str | None, tuple[str, ...]] = {
+    None: ("folder",),
+    "data": ("path",),
+    "harness": ("folder", "include_path"),
+}
+"""Keys of a held-out set, and of the sections in it, that say where something is."""
 
 
 def differences(original: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -57,8 +65,9 @@ def _without_places(tree: dict[str, Any]) -> dict[str, Any]:
         del skill["anchors"]
     for section in (tree["validation"], tree["evaluation"], *tree["skills"].values()):
         for scored in section.values():
-            if isinstance(scored, dict) and "data" in scored:
-                del scored["data"]["path"]
+            for part, places in PLACES.items() if isinstance(scored, dict) else ():
+                for place in places:
+                    (scored if part is None else scored.get(part, {})).pop(place, None)
     return tree
 
 

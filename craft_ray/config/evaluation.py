@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field
+from pydantic import BeforeValidator, Discriminator, Field, field_validator
 
 from craft_ray.config.data import DataConfig
 from craft_ray.config.kinds import Kind, without_unused
+from craft_ray.config.paths import FolderPath
 from craft_ray.config.types import Section, SmallSeed
+
+
+def _listed(value: Any) -> Any:
+    """One name stands for a list of it."""
+    return [value] if isinstance(value, str) else value
 
 
 class RolloutConfig(Section):
@@ -37,15 +44,17 @@ class RolloutConfig(Section):
 
 
 class ScoredSet(Kind):
-    """How one skill is scored: on held-out samples, or in a simulator."""
+    """How one skill is scored: on held-out samples, by tasks of a harness, or in a simulator."""
 
     key: ClassVar[str] = "metric"
 
     metric: str
-    """exact_match: the greedy answer equals the response; choice: the response is the likeliest of the choices;
-    perplexity: of the response, per token (lower is better); token_accuracy: the fraction of the response's tokens
-    that are the likeliest after those before them; success: the fraction of `rollout`'s episodes in which the policy
-    succeeds."""
+    """exact_match: the greedy answer equals the response; contains: it contains the response; numeric: their last
+    numbers are equal; regex: what `pattern` finds in it equals the response; rouge_l: the longest common subsequence of
+    their words, from 0 to 1; function: a function of your own (`MODULE:FUNCTION` is short for it); choice: the response
+    is the likeliest of the choices; perplexity: of the response, per token (lower is better); token_accuracy: the
+    fraction of the response's tokens that are the likeliest after those before them; lm_eval: tasks of the
+    lm-evaluation-harness; success: the fraction of `rollout`'s episodes in which the policy succeeds."""
     batch_size: int = Field(64, ge=1)
     """Samples in one forward pass; for rollouts, episodes that run in parallel."""
 
@@ -53,22 +62,129 @@ class ScoredSet(Kind):
 class SampleEvalSet(ScoredSet):
     """A skill that is scored on held-out samples."""
 
-    tags: ClassVar[tuple[str, ...]] = ("exact_match", "choice", "perplexity", "token_accuracy")
-    noun: ClassVar[str] = "held-out samples"
-
-    metric: Literal["exact_match", "choice", "perplexity", "token_accuracy"] = "exact_match"
     data: DataConfig
     max_new_tokens: int = Field(16, ge=1)
-    """Longest generated answer, for exact_match and `replies`."""
+    """Longest generated answer, for the metrics of answers and for `replies`."""
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that a score depends on, besides model and data. Stored scores of teachers are found by it."""
+        return self.model_dump(exclude={"data", "batch_size"})
+
+
+class PlainEvalSet(SampleEvalSet):
+    """Held-out samples, scored without further settings."""
+
+    tags: ClassVar[tuple[str, ...]] = (
+        "exact_match", "choice", "perplexity", "token_accuracy", "contains", "rouge_l",
+    )  # fmt: skip
+    noun: ClassVar[str] = "held-out samples"
+
+    metric: Literal["exact_match", "choice", "perplexity", "token_accuracy", "contains", "rouge_l"] = "exact_match"
     replies: int = Field(0, ge=0)
     """For perplexity and token_accuracy: number of samples, from the first, whose greedy answer is generated, too. The
     report shows it beside the response."""
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The settings that a score depends on, besides model and data. Stored scores of teachers are found by it."""
         replies = {"replies": self.replies} if self.replies else {}
         return {"metric": self.metric, "max_new_tokens": self.max_new_tokens, **replies}
+
+
+class NumericEvalSet(SampleEvalSet):
+    """Held-out samples whose response is a number, or ends with one."""
+
+    tags: ClassVar[tuple[str, ...]] = ("numeric",)
+    noun: ClassVar[str] = "held-out samples with numbers"
+
+    metric: Literal["numeric"] = "numeric"
+    tolerance: float = Field(0.0, ge=0)
+    """How far the last number of the answer may be from that of the response. 0: it is the same number (0.50 is .5)."""
+
+
+class RegexEvalSet(SampleEvalSet):
+    """Held-out samples in whose answers something is searched for."""
+
+    tags: ClassVar[tuple[str, ...]] = ("regex",)
+    noun: ClassVar[str] = "held-out samples with a pattern"
+
+    metric: Literal["regex"] = "regex"
+    pattern: str
+    """A regular expression as Python writes it. With a group, `the answer is (\\S+)`, what the group first finds in the
+    answer must equal the response, or what it finds there; without a group, the pattern must be found in the answer."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"'{pattern}' is not a regular expression ({error})") from None
+        if groups > 1:
+            raise ValueError(
+                f"'{pattern}' has {groups} groups, and one is compared: write the others as (?:...), without a number"
+            )
+        return pattern
+
+
+class FunctionEvalSet(SampleEvalSet):
+    """Held-out samples whose answers are scored by a function of your own."""
+
+    tags: ClassVar[tuple[str, ...]] = ("function",)
+    noun: ClassVar[str] = "held-out samples with a function"
+
+    metric: Literal["function"] = "function"
+    function: str
+    """MODULE:FUNCTION, called as `function(reply, response)` or `function(reply, response, row)`. It returns a number
+    from 0 to 1, more is better (docs/evaluation.md)."""
+    folder: FolderPath = Field(".", validate_default=True)
+    """The folder of the module, if it is not an installed one. Default: the working directory."""
+
+    @field_validator("function")
+    @classmethod
+    def _named(cls, function: str) -> str:
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", function):
+            raise ValueError(f"'{function}' names no function: write MODULE:FUNCTION, e.g. my_metrics:score")
+        return function
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"data", "batch_size", "folder"})
+
+
+class HarnessConfig(Section):
+    """Tasks of EleutherAI's lm-evaluation-harness; needs the extra `lm-eval` (docs/evaluation.md)."""
+
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])] = Field(
+        min_length=1
+    )
+    """Names of tasks, groups or tags. The score is the mean over the documents of all of them."""
+    include_path: FolderPath | None = None
+    """A folder with task files of your own. Tasks that are not there are looked for among those of the harness."""
+    metric: str | None = None
+    """The metric of the tasks that counts, e.g. `acc_norm`; `exact_match,strict-match` names its filter, too. It must
+    be a mean over the documents, from 0 to 1, where higher is better. Default: the first one of each task."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Solved examples in front of each question. Default: what the task says, or none."""
+    limit: int | None = Field(None, ge=1)
+    """Score only the first documents of each task."""
+    folder: FolderPath = Field(".", validate_default=True)
+    """Where relative paths of data start that task files name. Default: the working directory."""
+
+
+class HarnessEvalSet(ScoredSet):
+    """A skill that is scored by tasks of the lm-evaluation-harness."""
+
+    tags: ClassVar[tuple[str, ...]] = ("lm_eval",)
+    noun: ClassVar[str] = "tasks of the lm-evaluation-harness"
+
+    metric: Literal["lm_eval"] = "lm_eval"
+    harness: HarnessConfig
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that a score depends on, besides model and tasks, whose fingerprint has all of theirs."""
+        return {"metric": self.metric, "of": self.harness.metric}
 
 
 class RolloutEvalSet(ScoredSet):
@@ -87,7 +203,9 @@ class RolloutEvalSet(ScoredSet):
         return {"metric": self.metric, "max_new_tokens": 16}
 
 
-EVAL_SETS: tuple[type[ScoredSet], ...] = (SampleEvalSet, RolloutEvalSet)
+EVAL_SETS: tuple[type[ScoredSet], ...] = (
+    PlainEvalSet, NumericEvalSet, RegexEvalSet, FunctionEvalSet, HarnessEvalSet, RolloutEvalSet,
+)  # fmt: skip
 
 
 def _with_metric(value: Any) -> Any:
@@ -95,11 +213,20 @@ def _with_metric(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     tree = {"metric": "exact_match", **value}
+    metric = tree["metric"]
+    if isinstance(metric, Mapping) and metric.keys() == {"function"}:
+        tree |= {"metric": "function", **metric}
+    elif isinstance(metric, str) and ":" in metric:
+        tree |= {"metric": "function", "function": metric}
     own = next((kind for kind in EVAL_SETS if tree["metric"] in kind.tags), None)
     return tree if own is None else without_unused(tree, own, EVAL_SETS)
 
 
-EvalSet = Annotated[SampleEvalSet | RolloutEvalSet, Discriminator("metric"), BeforeValidator(_with_metric)]
+EvalSet = Annotated[
+    PlainEvalSet | NumericEvalSet | RegexEvalSet | FunctionEvalSet | HarnessEvalSet | RolloutEvalSet,
+    Discriminator("metric"),
+    BeforeValidator(_with_metric),
+]
 
 
 class EvaluationConfig(Section):

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from craft_ray.config.about import AboutConfig
 from craft_ray.config.adapter import AdapterConfig
 from craft_ray.config.arms import CATALOGUE
 from craft_ray.config.comparison import CompareConfig
@@ -51,6 +52,7 @@ class Experiment(Section):
     validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     workers: WorkersConfig = WorkersConfig()
+    about: AboutConfig = AboutConfig()
     compare: CompareConfig = CompareConfig()
     objective: ObjectiveConfig | None = None
     sweep: SweepConfig = SweepConfig()
@@ -80,6 +82,7 @@ class Experiment(Section):
         self._check_keep()
         self._check_best()
         self._check_sharding()
+        self._check_model()
         if self.train.optimizer == "policy" and self.model.kind != "lerobot":
             raise ValueError(
                 f"train.optimizer policy is for a LeRobot policy, which brings one, and model.kind is "
@@ -242,6 +245,26 @@ class Experiment(Section):
                 f"anchors compare student and teacher: leave it out, or set model.disable_dropout=false"
             )
 
+    def _check_model(self) -> None:
+        """Check what only some models can be asked for."""
+        model = self.model
+        for key in ("attention", "compile"):
+            if model.kind == "lerobot" and getattr(model, key):
+                raise ValueError(
+                    f"model.{key} is {getattr(model, key)}, but model.kind is lerobot: its policies call parts of "
+                    f"their layers directly, with an attention of their own; leave it out"
+                )
+        if model.kind == "lerobot" and self.anchors is not None and self.anchors.gpus_per_actor > 1:
+            raise ValueError(
+                f"anchors.gpus_per_actor is {self.anchors.gpus_per_actor:g}, but model.kind is lerobot, and a policy "
+                f"is not spread over several GPUs: set it to 1"
+            )
+        if model.attention == "flash_attention_2" and (model.dtype, self.train.precision) == ("float32", "fp32"):
+            raise ValueError(
+                "model.attention is flash_attention_2, which computes in bfloat16, but train.precision is fp32: set "
+                "train.precision=bf16, or model.attention=sdpa"
+            )
+
     def _check_sharding(self) -> None:
         """Check that what is trained can be sharded."""
         sharding = f"workers.sharding is {self.workers.sharding}"
@@ -251,6 +274,12 @@ class Experiment(Section):
             raise ValueError(
                 f"{sharding}, but there is an adapter: its frozen model would be gathered for every micro-batch, and "
                 f"what it trains is small; set workers.sharding=none"
+            )
+        if self.train.optimizer == "adamw_8bit" or self.model.compile:
+            what = "model.compile is true" if self.model.compile else "train.optimizer is adamw_8bit"
+            raise ValueError(
+                f"{sharding}, but {what}, and only one of the two is supported: leave it out, or set "
+                f"workers.sharding=none"
             )
         if self.model.kind == "lerobot":
             raise ValueError(

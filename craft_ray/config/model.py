@@ -38,6 +38,12 @@ class ModelConfig(Section):
     """Turn dropout off. Anchors compare student and teacher; dropout would count as forgetting."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
+    """How transformers computes attention; default: its own choice, `sdpa` where the model has it.
+    `flash_attention_2` needs the package flash-attn and bfloat16, `flex_attention` trains on a GPU alone."""
+    compile: bool = False
+    """Compile the model's layers for training (torch.compile). Checks, scores and generation run uncompiled, and what
+    is saved does not change. The first steps take minutes, and so does each new shape of a batch."""
     merge_statistics: tuple[PathOrHubName, ...] = ()
     """LeRobotDatasets (folders or hub names) whose statistics widen those of a policy's normaliser. By default the
     teacher's own statistics stay unchanged, whatever the new data are."""

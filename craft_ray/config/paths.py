@@ -40,6 +40,8 @@ def _base(info: ValidationInfo) -> Path:
 
 def _location(text: str) -> str:
     """Check that a path or hub name has a known scheme and, in an object store, neither settings nor secrets."""
+    if not text.strip():
+        raise ValueError("it is empty: specify a path or a name")
     if "://" not in text:
         return text
     if not text.startswith(OBJECTS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from craft_ray.config.data import DataConfig
 from craft_ray.config.modes import RetentionMode, unit_of
@@ -59,8 +59,17 @@ class AnchorsConfig(Section):
     """Teachers that run in parallel."""
     cpus_per_actor: float = Field(1.0, ge=0)
     gpus_per_actor: float = Field(0.0, ge=0)
-    """GPUs of one teacher; a fraction shares one."""
+    """GPUs of one teacher; a fraction shares one. Over 2 and more its layers are spread, for a teacher that is larger
+    than a GPU (needs the package accelerate)."""
     threads_per_actor: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Self:
+        if self.gpus_per_actor > 1 and not self.gpus_per_actor.is_integer():
+            raise ValueError(
+                f"gpus_per_actor is {self.gpus_per_actor:g}: specify a fraction of one GPU, or a whole number"
+            )
+        return self
 
 
 class CraftConfig(Section):
@@ -133,13 +142,29 @@ class CraftConfig(Section):
     log_angle: bool = True
     """Log the angle between the gradients (`craft/grad_cos`, `craft/grad_dot`, `craft/conflict`). Without it, without
     the projection and with `lambda_floor: 0`, both losses share one copy of the gradients."""
-    conflict_threshold: float = Field(-0.1, ge=-1, le=1)
-    """Cosine below which the gradients conflict."""
+    retention_grad_dtype: Literal["same", "bfloat16"] = "same"
+    """Type in which the retention gradient is kept beside the task gradient: that of the weights, or `bfloat16`, which
+    takes half of its memory and rounds it once (docs/performance.md)."""
+    conflict_measure: Literal["cosine", "dot"] = "cosine"
+    """What is compared with `conflict_threshold`: the cosine of the two gradients or, as in earlier scripts, their dot
+    product, which has the scale of the gradients (docs/migration.md)."""
+    conflict_threshold: float = -0.1
+    """The gradients conflict below it; a cosine is between -1 and 1."""
     projection_gate: Literal["always", "violated"] = "violated"
     """`violated` projects only while the mean of L_ret is over the budget (docs/method.md)."""
     projection_mode: Literal["weighted", "equal", "task_priority"] = "weighted"
     """How the gradients are merged: g_t + lambda g_r | (g_t + g_r)/2 | g_t + min(lambda, 1) g_r, where g_r
     counts K times at every K-th step."""
+
+    @field_validator("conflict_threshold")
+    @classmethod
+    def _of_a_cosine(cls, threshold: float, info: ValidationInfo) -> float:
+        if info.data.get("conflict_measure") == "cosine" and not -1 <= threshold <= 1:
+            raise ValueError(
+                f"{threshold} is compared with a cosine, which is between -1 and 1: specify one in that range, or "
+                f"conflict_measure dot"
+            )
+        return threshold
 
     @model_validator(mode="before")
     @classmethod

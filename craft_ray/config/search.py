@@ -51,7 +51,7 @@ class SweepConfig(Section):
     repeat: int = Field(1, ge=1)
     """Number of seeds for each setting; it is ranked by their mean."""
     parallel: int | None = Field(None, ge=1)
-    """Concurrent trials. Default: as many as the cluster has room for."""
+    """Concurrent trials. Default: as many as the cluster has processors and memory for."""
     max_failures: int = Field(1, ge=0)
     """How often a crashed trial is retried before it is marked as failed. A trial that is lost with its node is always
     retried."""

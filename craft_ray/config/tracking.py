@@ -18,8 +18,10 @@ class TrackingConfig(Section):
     """MLflow's tracking URI, e.g. `sqlite:///mlflow.db`. Needs the extra `mlflow`."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases; `offline` writes files for `wandb sync`. Needs the extra `wandb`."""
+    trackio: Literal["off", "local"] = "off"
+    """trackio; `local` writes the SQLite file that `trackio show` reads. Needs the extra `trackio`."""
     project: str = "craft-ray"
-    """MLflow's experiment, or the project of Weights & Biases."""
+    """MLflow's experiment, or the project of Weights & Biases and of trackio."""
 
     @model_validator(mode="after")
     def _without_secrets(self) -> Self:

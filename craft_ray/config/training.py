@@ -21,9 +21,10 @@ class TrainConfig(Section):
     """Samples in one step, over all workers and micro-batches."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches whose gradients are accumulated for one step."""
-    optimizer: Literal["adamw", "policy"] = "adamw"
-    """`adamw` is AdamW with the keys below. `policy` is what a LeRobot policy's own config says: its optimiser (Adam or
-    AdamW), learning rate and schedule, weight decay, betas, epsilon and clipping; the keys `learning_rate` to
+    optimizer: Literal["adamw", "adamw_8bit", "policy"] = "adamw"
+    """`adamw` is AdamW with the keys below; `adamw_8bit` keeps its two moments in 8 bits by blocks of 256
+    (arXiv 2110.02861; needs the extra `8bit`). `policy` is what a LeRobot policy's own config says: its optimiser
+    (Adam or AdamW), learning rate and schedule, weight decay, betas, epsilon and clipping; the keys `learning_rate` to
     `max_grad_norm` are then left out (docs/lerobot.md)."""
     learning_rate: float = Field(1e-4, gt=0)
     mask_loss_above: float | None = Field(None, gt=0)
@@ -75,7 +76,7 @@ class TrainConfig(Section):
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What is written says nothing that is not used."""
         tree: dict[str, Any] = dump(self)
-        return {key: value for key, value in tree.items() if self.optimizer == "adamw" or key not in PRESET}
+        return {key: value for key, value in tree.items() if self.optimizer != "policy" or key not in PRESET}
 
 
 class WorkersConfig(Section):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 ARMS = ("baseline", "token_ce", "hidden")
 MOST_VARIANTS = 16
@@ -115,7 +116,36 @@ Episodes = Annotated[
 Layers = Annotated[tuple[int, ...] | None, AfterValidator(distinct)]
 
 
+def _of_numbers(annotation: Any) -> bool:
+    """Whether a field holds numbers, or several of them, and no truth values."""
+    types = set(_members(annotation))
+    return bool(types & {int, float}) and bool not in types
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The types that values have by an annotation, alone or in a tuple."""
+    if get_origin(annotation) is Annotated:
+        yield from _members(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType, tuple):
+        for member in get_args(annotation):
+            yield from _members(member)
+    else:
+        yield annotation
+
+
 class Section(BaseModel):
     """A part of the configuration: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, section: Any) -> Any:
+        """Refuse a truth value where a number is meant: pydantic takes true for 1."""
+        for key, value in section.items() if isinstance(section, Mapping) else ():
+            field = cls.model_fields.get(key)
+            values = value if isinstance(value, list | tuple) else [value]
+            truths = [str(item).lower() for item in values if isinstance(item, bool)]
+            if truths and field is not None and _of_numbers(field.annotation):
+                raise ValueError(f"{key} is {truths[0]}, which is not a number: specify one")
+        return section

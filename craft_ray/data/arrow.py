@@ -52,7 +52,7 @@ class ArrowTable:
         at = self._at(number)
         batch = self._batches[at][1]
         within = self._start + number - self._ends[at] + len(batch)
-        return {name: _values(batch.column(name).slice(within, 1))[0] for name in batch.schema.names}
+        return {name: values(batch.column(name).slice(within, 1))[0] for name in batch.schema.names}
 
     def column(self, name: str) -> Iterator[Any]:
         for (_, batch), end in zip(self._batches, self._ends, strict=True):
@@ -60,7 +60,7 @@ class ArrowTable:
             first, last = max(self._start, start), min(self._stop, end)
             if first < last:
                 part = batch.slice(first - start, last - first)
-                yield from _values(part.column(name)) if name in part.schema.names else [None] * len(part)
+                yield from values(part.column(name)) if name in part.schema.names else [None] * len(part)
 
     def part(self, start: int, stop: int) -> ArrowTable:
         chosen = copy(self)
@@ -80,7 +80,7 @@ class ArrowTable:
         return bisect_right(self._ends, self._start + number)
 
 
-def _values(cells: pa.Array) -> list[Any]:
+def values(cells: pa.Array) -> list[Any]:
     """Cells as Python's values: narrow fractions, which are none of them, with the digits that identify them."""
     values = cells.to_pylist()
     narrow = NARROW.get(cells.type)

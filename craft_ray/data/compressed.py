@@ -6,6 +6,7 @@ import bz2
 import gzip
 import lzma
 import shutil
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +27,24 @@ def _plain(path: Path) -> Any:
     return path.open("rb")
 
 
+@contextmanager
+def _only_member(path: Path) -> Iterator[Any]:
+    """The file in an archive of one."""
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if len(members) != 1:
+            raise ValueError(f"{path.name}: it holds {len(members)} files; unpack it")
+        if members[0].flag_bits & ENCRYPTED:
+            raise ValueError(f"{path.name}: it is encrypted; unpack it")
+        with archive.open(members[0]) as stream:
+            yield stream
+
+
+ENCRYPTED = 0x1
+"""A member's flag (PKWARE's APPNOTE, 4.4.4)."""
 OPEN: Mapping[str, Callable[[Path], Any]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstandard,
+    ".zip": _only_member,
 }  # fmt: skip
 
 
@@ -41,7 +58,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     try:
         with OPEN.get(path.suffix.lower(), _plain)(path) as stream:
             yield cast(BinaryIO, stream)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path.name}: {first_line(error)}") from None
 
 

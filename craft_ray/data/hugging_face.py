@@ -150,7 +150,7 @@ def _check_metadata(builder: datasets.DatasetBuilder, config: HuggingFaceData, t
     """Check that no text beside pictures in folders was converted.
 
     Raises:
-        ValueError: a column of metadata.csv or metadata.jsonl has become numbers or dates.
+        ValueError: a column of metadata.csv or metadata.jsonl has become numbers or dates, or lost values.
     """
     if not isinstance(builder, FolderBasedBuilder):
         return
@@ -158,7 +158,14 @@ def _check_metadata(builder: datasets.DatasetBuilder, config: HuggingFaceData, t
     name = next((file for file in files if file in ("metadata.csv", "metadata.jsonl")), None)
     for column in text_columns(config.columns):
         feature = table.features.get(column)
-        if name is None or not isinstance(feature, datasets.Value) or feature.dtype in ("string", "large_string"):
+        if name is None or not isinstance(feature, datasets.Value):
+            continue
+        if feature.dtype in ("string", "large_string"):
+            if name == "metadata.csv" and table.data.column(column).null_count:
+                raise ValueError(
+                    f"the library takes values such as NA in column '{column}' of {name} for missing ones: name that "
+                    f"file itself, with the column of its paths as columns.image"
+                )
             continue
         if name == "metadata.csv" or not feature.dtype.startswith("int"):  # an integer in JSON is what it says
             raise ValueError(
@@ -172,11 +179,12 @@ def _as_table(table: datasets.Dataset, columns: Sequence[str], identity: str = "
     if table._indices is not None:
         table = table.flatten_indices()
     present = [name for name in columns if name in table.column_names] or table.column_names[:1]
-    classes = {name: names for name in present if (names := _class_names(table.features[name])) is not None}
+    classes = {name: names for name in present if (names := class_names(table.features[name])) is not None}
     return ArrowTable([("", table.data.table.select(present))], table.column_names, classes, identity)
 
 
-def _class_names(feature: Any) -> Sequence[str] | None:
+def class_names(feature: Any) -> Sequence[str] | None:
+    """The names that stand behind the integers of a column, also within lists; None for other columns."""
     if isinstance(feature, datasets.List | datasets.LargeList):
-        return _class_names(feature.feature)
+        return class_names(feature.feature)
     return feature.names if isinstance(feature, datasets.ClassLabel) else None

@@ -37,6 +37,16 @@ class Sampler(ABC):
         return self.global_batch(step)[rank * size : (rank + 1) * size]
 
 
+class InOrder(Sampler):
+    """Global batches over a source that is itself in an endless order."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def row(self, place: int) -> int:
+        return place
+
+
 class StepSampler(Sampler):
     """Global batches over `rows` samples: a new permutation each epoch; batches may cross its end.
 

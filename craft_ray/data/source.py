@@ -34,6 +34,7 @@ from craft_ray.data.json_lines import JsonLines
 from craft_ray.data.parquet import read_parquet
 from craft_ray.data.sample import Sample
 from craft_ray.data.splits import TRAIN, Split, files_of_split
+from craft_ray.data.streaming import StreamedSource, open_stream
 from craft_ray.data.table import Table, TableSource, check_columns, named_columns, text_columns
 from craft_ray.data.text import read_text
 from craft_ray.errors import ConfigError, DataError, first_line
@@ -94,6 +95,11 @@ def open_source(config: DataConfig, key: str) -> Source:
         ConfigError: there is nothing, it has another format, or a named column is missing.
         DataError: it holds no row.
     """
+    if isinstance(config, HuggingFaceData) and config.streaming:
+        raise ConfigError(
+            f"{key}.streaming is true, but only one source of task data is streamed: anchors, held-out data and the "
+            f"sources of a mixture are read by row number; leave it out"
+        )
     named, config = config.path, _resolved(config, key)
     if isinstance(config, LeRobotData):
         require_lerobot(f"{key} is a LeRobotDataset")
@@ -103,6 +109,19 @@ def open_source(config: DataConfig, key: str) -> Source:
         recorded.name = named
         return recorded
     return _open_table(config, named, key)
+
+
+def open_streamed(config: HuggingFaceData, key: str) -> StreamedSource:
+    """The samples of a data set that is not stored.
+
+    Raises:
+        ConfigError: there is nothing, the library would convert its values, or a named column is missing.
+    """
+    if is_object(config.path):
+        raise ConfigError(f"{key}.streaming is of data sets on the hub, and {config.path} is in an object store")
+    folder = Path(config.path) if Path(config.path).is_dir() else Path.cwd()
+    with _readable(config, "dataset", key):
+        return open_stream(config, folder, key)
 
 
 def first_rows(config: DataConfig, key: str, count: int) -> tuple[list[str], list[dict[str, Any]]] | None:

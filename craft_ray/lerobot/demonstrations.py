@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,15 @@ AFTER = 2
 
 
 def write_demonstrations(
-    root: Path, task: str, episodes: int, size: int, *, action_repeat: int = 1, noise: float = 0.0, seed: int = 0
+    root: Path,
+    task: str,
+    episodes: int,
+    size: int,
+    *,
+    action_repeat: int = 1,
+    noise: float = 0.0,
+    seed: int = 0,
+    recorded: Callable[[], object] = lambda: None,
 ) -> None:
     """Record successful episodes of the task's expert, with pictures. The data set appears once it is complete.
 
@@ -32,6 +40,7 @@ def write_demonstrations(
         noise: standard deviation of what disturbs the arm; the expert's undisturbed actions are recorded, so they
             also show how to recover.
         seed: seed of the first attempt's initial condition, and of the noise.
+        recorded: called after each episode that is kept.
 
     Raises:
         ConfigError: there is no such task.
@@ -59,6 +68,7 @@ def write_demonstrations(
                 for frame in frames:
                     data.add_frame(frame)
                 data.save_episode()
+                recorded()
                 done += 1
                 if done == episodes:
                     break

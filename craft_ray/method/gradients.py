@@ -12,8 +12,6 @@ matrix are all that is summed over the shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -24,15 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from craft_ray.errors import ModelError
+from craft_ray.method.gram import BLOCK, Gram, gram_sums
 
 TASK, RETENTION = 0, 1
-
-BLOCK = 1024
-"""Elements per partial sum. Partial sums are added in float64: with a plain float32 dot product of 5e7 elements the
-cosine was off by 2e-3."""
-
-SLAB = 1 << 26
-"""Elements that are widened to float32 at a time if gradients are stored in a shorter type."""
 
 IN_CACHE = 1 << 19
 """Elements that a CPU combines at a time: they are still in its cache when they are scaled."""
@@ -64,25 +56,12 @@ class AllReduce(Protocol):
 AnyBatch = TypeVar("AnyBatch")
 
 
-@dataclass(frozen=True)
-class Gram:
-    """The Gram matrix of g_t and g_r before surgery: three scalars (float64, on the device)."""
-
-    dot: Tensor
-    task_sq: Tensor
-    retention_sq: Tensor
-
-    @property
-    def cos(self) -> Tensor:
-        """<g_t, g_r> / (|g_t| |g_r|); NaN where a gradient is zero, which is never below a threshold."""
-        return self.dot / (self.task_sq * self.retention_sq).sqrt()
-
-
 class GradientPair:
     """The task and the retention gradient of `parameters`, in one flat [2, P] buffer per dtype.
 
     The memory beyond ordinary training is one copy of the gradients, the second row. `with_retention=False`
-    leaves it out (the baseline arm, and a run that needs no angle between the two).
+    leaves it out (the baseline arm, and a run that needs no angle between the two). With `short_retention` it is
+    bfloat16: the retention gradient is computed first, in the row of the task gradient, and rounded once.
 
     Args:
         parameters: named parameters; those that do not require a gradient are skipped.
@@ -94,6 +73,7 @@ class GradientPair:
         parameters: Iterable[tuple[str, Tensor]],
         *,
         with_retention: bool = True,
+        short_retention: bool = False,
         sharded: FSDPModule | None = None,
     ) -> None:
         if sharded is not None:
@@ -104,7 +84,9 @@ class GradientPair:
         self.parameters = [p for _, p in named]
         self._sharded = sharded
         local = [local_part(p) for p in self.parameters]
-        rows = 2 if with_retention else 1
+        self.retention_first = with_retention and short_retention
+        """Whether the retention gradient must be computed before the task gradient, in whose row it begins."""
+        rows = 2 if with_retention and not short_retention else 1
         self.buffers: list[Tensor] = []
         views: dict[int, list[Tensor]] = {}
         for dtype in dict.fromkeys(p.dtype for p in self.parameters):
@@ -118,6 +100,10 @@ class GradientPair:
                 p, part = self.parameters[i], local[i]
                 views[i] = [as_shard(buffer[row, start : start + part.numel()].view_as(part), p) for row in range(rows)]
                 start += part.numel()
+        self.short: list[Tensor] = []
+        """The retention gradient in bfloat16, [P] for each buffer, where it is kept so."""
+        if self.retention_first:
+            self.short = [torch.zeros_like(buffer[0], dtype=torch.bfloat16) for buffer in self.buffers]
         self.views = [[views[i][row] for i in range(len(named))] for row in range(rows)]
         self._reached = [False] * len(named)
         self._handles = [p.register_post_accumulate_grad_hook(self._marker(i)) for i, p in enumerate(self.parameters)]
@@ -160,7 +146,7 @@ class GradientPair:
         Raises:
             ModelError: the loss depends on none of the parameters.
         """
-        self._start(row)
+        held = self._start(row)
         total = sum(batch.count for batch in micro_batches)
         # A sharded gradient is averaged during the backward pass, so its weight comes before.
         share = None if self._sharded is None else self._shares([total], workers)[0]
@@ -173,9 +159,11 @@ class GradientPair:
             losses.append(loss.detach().float())
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         if share is None:
-            return self._mean_over_workers(row, loss, total, workers)
-        mean = loss * share
-        workers.all_reduce(mean)
+            mean = self._mean_over_workers(held, loss, total, workers)
+        else:
+            mean = loss * share
+            workers.all_reduce(mean)
+        self._keep(row)
         return mean.float()
 
     def _reduced_at_the_last(self, micro_batches: Sequence[AnyBatch]) -> Iterator[AnyBatch]:
@@ -207,7 +195,15 @@ class GradientPair:
         Raises:
             ModelError: no loss depends on a parameter.
         """
-        self._start(row)
+        held = self._start(row)
+        losses_S = self._add_parts((weights_S, sums_of, micro_batches), workers)
+        self._sum_over_workers(held, workers)
+        self._keep(row)
+        return losses_S
+
+    def _add_parts(self, parts: tuple[Tensor, Callable[[Any], Tensor], Sequence[Parted]], workers: AllReduce) -> Tensor:
+        """Add the gradient of sum_i w_i L_i to what the parameters' gradients hold; the L_i."""
+        weights_S, sums_of, micro_batches = parts
         counts_S = torch.stack([batch.counts_S for batch in micro_batches]).sum(0, dtype=torch.float64)
         if workers.world_size > 1:
             workers.all_reduce(counts_S)
@@ -215,24 +211,28 @@ class GradientPair:
         total_S = torch.zeros_like(counts_S)
         factors_S = weights_S / counts_S * self._averaged_over(workers)
         for batch in self._reduced_at_the_last(micro_batches):
-            sums_S = self._trained(sums_of(batch), row)
+            sums_S = self._trained(sums_of(batch), RETENTION)
             (sums_S * factors_S.to(sums_S.dtype)).sum().backward()
             total_S += sums_S.detach()
         if workers.world_size > 1:
             workers.all_reduce(total_S)
-            self._sum_over_workers(row, workers)
         return (total_S / counts_S).float()
 
     def backward_sum(
-        self, terms: Sequence[tuple[Tensor | float, Callable[[Any], Tensor], Sequence[Counted]]], workers: AllReduce
+        self,
+        terms: Sequence[tuple[Tensor | float, Callable[[Any], Tensor], Sequence[Counted]]],
+        workers: AllReduce,
+        parts: tuple[Tensor, Callable[[Any], Tensor], Sequence[Parted]] | None = None,
     ) -> list[Tensor]:
         """Fill row 0 with the gradient of a sum of losses, each times its factor: one row, and one reduction.
 
         Args:
             terms: for each loss its factor, the loss of a micro-batch, and this worker's micro-batches.
+            parts: several more losses in one pass: their factors, their sums and micro-batches, as in `backward_parts`.
 
         Returns:
-            Each mean loss over all micro-batches of all workers, without its factor, as in `backward`.
+            Each mean loss over all micro-batches of all workers, without its factor, as in `backward`; at the end the
+            losses of `parts`, [S].
 
         Raises:
             ModelError: a loss depends on none of the parameters.
@@ -249,12 +249,13 @@ class GradientPair:
                 (loss * weight).to(loss.dtype).backward()
                 losses.append(loss.detach().float())
             means.append(torch.stack(losses).sum() * share)
+        several = [] if parts is None else [self._add_parts(parts, workers)]
         if workers.world_size > 1:
             together = torch.stack(means)
             workers.all_reduce(together)
             means = list(together)
             self._sum_over_workers(TASK, workers)
-        return [mean.float() for mean in means]
+        return [mean.float() for mean in [*means, *several]]
 
     def _shares(self, counts: Sequence[int], workers: AllReduce) -> Sequence[Tensor | float]:
         """This worker's share of the terms that each mean loss averages."""
@@ -271,15 +272,24 @@ class GradientPair:
 
     def _sum_over_workers(self, row: int, workers: AllReduce) -> None:
         """Sum a row whose backward passes have not done so."""
-        if self._sharded is None:
+        if self._sharded is None and workers.world_size > 1:
             for buffer in self.buffers:
                 workers.all_reduce(buffer[row])
 
-    def _start(self, row: int) -> None:
+    def _start(self, row: int) -> int:
+        """Let the parameters' gradients begin at zero in the row where those of `row` are computed; that row."""
+        held = TASK if self.retention_first else row
         for buffer in self.buffers:
-            buffer[row].zero_()
-        for p, view in zip(self.parameters, self.views[row], strict=True):
+            buffer[held].zero_()
+        for p, view in zip(self.parameters, self.views[held], strict=True):
             p.grad = view
+        return held
+
+    def _keep(self, row: int) -> None:
+        """Round a retention gradient that was computed in the row of the task gradient."""
+        if row == RETENTION:
+            for buffer, short_P in zip(self.buffers, self.short, strict=False):
+                short_P.copy_(buffer[TASK])
 
     def _trained(self, loss: Tensor, row: int) -> Tensor:
         if not loss.requires_grad:
@@ -301,16 +311,16 @@ class GradientPair:
 
     def gram(self) -> Gram:
         """Dot product and squared norms of the two gradients, in one pass; of shards, summed once."""
-        device = self.buffers[0].device
-        gram = torch.zeros(2, 2, dtype=torch.float64, device=device)
-        with _no_autocast(device):
-            for buffer in self.buffers:
-                for slab in buffer.split(SLAB, dim=1) if buffer.dtype != torch.float32 else (buffer,):
-                    blocks_NB2 = slab.float().view(2, -1, BLOCK).permute(1, 2, 0)
-                    gram += torch.bmm(blocks_NB2.transpose(1, 2), blocks_NB2).sum(0, dtype=torch.float64)
+        gram = gram_sums(self._pairs())
         if self._sharded is not None:
             dist.all_reduce(gram, group=self._shard_group())
         return Gram(dot=gram[0, 1], task_sq=gram[0, 0], retention_sq=gram[1, 1])
+
+    def _pairs(self) -> list[Any]:
+        """Both gradients of each buffer: [2, P], or two of [P]."""
+        if not self.short:
+            return list(self.buffers)
+        return [(buffer[TASK], short_P) for buffer, short_P in zip(self.buffers, self.short, strict=True)]
 
     def _shard_group(self) -> dist.ProcessGroup:
         """The workers that hold one copy of the parameters together; they are the mesh's last dimension."""
@@ -337,11 +347,11 @@ class GradientPair:
         """
         plain = isinstance(task, float) and task == 1.0
         ratio = retention if plain else retention / task
-        for buffer in self.buffers:
-            ratio_here = ratio.to(buffer.dtype)
-            at_once = buffer.shape[1] if buffer.is_cuda else IN_CACHE
-            for task_K, retention_K in reversed(list(zip(*(row.split(at_once) for row in buffer), strict=True))):
-                task_K.addcmul_(retention_K, ratio_here)
+        for pair in self._pairs():
+            ratio_here = ratio.to(pair[TASK].dtype)
+            at_once = len(pair[TASK]) if pair[TASK].is_cuda and not self.short else IN_CACHE
+            for task_K, retention_K in reversed(list(zip(*(row.split(at_once) for row in pair), strict=True))):
+                task_K.addcmul_(retention_K.to(task_K.dtype), ratio_here)
                 if not plain:
                     task_K.mul_(task)
 
@@ -367,12 +377,6 @@ class GradientPair:
                 f"{late[0]} had no gradient in the first step and has one now: with several workers the trained "
                 f"parameters must be the same at every step; freeze it, or use one worker"
             )
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A caller's autocast would multiply in bf16."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class StepMetrics:
     dot: Tensor
     cos: Tensor
     conflict: Tensor
-    """Whether the cosine is below the threshold."""
+    """Whether the cosine (or, by choice, the dot product) is below the threshold."""
     projected: Tensor
     """Whether the conflict was projected away; the gate decides."""
     skills_2S: Tensor | None = None
@@ -123,29 +123,39 @@ def craft_step(
         return state, StepMetrics(loss, norm, nan, state.multiplier.sum(), nan, nan, nan, nan, nan)
 
     several = state.multiplier.ndim > 0
-    if not compares_gradients(craft) and not several:
-        a, b = surgery.merge(craft.projection_mode, state.multiplier)
-        retention = (craft.retention_freq * b, retention_loss, anchors)
-        loss, l_ret = gradients.backward_sum([(a, task_loss, task), retention], workers)
+    shares = part_of_sum(state.multiplier) if several else None
+    if not compares_gradients(craft):
+        a, b = surgery.merge(craft.projection_mode, state.multiplier.sum())
+        c = craft.retention_freq * b
+        if shares is None:
+            loss, l_ret = gradients.backward_sum([(a, task_loss, task), (c, retention_loss, anchors)], workers)
+        else:
+            loss, l_ret = gradients.backward_sum([(a, task_loss, task)], workers, (c * shares, retention_loss, anchors))
         gradients.assign_grads(workers)
         norm = gradients.clip(max_norm)
         optimizer.step()
         nan = loss.new_full((), torch.nan)
         following = state.observe(l_ret, craft).ascend(epsilon, craft)
-        return following, StepMetrics(loss, norm, l_ret, following.multiplier, b, nan, nan, nan, nan)
+        mean, skills = _of_several(l_ret, shares, following)
+        return following, StepMetrics(loss, norm, mean, following.multiplier.sum(), b, nan, nan, nan, nan, skills)
 
+    def retention_gradient() -> Tensor:
+        if shares is None:
+            return gradients.backward(RETENTION, retention_loss, anchors, workers)
+        return gradients.backward_parts(RETENTION, retention_loss, anchors, shares, workers)
+
+    if gradients.retention_first:
+        l_ret = retention_gradient()
     loss = gradients.backward(TASK, task_loss, task, workers)
-    if several:
-        shares = part_of_sum(state.multiplier)
-        l_ret = gradients.backward_parts(RETENTION, retention_loss, anchors, shares, workers)
-    else:
-        l_ret = gradients.backward(RETENTION, retention_loss, anchors, workers)
+    if not gradients.retention_first:
+        l_ret = retention_gradient()
     state = state.observe(l_ret, craft)
 
     gram = gradients.gram()
     directed = (l_ret > noise_floor).any()
     cos = torch.where(directed, gram.cos, torch.nan)
-    conflict = cos < craft.conflict_threshold
+    compared = torch.where(directed, gram.dot, torch.nan) if craft.conflict_measure == "dot" else cos
+    conflict = compared < craft.conflict_threshold
     projected = conflict & gate(state, epsilon, craft)
 
     removed = surgery.projection(gram, projected)
@@ -160,10 +170,15 @@ def craft_step(
     gradients.assign_grads(workers)
     optimizer.step()
     state = state.ascend(epsilon, craft)
-    skills, mean = None, l_ret
-    if several:
-        skills, mean = torch.stack([l_ret.double(), state.multiplier]), (shares * l_ret).sum()
+    mean, skills = _of_several(l_ret, shares, state)
     return state, StepMetrics(loss, norm, mean, state.multiplier.sum(), b, gram.dot, cos, conflict, projected, skills)
+
+
+def _of_several(l_ret: Tensor, shares_S: Tensor | None, following: DualState) -> tuple[Tensor, Tensor | None]:
+    """The mean that was descended, and each skill's L_ret and lambda; of one constraint L_ret itself, and None."""
+    if shares_S is None:
+        return l_ret, None
+    return (shares_S * l_ret).sum(), torch.stack([l_ret.double(), following.multiplier])
 
 
 def part_of_sum(multiplier_S: Tensor) -> Tensor:

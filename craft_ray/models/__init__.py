@@ -25,6 +25,7 @@ def load_model(
     device: torch.device | str = "cpu",
     weights: str | None = None,
     mesh: DeviceMesh | None = None,
+    gpus: int = 1,
 ) -> Model:
     """The model of a configuration, in training mode. If its path is the folder of an adapter, the adapter is merged
     into the model that it belongs to.
@@ -34,6 +35,7 @@ def load_model(
         weights: another folder to take the weights from (a checkpoint); processor and limits are still the config's.
             If it is the folder of an adapter, the adapter is put into the config's model, and is all that trains.
         mesh: the workers that share its weights; each of them must load it at the same time.
+        gpus: 2 and more spread its layers over so many GPUs of this process; it is not trained then.
 
     Raises:
         ConfigError: nothing loads from the path, or the adapter does not belong to this model, or the model cannot be
@@ -55,9 +57,14 @@ def load_model(
                 f"model.path {config.path} is an adapter, which is merged into a whole model before it is shared out: "
                 f"save the merged model ('craft-ray merge'), or set workers.sharding=none"
             )
+        if gpus > 1:
+            raise ConfigError(
+                f"model.path {config.path} is an adapter, and a model over {gpus} GPUs is loaded whole: save the "
+                f"merged model ('craft-ray merge'), or set anchors.gpus_per_actor=1"
+            )
         model = _merged(config, precision, torch.device(device))
     else:
-        model = _load(config, precision, torch.device(device), None if adapted else weights, mesh)
+        model = _load(config, precision, torch.device(device), None if adapted else weights, mesh, gpus)
     if weights is not None and adapted:
         adapters.load(model, Path(weights), config)
     return model
@@ -98,6 +105,7 @@ def _load(
     device: torch.device,
     weights: str | None,
     mesh: DeviceMesh | None = None,
+    gpus: int = 1,
 ) -> Model:
     from craft_ray.extras import require_lerobot
 
@@ -113,4 +121,4 @@ def _load(
 
     kinds: dict[str, type[CausalLM] | type[VisionLanguageModel]]
     kinds = {"causal_lm": CausalLM, "vision_language": VisionLanguageModel}
-    return kinds[config.kind](config, precision, device, weights, mesh)
+    return kinds[config.kind](config, precision, device, weights, mesh, gpus)

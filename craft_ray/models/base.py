@@ -190,11 +190,17 @@ def resolve_layers(layers: Sequence[int], num_hidden_states: int) -> tuple[int, 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put the module in eval mode; afterwards every part is back in its previous mode, also after an exception."""
+    """Put the module in eval mode and run its layers uncompiled; afterwards every part is back in its previous mode,
+    also after an exception."""
     training = {part: part.training for part in module.modules()}
+    compiled = {part: call for part in training if (call := part._compiled_call_impl) is not None}
+    for part in compiled:
+        part._compiled_call_impl = None
     module.eval()
     try:
         yield
     finally:
         for part, mode in training.items():
             part.training = mode
+        for part, call in compiled.items():
+            part._compiled_call_impl = call

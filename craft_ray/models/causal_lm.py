@@ -45,7 +45,17 @@ class CausalLM(HuggingFaceModel, PackingModel):
             return self._written(sample)
         return self.text.cut(sample.prompt + sample.answer(), [len(sample.prompt)], self.text.plain)
 
+    def from_tokens(self, prompt: Sequence[int], suffix: Sequence[int], sample_id: str) -> Features:
+        """Features of a prompt given as tokens, followed by `suffix` tokens, if any.
+
+        Raises:
+            DataError: they are too long together.
+        """
+        return self.with_suffix(self._prompt(_one(prompt)), suffix, sample_id)
+
     def check_packing(self) -> None:
+        if self.gpus > 1:
+            raise ValueError(f"a model over {self.gpus} GPUs cannot be packed")
         try:
             with evaluating(self.module), self.autocast():
                 check_packing(self.module.base_model, 1e-1 if self.precision == "bf16" else 1e-3)

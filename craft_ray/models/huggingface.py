@@ -36,6 +36,7 @@ from craft_ray.models.checks import (
     check_states,
     generates_in_padded_batches,
 )
+from craft_ray.models.compiling import compile_blocks
 from craft_ray.models.dropout import disable_dropout
 from craft_ray.models.fingerprint import (
     json_fingerprint,
@@ -64,8 +65,10 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         device: torch.device,
         weights: str | None = None,
         mesh: DeviceMesh | None = None,
+        gpus: int = 1,
     ) -> None:
         self.config = config
+        self.gpus = gpus
         self.precision = precision
         self.device = device
         self.sharded = mesh is not None
@@ -97,13 +100,21 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         check_decoder(self)
         if config.gradient_checkpointing:
             self.module.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.attention == "flex_attention" and device.type == "cpu":
+            raise ConfigError(
+                "model.attention is flex_attention, which trains on a GPU alone: set model.attention=sdpa"
+            )
+        if config.compile:
+            compile_blocks(self.module, device)
 
     def _module(self, path: str, mesh: DeviceMesh | None) -> Any:
         """The module of a folder or hub model on the device; with a mesh, this worker's part of it."""
 
         def load() -> Any:
-            return load_module(self.auto_class, self.config, path)
+            return load_module(self.auto_class, self.config, path, self.gpus)
 
+        if self.gpus > 1:
+            return load()
         if mesh is None:
             return load().to(self.device)
         return load_sharded(
@@ -298,7 +309,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
             base = base_forward(self.module)
             states = base(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states
         check_states(states, layers, self)
-        return [states[k] for k in layers]
+        return [states[k].to(self.device) for k in layers]  # of a spread model, each is where its layer is
 
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
         """These models provide all anchors."""

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from craft_ray.config import ModelConfig
-from craft_ray.errors import ConfigError, ModelError
+from craft_ray.errors import ConfigError, ModelError, first_line
 from craft_ray.extras import install, missing
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,11 @@ def load_processor(processor_class: Any, config: ModelConfig) -> Any:
         ) from error
 
 
-def load_module(auto_class: Any, config: ModelConfig, path: str) -> Any:
-    """The module of a folder or hub model, with all of its weights.
+def load_module(auto_class: Any, config: ModelConfig, path: str, gpus: int = 1) -> Any:
+    """The module of a folder or hub model, with all of its weights, on the host.
+
+    Args:
+        gpus: 2 and more put its layers on so many GPUs, one after the other.
 
     Raises:
         ConfigError: none of this class loads from it, or its weights are quantised.
@@ -63,8 +66,14 @@ def load_module(auto_class: Any, config: ModelConfig, path: str) -> Any:
             dtype=DTYPES[config.dtype],
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
+            **_attention(config),
             **_options(config),
+            **({} if gpus == 1 else spread_options(gpus)),
         )
+    except ImportError as error:
+        raise ConfigError(
+            f"model.attention is {config.attention}: {first_line(error)} Install what it needs, or leave it out"
+        ) from None
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
         raise ModelError(f"model {path}: its weights are damaged ({reason(error)}): fetch or save it again") from None
     except (OSError, ValueError) as error:
@@ -72,14 +81,46 @@ def load_module(auto_class: Any, config: ModelConfig, path: str) -> Any:
             raise ModelError(f"model {path}: its weights do not load ({reason(error)})") from None
         raise ConfigError(f"model.path {path}: no {auto_class.__name__} loads from it ({reason(error)})") from None
     check_complete(module, info, path, config.kind)
+    if gpus > 1:
+        check_spread(getattr(module, "hf_device_map", {}), gpus, path)
     return module
+
+
+def spread_options(gpus: int) -> dict[str, Any]:
+    """What transformers needs to put the layers on the first GPUs that this process sees, about equally many on each.
+
+    Raises:
+        ConfigError: accelerate is not installed.
+    """
+    if cause := missing("accelerate"):
+        raise ConfigError(f"a model is to be spread over {gpus} GPUs, but {cause}: pip install accelerate")
+    free = {number: torch.cuda.mem_get_info(number)[0] for number in range(gpus)}
+    return {"device_map": "balanced", "max_memory": free}
+
+
+def check_spread(device_map: dict[str, Any], gpus: int, path: str) -> None:
+    """Check that every layer is on a GPU, by what transformers says about the parts of a model.
+
+    Raises:
+        ConfigError: some are elsewhere, where a pass would fetch them each time.
+    """
+    elsewhere = [name for name, place in device_map.items() if str(place) in ("cpu", "disk", "meta")]
+    if elsewhere or not device_map:
+        found = f"{len(elsewhere)} of its parts do not fit (e.g. {elsewhere[0]})" if elsewhere else "it was not spread"
+        raise ConfigError(f"model {path} over {gpus} GPUs: {found}: raise the number of GPUs (anchors.gpus_per_actor)")
 
 
 def empty_module(auto_class: Any, config: ModelConfig, path: str) -> Any:
     """The module of a folder or hub model on the meta device, without its weights."""
     settings = AutoConfig.from_pretrained(path, **_options(config))
     with torch.device("meta"):
-        return auto_class.from_config(settings, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
+        return auto_class.from_config(
+            settings, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code, **_attention(config)
+        )
+
+
+def _attention(config: ModelConfig) -> dict[str, str]:
+    return {} if config.attention is None else {"attn_implementation": config.attention}
 
 
 def _options(config: ModelConfig) -> dict[str, Any]:

@@ -106,9 +106,16 @@ def base_forward(module: Any) -> Callable[..., Any]:
     return getattr(module, BASE_FORWARD) if isinstance(module, FSDPModule) else module.base_model
 
 
-def find_blocks(module: nn.Module) -> list[nn.Module]:
+def find_blocks(
+    module: nn.Module,
+    what: str = "workers.sharding shares a model out by",
+    remedy: str = "set workers.sharding=none",
+) -> list[nn.Module]:
     """The layers that a model repeats: the outermost lists of modules of one kind. Lists inside a layer, as of experts,
     belong to it.
+
+    Args:
+        what, remedy: the beginning and the end of the message below.
 
     Raises:
         ConfigError: there are none, or they hold less than half of the weights outside embeddings and head, so that
@@ -120,10 +127,7 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
     inner = _size([module]) - _size([*ends, *([] if head is None else [head])])
     if not blocks or _size(blocks) < inner / 2:
         share = f"hold {_size(blocks):,} of its {inner:,} weights" if blocks else "are not found"
-        raise ConfigError(
-            f"workers.sharding shares a model out by its repeated layers, and those of a {class_name(module)} {share}: "
-            f"set workers.sharding=none"
-        )
+        raise ConfigError(f"{what} its repeated layers, and those of a {class_name(module)} {share}: {remedy}")
     return blocks
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from craft_ray.config import RolloutEvalSet, SampleEvalSet
@@ -21,7 +21,7 @@ from craft_ray.report.arms import ARMS
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.wording import number
 from craft_ray.run.metrics import Record
-from craft_ray.run.scoring import OF_TEXT
+from craft_ray.run.scoring import OF_TEXT, outcome
 
 MOST_ANSWERS, MOST_TEXTS = 12, 6
 LONGEST_TEXT = 320
@@ -76,8 +76,11 @@ def examples(runs: Sequence[FinishedRun]) -> Examples | None:
     predictions = _Predictions(plain, craft)
     select = _texts if eval_set.metric in OF_TEXT else _answers
     ids, note = select(predictions)
-    samples, problem = _samples(eval_set, ids, predictions)
-    chosen = [_example(predictions, id_, samples.get(id_)) for id_ in ids]
+    samples: dict[str, Sample] = {}
+    problem = None
+    if isinstance(eval_set, SampleEvalSet):
+        samples, problem = read_samples(eval_set, "evaluation.old.data", ids, predictions.craft)
+    chosen = [example(predictions.craft[id_], samples.get(id_), predictions.outcomes(id_)) for id_ in ids]
     return Examples(chosen, note, problem)
 
 
@@ -92,9 +95,9 @@ class _Predictions:
         self.teacher = _by_id(craft, "old_before")
         self.ids = [id_ for id_ in self.plain if id_ in self.craft]
 
-    def outcomes(self, id_: str) -> tuple[tuple[str, str], ...]:
+    def outcomes(self, id_: str) -> tuple[tuple[str, Record], ...]:
         who = (("Teacher", self.teacher), (ARMS["baseline"].label, self.plain), (self.craft_label, self.craft))
-        return tuple((name, _outcome(records[id_])) for name, records in who if id_ in records)
+        return tuple((name, records[id_]) for name, records in who if id_ in records)
 
 
 def _pair(runs: Sequence[FinishedRun]) -> tuple[FinishedRun, FinishedRun] | None:
@@ -114,13 +117,19 @@ def _by_id(run: FinishedRun, name: str) -> dict[str, Record]:
 
 def _answers(predictions: _Predictions) -> tuple[list[str], str]:
     def differ(wrong: dict[str, Record], right: dict[str, Record]) -> list[str]:
-        return [id_ for id_ in predictions.ids if right[id_]["correct"] and not wrong[id_]["correct"]]
+        return [id_ for id_ in predictions.ids if outcome(right[id_]) > outcome(wrong[id_])]
 
     kept, lost = differ(predictions.plain, predictions.craft), differ(predictions.craft, predictions.plain)
     shown = kept[:MOST_ANSWERS]
+    graded = any("score" in predictions.craft[id_] for id_ in predictions.ids)
     note = (
-        f"Seed {predictions.seed}: of {len(predictions.ids)} held-out samples of the old skill, plain fine-tuning got "
-        f"{len(kept)} wrong that {predictions.craft_label} got right, and {len(lost)} the other way round. "
+        f"Seed {predictions.seed}: of {len(predictions.ids)} held-out samples of the old skill, "
+        + (
+            f"{len(kept)} score lower after plain fine-tuning than after {predictions.craft_label}"
+            if graded
+            else f"plain fine-tuning got {len(kept)} wrong that {predictions.craft_label} got right"
+        )
+        + f", and {len(lost)} the other way round. "
     )
     return shown, note + (f"Shown are the first {len(shown)} of the {len(kept)}, in data order." if shown else "")
 
@@ -152,25 +161,31 @@ def _per_token(record: Record) -> float:
 
 
 def _outcome(record: Record) -> str:
+    if "score" in record:
+        return f"{_short(record['prediction'])} (score {number(record['score'])})"
     if "nll" not in record:
         return _short(record["prediction"])
     loss = f"{number(_per_token(record))} nats per token"
     return f"{_short(record['prediction'])} ({loss})" if "prediction" in record else loss
 
 
-def _samples(
-    eval_set: SampleEvalSet, ids: Sequence[str], predictions: _Predictions
+def read_samples(
+    eval_set: SampleEvalSet, key: str, ids: Sequence[str], records: Mapping[str, Record]
 ) -> tuple[dict[str, Sample], str | None]:
-    """The samples, from where the run read them, and the problem to report if they are no longer there."""
+    """The samples, from where the run read them, and the problem to report if they are no longer there.
+
+    Args:
+        records: what the run recorded of them, by id.
+    """
     if not ids:
         return {}, None
     try:
-        source = open_source(eval_set.data, "evaluation.old.data")
+        source = open_source(eval_set.data, key)
         found = _find(source, ids)
     except CraftError as error:
         return {}, f"The samples themselves could not be read again: {error.message}"
     for id_ in ids:
-        if id_ not in found or not _same(found[id_], predictions.craft[id_]):
+        if id_ not in found or not _same(found[id_], records[id_]):
             return {}, (
                 f"{source.name} has changed since the runs were scored (sample {id_} is missing or different), so "
                 f"none of its samples are shown."
@@ -188,12 +203,14 @@ def _find(source: Source, ids: Sequence[str]) -> dict[str, Sample]:
     return {id_: source[rows[id_]] for id_ in ids if id_ in rows}
 
 
-def _example(predictions: _Predictions, id_: str, sample: Sample | None) -> Example:
-    record = predictions.craft[id_]
+def example(record: Record, sample: Sample | None, outcomes: Sequence[tuple[str, Record]]) -> Example:
+    """A sample as the page shows it, with what models did with it by their names."""
+    id_ = record["id"]
     prompt = sample.prompt if sample is not None else record.get("prompt", "")
     response = str(sample.response) if sample is not None else record.get("response", "")
     image = None if sample is None or sample.image is None else _picture(sample.image, id_)
-    return Example(id_, _short(prompt), _short(response), predictions.outcomes(id_), image, "nll" in record)
+    said = tuple((name, _outcome(outcome)) for name, outcome in outcomes)
+    return Example(id_, _short(prompt), _short(response), said, image, "nll" in record)
 
 
 def _picture(data: bytes, id_: str) -> Picture:

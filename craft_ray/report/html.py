@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from craft_ray.config import dump_config
 from craft_ray.errors import ConfigError
 from craft_ray.report import wording
+from craft_ray.report.about import facts
 from craft_ray.report.examples import examples
+from craft_ray.report.losses import loss_plot
 from craft_ray.report.page import template
+from craft_ray.report.paired import kept_interval, paired, sampling_interval
 from craft_ray.report.plots import cosine_plot, pareto_plot, retention_plot, series
+from craft_ray.report.replies import replies
 from craft_ray.report.rollouts import rollouts
 from craft_ray.report.runs import FinishedRun, read_runs
 from craft_ray.report.settings import differences
@@ -50,7 +54,7 @@ def write_report(runs: Sequence[RunFolder], target: StoragePath, *, title: str, 
         summary=summary,
         environments=content["environment"],
         differences=different,
-        **_view(finished, summary),
+        **view(finished, summary),
     )
     write_atomically(target / "report.html", page)
     write_atomically(target / "result.json", json.dumps(content, indent=2))
@@ -59,11 +63,11 @@ def write_report(runs: Sequence[RunFolder], target: StoragePath, *, title: str, 
 
 def environments(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """What the runs ran on, one entry per distinct environment: the names of its `runs`, and their env.json without the
-    command. Runs whose folder has no env.json have `packages: null`."""
+    command and the time. Runs whose folder has no env.json have `packages: null`."""
     found: list[dict[str, Any]] = []
     for run in runs:
         recorded = {"packages": None} if run.environment is None else run.environment
-        own = {key: value for key, value in recorded.items() if key != "command"}
+        own = {key: value for key, value in recorded.items() if key not in ("command", "started")}
         same = next((entry for entry in found if {k: v for k, v in entry.items() if k != "runs"} == own), None)
         if same is None:
             found.append({"runs": [run.name], **own})
@@ -72,16 +76,29 @@ def environments(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     return found
 
 
-def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the template shows in addition to the numbers."""
     arms = {arm: [run for run in runs if run.arm == arm] for arm in summary}
     constrained = {arm: chosen for arm, chosen in arms.items() if chosen[0].config.craft.enabled}
-    plain = {run.seed: run.result for run in runs if run.arm == "baseline"}
+    baseline = {run.seed: run for run in runs if run.arm == "baseline"}
+    plain = {seed: run.result for seed, run in baseline.items()}
+
+    def arm_interval(arm: str, key: str, alone: Callable[[FinishedRun], list[float] | None]) -> list[float] | None:
+        """Over the seeds of an arm; of a single run over its samples."""
+        over_seeds: list[float] | None = summary[arm][f"{key}_interval"]
+        return alone(arms[arm][0]) if len(arms[arm]) == 1 else over_seeds
 
     def after_interval(arm: str, skill: str) -> list[float] | None:
-        alone = len(arms[arm]) == 1
-        interval: list[float] | None = summary[arm][f"{skill}_after_interval"]
-        return wording.success_interval(arms[arm][0].result[skill], "after") if alone else interval
+        return arm_interval(arm, f"{skill}_after", lambda run: sampling_interval(run, skill, "after"))
+
+    def old_ratio_interval(arm: str) -> list[float] | None:
+        return arm_interval(arm, "old_ratio", lambda run: kept_interval(run, "old", run, "before"))
+
+    def new_ratio_interval(arm: str) -> list[float] | None:
+        def of_plain(run: FinishedRun) -> list[float] | None:
+            return kept_interval(run, "new", baseline[run.seed], "after") if run.seed in baseline else None
+
+        return None if arm == "baseline" else arm_interval(arm, "new_ratio", of_plain)
 
     return {
         "runs": runs,
@@ -97,13 +114,21 @@ def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> di
         "metrics": wording.METRICS,
         "relative_to": wording.relative_to,
         "sample_count": wording.sample_count,
-        "success_interval": wording.success_interval,
+        "facts": facts(runs),
+        "sampling_interval": sampling_interval,
         "after_interval": after_interval,
+        "old_ratio_interval": old_ratio_interval,
+        "new_ratio_interval": new_ratio_interval,
+        "paired": paired(runs),
+        "units": list(dict.fromkeys(wording.loss_unit(run) for run in runs if run.result["feasible"] is not None)),
+        "held": {arm: wording.is_held(chosen[0]) for arm, chosen in arms.items()},
+        "is_held": wording.is_held,
         "loss_unit": wording.loss_unit,
         "judged_on": wording.judged_on,
         "workers": list(dict.fromkeys(wording.workers_of(run) for run in runs)),
         "old_ratio": old_ratio,
         "new_ratio": lambda run: new_ratio(run.result, plain.get(run.seed)),
+        "losses": loss_plot(runs),
         "pareto": pareto_plot(runs),
         "skill_rows": skill_rows(runs),
         "retention_plots": {
@@ -117,6 +142,7 @@ def _view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> di
         "conflicts": {arm: _conflicts(chosen) for arm, chosen in constrained.items()},
         "bin_size": max((series(run, "craft/lambda").bin_size for run in runs if run.arm != "baseline"), default=1),
         "examples": examples(runs),
+        "replies": replies(runs),
         "rollouts": rollouts(runs),
         "teachers": sorted({run.teacher for run in runs if run.teacher is not None}),
         "caches": sorted({run.result["cache"] for run in runs if run.result.get("cache") is not None}),

@@ -18,6 +18,7 @@ def template(name: str) -> Template:
     )
     environment.filters.update(
         percent=wording.percent,
+        probability=wording.probability,
         number=wording.number,
         score_of=wording.score_of,
         percent_interval=lambda bounds: wording.interval(bounds, wording.percent),

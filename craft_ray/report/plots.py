@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from craft_ray.report.arms import ARMS
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.summary import new_ratio, old_ratio
-from craft_ray.report.svg import INK, PAPER, inline_svg, new_figure
+from craft_ray.report.svg import INK, PAPER, inline_svg, label_log_axis, new_figure
 from craft_ray.report.thin import Curve, curve
 from craft_ray.report.wording import METRICS, loss_unit
 from craft_ray.run.scoring import HIGHER_IS_BETTER, ratio
@@ -71,23 +71,30 @@ def retention_plot(runs: Sequence[FinishedRun], plain: Sequence[FinishedRun]) ->
 
 
 def cosine_plot(runs: Sequence[FinishedRun]) -> Markup:
-    """Cosine between task and retention gradient over the steps of one arm."""
-    style, threshold = runs[0].style, runs[0].config.craft.conflict_threshold
+    """Cosine between task and retention gradient over the steps of one arm, and its threshold if it has one."""
+    style, craft = runs[0].style, runs[0].config.craft
+    thresholds = [craft.conflict_threshold] if craft.conflict_measure == "cosine" else []
     with new_figure(4.5, 2.5) as figure:
         axes = figure.subplots()
         for run in runs:
             _line(axes, series(run, "craft/grad_cos"), style.color)
         axes.axhline(0, color=INK, linewidth=0.7, alpha=0.5)
-        axes.axhline(threshold, color=INK, linestyle=(0, (2, 2)), linewidth=1.2)
+        for threshold in thresholds:
+            axes.axhline(threshold, color=INK, linestyle=(0, (2, 2)), linewidth=1.2)
         cosines = [record["craft/grad_cos"] for run in runs for record in run.metrics]
-        reach = max(abs(threshold), *(abs(cosine) for cosine in cosines if cosine is not None))
+        reach = max(abs(height) for height in (*thresholds, *cosines, 1e-3) if height is not None)
         axes.set_ylim(-1.2 * reach, 1.2 * reach)
         axes.set_xlabel("step")
         axes.set_ylabel("cosine of the gradients")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         handles = [
             Line2D([], [], color=style.color, label="task · retention" + (", by seed" if len(runs) > 1 else "")),
-            Line2D([], [], color=INK, linestyle=(0, (2, 2)), label=f"conflict below {threshold:g}".replace("-", "−")),
+            *(
+                Line2D(
+                    [], [], color=INK, linestyle=(0, (2, 2)), label=f"conflict below {threshold:g}".replace("-", "−")
+                )
+                for threshold in thresholds
+            ),
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
         return inline_svg(
@@ -211,7 +218,7 @@ def _fit_log_axis(axes: Axes, runs: Sequence[FinishedRun], plain: Sequence[Finis
     top = max([*positive, runs[0].config.craft.epsilon_start])
     bottom = max(min([*positive, budget]) / 1.6, budget / 10**DECADES_BELOW)
     axes.set_ylim(bottom, top * 2.2)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    label_log_axis(axes.yaxis)
 
 
 def _points(axes: Axes, points: Sequence[tuple[float, float]], color: str, marker: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from craft_ray.errors import ConfigError
 from craft_ray.report.runs import FinishedRun
 
-WHERE = ("seed", "name", "variant", "output_dir", "compare", "workers")
+WHERE = ("seed", "name", "variant", "output_dir", "about", "compare", "workers")
 """Keys and sections that distinguish runs or say where they ran; they do not decide an arm's numbers."""
 LOCATIONS = ("path", "anchor_cache_dir")
 """Last parts of keys that name a location. What is at the location is compared by its fingerprint."""

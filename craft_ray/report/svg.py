@@ -10,8 +10,10 @@ from typing import Any
 
 import matplotlib
 from markupsafe import Markup, escape
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation
 
 INK, PAPER = "#101418", "#fdfdfb"
 """Placeholders for the page's text and background colours, which replace them."""
@@ -54,7 +56,29 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
         yield figure
 
 
-def inline_svg(figure: Figure, prefix: str, description: str, titles: Mapping[str, str] | None = None) -> Markup:
+class _PlainMinorLabels(LogFormatterSciNotation):
+    """Labels the same ticks as matplotlib's own formatter, but without TeX, which the figures show as it is."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def label_log_axis(axis: Axis) -> None:
+    """Label a log axis with plain numbers; between the powers of ten where it spans few of them."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(_PlainMinorLabels(minor_thresholds=(1, 0.4)))
+
+
+class Plot(Markup):
+    """A figure as one `<svg>` element of a page. It keeps the figure, which `craft_ray.report.export` saves."""
+
+    name: str
+    """Unique in its page, and fit for the name of a file."""
+    description: str
+    figure: Figure
+
+
+def inline_svg(figure: Figure, prefix: str, description: str, titles: Mapping[str, str] | None = None) -> Plot:
     """The figure as one `<svg>` element.
 
     Args:
@@ -76,4 +100,6 @@ def inline_svg(figure: Figure, prefix: str, description: str, titles: Mapping[st
         text = text.replace(f'<g id="{prefix}-{gid}">', f'<g id="{prefix}-{gid}"><title>{escape(title)}</title>')
     # The page sets the size, not the figure.
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1))
+    plot = Plot(text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1))
+    plot.name, plot.description, plot.figure = prefix, description, figure
+    return plot

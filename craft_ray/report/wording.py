@@ -10,15 +10,20 @@ from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.report.runs import FinishedRun
 from craft_ray.run.kept import in_words
 from craft_ray.run.scoring import HIGHER_IS_BETTER
-from craft_ray.statistics import rate_interval
 
 NONE = "–"
 
 METRICS = {
     "exact_match": "exact match",
+    "contains": "answer contained",
+    "numeric": "correct number",
+    "regex": "pattern found",
+    "rouge_l": "ROUGE-L",
+    "function": "own metric",
     "choice": "correct choice",
     "perplexity": "perplexity ↓",
     "token_accuracy": "token accuracy",
+    "lm_eval": "harness tasks",
     "success": "success rate",
 }
 LOSSES = {
@@ -50,6 +55,11 @@ def number(value: float | None) -> str:
     return f"{value:.{digits}f}" if digits <= 5 else f"{value:.2e}"
 
 
+def probability(value: float) -> str:
+    """Two significant digits; a very small one by its bound."""
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
 def score_of(value: float | None, metric: str) -> str:
     """A score: a percentage for answers, a number for perplexity."""
     return percent(value) if HIGHER_IS_BETTER[metric] else number(value)
@@ -76,11 +86,9 @@ def sample_count(samples: int, skill: str, metric: str) -> str:
     return f"{samples} held-out samples of the {skill} skill"
 
 
-def success_interval(score: dict[str, Any], when: str) -> list[float] | None:
-    """Wilson's interval for the success rate of one run (`before` or `after`). None for other metrics."""
-    if score[when] is None or score["metric"] != "success":
-        return None
-    return rate_interval(score[when], score["samples"])
+def is_held(run: FinishedRun) -> bool:
+    """Whether a run was held to a budget or a target. Plain fine-tuning and fixed penalties are only measured."""
+    return run.config.craft.enabled and run.result.get("multiplier") != "fixed"
 
 
 def loss_unit(run: FinishedRun) -> str:
@@ -122,7 +130,7 @@ def certificates(runs: Sequence[FinishedRun]) -> list[str]:
 
 def _sentence(run: FinishedRun, numbers: dict[str, Any]) -> str:
     parts = [_old_and_new(run, numbers)]
-    if run.result.get("lambda") is not None and numbers["feasible"] is not None:
+    if run.result.get("lambda") is not None and numbers["feasible"] is not None and is_held(run):
         held = "target kept" if "certificate" in run.result else f"budget met on {judged_on(run)}"
         verdict = f"{numbers['feasible']} of {numbers['runs']} {'run' if numbers['runs'] == 1 else 'runs'}"
         parts.append(f"{held} in {verdict}")

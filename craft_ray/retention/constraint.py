@@ -149,6 +149,7 @@ class Constraint:
             "epsilon": epsilon,
             "violation": max(0.0, loss / epsilon - 1),
             "feasible": loss <= epsilon,
+            "anchors": len(self.train_rows),
             "heldout_anchors": len(self.heldout_rows),
             "lambda": multiplier,
             "slackness": None if multiplier is None else multiplier * (loss - epsilon),

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from craft_ray.anchors.manifest import read_manifest
@@ -122,7 +123,16 @@ class Constraints:
     @property
     def compares_gradients(self) -> bool:
         """Whether a step needs the two gradients apart."""
-        return bool(self.held) and (self._mixture is not None or compares_gradients(self.craft))
+        return bool(self.held) and compares_gradients(self.craft)
+
+    def gradient_pair(self, module: nn.Module) -> GradientPair:
+        """Memory for the gradients of a module's trainable weights, as the constraints need it."""
+        return GradientPair(
+            module.named_parameters(),
+            with_retention=self.compares_gradients,
+            short_retention=self.craft.retention_grad_dtype == "bfloat16",
+            sharded=module if isinstance(module, FSDPModule) else None,
+        )
 
     def check_untouched(self) -> None:
         """Check that the untouched student reproduces the cache, where training is held to it.
@@ -141,7 +151,7 @@ class Constraints:
         craft, mode = self.craft, self.held[0].mode
         surgery = "projection off"
         if craft.use_grad_projection:
-            surgery = f"projection {craft.projection_gate} below cosine {craft.conflict_threshold:g}"
+            surgery = f"projection {craft.projection_gate} below {craft.conflict_measure} {craft.conflict_threshold:g}"
         trained, held_out = (sum(len(getattr(c, rows)) for c in self.held) for rows in ("train_rows", "heldout_rows"))
         budget = f"{len(self.held)} skills" if self._mixture is not None else self.held[0].budget()
         lines = [
@@ -273,12 +283,12 @@ class Constraints:
             task, anchors: this worker's micro-batches on its device.
         """
         states = self._states()
-        gradients.backward(TASK, task_loss, task, self._workers)
         if self._mixture is None:
             gradients.backward(RETENTION, self.held[0].mode.loss, anchors, self._workers)
         else:
             shares = part_of_sum(states.multiplier)
             gradients.backward_parts(RETENTION, self._mixture.sums, anchors, shares, self._workers)
+        gradients.backward(TASK, task_loss, task, self._workers)
         gram = gradients.gram()
         return float(merged_norm(gram, 1.0, states.multiplier.sum()) / gram.task_sq.sqrt())
 

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,10 @@ def read_records(path: StoragePath) -> list[Record]:
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:
-    """Versions, commit and hardware. Of the environment variables only thread counts: others may hold secrets."""
+    """Time, versions, commit and hardware. Of the environment variables only thread counts: others may hold secrets."""
     return {
         "command": list(command),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": _commit(),

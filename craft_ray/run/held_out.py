@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from craft_ray.config import EvalSet, EvaluationConfig, Experiment, RolloutEvalSet, ValidationConfig, scores_of
+from craft_ray.config import EvalSet, EvaluationConfig, Experiment, SampleEvalSet, ValidationConfig, scores_of
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
@@ -16,6 +16,7 @@ from craft_ray.models.fingerprint import json_fingerprint
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.kept import Certificate, agreement, kept_bounds
 from craft_ray.run.metrics import Record
+from craft_ray.run.pace import Pace, Report, unreported
 from craft_ray.run.rows import Rows
 from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, ratio
 from craft_ray.storage.files import write_atomically
@@ -52,6 +53,7 @@ class HeldOut:
     Args:
         teacher_weights: hash of the untouched student's weights; None in a resumed run, which no longer
             has the teacher.
+        report: receives how far a score that takes long is.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class HeldOut:
         folder: RunFolder,
         workers: Workers,
         features: FeatureCache,
+        report: Report = unreported,
     ) -> None:
+        self._report = report if workers.rank == 0 else unreported
         self._config = config
         self._model = model
         self._teacher_weights = teacher_weights
@@ -178,7 +182,7 @@ class HeldOut:
         """Section, skill and data of each set of held-out samples."""
         for section in SECTIONS:
             for skill, eval_set in eval_sets(self._config, section):
-                if not isinstance(eval_set, RolloutEvalSet):
+                if isinstance(eval_set, SampleEvalSet):
                     yield section, skill, self.data(section, skill, eval_set)
 
     def rows(self) -> Iterator[Rows]:
@@ -186,7 +190,7 @@ class HeldOut:
         for section in SECTIONS:
             for skill, eval_set in eval_sets(self._config, section):
                 data = self.data(section, skill, eval_set)
-                if not isinstance(eval_set, RolloutEvalSet):
+                if isinstance(eval_set, SampleEvalSet):
                     how = [eval_set.metric, self._model.preprocessor_fingerprint()]
                     content = data.of.fingerprint if self._main else ""
                     key = f"{key_of(self._config, section, skill)}.data"
@@ -196,6 +200,8 @@ class HeldOut:
         data = self.data(section, skill, eval_set)
         teacher = self._teacher_weights or self._teacher_of_resumed_run()
         how = [self._model.preprocessor_fingerprint(), self._config.train.precision]
+        if data.judge is not None and data.judge.identity:
+            how.append(data.judge.identity)
         key = json_fingerprint([teacher, data.of.fingerprint, eval_set.decisive, how])
         own = self._own_teacher_score(section, skill)
         shared = self._folder.shared / f".teacher-score-{key[:16]}.json"
@@ -214,7 +220,7 @@ class HeldOut:
                 f"{own} is missing, and a resumed run has no teacher to score: restore the file, or start a new run"
             )
         else:
-            score = evaluate(data, self._workers)
+            score = self._scored(data, f"scoring the teacher on {key_of(self._config, section, skill)}")
         if self._main:
             for path in (own, shared):
                 if str(path) not in known:
@@ -224,9 +230,12 @@ class HeldOut:
         return score
 
     def _student_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
-        score = evaluate(self.data(section, skill, eval_set), self._workers)
-        self._after[section, skill] = score
+        data = self.data(section, skill, eval_set)
+        score = self._after[section, skill] = self._scored(data, f"scoring on {key_of(self._config, section, skill)}")
         return score
+
+    def _scored(self, data: EvalData, what: str) -> Score:
+        return evaluate(data, self._workers, Pace(what, len(data.of), self._report))
 
     def _own_teacher_score(self, section: str, skill: str) -> Path:
         """The score that this run started with; a run can be moved and still be resumed."""

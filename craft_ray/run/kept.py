@@ -6,8 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from craft_ray.run.scoring import Score
-from craft_ray.statistics import paired_change_bounds, rate_upper_bound, ratio_of_sums_bounds
+from craft_ray.run.scoring import GRADED, Score, outcome
+from craft_ray.statistics import (
+    paired_change_bounds,
+    paired_mean_change_bounds,
+    rate_upper_bound,
+    ratio_of_sums_bounds,
+)
 
 CONFIDENCE = 0.95
 """Of the one-sided bounds that a certificate states."""
@@ -30,6 +35,9 @@ def kept_bounds(before: Score, after: Score, confidence: float = CONFIDENCE) -> 
         gains = [new["hits"] - old["hits"] for old, new in pairs]
         low, high = ratio_of_sums_bounds(gains, [new["tokens"] for _, new in pairs], confidence)
         return max(0.0, 1 + low / before.value), 1 + high / before.value
+    if before.metric in GRADED:
+        low, high = paired_mean_change_bounds([outcome(new) - outcome(old) for old, new in pairs], confidence)
+        return max(0.0, 1 + low / before.value), 1 + high / before.value
     lost = sum(old["correct"] and not new["correct"] for old, new in pairs)
     gained = sum(new["correct"] and not old["correct"] for old, new in pairs)
     low, high = paired_change_bounds(lost, gained, len(pairs), confidence)
@@ -38,8 +46,8 @@ def kept_bounds(before: Score, after: Score, confidence: float = CONFIDENCE) -> 
 
 def agreement(before: Score, after: Score) -> dict[str, Any] | None:
     """A bound that needs no labels: the student's accuracy is at least the teacher's minus P(their answers differ), and
-    Clopper and Pearson bound that probability. None for scores that are not of answers."""
-    if before.metric not in ("exact_match", "choice"):
+    Clopper and Pearson bound that probability. None for scores of answers that are not right or wrong."""
+    if before.metric not in ("exact_match", "choice", "contains", "numeric", "regex"):
         return None
     pairs = zip(before.records, after.records, strict=True)
     differing = sum(old["prediction"] != new["prediction"] for old, new in pairs)

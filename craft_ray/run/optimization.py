@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from torch.optim import AdamW, Optimizer
 
 from craft_ray.config import TrainConfig
 from craft_ray.errors import ConfigError
+from craft_ray.extras import install, missing
 from craft_ray.models.base import Model
 from craft_ray.models.capabilities import PresetModel
+from craft_ray.models.compiling import require_compiler
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,10 @@ class Optimization:
         """Set the learning rates of a step (from 0), and return the first, which is logged."""
         rates = self.rates(step)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+            if isinstance(group["lr"], torch.Tensor):  # a compiled optimiser would compile again for a new number
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         return rates[0]
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,10 +71,25 @@ def make_optimization(model: Model, parameters: Sequence[torch.Tensor], config: 
         optimised = {id(p) for group in preset.optimizer.param_groups for p in group["params"]}
         assert optimised == {id(p) for p in parameters}, "the preset leaves parameters out"
         return Optimization(preset.optimizer, preset.rates, preset.max_norm, preset.described)
-    optimizer = AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    optimizer = (
+        _adamw_8bit(parameters, settings)
+        if config.optimizer == "adamw_8bit"
+        else AdamW(parameters, **settings, fused=True)
     )
     return Optimization(optimizer, lambda step: [learning_rate(step, config)], config.max_grad_norm, None)
+
+
+def _adamw_8bit(parameters: Sequence[torch.Tensor], settings: dict[str, Any]) -> Optimizer:
+    """AdamW with moments in 8 bits (Dettmers et al., arXiv 2110.02861), by torchao, which compiles its update."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of kernels for other machines
+    if reason := missing("torchao"):
+        raise ConfigError(f"train.optimizer is adamw_8bit, but {reason}: {install('8bit')}")
+    require_compiler("train.optimizer is adamw_8bit", parameters[0].device)
+    from torchao.optim import AdamW8bit
+
+    optimizer: Optimizer = AdamW8bit(parameters, **settings)
+    return optimizer
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

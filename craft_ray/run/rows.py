@@ -28,12 +28,11 @@ from craft_ray.errors import DataError
 from craft_ray.models.base import Model
 from craft_ray.models.capabilities import token_model
 from craft_ray.models.fingerprint import json_fingerprint
+from craft_ray.run.pace import Pace, Report, unreported
 from craft_ray.storage.files import write_atomically
 from craft_ray.storage.node_cache import node_cache
 from craft_ray.workers import Workers
 
-SAY_S = 2.0
-"""Time between two reports of a check that takes long."""
 MOST_THREADS = 8
 EXAMPLES = 3
 GOLDEN = 0.6180339887498949
@@ -101,12 +100,8 @@ class _Found:
             self.first = (row, message)
 
 
-Report = Callable[[str, int, int, float], None]
-"""Receives what `Observer.checking` does."""
-
-
 def check_rows(
-    rows: Rows, minutes: float, workers: Workers, say: Callable[[str], None], report: Report = lambda *_: None
+    rows: Rows, minutes: float, workers: Workers, say: Callable[[str], None], report: Report = unreported
 ) -> None:
     """Prepare every row once; the workers share them.
 
@@ -146,22 +141,17 @@ def _check_share(rows: Rows, before: int, minutes: float, workers: Workers, repo
     """Check this worker's rows, in an order that is spread over the whole source."""
     found, stride = _Found(), _stride(rows.count)
     threads = max(1, min(MOST_THREADS, _processors() // workers.world_size)) if rows.threaded else 1
-    started = said = time.monotonic()
+    started = time.monotonic()
+    pace = Pace(f"checking the rows of {rows.key}", rows.count, report if workers.rank == 0 else unreported, before)
 
     def taken(row: int, prepared: Callable[[], object]) -> None:
-        nonlocal said
         interruption.check()
         try:
             prepared()
         except DataError as error:
             found.add(row, error.message)
         found.checked += 1
-        now = time.monotonic()
-        if workers.rank == 0 and now - said > SAY_S:
-            said = now
-            done = found.checked * workers.world_size
-            left_s = (now - started) / done * (rows.count - before - done)
-            report(rows.key, min(before + done, rows.count), rows.count, max(left_s, 1.0))
+        pace.reached(before + found.checked * workers.world_size)
 
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque[tuple[int, Future[object]]] = deque()
@@ -179,8 +169,7 @@ def _check_share(rows: Rows, before: int, minutes: float, workers: Workers, repo
                 taken(row, future.result)
         for row, future in ahead:
             taken(row, future.result)
-    if said != started:
-        report(rows.key, before + found.checked * workers.world_size, rows.count, 0.0)
+    pace.end()
     return found
 
 

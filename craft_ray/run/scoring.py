@@ -1,5 +1,5 @@
-"""Scores on held-out data: exact match of the greedy answer, choice by likelihood, perplexity of the response and
-accuracy of its tokens, and a policy's success in a simulator."""
+"""Scores on held-out data: greedy answers compared with the response, choice by likelihood, perplexity of the response
+and accuracy of its tokens, tasks of a harness, and a policy's success in a simulator."""
 
 from __future__ import annotations
 
@@ -7,25 +7,34 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 
 from craft_ray import interruption
-from craft_ray.config import EvalSet, RolloutEvalSet, SampleEvalSet, TaskConfig
+from craft_ray.config import EvalSet, HarnessEvalSet, PlainEvalSet, RolloutEvalSet, SampleEvalSet, TaskConfig
 from craft_ray.data.cells import shown
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.extras import require_lerobot
-from craft_ray.models.base import IGNORE, Features, Model, evaluating
+from craft_ray.models.base import Features, Model, evaluating
 from craft_ray.models.capabilities import token_model
 from craft_ray.models.features import FeatureCache
+from craft_ray.run.harness import HarnessTasks
+from craft_ray.run.judges import judge_of
+from craft_ray.run.likelihood import likelihoods, passes
+from craft_ray.run.pace import Pace
 from craft_ray.workers import Workers
 
-HIGHER_IS_BETTER = {"exact_match": True, "choice": True, "perplexity": False, "token_accuracy": True, "success": True}
+HIGHER_IS_BETTER = {
+    "exact_match": True, "contains": True, "numeric": True, "regex": True, "rouge_l": True, "function": True,
+    "choice": True, "perplexity": False, "token_accuracy": True, "lm_eval": True, "success": True,
+}  # fmt: skip
 OF_TEXT = ("perplexity", "token_accuracy")
 """Metrics of a text as a whole, whose samples are neither right nor wrong."""
+GRADED = ("rouge_l", "function", "lm_eval")
+"""Metrics that give each sample a score from 0 to 1, where others say whether it is right."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,16 @@ class Score:
     value: float
     samples: int
     records: list[dict[str, Any]]
-    """One for each sample: its id and outcome, and for answers the prediction. For an episode: `correct`, `steps`, and
-    for the first ones `film`, a PNG in base64."""
+    """One for each sample: its id, for answers the prediction, and its outcome: `correct`, `score`, or of a text `nll`,
+    `tokens` and `hits`. For an episode also `steps`, and for the first ones `film`, a PNG in base64."""
     details: dict[str, float] = field(default_factory=dict)
     """Further means over the samples. For choices: `margin`, the log-likelihood of the right choice minus that of the
-    best wrong one, in nats."""
+    best wrong one, in nats. For several tasks of a harness: the score of each."""
+
+
+def outcome(record: dict[str, Any]) -> float:
+    """How right a sample is, from 0 to 1; not of a text."""
+    return float(record["score"] if "score" in record else record["correct"])
 
 
 def ratio(metric: str, score: float, reference: float) -> float | None:
@@ -73,12 +87,14 @@ class Episodes(Protocol):
         ...
 
 
-def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes:
-    """The samples or episodes that a model is scored on.
+def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes | HarnessTasks:
+    """The samples, tasks or episodes that a model is scored on.
 
     Raises:
-        ConfigError: the metric needs a column that the config does not name.
+        ConfigError: the metric needs a column that the config does not name, or a task that there is not.
     """
+    if isinstance(eval_set, HarnessEvalSet):
+        return HarnessTasks(eval_set.harness, f"{key}.harness")
     if isinstance(eval_set, RolloutEvalSet):
         require_lerobot(f"{key} rolls out a policy")
         from craft_ray.lerobot.rollout import Rollouts
@@ -93,6 +109,7 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes:
     if not source.has_responses or (eval_set.metric == "choice" and not source.has_choices):
         needed = "choices" if source.has_responses else "response"
         raise ConfigError(f"{key}.metric is {eval_set.metric}, but {key}.data.columns.{needed} names no column")
+    judge_of(eval_set, key)  # a function that is missing is told before anything starts
     return source
 
 
@@ -106,7 +123,11 @@ class EvalData:
     """An evaluation set as a model reads it. Preprocessed samples are kept: a run may be scored on them often."""
 
     def __init__(
-        self, model: Model, source: Source | Episodes, eval_set: EvalSet, features: FeatureCache | None = None
+        self,
+        model: Model,
+        source: Source | Episodes | HarnessTasks,
+        eval_set: EvalSet,
+        features: FeatureCache | None = None,
     ) -> None:
         """
         Args:
@@ -118,18 +139,26 @@ class EvalData:
         self.model = model
         self.of = source
         self.eval_set = eval_set
-        if isinstance(eval_set, RolloutEvalSet):
-            self.episodes.check(model)
-        else:
+        identity: tuple[str, ...] = ()
+        if isinstance(eval_set, SampleEvalSet):
             model.check_source(self.source)
-        identity = () if isinstance(eval_set, RolloutEvalSet) else source_identity(eval_set.data, model)
+            identity = source_identity(eval_set.data, model)
+        else:
+            cast("Episodes | HarnessTasks", source).check(model)
         self._features = (features or FeatureCache()).source(self._make, *identity)
+        self.judge = judge_of(eval_set, "the held-out set")
 
     @property
     def source(self) -> Source:
-        """The samples of every metric but success."""
-        assert not isinstance(self.eval_set, RolloutEvalSet)
+        """The samples of every metric but lm_eval and success."""
+        assert isinstance(self.eval_set, SampleEvalSet)
         return cast("Source", self.of)
+
+    @property
+    def harness(self) -> HarnessTasks:
+        """The tasks of metric lm_eval."""
+        assert isinstance(self.of, HarnessTasks)
+        return self.of
 
     @property
     def episodes(self) -> Episodes:
@@ -163,6 +192,8 @@ class EvalData:
                 self.question(row)
         else:
             self.question(row)
+            if self.judge is not None:
+                self.judge.check(self.source[row])
 
     def _make(self, key: tuple[int, str | None]) -> Features:
         row, response = key
@@ -174,19 +205,28 @@ class EvalData:
 
 
 @torch.no_grad()
-def evaluate(data: EvalData, workers: Workers) -> Score:
-    """Score a model; each worker takes its share of the samples, and all workers get the result."""
+def evaluate(data: EvalData, workers: Workers, pace: Pace | None = None) -> Score:
+    """Score a model; each worker takes its share of the samples, and all workers get the result.
+
+    Args:
+        pace: reports how many samples are scored.
+    """
     model, eval_set = data.model, data.eval_set
     mine = list(range(workers.rank, len(data.of), workers.world_size))
     own = len(mine)
     if model.sharded:  # every worker makes the same passes: one without a last row repeats the data's last
         mine += [len(data.of) - 1] * (-(-len(data.of) // workers.world_size) - own)
-    score = {"exact_match": _exact_match, "choice": _choice, "success": _success}.get(eval_set.metric, _text)
+    special = {"choice": _choice, "success": _success, "lm_eval": _harness, **dict.fromkeys(OF_TEXT, _text)}
+    score = special.get(eval_set.metric, _answers)
     records = []
     with evaluating(model.module):
         for start in range(0, len(mine), eval_set.batch_size):
             interruption.check()
             records += score(data, mine[start : start + eval_set.batch_size], workers)
+            if pace is not None:
+                pace.reached(len(records) * workers.world_size)
+    if pace is not None:
+        pace.end()
     shares = workers.gather(records[:own])
     everyone = [shares[i % workers.world_size][i // workers.world_size] for i in range(len(data.of))]
     if eval_set.metric in OF_TEXT:
@@ -200,39 +240,41 @@ def evaluate(data: EvalData, workers: Workers) -> Score:
         else:
             value = sum(record["hits"] for record in everyone) / tokens
     else:
-        value = sum(record["correct"] for record in everyone) / len(everyone)
-    details = {}
+        value = math.fsum(map(outcome, everyone)) / len(everyone)
+    details: dict[str, float] = {}
     if eval_set.metric == "choice":
         details["margin"] = math.fsum(record["margin"] for record in everyone) / len(everyone)
+    if isinstance(eval_set, HarnessEvalSet):
+        details |= data.harness.means(everyone)
     return Score(eval_set.metric, value, len(everyone), everyone, details)
 
 
-def _exact_match(data: EvalData, rows: Sequence[int], _: Workers) -> list[dict[str, Any]]:
+def _answers(data: EvalData, rows: Sequence[int], _: Workers) -> list[dict[str, Any]]:
     assert isinstance(data.eval_set, SampleEvalSet)
     model = token_model(data.model)
     answers = model.generate([data.question(row) for row in rows], data.eval_set.max_new_tokens)
     records = []
     for row, tokens in zip(rows, answers, strict=True):
-        sample = data.source[row]
-        own = model.response_tokens(sample)
-        correct = model.answer_text(tokens, own) == model.answer_text(own, own)
-        records.append(_record(sample, model.decode(tokens).strip(), sample.answer().strip(), correct))
+        sample, reply = data.source[row], model.decode(tokens).strip()
+        if data.judge is not None:
+            found = data.judge(reply, sample)
+        else:
+            own = model.response_tokens(sample)
+            found = model.answer_text(tokens, own) == model.answer_text(own, own)
+        records.append(_record(sample, reply, sample.answer().strip(), found))
     return records
 
 
 def _choice(data: EvalData, rows: Sequence[int], workers: Workers) -> list[dict[str, Any]]:
-    """The choices of all samples fill the forward passes together; those of similar length share a pass, because
-    padding is computed, too."""
+    """The choices of all samples fill the forward passes together."""
     samples = [data.source[row] for row in rows]
     asked = [
         data.answered(row, choice) for row, sample in zip(rows, samples, strict=True) for choice in _choices(sample)
     ]
-    order = sorted(range(len(asked)), key=lambda index: (asked[index].layout.length, index))
-    size, found = data.eval_set.batch_size, [math.nan] * len(asked)
-    most = max(workers.gather(len(order))) if data.model.sharded else len(order)  # samples differ in their choices
-    for start in range(0, most, size):
-        indices = order[start : start + size] or order[:1]
-        for index, one in zip(indices, _likelihoods(data.model, [asked[index] for index in indices]), strict=True):
+    found = [math.nan] * len(asked)
+    for indices in passes(data.model, asked, data.eval_set.batch_size, workers):
+        chosen = [asked[index] for index in indices] or asked[:1]
+        for index, one in zip(indices, likelihoods(data.model, chosen), strict=False):
             found[index] = one.total
     totals, records = iter(found), []
     for sample in samples:
@@ -268,7 +310,7 @@ def _choices(sample: Sample) -> tuple[str, ...]:
 
 
 def _text(data: EvalData, rows: Sequence[int], workers: Workers) -> list[dict[str, Any]]:
-    found = _likelihoods(data.model, [data.answered(row) for row in rows])
+    found = likelihoods(data.model, [data.answered(row) for row in rows])
     records: list[dict[str, Any]] = [
         {"id": data.source[row].id, "nll": -one.total, "tokens": one.tokens, "hits": one.hits}
         for row, one in zip(rows, found, strict=True)
@@ -287,7 +329,7 @@ def _text(data: EvalData, rows: Sequence[int], workers: Workers) -> list[dict[st
 
 
 def _replies(eval_set: EvalSet) -> int:
-    return eval_set.replies if isinstance(eval_set, SampleEvalSet) else 0
+    return eval_set.replies if isinstance(eval_set, PlainEvalSet) else 0
 
 
 def _perplexity_of(nats: float, name: str) -> float:
@@ -308,32 +350,19 @@ def _perplexity_of(nats: float, name: str) -> float:
     return value
 
 
+def _harness(data: EvalData, rows: Sequence[int], workers: Workers) -> list[dict[str, Any]]:
+    return data.harness.run(data.model, rows, data.eval_set.batch_size, workers)
+
+
 def _success(data: EvalData, rows: Sequence[int], _: Workers) -> list[dict[str, Any]]:
     return data.episodes.run(data.model, rows)
 
 
-class _Likelihood(NamedTuple):
-    """Of a suffix: its log-likelihood in nats, its tokens, and how many of them are the most likely one where they
-    stand."""
-
-    total: float
-    tokens: int
-    hits: int
-
-
-def _likelihoods(model: Model, features: Sequence[Features]) -> list[_Likelihood]:
-    batch = model.collate(features).to(model.device)
-    log_probs, best = token_model(model).token_log_probs(batch)
-    predicted = batch.targets_BP != IGNORE
-    columns = (log_probs.double().sum(1), predicted.sum(1), (best & predicted).sum(1))
-    return [_Likelihood(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-
-
-def _record(sample: Sample, prediction: str, response: str, correct: bool) -> dict[str, Any]:
+def _record(sample: Sample, prediction: str, response: str, found: bool | float) -> dict[str, Any]:
     return {
         "id": sample.id,
         "prompt": sample.prompt,
         "response": response,
         "prediction": prediction,
-        "correct": correct,
+        "correct" if isinstance(found, bool) else "score": found,
     }

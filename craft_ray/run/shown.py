@@ -25,7 +25,7 @@ def shown_samples(model: Model, task: TaskData, constraints: Sequence[Constraint
     if not isinstance(model, TokenModel):
         return
     features = model.preprocess_task(task.source[0])
-    yield _line("task", task.source.ids()[0], "learnt", model, features)
+    yield _line("task", task.source[0].id, "learnt", model, features)
     for constraint in constraints:
         if not isinstance(constraint.mode, SampleMode):
             continue  # it holds the weights, and reads no anchors

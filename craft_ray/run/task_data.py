@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from craft_ray.config import Experiment
+from craft_ray.data.streaming import StreamedSource
 from craft_ray.data.task import open_task, sampler_of
 from craft_ray.errors import ConfigError
 from craft_ray.models.base import Batch, Features, Model
@@ -42,6 +43,9 @@ class TaskData:
         teacher: Callable[[], Model],
     ) -> None:
         self.source = open_task(config.task)
+        self._streamed = isinstance(self.source, StreamedSource)
+        if isinstance(self.source, StreamedSource):
+            self.source = self.source.in_order_of(config.seed, TASK_STREAM)
         model.check_source(self.source)
         if not self.source.has_responses:
             raise ConfigError("task.columns.response names no column: fine-tuning needs responses")
@@ -49,15 +53,30 @@ class TaskData:
         self._workers = workers
         self._accumulate = config.train.accumulate
         self._sampler = sampler_of(config.task, self.source, config.train.batch_size, config.seed, TASK_STREAM)
-        self._features = features.source(self._preprocess, *source_identity(config.task, model))
+        # A row of a stream does not come again before all others: it is not kept.
+        kept = features.source(self._preprocess, *source_identity(config.task, model))
+        self._features = self._preprocess if self._streamed else kept
+        self._seed = config.seed
         self.mask: TokenMask | None = None
         threshold = config.train.mask_loss_above
+        if threshold is not None and self._streamed:
+            raise ConfigError(
+                f"train.mask_loss_above {threshold:g} needs the teacher's loss on every sample before training, and "
+                f"task.streaming reads them as training goes: leave out one of the two"
+            )
         if threshold is not None:
             size = config.train.batch_size
             self.mask = TokenMask(teacher(), self._features, len(self.source), threshold, size, workers)
 
-    def __len__(self) -> int:
-        return len(self.source)
+    @property
+    def count(self) -> int | None:
+        """How many samples there are; None of a stream."""
+        return None if self._streamed else len(self.source)
+
+    @property
+    def size(self) -> str:
+        """How many samples there are, in words."""
+        return "a stream of samples" if self.count is None else f"{self.count} samples"
 
     def batches(self, step: int) -> list[Batch]:
         """This worker's micro-batches of a step (from 0), on the host."""
@@ -66,16 +85,25 @@ class TaskData:
 
     def described(self) -> list[str]:
         """What there is to tell about the samples before a run."""
-        lines = [self.boundary_merges(), None if self.mask is None else self.mask.described()]
+        streamed = (
+            f"the new skill is a stream: its first {self._rows} samples in the order of the seed are checked before "
+            f"the first step, and a resumed run reads again what comes before its step"
+        )
+        lines = [
+            streamed if self._streamed else None,
+            self.boundary_merges(),
+            None if self.mask is None else self.mask.described(),
+        ]
         return [line for line in lines if line is not None]
 
     def boundary_merges(self) -> str | None:
         """Where prompt and response are tokenised apart, although together they would have other tokens: a line to
         tell; None where it happens nowhere."""
-        model, count = self._model, min(BOUNDARIES, len(self.source))
+        model, rows = self._model, self._rows
+        count = min(BOUNDARIES, rows)
         if not isinstance(model, TokenModel) or self.source.features is not None:  # a frame has no text to merge
             return None
-        samples = [self.source[i * len(self.source) // count] for i in range(count)]
+        samples = [self.source[i * rows // count] for i in range(count)]
         merged = [sample for sample in samples if sample.response is not None and model.boundary_merges(sample)]
         if not merged:
             return None
@@ -87,9 +115,16 @@ class TaskData:
 
     def rows(self) -> Rows:
         """Every row, to be checked before the first step."""
-        how = ["task", self._model.preprocessor_fingerprint()]
+        how: list[object] = ["task", self._model.preprocessor_fingerprint()]
+        if self._streamed:
+            how.append(self._seed)  # decides which rows come first
         content = self.source.fingerprint if self._workers.rank == 0 else ""
-        return Rows("task", len(self.source), content, self._features, how, self._model.threaded)
+        return Rows("task", self._rows, content, self._features, how, self._model.threaded)
+
+    @property
+    def _rows(self) -> int:
+        """How many samples can be asked for in any order."""
+        return self.source.checkable() if isinstance(self.source, StreamedSource) else len(self.source)
 
     def _sample(self, row: int) -> Features:
         return self._features(row) if self.mask is None else self.mask(row, self._features(row))

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from craft_ray import interruption
 from craft_ray.config import Experiment
 from craft_ray.data.prefetch import prefetch
-from craft_ray.method.gradients import GradientPair
 from craft_ray.models import load_model, teacher_of
 from craft_ray.models.adapters import attach
 from craft_ray.models.base import Batch, Model
@@ -118,12 +116,9 @@ class Run:
         self.task = TaskData(config, self.model, workers, features, teacher)
         if self.main:
             check_same(folder, config, self.task.source.fingerprint)
-        self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features)
+        self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features, observer.progress)
         self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
-        apart = self.constraints.compares_gradients
-        module = self.model.module
-        sharded = module if isinstance(module, FSDPModule) else None
-        self.gradients = GradientPair(module.named_parameters(), with_retention=apart, sharded=sharded)
+        self.gradients = self.constraints.gradient_pair(self.model.module)
         self.optimization = make_optimization(self.model, self.gradients.parameters, config.train)
         self.optimizer = self.optimization.optimizer
         self.checkpoints = CheckpointWriter(config, folder, workers, observer, self.best)
@@ -143,7 +138,7 @@ class Run:
     def _announce(self) -> None:
         count = sum(p.numel() for p in self.gradients.parameters)
         self.observer.note(
-            f"{count / 1e6:.2f} M trainable parameters, {len(self.task)} samples of the new skill, "
+            f"{count / 1e6:.2f} M trainable parameters, {self.task.size} of the new skill, "
             f"{self.workers.world_size} worker(s) on {self.workers.device}"
         )
         first = [] if self.optimization.described is None else [self.optimization.described]
@@ -269,7 +264,7 @@ class Run:
         if self.best.step not in (None, trained):
             self._return_to(self.best.step)
         result: dict[str, Any] = {"name": config.name, "arm": config.arm, "seed": config.seed, "steps": self.step}
-        result |= self.best.described(trained)
+        result |= {"task_samples": self.task.count} | self.best.described(trained)
         result |= self.held_out.evaluation()
         result |= judged(self.constraints.certificates(self.step), self.held_out.certificates(), result)
         result["stationarity"] = self._stationarity()
@@ -296,4 +291,4 @@ def check_every_row(run: Run) -> None:
         DataError: a row cannot be used.
     """
     for rows in [run.task.rows(), *run.held_out.rows()]:
-        check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note, run.observer.checking)
+        check_rows(rows, run.config.train.check_minutes, run.workers, run.observer.note, run.observer.progress)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from craft_ray.report.svg import INK, inline_svg, new_figure
+from craft_ray.report.svg import INK, inline_svg, label_log_axis, new_figure
 from craft_ray.report.thin import Curve, curve
 from craft_ray.run.metrics import Record
 from craft_ray.sweep.plots import BEST, DASHED, WITHIN, format_axis, legend, style_of, title_of
@@ -107,7 +107,7 @@ def _retention_plot(result: SweepResult, each: RetentionCurve, limits: tuple[flo
         axes.set_yscale("log")
         axes.set_ylim(*limits)
         axes.set_xlim(0, last * 1.02)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        label_log_axis(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("step")
         number = each.trial.number

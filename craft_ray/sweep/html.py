@@ -57,7 +57,7 @@ def write_sweep_report(result: SweepResult, folder: SweepFolder, command: str) -
         headline=wording.headline(result),
         settings=_settings(result),
         facts=_facts(result),
-        **_plots(result),
+        **plots(result),
         **_table(result),
         **_reproduction(result, folder, command),
     )
@@ -111,7 +111,8 @@ def _facts(result: SweepResult) -> list[tuple[str, str]]:
     return facts
 
 
-def _plots(result: SweepResult) -> dict[str, Any]:
+def plots(result: SweepResult) -> dict[str, Any]:
+    """The figures, and what their captions need."""
     metrics = wording.metrics_of(result.plan.config)
     found = importance(result, [metric.key for metric in metrics])
     curves = retention_curves(result)

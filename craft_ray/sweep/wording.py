@@ -18,9 +18,16 @@ from craft_ray.sweep.trials import Report
 
 PROSE = {
     "exact_match": "exact match",
+    "contains": "contained answers",
+    "numeric": "correct numbers",
+    "regex": "patterns found",
+    "rouge_l": "ROUGE-L",
+    "function": "the own metric",
     "choice": "correct choices",
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
+    "lm_eval": "harness tasks",
+    "success": "success rate",
 }
 HELDOUT = {
     "heldout/retention_loss": "retention loss on held-out anchors",

@@ -9,6 +9,7 @@ from craft_ray.errors import ConfigError
 from craft_ray.storage.paths import StoragePath
 from craft_ray.tracking.mlflow import MlflowTracker
 from craft_ray.tracking.tracker import Tracker
+from craft_ray.tracking.trackio import TrackioTracker
 from craft_ray.tracking.wandb import WandbTracker
 
 
@@ -31,4 +32,6 @@ def open_trackers(config: TrackingConfig, folder: StoragePath) -> list[Tracker]:
                 f"choose an output folder on a disk or a mount, or track with MLflow"
             )
         trackers.append(WandbTracker(config.wandb, config.project, folder))
+    if config.trackio != "off":
+        trackers.append(TrackioTracker(config.project))
     return trackers

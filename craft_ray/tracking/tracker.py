@@ -54,13 +54,13 @@ class Tracker(Protocol):
     ) -> TrackedRun:
         """Start a new run, below `parent` where one is given; or continue the run `id`.
 
-        A continued run of MLflow keeps its parameters; further ones are added. Steps that a lost process logged after
-        its last checkpoint appear twice.
+        A continued run of MLflow or trackio keeps its parameters; further ones are added. Steps that a lost
+        process logged after its last checkpoint appear twice.
 
         Args:
             params: sections become dotted keys; passwords in addresses are removed.
 
         Raises:
-            ConfigError: MLflow has no run `id`. (Weights & Biases starts one with that id.)
+            ConfigError: MLflow or trackio has no run `id`. (Weights & Biases starts one with that id.)
             StorageError: the tracker does not accept it.
         """

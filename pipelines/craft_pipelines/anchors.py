@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from craft_pipelines.console import RowsProgress, bars
+from craft_pipelines.build_progress import BuildProgress, Telling, heard
+from craft_pipelines.console import screen
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.ray_metrics import BuildMetrics
 from craft_pipelines.session import check_resources, join
@@ -100,13 +102,14 @@ def build(config: Experiment, say: Any = print) -> Built:
 def preview(config: Experiment, say: Any = print) -> None:
     """Say what a build would store and how large it would be. Nothing is written."""
     anchors, folder = anchors_section(config)
-    model, source = _opened(config, anchors)
+    model, source = _opened(config, anchors, say)
     identity = identity_of(config, model, source)
     _announce(say, identity, estimate(model, source, identity.schema, anchors), folder)
 
 
-def _opened(config: Experiment, anchors: AnchorsConfig) -> tuple[Model, Source]:
+def _opened(config: Experiment, anchors: AnchorsConfig, say: Any) -> tuple[Model, Source]:
     """The teacher and the anchors, which it can read."""
+    say(f"loading the teacher {config.model.path}")
     model = load_model(config.model, config.train.precision)
     source = open_anchor_source(anchors, config.skills)
     model.check_source(source)
@@ -114,7 +117,7 @@ def _opened(config: Experiment, anchors: AnchorsConfig) -> tuple[Model, Source]:
 
 
 def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say: Any) -> Built:
-    model, source = _opened(config, anchors)
+    model, source = _opened(config, anchors, say)
     ids = source.ids()
     plan = _plan(folder, identity_of(config, model, source), anchors)
     done = finished_shards(folder, plan, ids)
@@ -126,9 +129,9 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
             say(f"anchor cache found in {folder}: {manifest.identity.rows} anchors, no row computed")
             return Built(manifest, 0)
 
-    with bars() as shown:
+    with screen() as shown:
         anchored = anchor_rows(anchors, model, source, plan.identity)
-        check_rows(anchored, config.train.check_minutes, OneWorker(), say, RowsProgress(shown).show)
+        check_rows(anchored, config.train.check_minutes, OneWorker(), say, shown.progress)
     expected = estimate(model, source, plan.identity.schema, anchors)
     _announce(say, plan.identity, expected, folder)
     if done:
@@ -139,10 +142,13 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
     clear_leftovers(folder / SHARDS)  # of an earlier build
     del model
     work = _in_process if config.workers.num_workers == 0 else _on_ray
-    with BuildMetrics(folder, plan.identity.rows, sum(shard.rows for shard in done.values())) as metrics:
-        for number, (name, rows) in enumerate(work(config, plan, missing), 1):
+    written = sum(shard.rows for shard in done.values())
+    with BuildMetrics(folder, plan.identity.rows, written) as metrics, screen() as shown:
+        progress = BuildProgress(plan.identity.rows, written, shown.progress)
+        for name, rows in work(config, plan, missing, progress):
             metrics.wrote(rows)
-            say(f"  {name}: {rows} anchors ({number} of {len(missing)})")
+            progress.wrote(name, rows)
+        progress.end()
     clear_leftovers(folder / SHARDS)  # of teachers that died in this one
     manifest = finish(folder, plan, ids)
     say(
@@ -214,15 +220,19 @@ def _announce(say: Any, identity: Identity, expected: Estimate, folder: StorageP
     say(f"estimated size {readable_bytes(expected.bytes)} ({expected.bytes} bytes)")
 
 
-def _in_process(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
-    writer = ShardWriter(dump_config(config), plan.model_dump_json())
+def _in_process(
+    config: Experiment, plan: Plan, missing: list[tuple[str, range]], progress: BuildProgress
+) -> Iterator[tuple[str, int]]:
+    writer = ShardWriter(dump_config(config), plan.model_dump_json(), progress.passed)
     for name, rows in missing:
         interruption.check()
         writer.write(name, rows)
         yield name, len(rows)
 
 
-def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) -> Iterator[tuple[str, int]]:
+def _on_ray(
+    config: Experiment, plan: Plan, missing: list[tuple[str, range]], progress: BuildProgress
+) -> Iterator[tuple[str, int]]:
     """Run Ray Data over the missing shards, and again over the rest if a teacher's process or a node was lost."""
     import ray.data
 
@@ -238,14 +248,15 @@ def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) ->
     check_shared(folder, "craft.anchor_cache_dir")
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log is also raised
-    deaths, left = 0, dict(missing)
+    deaths, left, telling = 0, dict(missing), Telling(uuid.uuid4().hex)
     while left:
         try:
-            for row in _dataset(config, plan, left, actors).iter_rows():
-                if row["error"]:
-                    raise CraftError.from_message(row["error"], row["exit_code"])
-                deaths = 0
-                yield row["name"], len(left.pop(row["name"]))
+            with heard(telling.build, progress):
+                for row in _dataset(config, plan, left, actors, telling).iter_rows():
+                    if row["error"]:
+                        raise CraftError.from_message(row["error"], row["exit_code"])
+                    deaths = 0
+                    yield row["name"], len(left.pop(row["name"]))
         except LOST_PROCESS_ERRORS as error:
             deaths += not node_was_lost(error)
             if deaths > MAX_DEATHS:
@@ -259,7 +270,9 @@ def _on_ray(config: Experiment, plan: Plan, missing: list[tuple[str, range]]) ->
     gc.collect()  # Ray ends the teachers' processes once nothing refers to them, and reference cycles do
 
 
-def _dataset(config: Experiment, plan: Plan, shards: dict[str, range], actors: int) -> ray.data.Dataset:
+def _dataset(
+    config: Experiment, plan: Plan, shards: dict[str, range], actors: int, telling: Telling
+) -> ray.data.Dataset:
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
@@ -273,7 +286,7 @@ def _dataset(config: Experiment, plan: Plan, shards: dict[str, range], actors: i
         return dataset.map_batches(
             ShardWriter,
             batch_size=1,
-            fn_constructor_args=(dump_config(config), plan.model_dump_json()),
+            fn_constructor_args=(dump_config(config), plan.model_dump_json(), telling),
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
             num_cpus=anchors.cpus_per_actor,
             num_gpus=anchors.gpus_per_actor or None,
@@ -286,9 +299,13 @@ class ShardWriter:
 
     A user's mistake is returned as a value: as an exception it would arrive wrapped in Ray's text. For the same reason
     the first call loads the model, not the constructor.
+
+    Args:
+        tell: receives a shard's name and how many of its rows the teacher has run on.
     """
 
-    def __init__(self, config: str, plan: str) -> None:
+    def __init__(self, config: str, plan: str, tell: Callable[[str, float], None]) -> None:
+        self.tell = tell
         self.plan = Plan.model_validate_json(plan)
         self.experiment = parse_config(read_yaml(config), "config")
         self.anchors, self.folder = anchors_section(self.experiment)
@@ -304,14 +321,20 @@ class ShardWriter:
                 f"most that"
             )
         device = torch.device("cuda" if wanted else "cpu")
-        model = load_model(self.experiment.model, self.experiment.train.precision, device)
-        return Teacher(model, self.plan.identity.schema, self.anchors)
+        gpus = max(1, int(wanted))
+        model = load_model(self.experiment.model, self.experiment.train.precision, device, gpus=gpus)
+        return Teacher(model, self.plan.identity.schema, self.anchors, self._passed)
 
     @cached_property
     def source(self) -> Source:
         return open_anchor_source(self.anchors, self.experiment.skills)
 
+    def _passed(self, rows: float) -> None:
+        self._rows += rows
+        self.tell(self._name, self._rows)
+
     def write(self, name: str, rows: range) -> None:
+        self._name, self._rows = name, 0.0
         build_shard(self.teacher, self.source, rows, self.folder / SHARDS / name)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:

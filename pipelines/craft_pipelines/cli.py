@@ -8,11 +8,9 @@ one line, never as a traceback.
 
 from __future__ import annotations
 
+import io
 import re
-import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -21,11 +19,12 @@ import typer
 
 from craft_pipelines.configs import config_app, init
 from craft_pipelines.ending import end_interrupted, interruption_in, path_refused
+from craft_pipelines.finished import export, interpolate, merge, price, push, report
 from craft_ray import interruption
 from craft_ray.config import load_config, parse_overrides
 from craft_ray.config.arms import with_arms
 from craft_ray.errors import NOT_MET, ConfigError, CraftError
-from craft_ray.quiet import uncollected
+from craft_ray.quiet import importing
 from craft_ray.storage.paths import storage_path
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -48,6 +47,8 @@ def _print_version(wanted: bool) -> None:
 def main() -> None:
     """Run the command; a known error becomes one line and its exit code."""
     interruption.listen()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log has each line when it is printed
     try:
         app()
     except BaseException as error:
@@ -78,7 +79,7 @@ def anchors_build(
 ) -> None:
     """Run the teacher over the anchors; resumes an interrupted build."""
     experiment = load_config(config, overrides or [])
-    with _importing():
+    with importing():
         from craft_pipelines.anchors import build, preview
 
     (preview if dry_run else build)(experiment)
@@ -105,7 +106,7 @@ def anchors_verify(
     if config is None and (reforward or overrides):
         raise ConfigError("running the model again needs its config: add --config CONFIG")
     experiment = load_config(config, overrides or []) if config else None
-    with _importing():
+    with importing():
         from craft_pipelines.anchors import verify
 
     verify(storage_path(folder), experiment, reforward or 32)
@@ -120,7 +121,7 @@ def anchors_import(
 ) -> None:
     """Convert legacy torch shards into a cache in craft.anchor_cache_dir. Code in them is never run."""
     experiment = load_config(config, overrides or [])
-    with _importing():
+    with importing():
         from craft_pipelines.anchors import import_legacy
 
     import_legacy(legacy, experiment, check)
@@ -141,7 +142,7 @@ def train(
     if resume is None and config is None:
         raise ConfigError("no config given: craft-ray train CONFIG, or craft-ray train --resume RUN")
     experiment = None if config is None else load_config(config, overrides or [])
-    with _importing():
+    with importing():
         from craft_pipelines import train as stage
         from craft_pipelines.dry_run import dry_run as run_dry
 
@@ -179,7 +180,7 @@ def compare(
         if not re.fullmatch(r"\d+(,\d+)*", seeds):
             raise ConfigError(f"--seeds is '{seeds}': give numbers separated by commas, e.g. 0,1,2")
         experiment = experiment.changed({"compare.seeds": seeds.split(",")})
-    with _importing():
+    with importing():
         from craft_pipelines import compare as stage
 
     experiment, left_out = with_arms(experiment, experiment.compare.chosen)
@@ -219,7 +220,7 @@ def sweep(
         experiment = load_config(config, overrides or [])
         experiment = experiment.changed({key: value for key, value in changes.items() if value is not None})
     searched = None if space is None else load_space(space)
-    with _importing():
+    with importing():
         from craft_pipelines.sweep import driver as stage
 
     if resume is not None:
@@ -245,83 +246,18 @@ def evaluate(
 ) -> None:
     """Score the model and its checkpoints side by side on the evaluation data of the config."""
     experiment = load_config(config, overrides or [])
-    with _importing():
+    with importing():
         from craft_pipelines import evaluate as stage
 
     stage.evaluate(experiment, [storage_path(each) for each in checkpoint or []], storage_path(out) if out else None)
 
 
-@app.command("merge")
-def merge(
-    run: Annotated[
-        str,
-        typer.Argument(help="a run with an adapter or a sharded one, or one of its checkpoints", show_default=False),
-    ],
-    out: Annotated[str, typer.Argument(help="a new folder for the whole model", show_default=False)],
-) -> None:
-    """Add a run's adapter to the weights of its teacher, or put a sharded checkpoint together, and save a plain model
-    folder."""
-    with _importing():
-        from craft_pipelines.merge import merge as stage
-
-    stage(storage_path(run).absolute(), storage_path(out).absolute())
-
-
-@app.command("interpolate")
-def interpolate(
-    run: Annotated[str, typer.Argument(help="a finished run, or one of its checkpoints", show_default=False)],
-    out: Annotated[str, typer.Argument(help="a new folder for the model", show_default=False)],
-    alpha: Annotated[
-        float | None, typer.Option(min=0, max=1, help="0 is the teacher, 1 the run [default: the best on validation]")
-    ] = None,
-) -> None:
-    """Mix the weights of a run with its teacher's (WiSE-FT), and save the model."""
-    with _importing():
-        from craft_pipelines.interpolate import interpolate as stage
-
-    stage(storage_path(run).absolute(), storage_path(out).absolute(), alpha)
-
-
-@app.command("report")
-def report(
-    runs: Annotated[list[str], typer.Argument(help="run directories", show_default=False)],
-    out: Annotated[str, typer.Option(help="folder for report.html and result.json")] = ".",
-) -> None:
-    """Write the report of finished runs."""
-    with _importing():
-        from craft_pipelines.outputs import check_kept
-        from craft_ray.report.html import write_report
-        from craft_ray.run.folder import RunFolder, command_line
-
-    target = storage_path(out)
-    check_kept(target, "--out")
-    folders = [RunFolder(storage_path(path).absolute()) for path in runs]
-    for folder in folders:
-        if not folder.path.exists():
-            raise ConfigError(f"there is no run at {folder.path}: give run directories")
-        if folder.finished() is None:
-            raise ConfigError(f"{folder.path} is not a finished run: it has no result.json; continue it with --resume")
-    write_report(folders, target, title=folders[0].config().name, command=shlex.join(command_line()))
-    print(f"report: {target / 'report.html'}")
-
-
-@app.command("price")
-def price(
-    runs: Annotated[list[str], typer.Argument(help="run directories, or sweeps", show_default=False)],
-    keep: Annotated[str, typer.Option(help="comma-separated parts of the old skill")] = "0.9,0.95,0.99",
-) -> None:
-    """Tell from validations what keeping a part of the old skill costs of the new one."""
-    try:
-        targets = [float(part) for part in keep.split(",")]
-    except ValueError:
-        targets = []
-    if not targets or not all(0 < target <= 1 for target in targets):
-        raise ConfigError(f"--keep is '{keep}': give parts of the old skill separated by commas, e.g. 0.9,0.95")
-    with _importing():
-        from craft_ray.report.price import points_of, price_lines, runs_at
-
-    points, metric = points_of(runs_at([storage_path(path).absolute() for path in runs]))
-    print("\n".join(price_lines(points, metric, targets)))
+app.command("merge")(merge)
+app.command("interpolate")(interpolate)
+app.command("report")(report)
+app.command("export")(export)
+app.command("push")(push)
+app.command("price")(price)
 
 
 @app.command("submit", context_settings={"allow_interspersed_args": False})
@@ -368,23 +304,13 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, fewer steps, no sweep")] = False,
 ) -> None:
     """Show on real data what plain fine-tuning forgets and what a budget keeps."""
-    with _importing():
+    with importing():
         from craft_pipelines import demo as stage
 
     if preset not in stage.PRESETS:
         raise ConfigError(f"there is no preset '{preset}': choose {' or '.join(stage.PRESETS)}")
     if not stage.demo(out or Path(f"craft-demo-{preset}"), preset, quick):
         sys.exit(NOT_MET)
-
-
-@contextmanager
-def _importing() -> Iterator[None]:
-    """Wraps the imports of a stage, which take most of the time of a short one."""
-    with uncollected():
-        from craft_ray.quiet import quiet_libraries
-
-        quiet_libraries()
-        yield
 
 
 if __name__ == "__main__":

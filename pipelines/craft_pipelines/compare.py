@@ -16,10 +16,11 @@ import ray
 import torch
 
 from craft_pipelines.anchors import build
-from craft_pipelines.console import QuarterObserver, following
+from craft_pipelines.console import QuarterObserver, Together, following, line, screen
 from craft_pipelines.outputs import check_kept
+from craft_pipelines.room import Room, room
 from craft_pipelines.session import join
-from craft_pipelines.train import PlannedRun, check_inputs, resources, run_name, run_on_trainer
+from craft_pipelines.train import PlannedRun, check_inputs, run_name, run_on_trainer
 from craft_ray.config import ARMS, Experiment
 from craft_ray.data.task import open_task
 from craft_ray.errors import ConfigError
@@ -180,33 +181,27 @@ def _check_finished(runs: Sequence[PlannedRun]) -> None:
 
 
 def _train_groups(runs: Sequence[PlannedRun]) -> None:
+    config, found = runs[0].config, Room(1, None)
+    if config.workers.num_workers:
+        join()
+        found = room(config, "run", config.compare.parallel, line)
+    groups = balance(runs, found.count)
     with ExitStack() as stack:
+        together = Together(stack.enter_context(screen()), len(runs), sum(run.config.train.steps for run in runs))
         for run in runs:
             label = f"{run.config.arm} seed {run.config.seed}"
-            observer = QuarterObserver(label, run.config.train.steps, run.config.arm)
+            observer = QuarterObserver(label, run.config.train.steps, run.config.arm, together)
             stack.enter_context(following(run.folder.progress, observer))
-        groups = balance(runs, _group_count(runs[0].config))
         if len(groups) == 1:
-            run_on_trainer(groups[0])
+            run_on_trainer(groups[0], memory=found.memory)
             return
         with ThreadPoolExecutor(len(groups)) as pool:
             try:
-                for done in as_completed([pool.submit(run_on_trainer, group) for group in groups]):
+                for done in as_completed([pool.submit(run_on_trainer, group, memory=found.memory) for group in groups]):
                     done.result()
             except BaseException:
                 ray.shutdown()  # ends the other groups, so that a mistake is reported at once, not hours later
                 raise
-
-
-def _group_count(config: Experiment) -> int:
-    """The number of trainers that the cluster can hold at once, each with the maximum number of its workers."""
-    if config.workers.num_workers == 0:
-        return 1
-    join()
-    have = ray.cluster_resources()
-    need = {name: config.workers.most * amount for name, amount in resources(config.workers).items()}
-    possible = min(int(have.get(name, 0.0) // amount) for name, amount in need.items() if amount)
-    return max(1, min(possible, config.compare.parallel or possible))
 
 
 def balance(runs: Sequence[PlannedRun], count: int) -> list[list[PlannedRun]]:

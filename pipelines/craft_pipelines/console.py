@@ -25,30 +25,11 @@ from craft_ray.storage.paths import ObjectPath, StoragePath
 
 POLL_S = 0.1
 LINE_S = 10.0
-"""Time between two lines about rows that are checked."""
+"""Time before the first line about work that takes long."""
+LINE_PART = 0.5
+"""Part of the time that the work has taken, before the next line."""
 STORE_POLL_S = 1.0
 """In an object store, where each poll is a request."""
-
-
-class RowsProgress:
-    """How far a check of rows is: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, bars: Progress | None) -> None:
-        self._bars = bars
-        self._bar: TaskID | None = None
-        self._next_line = time.monotonic() + LINE_S
-
-    def show(self, key: str, done: int, rows: int, left_s: float) -> None:
-        if self._bars is not None:
-            if self._bar is None:
-                self._bar = self._bars.add_task(f"checking the rows of {key}", total=rows)
-            self._bars.update(self._bar, completed=done)
-            if not left_s:
-                self._bars.remove_task(self._bar)
-                self._bar = None
-        elif left_s and time.monotonic() > self._next_line:
-            self._next_line = time.monotonic() + LINE_S
-            _line(f"checking the rows of {key}: {done} of {rows}, about {readable_seconds(left_s)} left")
 
 
 def readable_seconds(seconds: float) -> str:
@@ -58,15 +39,55 @@ def readable_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
+class Screen:
+    """Lines, and how far work is that takes long: a bar on a terminal, elsewhere a line now and then.
+
+    Args:
+        bars: what draws bars below the lines; None where no terminal shows them.
+    """
+
+    def __init__(self, bars: Progress | None) -> None:
+        self._bars = bars
+        self._drawn: dict[str, TaskID] = {}
+        self._lines: dict[str, tuple[float, float]] = {}
+        """When the work began, and when its next line is due."""
+
+    def line(self, text: str) -> None:
+        if self._bars is not None:
+            self._bars.console.print(text, markup=False, soft_wrap=True)
+        else:
+            line(text)
+
+    def progress(self, what: str, done: float, total: int, left_s: float) -> None:
+        """As `Observer.progress`."""
+        self.bar(what, done, total)
+        now = time.monotonic()
+        began, due = self._lines.setdefault(what, (now, now + LINE_S))
+        if not left_s:
+            del self._lines[what]
+            if what in self._drawn and self._bars is not None:
+                self._bars.remove_task(self._drawn.pop(what))
+        elif self._bars is None and now > due:
+            self._lines[what] = (began, now + max(LINE_S, LINE_PART * (now - began)))
+            line(f"{what}: {int(done)} of {total}, about {readable_seconds(left_s)} left")
+
+    def bar(self, what: str, done: float, total: int) -> None:
+        """A bar alone, for work that prints its own lines."""
+        if self._bars is not None:
+            if what not in self._drawn:
+                self._drawn[what] = self._bars.add_task(what, total=total)
+            self._bars.update(self._drawn[what], completed=done)
+
+
 @contextmanager
-def bars() -> Iterator[Progress | None]:
-    """Progress bars below what is printed; none where no terminal shows them."""
+def screen() -> Iterator[Screen]:
+    """What a stage prints on, with bars where a terminal shows them."""
     if not sys.stdout.isatty():
-        yield None
+        yield Screen(None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(highlight=False), transient=True) as progress:
-        yield progress
+        yield Screen(progress)
 
 
 class ConsoleObserver:
@@ -76,66 +97,76 @@ class ConsoleObserver:
         self.total = steps
         self.mode = mode
         self._open = ExitStack()
-        self._progress = self._open.enter_context(bars())
-        if self._progress is not None:
-            self._bar = self._progress.add_task(mode, total=steps)
-        self._rows = RowsProgress(self._progress)
+        self._screen = self._open.enter_context(screen())
+        self._screen.bar(mode, 0, steps)
 
     def note(self, text: str) -> None:
-        self._print(text)
+        self._screen.line(text)
 
-    def checking(self, key: str, done: int, rows: int, left_s: float) -> None:
-        self._rows.show(key, done, rows, left_s)
+    def progress(self, what: str, done: float, total: int, left_s: float) -> None:
+        self._screen.progress(what, done, total, left_s)
 
     def steps(self, records: Sequence[Record]) -> None:
         """Print a line for the last step: the log has a line every `train.log_every` steps, the file has all steps."""
-        self._print(console_line(records, self.total, self.mode))
-        if self._progress is not None:
-            self._progress.update(self._bar, completed=records[-1]["step"])
+        self._screen.line(console_line(records, self.total, self.mode))
+        self._screen.bar(self.mode, records[-1]["step"], self.total)
 
     def validated(self, record: Record) -> None:
-        self._print(validation_line(record, self.total))
+        self._screen.line(validation_line(record, self.total))
 
     def done(self, result: dict[str, Any]) -> None:
         for line in result_lines(result):
-            self._print(line)
+            self._screen.line(line)
 
     def close(self) -> None:
         self._open.close()
 
-    def _print(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, soft_wrap=True)
-        else:
-            _line(text)
+
+class Together:
+    """The steps of several runs as one bar; each run reports from its own thread."""
+
+    def __init__(self, screen: Screen, runs: int, steps: int) -> None:
+        self.screen = screen
+        self._what, self._steps, self._done = f"{runs} runs, steps", steps, 0
+        self._lock = threading.Lock()
+        screen.bar(self._what, 0, steps)
+
+    def add(self, steps: int) -> None:
+        with self._lock:
+            self._done += steps
+            self.screen.bar(self._what, self._done, self._steps)
 
 
 class QuarterObserver:
     """Prints one run among several: a line after each quarter of its steps, and one at the end."""
 
-    def __init__(self, label: str, steps: int, mode: str) -> None:
+    def __init__(self, label: str, steps: int, mode: str, together: Together) -> None:
         self.label = label
         self.total = steps
         self.mode = mode
-        self._quarter = 0
+        self._quarter = self._step = 0
+        self._together = together
+        self._screen = together.screen
 
     def note(self, text: str) -> None:
         pass
 
-    def checking(self, key: str, done: int, rows: int, left_s: float) -> None:
-        pass
+    def progress(self, what: str, done: float, total: int, left_s: float) -> None:
+        self._screen.progress(f"[{self.label}] {what}", done, total, left_s)
 
     def steps(self, records: Sequence[Record]) -> None:
-        quarter = 4 * records[-1]["step"] // self.total
+        self._together.add(records[-1]["step"] - self._step)
+        self._step = records[-1]["step"]
+        quarter = 4 * self._step // self.total
         if quarter > self._quarter:
             self._quarter = quarter
-            _line(f"[{self.label}] {console_line(records, self.total, self.mode)}")
+            self._screen.line(f"[{self.label}] {console_line(records, self.total, self.mode)}")
 
     def validated(self, record: Record) -> None:
         pass
 
     def done(self, result: dict[str, Any]) -> None:
-        _line(f"[{self.label}] " + "; ".join(result_lines(result)))
+        self._screen.line(f"[{self.label}] " + "; ".join(result_lines(result)))
 
 
 class FileObserver:
@@ -147,8 +178,8 @@ class FileObserver:
     def note(self, text: str) -> None:
         self._append({"note": text})
 
-    def checking(self, key: str, done: int, rows: int, left_s: float) -> None:
-        self._append({"checking": [key, done, rows, left_s]})
+    def progress(self, what: str, done: float, total: int, left_s: float) -> None:
+        self._append({"progress": [what, done, total, left_s]})
 
     def steps(self, records: Sequence[Record]) -> None:
         self._append({"steps": list(records)})
@@ -184,8 +215,8 @@ def following(path: StoragePath, observer: Observer) -> Iterator[None]:
                 message = json.loads(line)
                 if "note" in message:
                     observer.note(message["note"])
-                elif "checking" in message:
-                    observer.checking(*message["checking"])
+                elif "progress" in message:
+                    observer.progress(*message["progress"])
                 elif "validated" in message:
                     observer.validated(message["validated"])
                 elif "done" in message:
@@ -203,7 +234,7 @@ def following(path: StoragePath, observer: Observer) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _line(text: str) -> None:
+def line(text: str) -> None:
     """Write a line at once: several runs are followed in parallel, and `print` writes the newline separately."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from craft_pipelines.compare import compare, met
+from craft_pipelines.console import line, screen
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.sweep.driver import plan_sweep, resume_sweep, sweep
 from craft_pipelines.train import PlannedRun, train_run
@@ -52,6 +53,8 @@ class Preset:
     pretrained: bool = False
     """Whether the model has the old skill already; the data hold its own answers, so they are made after it."""
     with_sweep: bool = True
+    reports: bool = False
+    """Whether making the data takes long, so that `write_data` reports how far it is."""
 
 
 PRESETS = {
@@ -79,6 +82,7 @@ PRESETS = {
         ("compare.seeds=[0]", "train.steps=24", "evaluation.old.data.limit=48", "evaluation.new.data.limit=48"),
         pretrained=True,
         with_sweep=False,
+        reports=True,
     ),
     "robot": Preset(
         "craft_ray.examples.robot",
@@ -97,6 +101,7 @@ PRESETS = {
         ("name=teacher-quick", "train.steps=600", "evaluation.old.rollout.episodes=20"),
         model_from_data=True,
         with_sweep=False,
+        reports=True,
     ),
 }
 
@@ -128,13 +133,14 @@ def demo(out: Path, preset_name: str, quick: bool) -> bool:
         _teach(teach_config)
     print(f"2/{stages} the teacher's anchor cache, and the arms learn the new skill: {preset.new}")
     config = load_config(CONFIGS / f"{preset.config}.yaml", preset.quick if quick else (), base=out)
+    config = config.changed({"about.old": preset.old, "about.new": preset.new})
     if quick:
         config = config.changed({"name": config.name + "-quick"})
     write_atomically(out / f"{config.name}.yaml", dump_config(config))  # as a start for other settings or seeds
     result = compare(config, config.compare.chosen, config.compare.seeds, out)
     print(f"3/{stages} the report")
-    for line in conclusion(result, preset):
-        print(line)
+    for sentence in conclusion(result, preset):
+        print(sentence)
     found = True
     if searches:
         print(f"4/{stages} a sweep: the settings that learn most of the new skill and keep the old one")
@@ -162,8 +168,9 @@ def _make_inputs(preset: Preset, out: Path) -> None:
         makers = [("model", build_model), ("data", partial(write_data, model=out / "model"))]
     for name, make in makers:
         if not (out / name).exists():
-            with new_folder(out / name) as folder:
-                make(folder)
+            line(f"making {out / name}")
+            with new_folder(out / name) as folder, screen() as shown:
+                make(folder, **({"report": shown.progress} if name == "data" and preset.reports else {}))
 
 
 def _teach(config: Experiment) -> None:

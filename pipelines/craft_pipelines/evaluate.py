@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from craft_pipelines.console import screen
 from craft_pipelines.outputs import check_kept
 from craft_ray.config import Experiment
 from craft_ray.data.source import Source
@@ -19,11 +20,15 @@ from craft_ray.models import load_model
 from craft_ray.models.adapters import CONFIG as ADAPTER
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
+from craft_ray.report.wording import probability
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.harness import HarnessTasks
 from craft_ray.run.held_out import eval_sets, key_of
-from craft_ray.run.scoring import OF_TEXT, Episodes, EvalData, Score, open_eval_set
+from craft_ray.run.pace import Pace, Report
+from craft_ray.run.scoring import GRADED, OF_TEXT, Episodes, EvalData, Score, open_eval_set, outcome
 from craft_ray.run.scoring import evaluate as score
 from craft_ray.run.sharded_checkpoint import SHARDS
+from craft_ray.statistics import mcnemar
 from craft_ray.storage.files import write_atomically
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import StoragePath
@@ -78,7 +83,9 @@ def evaluate(
         if config.model.kind != "lerobot":  # a policy is built from its config, so other sizes do not load
             vocabulary = vocabulary or vocabulary_size(model)
             _check_vocabulary(vocabulary_size(model), vocabulary, path, config)
-        done.append(Scored(label, path, model.weights_fingerprint(), _scores(config, model, sources, features)))
+        with screen() as shown:
+            scores = _scores(config, model, sources, features, shown.progress)
+        done.append(Scored(label, path, model.weights_fingerprint(), scores))
         del model
         gc.collect()  # samples and model refer to each other, and the next model needs the memory
     for line in lines(done):
@@ -177,12 +184,17 @@ def _check_vocabulary(found: int, expected: int, path: str, config: Experiment) 
 
 
 def _scores(
-    config: Experiment, model: Model, sources: Mapping[str, Source | Episodes], features: FeatureCache
+    config: Experiment,
+    model: Model,
+    sources: Mapping[str, Source | Episodes | HarnessTasks],
+    features: FeatureCache,
+    report: Report,
 ) -> dict[str, Score]:
     found = {}
     for skill, eval_set in eval_sets(config, "evaluation"):
         torch.manual_seed(config.seed)  # the same for every model, where a policy draws its actions
-        found[skill] = score(EvalData(model, sources[skill], eval_set, features), OneWorker(model.device))
+        pace = Pace(f"scoring on {key_of(config, 'evaluation', skill)}", len(sources[skill]), report)
+        found[skill] = score(EvalData(model, sources[skill], eval_set, features), OneWorker(model.device), pace)
     return found
 
 
@@ -195,16 +207,22 @@ def lines(done: Sequence[Scored]) -> Iterator[str]:
     for row in rows:
         yield "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     for skill, (lost, won) in changes(done).items():
-        yield f"{skill}, {done[0].label} -> {done[1].label}: {lost} from right to wrong, {won} from wrong to right"
+        changed = (
+            f"{lost} from right to wrong, {won} from wrong to right (McNemar's P {probability(mcnemar(lost, won))})"
+        )
+        if done[0].scores[skill].metric in GRADED:
+            changed = f"{lost} samples score lower, {won} higher"
+        yield f"{skill}, {done[0].label} -> {done[1].label}: {changed}"
 
 
 def _cell(found: Score) -> str:
-    return ", ".join([f"{found.value:.3f}", *(f"{name} {value:+.3f}" for name, value in found.details.items())])
+    details = (f"{name} {value:{'+' if name == 'margin' else ''}.3f}" for name, value in found.details.items())
+    return ", ".join([f"{found.value:.3f}", *details])
 
 
 def changes(done: Sequence[Scored]) -> dict[str, tuple[int, int]]:
-    """By skill: how many samples the first of two models got right and the second wrong, and the reverse. Empty unless
-    there are two models; without skills whose texts are neither right nor wrong (perplexity, token accuracy)."""
+    """By skill: how many samples the first of two models got right and the second wrong, or scored higher, and the
+    reverse. Empty unless there are two models; without skills whose texts are neither (perplexity, token accuracy)."""
     if len(done) != 2:
         return {}
     before, after = done
@@ -212,15 +230,13 @@ def changes(done: Sequence[Scored]) -> dict[str, tuple[int, int]]:
     for skill, first in before.scores.items():
         if first.metric in OF_TEXT:
             continue
-        pairs = [
-            (bool(one["correct"]), bool(two["correct"]))
-            for one, two in zip(first.records, after.scores[skill].records, strict=True)
-        ]
-        found[skill] = (pairs.count((True, False)), pairs.count((False, True)))
+        records = zip(first.records, after.scores[skill].records, strict=True)
+        gains = [outcome(two) - outcome(one) for one, two in records]
+        found[skill] = (sum(gain < 0 for gain in gains), sum(gain > 0 for gain in gains))
     return found
 
 
-def _write(done: Sequence[Scored], sources: Mapping[str, Source | Episodes], out: StoragePath) -> None:
+def _write(done: Sequence[Scored], sources: Mapping[str, Source | Episodes | HarnessTasks], out: StoragePath) -> None:
     result: dict[str, Any] = {
         "models": [{"label": model.label, "path": model.path, "weights": model.weights} for model in done]
     }
@@ -233,7 +249,10 @@ def _write(done: Sequence[Scored], sources: Mapping[str, Source | Episodes], out
             "scores": scores,
         }
     for skill, (lost, won) in changes(done).items():
-        result[skill] |= {"right_to_wrong": lost, "wrong_to_right": won}
+        if result[skill]["metric"] in GRADED:
+            result[skill] |= {"lower": lost, "higher": won}
+        else:
+            result[skill] |= {"right_to_wrong": lost, "wrong_to_right": won, "mcnemar_p": mcnemar(lost, won)}
     records = [
         json.dumps({"model": model.label, "skill": skill, **record}, ensure_ascii=False)
         for model in done

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from craft_pipelines.merge import check_new_folder, checkpoint_of
+from craft_pipelines.merge import checkpoint_of
+from craft_pipelines.outputs import check_new_folder
 from craft_ray.errors import ConfigError
 from craft_ray.models.features import FeatureCache
 from craft_ray.run.folder import RunFolder
@@ -29,7 +30,7 @@ def interpolate(path: StoragePath, out: StoragePath, alpha: float | None, say: A
     Raises:
         ConfigError: there is no such run or checkpoint, `out` exists, or there are no validation data to choose by.
     """
-    check_new_folder(out)
+    check_new_folder(out, "the model")
     run, checkpoint = checkpoint_of(path)
     config = run.config()
     if not (checkpoint / "model").exists():

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from craft_pipelines.outputs import check_kept
+from craft_pipelines.outputs import check_new_folder
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError
 from craft_ray.models import adapters, load_model
@@ -28,7 +28,7 @@ def merge(path: StoragePath, out: StoragePath, say: Any = print) -> None:
         ConfigError: there is no such run or checkpoint, it has nothing to merge, or `out` exists.
         StorageError: a part of it is damaged.
     """
-    check_new_folder(out)
+    check_new_folder(out, "the model")
     run, checkpoint = checkpoint_of(path)
     config = run.config()
     if (checkpoint / SHARDS).exists():
@@ -56,16 +56,6 @@ def _merge_parts(checkpoint: StoragePath, config: Experiment, out: StoragePath) 
 def _save(model: Model, out: StoragePath) -> None:
     with new_folder(out, last="config.json") as temporary:
         model.save(temporary, final=out if isinstance(out, Path) else None)
-
-
-def check_new_folder(out: StoragePath) -> None:
-    """
-    Raises:
-        ConfigError: the folder exists, or would not outlast the command.
-    """
-    check_kept(out, "OUT")
-    if out.exists():
-        raise ConfigError(f"{out} exists: choose a new folder for the model")
 
 
 def checkpoint_of(path: StoragePath) -> tuple[RunFolder, StoragePath]:

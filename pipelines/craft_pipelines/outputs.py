@@ -34,6 +34,19 @@ def check_kept(path: StoragePath, key: str) -> None:
         )
 
 
+def check_new_folder(out: StoragePath, what: str) -> None:
+    """
+    Args:
+        what: what the folder is for.
+
+    Raises:
+        ConfigError: the folder exists, or would not outlast the command.
+    """
+    check_kept(out, "OUT")
+    if out.exists():
+        raise ConfigError(f"{out} exists: choose a new folder for {what}")
+
+
 def _check_writable(path: Path, key: str) -> None:
     """Check, without writing anything, that a folder exists and is writable, or can be created."""
     existing = next(folder for folder in (path, *path.parents) if _exists(folder))

@@ -15,6 +15,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from craft_pipelines.authentication import check_access, refused
+from craft_pipelines.console import line
 from craft_pipelines.runtime_env import of_driver
 from craft_ray import interruption
 from craft_ray.errors import ConfigError, first_line
@@ -70,6 +71,7 @@ def join(dashboard: bool = False) -> None:
     if address:
         for name, value in ON_CLUSTER.items():
             os.environ.setdefault(name, value)
+        line(f"joining the Ray cluster at {address}")
         try:
             check_access(address)
             ray.init(address=address, runtime_env=of_driver(address, os.environ), **options)
@@ -81,6 +83,7 @@ def join(dashboard: bool = False) -> None:
                 f"unset RAY_ADDRESS to use this machine"
             ) from None
     else:
+        line("starting Ray on this machine")
         with _address_in_environment():
             try:
                 ray.init(address="local", include_dashboard=dashboard, **options)

@@ -23,7 +23,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
-from craft_pipelines.console import ConsoleObserver, FileObserver, following
+from craft_pipelines.console import ConsoleObserver, FileObserver, following, line
 from craft_pipelines.failures import LOST_PROCESS_ERRORS
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.process_group import ProcessGroupConfig
@@ -206,11 +206,12 @@ class _Trainer(TorchTrainer):
                 ray.get(self._controller.abort.remote(), timeout=ABORT_S)
 
 
-def run_on_trainer(runs: Sequence[PlannedRun], supervised: bool = False) -> None:
+def run_on_trainer(runs: Sequence[PlannedRun], supervised: bool = False, memory: int | None = None) -> None:
     """Train runs one after the other on the same workers; finished runs are skipped.
 
     Args:
         supervised: wait after each validation for the stop signal (craft_pipelines.stop_signal), and obey it.
+        memory: bytes of its node's memory that each worker requests from Ray, where several runs share a cluster.
 
     Raises:
         CraftError: a run cannot continue; the message is the worker's.
@@ -225,6 +226,7 @@ def run_on_trainer(runs: Sequence[PlannedRun], supervised: bool = False) -> None
             raise ConfigError(lacking)
         if not supervised:  # a supervisor has checked the folder of all its runs
             check_shared(runs[0].folder.path, "output_dir")
+            line(f"starting {workers.count} worker(s)" + (f" for {len(runs)} runs" if runs[1:] else ""))
     scratch = runs[0].folder.path / ".ray"
     remove_tree(scratch)  # a killed driver may have left an error there
     trainer = _Trainer(
@@ -239,7 +241,7 @@ def run_on_trainer(runs: Sequence[PlannedRun], supervised: bool = False) -> None
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,  # type: ignore[arg-type]  # of Train V2, which takes a pair
             use_gpu=workers.use_gpu,
-            resources_per_worker=resources(workers),
+            resources_per_worker=resources(workers) | ({} if memory is None else {"memory": memory}),
         ),
         # A name is used once: Ray returns the old result if a finished name is run again.
         run_config=RunConfig(

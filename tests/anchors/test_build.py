@@ -256,3 +256,19 @@ def test_the_manifest_is_readable_json(text: Experiment) -> None:
     assert tree["identity"]["positions"] == ["all"]
     assert tree["fingerprint"] == manifest.fingerprint
     assert sum(shard["rows"] for shard in tree["shards"]) == len(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("modes", "positions"),
+    [(["hidden"], ["text_last"]), (["hidden", "token_ce"], ["suffix", "text_last"]), (["token_ce"], ["text_last"])],
+)
+def test_the_teacher_tells_its_progress_in_anchors(modes: list[str], positions: list[str], text: Experiment) -> None:
+    padded = {"anchors.pack_tokens": 0, "anchors.batch_size": 4}
+    config = text.changed({"anchors.modes": modes, "anchors.positions": positions, **padded})
+    model, source = load_model(config.model, "fp32"), open_source(config.anchors.source, "anchors.source")  # type: ignore[union-attr]
+    told: list[float] = []
+    assert config.anchors is not None
+    teller = Teacher(model, identity_of(config, model, source).schema, config.anchors, told.append)
+    teller.table([source[row] for row in range(len(source))])
+    assert sum(told) == pytest.approx(len(LENGTHS)), "each anchor counts once, whatever the number of passes"
+    assert len(told) > teller.passes, "more often than once for all"

@@ -12,7 +12,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
+from craft_pipelines import build_progress
 from craft_pipelines.anchors import build
+from craft_pipelines.build_progress import BuildProgress, Telling, heard
+from craft_pipelines.session import join
 
 from craft_ray.config import Experiment, dump_config
 from tests.support.caches import built, cache_folder, table
@@ -66,7 +70,6 @@ def test_a_teacher_killed_in_the_middle_costs_no_anchor(digits: Digits, tmp_path
     assert present < 24, "it was killed too late to test anything"
     given = pq.read_table(digits.data / "anchors.parquet", columns=["id"])["id"].to_pylist()[:48]
     assert table(cache_folder(config))["id"].to_pylist() == given
-    assert "(24 of 24)" in out
     assert "anchor cache complete: 48 anchors" in out
     assert all("(raylet)" in line for line in err.splitlines()), err  # it reports the death; nothing else is printed
     assert not list(folder.glob(".*"))
@@ -87,3 +90,22 @@ def test_a_mistake_in_a_teacher_is_one_line(digits: Digits, tmp_path: Path) -> N
     (line,) = err.splitlines()
     assert f"sample {anchors['id'][37]}" in line
     assert "does not decode" in line
+
+
+def test_teachers_tell_how_far_their_shards_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_progress, "POLL_S", 0.1)
+    monkeypatch.setattr("craft_ray.run.pace.SAY_S", 0.0)
+    join()
+    reports: list[tuple[float, int]] = []
+    progress = BuildProgress(100, 20, lambda *report: reports.append(report[1:3]))
+    teacher = ray.remote(num_cpus=0)(lambda telling, name, rows: telling(name, rows))
+    with heard("first", progress):
+        for rows in (5.0, 12.5):
+            ray.get(teacher.remote(Telling("first"), "shard-00001", rows))
+            ray.get(teacher.remote(Telling("other build"), "shard-00001", 70.0))
+            time.sleep(0.5)
+    assert reports[-1] == (32.5, 100), "what another build tells does not count"
+    progress.wrote("shard-00001", 30)
+    progress.passed("shard-00001", 29.0)
+    progress.end()
+    assert reports[-1] == (50.0, 100), "a complete shard counts once"

@@ -313,7 +313,8 @@ def test_verify_finds_a_duplicate_anchor(config: Experiment) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_teacher_on_a_gpu_that_is_not_there(whole: Experiment, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_teacher_on_gpus_that_are_not_there(whole: Experiment, tmp_path: Path, gpus: int) -> None:
     with pytest.raises(ConfigError) as caught:
-        built(whole.changed({"craft.anchor_cache_dir": str(tmp_path / "anchors"), "anchors.gpus_per_actor": 1}))
-    check_error(caught.value, 2, "anchors.gpus_per_actor is 1, but the teacher's process has 0 GPUs")
+        built(whole.changed({"craft.anchor_cache_dir": str(tmp_path / "anchors"), "anchors.gpus_per_actor": gpus}))
+    check_error(caught.value, 2, f"anchors.gpus_per_actor is {gpus}, but the teacher's process has 0 GPUs")

@@ -64,7 +64,7 @@ def test_ray_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["scaling_measured", "metrics_cost"])
 def test_runs_on_ray(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

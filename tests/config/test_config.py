@@ -63,7 +63,7 @@ TABLE = {
     "columns.response": "answer", "columns.choices": "options", "split": "test",
 }  # fmt: skip
 CSV, PARQUET = {**TABLE, "format": "csv", "delimiter": ";"}, {**TABLE, "format": "parquet"}
-DATASET = {**TABLE, "format": "dataset", "revision": "v2"}
+DATASET = {**TABLE, "format": "dataset", "revision": "v2", "streaming": True, "shuffle_buffer": 9}
 TEXT = {**TABLE, "format": "text", "chunk_chars": 99}
 LEROBOT = {
     **DATA, "format": "lerobot", "revision": "v2", "episodes": [1, 2], "stride": 2, "sample": 5, "sample_seed": 7,
@@ -101,7 +101,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "model": {
         "kind": "vision_language", "path": "org/other", "revision": "abc", "trust_remote_code": True,
         "dtype": "bfloat16", "max_length": 77, "chat_template": True, "append_eos": False, "disable_dropout": False,
-        "gradient_checkpointing": True, "merge_statistics": ["org/data"],
+        "gradient_checkpointing": True, "merge_statistics": ["org/data"], "attention": "eager", "compile": True,
         "image_processor": {"do_pan_and_scan": True},
     },
     "adapter": {
@@ -122,8 +122,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "lambda_floor": 0.2, "keep": 0.9, "keep_confidence": 0.7,
         "violation": "absolute", "violation_clip": None, "retention_ema": 0.5, "epsilon_schedule": "linear",
         "epsilon_start": 0.5, "epsilon_unit": "nats", "epsilon_end": 0.25, "epsilon_decay_steps": 3,
-        "use_grad_projection": False, "log_angle": False,
-        "conflict_threshold": 0.5, "projection_gate": "always", "projection_mode": "task_priority",
+        "use_grad_projection": False, "log_angle": False, "retention_grad_dtype": "bfloat16",
+        "conflict_measure": "dot", "conflict_threshold": 0.5,
+        "projection_gate": "always", "projection_mode": "task_priority",
     },
     "train": {
         "steps": 9, "batch_size": 8, "accumulate": 2, "mask_loss_above": 2.5, "learning_rate": 0.5,
@@ -148,7 +149,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "samples": 3, "sampler": "tpe", "seed": 4, "scheduler": "median", "grace": 2, "reduction_factor": 4,
         "repeat": 2, "parallel": 3, "max_failures": 0,
     },
-    "tracking": {"mlflow": "http://tracking", "wandb": "offline", "project": "mine"},
+    "tracking": {"mlflow": "http://tracking", "wandb": "offline", "trackio": "local", "project": "mine"},
+    "about": {"old": "digits", "new": "digits upside down"},
     "compare": {
         "arms": ["hidden"], "seeds": [7], "parallel": 2, "validate_arms": True,
         "token_ce": {"epsilon_start": 0.5}, "variants": {"near": {"epsilon_start": 0.25}},
@@ -241,6 +243,9 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("craft.projection_mode=weigted", "craft.projection_mode"),
         ("craft.loss_type=huber", "craft.loss_type"),
         ("craft.epsilon_schedule=step", "craft.epsilon_schedule"),
+        ("craft.conflict_threshold=.nan", "craft.conflict_threshold"),
+        ("model.path=''", "model.path"),
+        ("output_dir=' '", "output_dir"),
         ("craft.layers=[]", "craft.layers"),
         ("craft.layers=[-1, -1]", "craft.layers"),
         ("craft.positions=[every_0]", "craft.positions.0"),
@@ -295,6 +300,28 @@ def test_a_value_that_is_not_valid(override: str, key: str, minimal: Path) -> No
     message = refusal(minimal, override)
     assert message.startswith(f"{minimal}: {key}")
     assert message.removeprefix(f"{minimal}: {key}")[0] in ": "
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "key"),
+    [
+        ("seed=true", "", "seed"),
+        ("train.steps=true", "train: ", "steps"),
+        ("train.learning_rate=false", "train: ", "learning_rate"),
+        ("train.betas=[true, 0.9]", "train: ", "betas"),
+        ("workers.num_workers=true", "workers: ", "num_workers"),
+        ("craft.layers=[true]", "craft: ", "layers"),
+        ("craft.keep=true", "craft: ", "keep"),
+    ],
+)
+def test_a_truth_value_is_no_number(override: str, place: str, key: str, minimal: Path) -> None:
+    value = "false" if "false" in override else "true"
+    assert refusal(minimal, override) == f"{minimal}: {place}{key} is {value}, which is not a number: specify one"
+
+
+def test_a_threshold_of_the_dot_product_has_any_size(minimal: Path) -> None:
+    config = load_config(minimal, ["craft.conflict_measure=dot", "craft.conflict_threshold=-250"])
+    assert config.craft.conflict_threshold == -250
 
 
 @pytest.mark.parametrize(
@@ -364,6 +391,23 @@ def test_a_value_that_is_not_valid(override: str, key: str, minimal: Path) -> No
         (
             ["workers.sharding=full", "workers.num_workers=2", "adapter={}"],
             "workers.sharding is full, but there is an adapter",
+        ),
+        (
+            ["workers.sharding=full", "workers.num_workers=2", "train.optimizer=adamw_8bit"],
+            "workers.sharding is full, but train.optimizer is adamw_8bit",
+        ),
+        (
+            ["workers.sharding=full", "workers.num_workers=2", "model.compile=true"],
+            "workers.sharding is full, but model.compile",
+        ),
+        (["model.kind=lerobot", "model.attention=eager"], "model.attention is eager, but model.kind is lerobot"),
+        (
+            ["model.attention=flash_attention_2"],
+            "model.attention is flash_attention_2, which computes in bfloat16, but",
+        ),
+        (
+            ["anchors.gpus_per_actor=1.5"],
+            "anchors: gpus_per_actor is 1.5: specify a fraction of one GPU, or a whole number",
         ),
         (
             ["workers.sharding=full", "workers.num_workers=2", "model.kind=lerobot"],
@@ -488,13 +532,13 @@ def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
         (
             "validation.new={metric: choice, data: {path: a}, rollout: {env: e, task: t}}",
             "validation.new.rollout belongs to episodes in a simulator (metric: success), but validation.new is read "
-            "as held-out samples (metric: exact_match, choice, perplexity, token_accuracy): leave it out, or set "
-            "validation.new.metric",
+            "as held-out samples (metric: exact_match, choice, perplexity, token_accuracy, contains, rouge_l): leave "
+            "it out, or set validation.new.metric",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, data: {path: a}}",
             "evaluation.new.data belongs to held-out samples (metric: exact_match, choice, perplexity, "
-            "token_accuracy), but",
+            "token_accuracy, contains, rouge_l) or held-out samples with numbers (metric: numeric) or",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, max_new_tokens: 3}",
@@ -799,7 +843,7 @@ NO_PATHS = {
     "split", "skill", "skills", "learning_rates", "rename", "delimiter", "positions", "resources_per_worker", "env",
     "task", "arms", "token_ce", "variants",
     "maximize", "minimize", "subject_to", "project", "modes", "retention_mode", "epsilon_unit", "target_modules",
-    "modules_to_save", "image_processor",
+    "modules_to_save", "pattern", "function", "tasks", "metric", "old", "new", "image_processor",
 }  # fmt: skip
 """Text fields that are not paths. A new field is added here, or its type makes it absolute."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,12 +203,22 @@ def test_documentation_above_the_rows_is_not_read(tmp_path: Path) -> None:
 
 # --- extensions -------------------------------------------------------------------------------------------------------
 
+
+def zipped(*files: tuple[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": lambda data: gzip.compress(data[:5]) + gzip.compress(data[5:]),  # two members, as pigz and cat write it
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+    ".zip": lambda data: zipped(("folder/", b""), ("folder/rows", data)),
 }
 
 
@@ -222,7 +234,7 @@ def test_extensions(ending: str, packing: str, tmp_path: Path) -> None:
     assert prompts(tmp_path / f"*.{ending}{packing}") == ["naïve", "b" * 3000, "3"]
 
 
-@pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz", ".zst", ".zip"])
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
 def test_a_packed_file_that_is_damaged(ending: str, packing: str, tmp_path: Path) -> None:
     data = PACK[packing](b"prompt\n" + bytes(range(33, 126)) * 400)
@@ -232,6 +244,17 @@ def test_a_packed_file_that_is_damaged(ending: str, packing: str, tmp_path: Path
         assert f"does not read as {'text' if ending == 'txt' else ending} ({path.name}: " in refusal(
             lambda path=path: source(path)
         )
+
+
+def test_an_archive_of_several_files_or_with_a_password(tmp_path: Path) -> None:
+    packed = tmp_path / "rows.csv.zip"
+    packed.write_bytes(zipped(("a.csv", b"prompt\nx\n"), ("b.csv", b"prompt\ny\n")))
+    assert "rows.csv.zip: it holds 2 files; unpack it" in refusal(lambda: source(packed))
+    locked = bytearray(zipped(("a.csv", b"prompt\nx\n")))
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        locked[locked.index(header) + flags] |= 1
+    packed.write_bytes(locked)
+    assert "rows.csv.zip: it is encrypted; unpack it" in refusal(lambda: source(packed))
 
 
 def test_a_long_value_of_csv(tmp_path: Path) -> None:

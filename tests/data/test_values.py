@@ -150,6 +150,17 @@ def test_text_beside_pictures_is_as_written_or_refused(name: str, bad: str, good
     assert source(tmp_path / "good", columns, format="dataset")[0].response in ("x7", "7")
 
 
+def test_a_text_that_the_library_takes_for_a_missing_value(tmp_path: Path) -> None:
+    columns = {"prompt": "prompt", "response": "response", "image": "image"}
+    (tmp_path / "metadata.csv").write_text("file_name,prompt,response\na.png,p,NA\nb.png,p,yes\n")
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    message = refusal(lambda: source(tmp_path, columns, format="dataset"), ConfigError)
+    assert "NA in column 'response' of metadata.csv" in message
+    own = source(tmp_path / "metadata.csv", columns | {"image": "file_name"})
+    assert [sample.response for sample in own] == ["NA", "yes"]
+
+
 def test_a_table_on_the_hub_keeps_its_types(hub: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a", "b"], "response": [7, 8]}), hub / "train.parquet")
     assert responses("org/words", format="dataset") == ["7", "8"]

@@ -118,6 +118,15 @@ def test_a_tiny_negative_dot_product_of_opposed_gradients_is_a_conflict() -> Non
     assert out.flat.abs().max() < 1e-9
 
 
+def test_the_dot_product_is_compared_by_choice() -> None:
+    """-100 and -1e-6 beside the threshold -0.1: each the other way round than its cosine."""
+    far = step((torch.tensor([-10.0, 100.0]), torch.tensor([10.0, 0.0])), conflict_measure="dot")
+    assert far.metrics.conflict.item() is True
+    torch.testing.assert_close(far.flat, torch.tensor([0.0, 100.0]))
+    near = step((torch.tensor([-1e-3, 0.0]), torch.tensor([1e-3, 0.0])), conflict_measure="dot")
+    assert near.metrics.conflict.item() is False
+
+
 def test_dot_and_cosine_are_logged_by_their_own_names_before_surgery() -> None:
     metrics = step(OPPOSED, multiplier=0.0).metrics
     assert metrics.dot.item() == pytest.approx(-8.0)

@@ -223,6 +223,7 @@ def test_differences_of_a_resumed_config_are_reported_across_kinds_of_a_section(
     [
         ("train", "--resume", "PATH"), ("anchors", "show", "PATH"), ("anchors", "verify", "PATH"), ("report", "PATH"),
         ("merge", "PATH", "OUT"), ("sweep", "--resume", "PATH"), ("price", "PATH"),
+        ("export", "PATH", "OUT"), ("push", "PATH", "me/kept"),
         ("train", "CONFIG", "--dry-run", "craft.anchor_cache_dir=PATH"), ("train", "CONFIG", "model.path=PATH"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a user sees of a check of many rows: a bar on a terminal, a line now and then elsewhere."""
+"""What a user sees of work that takes long: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from craft_pipelines import console
-from craft_pipelines.console import FileObserver, RowsProgress, following, readable_seconds
+from craft_pipelines.console import FileObserver, QuarterObserver, Screen, Together, following, readable_seconds
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from craft_ray.run import pace
 from craft_ray.run.observers import NullObserver
+from craft_ray.run.pace import Pace
 
 
 def test_lines_are_sparse_and_say_how_long_it_takes(
@@ -19,41 +21,40 @@ def test_lines_are_sparse_and_say_how_long_it_takes(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(console.time, "monotonic", lambda: now)
-    progress = RowsProgress(None)
-    for second in range(0, 25, 2):
+    progress = Screen(None)
+    for second in range(0, 200, 2):
         now = 100.0 + second
-        progress.show("task", 10 * second, 4000, 150.0)
-    progress.show("task", 4000, 4000, 0.0)
-    assert capsys.readouterr().out.splitlines() == [
-        "checking the rows of task: 120 of 4000, about 2 min left",
-        "checking the rows of task: 240 of 4000, about 2 min left",
-    ]
+        progress.progress("checking the rows of task", 10 * second, 4000, 150.0)
+    progress.progress("checking the rows of task", 4000, 4000, 0.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "checking the rows of task: 120 of 4000, about 2 min left"
+    assert [int(line.split(": ")[1].split()[0]) // 10 for line in lines] == [12, 24, 38, 58, 88, 134]
 
 
 def test_a_terminal_has_a_bar_while_rows_are_checked() -> None:
     screen = io.StringIO()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=screen, force_terminal=True), auto_refresh=False) as bars:
-        progress = RowsProgress(bars)
-        progress.show("task", 1000, 4000, 150.0)
+        progress = Screen(bars)
+        progress.progress("checking the rows of task", 1000, 4000, 150.0)
         assert [(task.description, task.percentage) for task in bars.tasks] == [("checking the rows of task", 25.0)]
         bars.refresh()
-        progress.show("task", 4000, 4000, 0.0)
+        progress.progress("checking the rows of task", 4000, 4000, 0.0)
         assert not bars.tasks
-        progress.show("evaluation.new.data", 1, 2, 1.0)
+        progress.progress("checking the rows of evaluation.new.data", 1, 2, 1.0)
         assert [task.percentage for task in bars.tasks] == [50.0]
     assert "checking the rows of task" in screen.getvalue()
 
 
 def test_progress_comes_from_a_worker_through_its_file(tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int, float]] = []
+    seen: list[tuple[str, float, int, float]] = []
 
     class Screen(NullObserver):
-        def checking(self, key: str, done: int, rows: int, left_s: float) -> None:
-            seen.append((key, done, rows, left_s))
+        def progress(self, what: str, done: float, total: int, left_s: float) -> None:
+            seen.append((what, done, total, left_s))
 
     with following(tmp_path / "messages", Screen()):
-        FileObserver(tmp_path / "messages").checking("task", 3, 9, 4.5)
+        FileObserver(tmp_path / "messages").progress("task", 3, 9, 4.5)
     assert seen == [("task", 3, 9, 4.5)]
 
 
@@ -62,3 +63,52 @@ def test_progress_comes_from_a_worker_through_its_file(tmp_path: Path) -> None:
 )
 def test_durations_in_words(seconds: float, said: str) -> None:
     assert readable_seconds(seconds) == said
+
+
+class Events(NullObserver):
+    """The progress that a `Pace` reports, at made-up times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.seen = 100.0, list[tuple[float, float]]()
+        monkeypatch.setattr(pace.time, "monotonic", lambda: self.now)
+
+    def progress(self, what: str, done: float, total: int, left_s: float) -> None:
+        self.seen.append((done, left_s))
+
+
+def test_the_time_that_is_left_is_that_of_the_pace_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Events(monkeypatch)
+    work = Pace("work", 100, events.progress, before=20)
+    for done in (21, 24, 30, 100):
+        events.now += 1.5
+        work.reached(done)
+    work.end()
+    # 4 in 3 s leave 76 for 57 s; then 10 in 4.5 s, too soon after the last report
+    assert events.seen == [(24, pytest.approx(57)), (100, 0.0)]
+
+
+def test_work_that_takes_no_time_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Events(monkeypatch)
+    work = Pace("work", 2, events.progress)
+    work.reached(1)
+    work.end()
+    assert not events.seen
+
+
+def test_several_runs_share_one_bar_and_a_log_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    record = dict.fromkeys(("train/loss", "train/grad_norm", "train/lr", "perf/step_s", "perf/data_s"), 0.5)
+    nothing = dict.fromkeys(("craft/retention_loss", "craft/lambda", "craft/epsilon", "craft/conflict"))
+    steps = [{"step": step, **record, **nothing} for step in range(1, 9)]
+    screen = io.StringIO()
+    bars = Progress(BarColumn(), console=Console(file=screen, force_terminal=True), auto_refresh=False)
+    for shown in (Screen(bars), Screen(None)):
+        together = Together(shown, 2, 16)
+        for label in ("hidden seed 0", "hidden seed 1"):
+            observer = QuarterObserver(label, 8, "hidden", together)
+            observer.steps(steps[:3])
+            observer.steps(steps[3:])
+    (task,) = bars.tasks
+    assert (task.description, task.completed, task.total) == ("2 runs, steps", 16, 16)
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 4
+    assert all(character.isprintable() or character == "\n" for character in out)

@@ -65,7 +65,7 @@ def test_the_digits_demo_keeps_its_promise_over_three_seeds(quick: Path) -> None
     assert "[1/4]" not in again, "no trial is run again"
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_benchmark_of_sweeps_reads_a_demo(quick: Path, tmp_path: Path) -> None:
     """The costs of a few trials are finite and not judged."""
     path = tmp_path / "report.json"
@@ -76,7 +76,7 @@ def test_the_benchmark_of_sweeps_reads_a_demo(quick: Path, tmp_path: Path) -> No
     assert all(math.isfinite(row["value"]) and row["target"] is None for row in rows)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_text_demo_keeps_more_than_plain_fine_tuning(tmp_path: Path) -> None:
     run_demo("--out", tmp_path, "--preset", "text", "--quick")
     summary = json.loads((tmp_path / "result.json").read_text())["summary"]

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from craft_ray.config import dump_config
 from craft_ray.models.base import Model
 from craft_ray.run.folder import RunFolder
+from craft_ray.statistics import mcnemar
 from tests.support.commands import Command, one_line
 from tests.support.experiments import ANSWERED, Digits
 
@@ -116,7 +117,9 @@ def test_a_model_and_its_checkpoint_are_shown_side_by_side(command: Command, wor
     cells = [f"{found['score']:.3f}, margin {found['margin']:+.3f}" for found in scores]
     assert re.split("   +", choice) == [f"old choice, n = {SAMPLES}", *cells]
     assert perplexity.startswith(f"new perplexity, n = {SAMPLES}")
-    assert flips == f"old, teacher -> {label}: {lost} from right to wrong, {won} from wrong to right"
+    told = f"{lost} from right to wrong, {won} from wrong to right (McNemar's P "
+    assert flips.startswith(f"old, teacher -> {label}: {told}")
+    assert result["old"]["mcnemar_p"] == mcnemar(lost, won)
 
 
 def test_two_checkpoints_beside_the_teacher(command: Command, world: Path) -> None:

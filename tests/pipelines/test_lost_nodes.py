@@ -77,6 +77,7 @@ def test_training_continues_with_the_remaining_workers(
     assert isinstance(fixed, Training)
     elastic = Training(fixed.config.changed({"workers.num_workers": [1, 2]}))
     moment = spread(elastic, tmp_path, cluster)
+    cluster.wait_until_idle()
     driver = elastic.start(tmp_path, cluster)
     while not moment():
         assert driver.poll() is None, driver.communicate()

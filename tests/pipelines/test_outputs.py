@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ from craft_pipelines.outputs import check_kept
 
 from craft_ray.errors import ConfigError, StorageError
 from craft_ray.storage.lock import exclusive_lock
+
+NOBODY = 65534
 
 
 def refusal(path: Path) -> str:
@@ -33,10 +38,27 @@ def test_a_name_that_is_too_long_for_the_disk(tmp_path: Path) -> None:
     check_kept(tmp_path / ("n" * 200), "output_dir")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder(tmp_path: Path) -> None:
-    (tmp_path / "fixed").mkdir(mode=0o500)
-    assert "is read-only" in refusal(tmp_path / "fixed" / "runs")
+@contextmanager
+def ordinary_user(folder: Path) -> Iterator[None]:
+    """The superuser may write everywhere, so it becomes an ordinary user, to whom `folder` is given."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.chown(folder, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def test_a_read_only_folder() -> None:
+    with tempfile.TemporaryDirectory() as name:  # whose parents others may enter, other than those of tmp_path
+        folder = Path(name)
+        with ordinary_user(folder):
+            (folder / "fixed").mkdir(mode=0o500)
+            assert f"{folder / 'fixed'} is read-only" in refusal(folder / "fixed" / "runs")
+            check_kept(folder / "runs", "output_dir")
 
 
 def test_what_the_check_does_not_foresee_is_one_line_too(tmp_path: Path) -> None:

@@ -120,7 +120,10 @@ def test_page_shows_the_numbers_of_the_result(three_arms_report: tuple[dict[str,
             assert f"{100 * numbers[key]:.1f} %" in page.text
             low, high = numbers[f"{key}_interval"]
             assert key == "new_ratio" or f"[{100 * low:.1f}, {100 * high:.1f}] %" in page.text
-        assert f"{numbers['feasible']} of 3" in page.text
+    assert "only measured" in page.text, "plain fine-tuning is not held to a budget"
+    assert content["summary"]["baseline"]["feasible"] == 0
+    assert "0 of 3" not in page.text
+    assert all(f"{content['summary'][arm]['feasible']} of 3" in page.text for arm in ("hidden", "token_ce"))
     assert "CRaFT hidden kept 95.0 % of the old skill" in page.text
     assert "budget met on held-out anchors in 2 of 3 runs" in page.text
     assert len(content["runs"]) == 9

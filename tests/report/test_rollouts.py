@@ -109,7 +109,7 @@ def test_only_the_first_seed_is_shown(runs: list[RunFolder], tmp_path: Path) -> 
     late = rolled_out(tmp_path, "baseline", 1, [True] * 5)
     (old,) = rollouts(read_runs([late, *runs]))
     assert len(old.episodes[0].strips) == 5
-    assert "Wilson's 95 % intervals" in Page(report([late, *runs], tmp_path)[1]).text
+    assert "95 % intervals over what it was scored on: Wilson's" in Page(report([late, *runs], tmp_path)[1]).text
 
 
 def test_episodes_are_not_examples(runs: list[RunFolder]) -> None:
@@ -140,8 +140,8 @@ def test_variants_are_arms_with_a_distinct_style(runs: list[RunFolder], tmp_path
     assert "CRaFT prefix kept 100.0 %" in text_of
     assert "CRaFT near kept 25.0 %" in text_of
     assert "craft.positions" in text_of
-    assert "hidden in relative squared error" in text_of
-    assert "near in nats a token" in text_of
+    assert "Retention loss and ε, relative squared error" in text_of
+    assert "Retention loss and ε, nats a token" in text_of, "a column for each unit"
     styles = {run.arm: run.style for run in read_runs(runs)}
     assert (styles["prefix"].color, styles["near"].color) == (VARIANTS[0][0], VARIANTS[1][0])
     assert all(text.count(style.path) > 3 for style in styles.values())

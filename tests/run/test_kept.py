@@ -29,6 +29,37 @@ def test_the_same_answers_still_leave_a_doubt() -> None:
     assert 0.9 < bounds[0] < 1.0 < bounds[1] < 1.1
 
 
+def scores(*values: float) -> Score:
+    return Score("rouge_l", sum(values) / len(values), len(values), [{"score": value} for value in values])
+
+
+def test_scores_that_are_nought_or_one_are_bounded_as_answers_are() -> None:
+    before, after = [i % 5 > 0 for i in range(60)], [i % 7 > 0 for i in range(60)]
+    expected = kept_bounds(answers(*before), answers(*after))
+    assert expected is not None
+    assert kept_bounds(scores(*before), scores(*after)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_lower_bound_of_graded_scores_holds_as_often_as_it_says(seed: int) -> None:
+    """A student that loses a tenth of each score on average, and of some samples all."""
+    draw, held, runs = random.Random(seed), 0, 400
+    for _ in range(runs):
+        before = [draw.betavariate(4, 2) for _ in range(120)]
+        after = [old * draw.betavariate(9, 1) for old in before]
+        bounds = kept_bounds(scores(*before), scores(*after), 0.9)
+        assert bounds is not None
+        held += bounds[0] <= 0.9
+    assert 0.86 <= held / runs <= 1.0
+
+
+def test_the_same_graded_scores_still_leave_a_doubt() -> None:
+    same = scores(*[0.5] * 40)
+    bounds = kept_bounds(same, same)
+    assert bounds is not None
+    assert bounds[0] < 1.0 < bounds[1]
+
+
 def test_more_samples_narrow_the_bounds() -> None:
     widths = []
     for n in (50, 200, 800):

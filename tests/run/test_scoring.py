@@ -7,7 +7,6 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from craft_ray.workers import OneWorker
 from tests.support.configs import data_config
 from tests.support.configs import eval_set as make_set
 from tests.support.experiments import Digits
+from tests.support.workers import Share
 
 TEXTS = ["Call me Ishmael.", "To be", "All happy families", "It was the best of times", "Once"]
 
@@ -277,25 +277,6 @@ def test_the_mode_of_the_model_is_restored(text: Model, tmp_path: Path) -> None:
 
 
 # --- workers --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Share:
-    """One of several workers, each a thread, that exchange values through a shared table."""
-
-    rank: int
-    world_size: int
-    table: list[Any]
-    barrier: threading.Barrier
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def all_reduce(self, tensor: Tensor) -> None:
-        raise AssertionError(f"an evaluation sums nothing on the device: {tensor}")
-
-    def gather(self, value: Any) -> list[Any]:
-        self.table[self.rank] = value
-        self.barrier.wait(timeout=60)
-        return list(self.table)
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "perplexity"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from craft_pipelines.export import export
 
 from craft_ray.config import Experiment
+from craft_ray.errors import ConfigError
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.objective import judge
 from craft_ray.sweep.html import table_rows, write_sweep_report
@@ -491,3 +495,30 @@ def test_many_trials_and_long_logs_stay_small(tmp_path: Path) -> None:
     text = sweep.page()
     self_contained(text)
     assert len(text) < 1_500_000
+
+
+def test_an_export_has_every_figure_of_the_page_and_a_row_for_each_trial(tmp_path: Path) -> None:
+    sweep = MadeUp(tmp_path)
+    for number in range(5):
+        sweep.add(setting(number), rising(0.1 * number, 0.93 + 0.01 * number))
+    sweep.add(setting(5), rising(0.3, 0.9, count=2), "stopped")
+    sweep.add({"craft.lambda_lr": 9.0}, [], "failed", 'a "reason", with a comma')
+    page = sweep.page()
+    export(sweep.folder.path, tmp_path / "out")
+    figures = json.loads((tmp_path / "out" / "index.json").read_text())["figures"]
+    assert page.count('<svg role="img"') == len(figures) > 8
+    assert len(list((tmp_path / "out" / "figures").glob("*.pdf"))) == len(figures)
+    with (tmp_path / "out" / "tables" / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["rank"], row["trial"], row["feasible"], row["new/score"]) for row in rows[:2]] == [
+        ("1", "4", "true", "0.4"), ("2", "3", "true", "0.30000000000000004"),
+    ]  # fmt: skip
+    assert [(row["status"], row["reason"], row["step"]) for row in rows[-2:]] == [
+        ("stopped", "", "50"), ("failed", 'a "reason", with a comma', ""),
+    ]  # fmt: skip
+    assert rows[0]["craft.lambda_lr"] == str(setting(4)["craft.lambda_lr"])
+    text = (tmp_path / "out" / "tables" / "trials.tex").read_text()
+    assert r"old/ratio $\geq$ 95.0 \%" in text
+    assert text.count(r"\\") == 8
+    with pytest.raises(ConfigError, match="has no trial yet"):
+        export(MadeUp(tmp_path / "empty").folder.path, tmp_path / "none")

@@ -26,8 +26,9 @@ import torch
 import yaml
 from craft_pipelines import cli
 from craft_pipelines.anchors import build
+from craft_pipelines.room import room
 from craft_pipelines.session import capacity, join
-from craft_pipelines.sweep.driver import concurrency, plan_sweep, resume_sweep, search, sweep
+from craft_pipelines.sweep.driver import plan_sweep, resume_sweep, search, sweep
 from craft_pipelines.sweep.runs import RunTrial, on_trainer
 from craft_pipelines.sweep.tracking import SweepTracking
 from craft_pipelines.train import plan_run, run_name, train_run
@@ -586,7 +587,11 @@ def test_more_workers_than_the_cluster_holds_are_refused_before_any_trial(base: 
     with pytest.raises(ConfigError, match=rf"a trial takes {workers} worker\(s\) of 1 CPU, and the cluster holds"):
         swept(base, DRAWN, tmp_path / "sweep", {"workers.num_workers": workers, **sizes})
     assert not SweepFolder(tmp_path / "sweep").trials()
-    assert concurrency(halves(base).changed({"sweep.parallel": 50})) == 1
+    assert concurrent(halves(base).changed({"sweep.parallel": 50})) == 1
+
+
+def concurrent(config: Experiment) -> int:
+    return room(config, "trial", config.sweep.parallel).count
 
 
 def listening(port: int) -> set[str]:
@@ -677,16 +682,16 @@ def test_a_worker_does_not_fit_where_only_the_nodes_together_have_room(
         assert ray.cluster_resources()["CPU"] == 2
         assert capacity({"CPU": 1.0}) == 2
         assert capacity({"CPU": 2.0}) == 0
-        assert concurrency(base.changed({"workers.num_workers": 2})) == 1
+        assert concurrent(base.changed({"workers.num_workers": 2})) == 1
         with pytest.raises(CraftError, match="a trial takes 1 worker"):
-            concurrency(base.changed({"workers.cpus_per_worker": 2}))
+            concurrent(base.changed({"workers.cpus_per_worker": 2}))
         # GPUs in parts: nothing is computed on them here.
         sharing = {"workers.cpus_per_worker": 0.1, "workers.use_gpu": True}
         for share, trials in ((0.25, 4), (0.3, 3), (1, 1)):
             shared = base.changed({**sharing, "workers.resources_per_worker": {"GPU": share}})
-            assert concurrency(shared) == trials
+            assert concurrent(shared) == trials
         with pytest.raises(CraftError, match=r"a trial takes 2 worker\(s\) of 0.1 CPU, 0.6 GPU"):
-            concurrency(
+            concurrent(
                 base.changed({**sharing, "workers.num_workers": 2, "workers.resources_per_worker": {"GPU": 0.6}})
             )
     finally:

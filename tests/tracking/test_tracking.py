@@ -197,7 +197,7 @@ def test_a_database_without_its_tables_is_reported_once(
 
 def unchecked(uri: str) -> TrackingConfig:
     """A config with a password, which its validator would refuse."""
-    return TrackingConfig.model_construct(mlflow=uri, wandb="off", project="craft-ray")
+    return TrackingConfig.model_construct(mlflow=uri, wandb="off", trackio="off", project="craft-ray")
 
 
 def test_a_password_is_refused_in_a_config_that_is_saved() -> None:
@@ -347,7 +347,8 @@ def test_off_imports_nothing() -> None:
         "import sys; from pathlib import Path; from craft_ray.config import TrackingConfig\n"
         "from craft_ray.tracking import open_trackers\n"
         "assert open_trackers(TrackingConfig(), Path('nowhere')) == []\n"
-        "assert not {'mlflow', 'wandb', 'torch', 'sqlalchemy'} & set(sys.modules) and not Path('nowhere').exists()"
+        "assert not {'mlflow', 'wandb', 'trackio', 'torch', 'sqlalchemy'} & set(sys.modules)\n"
+        "assert not Path('nowhere').exists()"
     )
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -358,6 +359,7 @@ def test_off_imports_nothing() -> None:
         ("mlflow", {"mlflow": "sqlite:///mlflow.db"}, "pip install 'craft-ray[mlflow]'"),
         ("alembic", {"mlflow": "sqlite:///mlflow.db"}, "pip install 'craft-ray[mlflow]'"),
         ("wandb", {"wandb": "offline"}, "pip install 'craft-ray[wandb]'"),
+        ("trackio", {"trackio": "local"}, "pip install 'craft-ray[trackio]'"),
     ],
 )
 def test_a_missing_package_is_one_line(

@@ -14,6 +14,8 @@ from ray.tune.experiment import Trial
 
 from craft_pipelines.failures import node_was_lost
 from craft_pipelines.sweep.tracking import SweepTracking
+from craft_ray.run.pace import Pace, unreported
+from craft_ray.run.pace import Report as ProgressReport
 from craft_ray.sweep.results import SweepResult
 from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder
 from craft_ray.sweep.wording import shown
@@ -24,7 +26,15 @@ Say = Callable[[str], None]
 class TrialLog(Callback):
     """Records how trials end, and prints it. A trial that ended before an interruption is skipped silently."""
 
-    def __init__(self, folder: SweepFolder, plan: Plan, count: int, tracking: SweepTracking, say: Say) -> None:
+    def __init__(
+        self,
+        folder: SweepFolder,
+        plan: Plan,
+        count: int,
+        tracking: SweepTracking,
+        say: Say,
+        report: ProgressReport = unreported,
+    ) -> None:
         self._folder = folder
         self._plan = plan
         self._tracking = tracking
@@ -32,11 +42,26 @@ class TrialLog(Callback):
         self._say = say
         self._crashes: Counter[int] = Counter()
         self._ended = {trial.number for trial in folder.trials() if trial.outcome().status != "open"}
+        self._started = False
+        self._part: dict[int, float] = {}
+        """Of each trial that is running, the part of its steps that is done."""
+        self._pace = Pace("trials", count, report, len(self._ended))
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if not self._started:
+            self._started = True
+            self._say("the first trial has started")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        self._tracking.sync(self._folder.trial_of(trial.trial_id))
+        ours = self._folder.trial_of(trial.trial_id)
+        self._tracking.sync(ours)
+        config = self._plan.config
+        self._part[ours.number] = result["step"] / (
+            result["params"].get("train.steps", config.train.steps) * config.sweep.repeat
+        )
+        self._reached()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         ours = self._folder.trial_of(trial.trial_id)
@@ -68,6 +93,11 @@ class TrialLog(Callback):
         self._ended.add(trial.number)
         self._tracking.sync(trial)
         self._say(f"[{len(self._ended)}/{self._count}] {trial_line(self._plan, trial)}")
+        self._reached()
+
+    def _reached(self) -> None:
+        running = (part for number, part in self._part.items() if number not in self._ended)
+        self._pace.reached(len(self._ended) + sum(running))
 
 
 def trial_line(plan: Plan, trial: TrialFolder) -> str:

@@ -15,8 +15,10 @@ from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, Run
 from ray.tune.experiment import Trial
 
 from craft_pipelines.anchors import build
+from craft_pipelines.console import screen
 from craft_pipelines.outputs import check_kept
-from craft_pipelines.session import capacity, join
+from craft_pipelines.room import Room, room
+from craft_pipelines.session import join
 from craft_pipelines.storage_check import check_shared
 from craft_pipelines.sweep.console import Say, TrialLog, conclusion
 from craft_pipelines.sweep.runs import RunTrial, in_process, on_trainer
@@ -27,7 +29,16 @@ from craft_pipelines.sweep.trial import TRIAL, CraftTrial
 from craft_pipelines.train import check_inputs, resources
 from craft_ray.anchors.manifest import is_complete, read_manifest
 from craft_ray.anchors.matching import select
-from craft_ray.config import DataConfig, EvalSet, Experiment, RolloutConfig, RolloutEvalSet, differences
+from craft_ray.config import (
+    DataConfig,
+    EvalSet,
+    Experiment,
+    HarnessConfig,
+    HarnessEvalSet,
+    RolloutConfig,
+    RolloutEvalSet,
+    differences,
+)
 from craft_ray.errors import ConfigError, CraftError, Interrupted
 from craft_ray.run.folder import command_line
 from craft_ray.run.held_out import eval_sets, key_of
@@ -128,7 +139,7 @@ def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
                 say(f"{key} is also the evaluation data: a setting chosen on it will score too well on it")
         if open_trials(folder, plan):
             join(dashboard=config.workers.most > 1)
-            concurrency(config)
+            room(config, "trial", config.sweep.parallel)
             check_shared(folder.path, "output_dir, or --out,")
             if not _cache_is_ready(config) and config.anchors is not None:
                 build(config)
@@ -156,8 +167,10 @@ def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
     return bool(result.best.feasible)
 
 
-def _inputs(eval_set: EvalSet) -> DataConfig | RolloutConfig:
+def _inputs(eval_set: EvalSet) -> DataConfig | HarnessConfig | RolloutConfig:
     """What a model is scored on."""
+    if isinstance(eval_set, HarnessEvalSet):
+        return eval_set.harness
     return eval_set.rollout if isinstance(eval_set, RolloutEvalSet) else eval_set.data
 
 
@@ -245,14 +258,32 @@ def search(
     trainable = tune.with_parameters(
         CraftTrial, sweep=str(folder.path), run_trial=run_trial or (on_trainer if multi else in_process)
     )
+    found = room(config, "trial", config.sweep.parallel, say)
+    memory = {} if found.memory is None else {"memory": found.memory}
     # Ray Train places the workers of a trainer; the process that watches them takes nothing that a worker needs.
-    bundle = {"memory": 1.0} if multi else resources(config.workers)
-    how = _population(folder, plan) if config.sweep.scheduler == "pbt" else _sampled(folder, plan)
-    tuner = Tuner(
+    bundle = {"memory": 1.0} if multi else resources(config.workers) | memory
+    how = _population(folder, plan) if config.sweep.scheduler == "pbt" else _sampled(folder, plan, found)
+    with screen() as shown:
+        log = TrialLog(folder, plan, trial_count(plan), tracking, say, shown.progress)
+        try:
+            _tuner(folder, plan, trainable, bundle, how, log).fit()
+        finally:
+            remove_tree(folder.scratch)
+
+
+def _tuner(
+    folder: SweepFolder, plan: Plan, trainable: Any, bundle: dict[str, float], how: dict[str, Any], log: TrialLog
+) -> Tuner:
+    config = plan.config
+    return Tuner(
         tune.with_resources(trainable, PlacementGroupFactory([bundle])),
         param_space=how.pop("param_space"),
         tune_config=TuneConfig(
-            metric="score", mode="max", scheduler=scheduler_of(folder, plan), reuse_actors=not multi, **how
+            metric="score",
+            mode="max",
+            scheduler=scheduler_of(folder, plan),
+            reuse_actors=config.workers.most <= 1,
+            **how,
         ),
         run_config=RunConfig(
             name=folder.path.name,
@@ -260,22 +291,18 @@ def search(
             verbose=0,
             failure_config=FailureConfig(max_failures=config.sweep.max_failures + 1),  # the trial log counts
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[TrialLog(folder, plan, trial_count(plan), tracking, say)],
+            callbacks=[log],
         ),
     )
-    try:
-        tuner.fit()
-    finally:
-        remove_tree(folder.scratch)
 
 
-def _sampled(folder: SweepFolder, plan: Plan) -> dict[str, Any]:
+def _sampled(folder: SweepFolder, plan: Plan, found: Room) -> dict[str, Any]:
     """Tune's arguments where a sampler proposes the trials."""
     return {
         "param_space": {},
         "search_alg": PlannedSearch(folder, plan, sampler_of(plan)),
         "num_samples": trial_count(plan),
-        "max_concurrent_trials": concurrency(plan.config),
+        "max_concurrent_trials": found.count,
     }
 
 
@@ -288,20 +315,3 @@ def _population(folder: SweepFolder, plan: Plan) -> dict[str, Any]:
         return str(trial)
 
     return {"param_space": {TRIAL: tune.grid_search(begin_population(folder, plan))}, "trial_name_creator": name}
-
-
-def concurrency(config: Experiment) -> int:
-    """The number of trials that the cluster holds at once.
-
-    Raises:
-        ConfigError: it does not hold one.
-    """
-    each, workers = resources(config.workers), max(config.workers.most, 1)
-    held = capacity(each) // workers
-    if not held:
-        needed = ", ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
-        raise ConfigError(
-            f"a trial takes {workers} worker(s) of {needed}, and the cluster holds {capacity(each)} of them: ask for "
-            f"fewer (workers.*), or join a larger cluster with RAY_ADDRESS"
-        )
-    return min(held, config.sweep.parallel or held)

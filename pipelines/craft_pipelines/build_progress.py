@@ -1,0 +1,100 @@
+"""How many anchors of a build its teachers have run on.
+
+The teachers are in other processes, perhaps on other machines, and a shard takes them long. They tell how far they are
+through the key-value store that Ray keeps for a cluster, which takes no process of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from ray.experimental import internal_kv
+
+from craft_ray.run.pace import Pace, Report
+
+NAMESPACE = "craft-ray"
+POLL_S = 1.0
+"""Between two looks at the store, and between two messages of a teacher."""
+
+
+class BuildProgress:
+    """Adds up what the teachers have told, and reports it as rows of the whole cache.
+
+    Args:
+        written: rows in shards of earlier builds.
+    """
+
+    def __init__(self, rows: int, written: int, report: Report) -> None:
+        self._rows, self._report = rows, report
+        self._written: float = written
+        self._passed: dict[str, float] = {}
+        self._finished: set[str] = set()
+        self._pace: Pace | None = None
+        self._lock = threading.Lock()
+
+    def passed(self, name: str, rows: float) -> None:
+        """The teacher has run on so many rows of a shard, which is not written yet."""
+        with self._lock:
+            if name not in self._finished:
+                self._passed[name] = rows
+                self._reached()
+
+    def wrote(self, name: str, rows: int) -> None:
+        """A shard is complete."""
+        with self._lock:
+            self._finished.add(name)
+            self._passed.pop(name, None)
+            self._written += rows
+            self._reached()
+
+    def _reached(self) -> None:
+        done = self._written + sum(self._passed.values())
+        if self._pace is None:  # the time before the first rows, in which a teacher starts, tells nothing of the rest
+            self._pace = Pace("running the teacher over the anchors", self._rows, self._report, done)
+        else:
+            self._pace.reached(done)
+
+    def end(self) -> None:
+        if self._pace is not None:
+            self._pace.end()
+
+
+@dataclass
+class Telling:
+    """Tells the driver of a build, from a teacher's process, how far its shard is."""
+
+    build: str
+    _next: float = field(default=0.0, repr=False)
+
+    def __call__(self, name: str, rows: float) -> None:
+        if time.monotonic() > self._next:
+            self._next = time.monotonic() + POLL_S
+            internal_kv._internal_kv_put(f"{self.build}/{name}", repr(rows), namespace=NAMESPACE)
+
+
+@contextmanager
+def heard(build: str, progress: BuildProgress) -> Iterator[None]:
+    """Pass to `progress` what the teachers of a build tell, while the body runs."""
+    done = threading.Event()
+
+    def listen() -> None:
+        with suppress(Exception):  # a cluster that is lost is reported by what computes on it
+            while not done.wait(POLL_S):
+                for key in internal_kv._internal_kv_list(f"{build}/", namespace=NAMESPACE):
+                    rows = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
+                    if rows is not None:
+                        progress.passed(key.decode().removeprefix(f"{build}/"), float(rows))
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with suppress(Exception):
+            internal_kv._internal_kv_del(f"{build}/", del_by_prefix=True, namespace=NAMESPACE)

@@ -1,0 +1,105 @@
+"""How many runs a cluster has room for: by processors and by memory, on made-up nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from craft_pipelines import room as module
+from craft_pipelines.nodes import Node
+from craft_pipelines.room import PROCESS, room, stored_parameters, worker_memory
+from safetensors.torch import save_file
+
+from craft_ray.config import Experiment
+from craft_ray.errors import ConfigError
+from tests.support.experiments import Digits
+
+GIB = 2**30
+
+
+@pytest.fixture
+def config(digits: Digits, tmp_path: Path) -> Experiment:
+    return digits.experiment(tmp_path, {"workers.num_workers": 1})
+
+
+def cluster(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[float, float]) -> None:
+    """Nodes with so many processors and GiB of memory."""
+    alive = [Node(str(i), "", {"CPU": cpus, "memory": gib * GIB}) for i, (cpus, gib) in enumerate(nodes)]
+    ray_nodes = [{"Alive": True, "Resources": node.resources} for node in alive]
+    monkeypatch.setattr(module, "alive_nodes", lambda: alive)
+    monkeypatch.setattr("craft_pipelines.session.ray.nodes", lambda: ray_nodes)
+
+
+def takes(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    monkeypatch.setattr(module, "worker_memory", lambda _: int(gib * GIB))
+
+
+def told(config: Experiment, most: int | None = None) -> tuple[int, int | None, str]:
+    lines: list[str] = []
+    found = room(config, "run", most, lines.append)
+    return found.count, found.memory, " ".join(lines)
+
+
+def test_memory_decides_where_it_is_less_than_the_processors(
+    config: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster(monkeypatch, (8, 9), (2, 30))
+    takes(monkeypatch, 4.1)
+    count, memory, line = told(config)
+    assert count == 2 + 2, "two in the first node's memory, two on the second's processors"
+    assert memory == int(4.1 * GIB)
+    assert line == (
+        "up to 4 run(s) at a time: a worker takes about 4.1 GiB of memory, a node has up to 30.0 GiB for them (there "
+        "are processors for 10)"
+    )
+    takes(monkeypatch, 0.5)
+    assert told(config)[0] == 10
+    assert told(config, most=3)[0] == 3
+    assert "processors for" not in told(config, most=3)[2]
+    two = config.changed({"workers.num_workers": 2})
+    takes(monkeypatch, 4.1)
+    assert told(two)[0] == 2, "of two workers each"
+
+
+def test_an_estimate_refuses_nothing(config: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, (4, 3))
+    takes(monkeypatch, 50)
+    assert told(config)[:2] == (1, 3 * GIB), "one runs, with all that the node has"
+
+
+def test_a_request_of_the_users_own_is_kept(config: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, (4, 8))
+    own = config.changed({"workers.resources_per_worker": {"memory": 4.0 * GIB}})
+    assert told(own) == (2, None, "up to 2 run(s) at a time")
+
+
+def test_too_few_processors_are_refused_and_an_elastic_run_takes_what_is_there(
+    config: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster(monkeypatch, (2, 8))
+    with pytest.raises(ConfigError, match=r"a run takes 4 worker\(s\) of 1 CPU, and the cluster holds 2 of them"):
+        told(config.changed({"workers.num_workers": 4}))
+    elastic = {"workers.num_workers": [1, 4], "train.batch_size": 12, "craft.anchor_batch_size": 12}
+    assert told(config.changed(elastic))[0] == 1
+
+
+def test_the_estimate_grows_with_what_is_trained_and_with_a_pass(
+    config: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = worker_memory(config)
+    assert PROCESS < whole < PROCESS + 200 * 2**20, "a tiny model"
+    passes = worker_memory(config.changed({"train.accumulate": 8})) - PROCESS
+    assert passes < whole - PROCESS
+    adapter = worker_memory(config.changed({"adapter": {"r": 4}}))
+    parameters = module.look_at_model(config.model.path).parameters
+    assert whole - adapter == 20 * parameters
+    gpu = worker_memory(config.changed({"workers.use_gpu": True}))
+    assert gpu == PROCESS + 4 * parameters
+
+
+def test_the_parameters_of_a_policy_are_read_from_its_files(tmp_path: Path) -> None:
+    tensors: dict[str, Any] = {"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.bfloat16), "c": torch.zeros(())}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert stored_parameters(tmp_path) == 15 + 7 + 1

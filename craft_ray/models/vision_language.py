@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -133,8 +134,7 @@ class VisionLanguageModel(HuggingFaceModel):
         return self._apart(self._processed(text, images, **options), sample)
 
     def _processed(self, text: str, images: Sequence[Image.Image], **options: Any) -> dict[str, Tensor]:
-        if images and self._image_settings:
-            options["images_kwargs"] = self._image_settings
+        options |= self._image_settings if images else {}
         encoded = self.processor(images=[list(images)] if images else None, text=[text], return_tensors="pt", **options)
         tokens = encoded["input_ids"]
         size = len(self.text.without_appended(tokens[0].tolist()))
@@ -157,43 +157,40 @@ class VisionLanguageModel(HuggingFaceModel):
 
     @cached_property
     def _image_settings(self) -> dict[str, Any]:
-        """The settings that replace the image processor's own.
+        """How the processor is called, so that the config's settings replace the image processor's own.
 
         Raises:
             ConfigError: it has no such setting.
         """
         images, settings = self.processor.image_processor, dict(self.config.image_processor)
-        known = sorted(images.valid_kwargs.__annotations__)
         for name in settings:
+            known = sorted(images.valid_kwargs.__annotations__)
             if name not in known:
                 raise ConfigError(
                     f"model.image_processor has {name}, but the {type(images).__name__} of {self.config.path} has the "
                     f"settings {', '.join(known)}: choose one of them, or leave it out"
                 )
-        return settings
+        return {"images_kwargs": settings} if settings else {}
 
     @cached_property
     def _image_batches(self) -> ImageBatches:
         """Made when a batch needs it: a processor that tiles takes as long for it as for a few samples."""
-        return ImageBatches(self._images_alone, self.config.path)
+        # A copy, because padding is a state of the tokenizer, and batches are made in a thread of their own.
+        processor = deepcopy(self.processor)
+        if processor.tokenizer.pad_token is None:  # the padded tokens are not looked at
+            processor.tokenizer.pad_token = processor.tokenizer.convert_ids_to_tokens(self.pad)
 
-    def _images_alone(self, samples: Sequence[Pictures]) -> dict[str, Tensor]:
-        """What the processor makes of the images of some samples."""
-        mark, tokenizer = self.processor.image_token, self.tokenizer
-        own = tokenizer.pad_token
-        if own is None:  # the tokens are padded and not looked at
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.pad)
-        try:
-            encoded = self.processor(
+        def process(samples: Sequence[Pictures]) -> dict[str, Tensor]:
+            encoded = processor(
                 images=[list(pictures) for pictures in samples],
-                text=[mark * len(pictures) for pictures in samples],
+                text=[processor.image_token * len(pictures) for pictures in samples],
                 padding=True,
                 return_tensors="pt",
-                images_kwargs=self._image_settings,
+                **self._image_settings,
             )
-        finally:
-            tokenizer.pad_token = own
-        return self.image_inputs(encoded)
+            return self.image_inputs(encoded)
+
+        return ImageBatches(process, self.config.path)
 
     probed = "a few tokens and a picture"
 

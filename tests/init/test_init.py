@@ -207,3 +207,14 @@ def test_the_command_writes_the_file(text_model: Path, tmp_path: Path, command: 
     config = read(out.read_text())
     assert config.adapter is not None
     assert config.evaluation.new is None  # a tenth of 30 rows would measure nothing
+
+
+@pytest.mark.parametrize("cell", [["a.png", "b.png"], [{"bytes": b"x", "path": None}], b"x"])
+def test_a_list_of_images_is_found(cell: Any) -> None:
+    rows = [{"pages": cell, "question": "?", "answer": "a"}, {"pages": [], "question": "?", "answer": "b"}]
+    named = [{"images" if name == "pages" else name: value for name, value in row.items()} for row in rows]
+    found = find_columns(list(named[0]), named, "a.jsonl", labelled=True, images=True, template=False).columns
+    assert (found.image, found.prompt, found.response) == ("images", "question", "answer")
+    if cell != ["a.png", "b.png"]:  # a path is known as an image by its column's name alone
+        other = find_columns(list(rows[0]), rows, "a.jsonl", labelled=True, images=True, template=False).columns
+        assert other.image == "pages"

@@ -25,7 +25,7 @@ from craft_ray.config import HuggingFaceData, recognised
 from craft_ray.data.arrow import values
 from craft_ray.data.cells import cut
 from craft_ray.data.hugging_face import WRITTEN, class_names
-from craft_ray.data.table import Table, TableSource, check_columns, named_columns
+from craft_ray.data.table import TableSource, check_columns, named_columns
 from craft_ray.errors import DataError, first_line
 from craft_ray.storage.paths import StoragePath
 
@@ -107,7 +107,7 @@ class Stream:
 class StreamTable:
     """A stream as a table: rows by their place, and no length."""
 
-    def __init__(self, stream: Stream, column_names: Sequence[str], classes: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, stream: Stream, column_names: Sequence[str], classes: dict[str, Sequence[str]]) -> None:
         self.stream = stream
         self.column_names = list(column_names)
         self.classes: Mapping[str, Sequence[str]] = classes
@@ -123,7 +123,7 @@ class StreamTable:
     def column(self, name: str) -> Iterator[Any]:
         raise AssertionError("a stream has no end")
 
-    def part(self, start: int, stop: int) -> Table:
+    def part(self, start: int, stop: int) -> StreamTable:
         raise AssertionError("a stream has no end")
 
     def place(self, number: int) -> tuple[str | None, int]:
@@ -145,7 +145,7 @@ class StreamedSource(TableSource):
         super().__init__(config.path, self._table_in(None), config.columns, folder, content)
 
     @property
-    def fingerprint(self) -> str:  # no row is read for it
+    def fingerprint(self) -> str:  # nothing to keep: no row is read for it
         return self._content[:32]
 
     def _where(self, row: int) -> str:

@@ -97,7 +97,7 @@ class NumericEvalSet(SampleEvalSet):
     tags: ClassVar[tuple[str, ...]] = ("numeric",)
     noun: ClassVar[str] = "held-out samples with numbers"
 
-    metric: Literal["numeric"] = "numeric"
+    metric: Literal["numeric"]
     tolerance: float = Field(0.0, ge=0)
     """How far the last number of the answer may be from that of the response. 0: it is the same number (0.50 is .5)."""
 
@@ -108,7 +108,7 @@ class RegexEvalSet(SampleEvalSet):
     tags: ClassVar[tuple[str, ...]] = ("regex",)
     noun: ClassVar[str] = "held-out samples with a pattern"
 
-    metric: Literal["regex"] = "regex"
+    metric: Literal["regex"]
     pattern: str
     """A regular expression as Python writes it. With a group, `the answer is (\\S+)`, what the group first finds in the
     answer must equal the response, or what it finds there; without a group, the pattern must be found in the answer."""
@@ -133,7 +133,7 @@ class FunctionEvalSet(SampleEvalSet):
     tags: ClassVar[tuple[str, ...]] = ("function",)
     noun: ClassVar[str] = "held-out samples with a function"
 
-    metric: Literal["function"] = "function"
+    metric: Literal["function"]
     function: str
     """MODULE:FUNCTION, called as `function(reply, response)` or `function(reply, response, row)`. It returns a number
     from 0 to 1, more is better (docs/evaluation.md)."""
@@ -178,7 +178,7 @@ class HarnessEvalSet(ScoredSet):
     tags: ClassVar[tuple[str, ...]] = ("lm_eval",)
     noun: ClassVar[str] = "tasks of the lm-evaluation-harness"
 
-    metric: Literal["lm_eval"] = "lm_eval"
+    metric: Literal["lm_eval"]
     harness: HarnessConfig
 
     @property

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -229,6 +230,7 @@ def _loaded(config: HarnessConfig, key: str) -> dict[str, Any]:
     """
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notices are for those who write tasks
     if config.include_path is not None and not Path(config.include_path).is_dir():
         raise ConfigError(f"{key}.include_path is {config.include_path}, and there is no such folder: correct it")
     manager = TaskManager(include_path=config.include_path, include_defaults=False)

@@ -97,9 +97,13 @@ def test_a_run_is_kept_judged_scored_and_reported(
     assert scores["old"]["scores"][folder.path.name + "/step_000006"]["score"] == pytest.approx(result["old"]["after"])
     assert scores["new"]["higher"] + scores["new"]["lower"] <= 8
 
-    code, out, err = command("report", folder.path, "--out", "report")
+    code, _, err = command("train", "run.yaml", "craft.enabled=false", "craft.keep=null", "validation={}")
+    assert code == 0, err
+    plain = folder.path.with_name("scores-baseline-seed0")
+    code, out, err = command("report", folder.path, plain, "--out", "report")
     assert code == 0, err
     page = (world / "report" / "report.html").read_text()
+    assert "score lower after plain fine-tuning than after CRaFT" in page
     assert "harness tasks" in page
     assert "own metric" in page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,14 @@ def test_a_response_that_nothing_can_be_compared_with(settings: dict[str, Any], 
         verdict("7", response, **settings)
 
 
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    with pytest.raises(
+        ConfigError, match=r"new.metric is rouge_l, but rouge_score does not import .*craft-ray\[rouge\]"
+    ):
+        judge_of(make_set(data=DATA, metric="rouge_l"), "evaluation.new")
+
+
 # --- a function of the user's own ---------------------------------------------------------------------------------
 
 
@@ -134,8 +143,6 @@ def test_a_function_gets_reply_and_response_and_if_it_takes_it_the_row(tmp_path:
 
 
 def test_a_module_imports_what_stands_beside_it_and_the_path_stays_as_it_was(tmp_path: Path) -> None:
-    import sys
-
     before = list(sys.path)
     (tmp_path / "own_helper_beside.py").write_text("HALF = 0.5\n")
     code = "from own_helper_beside import HALF\n\n\ndef score(reply, response):\n    return HALF\n"

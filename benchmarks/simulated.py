@@ -251,8 +251,15 @@ def check(report: Report, model: str, counts: Iterable[int]) -> None:
             worst = max(off, key=lambda key: off[key])
             what = f"{model}: {name}, {count} processes"
             note = f"{len(off)} numbers, farthest off: {worst}"
-            report.add(Row(f"{what}, simulated / counted, off by at most", 100 * off[worst], "percent", target="<= 5"))
-            report.rows[-1].note = note
+            report.add(
+                Row(
+                    f"{what}, simulated / counted, off by at most",
+                    100 * off[worst],
+                    "percent",
+                    target="<= 5",
+                    note=note,
+                )
+            )
             resident = max(peak for _, peak in found) / expected["peak"]
             report.add(Row(f"{what}, highest resident memory / simulated peak", resident))
 

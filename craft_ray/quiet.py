@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import threading
@@ -29,6 +30,7 @@ def uncollected() -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Turn off progress bars of transformers and datasets (unless on a terminal) and notices that need no action."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of kernels for other machines
     with uncollected():
         import datasets
         import huggingface_hub

@@ -67,6 +67,10 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         mesh: DeviceMesh | None = None,
         gpus: int = 1,
     ) -> None:
+        if config.attention == "flex_attention" and device.type == "cpu":
+            raise ConfigError(
+                "model.attention is flex_attention, which trains on a GPU alone: set model.attention=sdpa"
+            )
         self.config = config
         self.gpus = gpus
         self.precision = precision
@@ -100,10 +104,6 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         check_decoder(self)
         if config.gradient_checkpointing:
             self.module.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.attention == "flex_attention" and device.type == "cpu":
-            raise ConfigError(
-                "model.attention is flex_attention, which trains on a GPU alone: set model.attention=sdpa"
-            )
         if config.compile:
             compile_blocks(self.module, device)
 

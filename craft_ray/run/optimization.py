@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,7 +81,6 @@ def make_optimization(model: Model, parameters: Sequence[torch.Tensor], config: 
 
 def _adamw_8bit(parameters: Sequence[torch.Tensor], settings: dict[str, Any]) -> Optimizer:
     """AdamW with moments in 8 bits (Dettmers et al., arXiv 2110.02861), by torchao, which compiles its update."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of kernels for other machines
     if reason := missing("torchao"):
         raise ConfigError(f"train.optimizer is adamw_8bit, but {reason}: {install('8bit')}")
     require_compiler("train.optimizer is adamw_8bit", parameters[0].device)

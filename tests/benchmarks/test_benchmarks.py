@@ -50,7 +50,14 @@ def check(report: dict[str, Any], name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("cache_build", marks=pytest.mark.slow), "retention_modes", "anchor_fetch", "surgery", "adapters"],
+    [
+        pytest.param("cache_build", marks=pytest.mark.slow),
+        "retention_modes",
+        "anchor_fetch",
+        "surgery",
+        "adapters",
+        "savers",
+    ],
 )
 def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(run(name, tmp_path / "report.json", monkeypatch), name)

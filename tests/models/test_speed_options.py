@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 from craft_ray.config import ModelConfig
 from craft_ray.data.sample import Sample
@@ -61,9 +62,9 @@ def test_what_the_machine_lacks_is_one_line(folder: Path, attention: str, messag
     assert "\n" not in caught.value.message
 
 
-def test_without_a_compiler_compiling_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(ConfigError, match=r"model\.compile is true, and torch\.compile finds no compiler"):
+def test_without_a_compiler_compiling_is_refused(folder: Path) -> None:
+    without = inductor_config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.raises(ConfigError, match=r"model\.compile is true, and torch\.compile finds no compiler"):
         loaded(folder, compile=True)
 
 

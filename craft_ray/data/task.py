@@ -34,3 +34,8 @@ def sampler_of(config: TaskConfig, source: Source, batch_size: int, seed: int, s
     assert isinstance(source, JoinedSources)
     rows = [len(part) for part in source.sources]
     return MixtureSampler(rows, [part.weight for part in config.mix], batch_size, seed, stream)
+
+
+def rows_of(source: Source) -> int:
+    """How many samples can be asked for in any order: all of them, or of a stream the first ones, which are kept."""
+    return source.checkable() if isinstance(source, StreamedSource) else len(source)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from craft_ray.config import Experiment
 from craft_ray.data.streaming import StreamedSource
-from craft_ray.data.task import open_task, sampler_of
+from craft_ray.data.task import open_task, rows_of, sampler_of
 from craft_ray.errors import ConfigError
 from craft_ray.models.base import Batch, Features, Model
 from craft_ray.models.capabilities import TokenModel
@@ -123,8 +123,7 @@ class TaskData:
 
     @property
     def _rows(self) -> int:
-        """How many samples can be asked for in any order."""
-        return self.source.checkable() if isinstance(self.source, StreamedSource) else len(self.source)
+        return rows_of(self.source)
 
     def _sample(self, row: int) -> Features:
         return self._features(row) if self.mask is None else self.mask(row, self._features(row))

@@ -17,7 +17,7 @@ from craft_pipelines.nodes import alive_nodes
 from craft_pipelines.session import capacity
 from craft_pipelines.train import resources
 from craft_ray.config import Experiment, LeRobotData, Mixture
-from craft_ray.data.source import open_source
+from craft_ray.data.task import open_task, rows_of
 from craft_ray.errors import ConfigError
 from craft_ray.init.model import ModelFacts, look_at_model
 from craft_ray.init.sizes import BYTES_FULL
@@ -114,9 +114,10 @@ def _longest(config: Experiment, facts: ModelFacts) -> int:
     for data in [part.data for part in config.task.mix] if isinstance(config.task, Mixture) else [config.task]:
         if isinstance(data, LeRobotData):
             continue
-        source = open_source(data, "task")
-        count = min(SAMPLES, len(source))
-        samples = [source[index * len(source) // count] for index in range(count)]
+        source = open_task(data)
+        rows = rows_of(source)
+        count = min(SAMPLES, rows)
+        samples = [source[index * rows // count] for index in range(count)]
         images = facts.image_tokens(samples) if facts.kind == "vision_language" else 0
         found = max(found, *(sum(facts.tokens_of(s, config.model.chat_template, images)) for s in samples))
     return min(found, config.model.max_length)

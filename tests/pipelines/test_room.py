@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from craft_pipelines import room as module
@@ -12,7 +14,7 @@ from craft_pipelines.nodes import Node
 from craft_pipelines.room import PROCESS, room, stored_parameters, worker_memory
 from safetensors.torch import save_file
 
-from craft_ray.config import Experiment
+from craft_ray.config import Experiment, parse_config
 from craft_ray.errors import ConfigError
 from tests.support.experiments import Digits
 
@@ -97,6 +99,21 @@ def test_the_estimate_grows_with_what_is_trained_and_with_a_pass(
     assert whole - adapter == 20 * parameters
     gpu = worker_memory(config.changed({"workers.use_gpu": True}))
     assert gpu == PROCESS + 4 * parameters
+
+
+def test_streamed_task_data_are_estimated_by_their_first_samples(text_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    rows = pa.table({"prompt": [*"abc", "long " * 9], "response": list("abcd")})
+    pq.write_table(rows, tmp_path / "data" / "train.parquet")
+    tree = {
+        "name": "streamed",
+        "model": {"path": str(text_model), "max_length": 64},
+        "task": {"path": str(tmp_path / "data"), "format": "dataset", "columns": {"response": "response"}},
+        "craft": {"enabled": False},
+        "train": {"steps": 2, "batch_size": 8},
+    }
+    config = parse_config(tree, "test")
+    assert worker_memory(config.changed({"task.streaming": True})) == worker_memory(config)
 
 
 def test_the_parameters_of_a_policy_are_read_from_its_files(tmp_path: Path) -> None:

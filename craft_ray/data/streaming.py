@@ -138,6 +138,7 @@ class StreamedSource(TableSource):
         check_columns(config.columns, names, config.path, key)
         present = [name for name in named_columns(config.columns) if name in names]
         features = rows.features
+        self._features = features
         self._classes_of = {name: own for name in present if (own := class_names(features[name])) is not None}
         self._rows = rows.select_columns(present).with_format("arrow")
         self._names, self._buffer = names, config.shuffle_buffer
@@ -150,6 +151,14 @@ class StreamedSource(TableSource):
 
     def _where(self, row: int) -> str:
         return f"{self.name}, sample {row} in the order of the seed"
+
+    def _holds_lists(self, column: str) -> bool:
+        # By its type: to look at the first rows would begin the stream anew.
+        depth, inner = 0, self._features.get(column)
+        while isinstance(inner, datasets.List | datasets.LargeList):
+            depth, inner = depth + 1, inner.feature
+        number = isinstance(inner, datasets.Value) and inner.dtype.startswith(("int", "uint", "float"))
+        return depth > 3 or (depth == 1 and not number)
 
     def in_order_of(self, *key: int) -> StreamedSource:
         """The same samples in the order of a seed."""

@@ -91,7 +91,10 @@ class TableSource:
         names = self._columns.images
         if self.has_conversations or len(names) != 1:
             return bool(names) and not self.has_conversations
-        cells = (self._table.row(row).get(names[0]) for row in range(len(self)))
+        return self._holds_lists(names[0])
+
+    def _holds_lists(self, column: str) -> bool:
+        cells = (self._table.row(row).get(column) for row in range(len(self)))
         return is_list_of_images(next((cell for cell in cells if cell is not None), None))
 
     def __len__(self) -> int:

@@ -189,3 +189,18 @@ def test_a_file_that_breaks_off_names_the_place(tmp_path: Path) -> None:
     with pytest.raises(CraftError, match=r"cannot be read on behind \d+ rows \(.*\): mend that, and resume") as caught:
         ids(source, 0, ROWS)
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_images_of_a_stream(listed: bool, tmp_path: Path) -> None:
+    """Whether a sample has a list of them is in the column's type."""
+    (tmp_path / "data").mkdir()
+    cells = [[{"bytes": b"a", "path": None}] * (n % 3) for n in range(12)] if listed else [{"bytes": b"a"}] * 12
+    rows = {"id": [f"r{n}" for n in range(12)], "prompt": ["?"] * 12, "response": ["!"] * 12, "image": cells}
+    pq.write_table(pa.table(rows), tmp_path / "data" / "train-0.parquet")
+    source = open_task(config(tmp_path / "data", columns={"image": "image"}))
+    assert source.has_image_lists is listed
+    for row in (0, 1, 5):
+        expected = (b"a",) * (row % 3) if listed else (b"a",)
+        assert source[row].pictures == expected
+        assert source[row].images == (expected if listed else None)

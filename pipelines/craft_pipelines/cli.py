@@ -50,7 +50,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log has each line when it is printed
     try:
-        app()
+        app(prog_name="craft-ray")
     except BaseException as error:
         # Typer turns an interruption into its exit code. After a signal, any other end is a consequence of it.
         if interruption.signalled() or interruption_in(error) is not None:

@@ -261,7 +261,7 @@ def check(report: Report, model: str, counts: Iterable[int]) -> None:
                 )
             )
             resident = max(peak for _, peak in found) / expected["peak"]
-            report.add(Row(f"{what}, highest resident memory / simulated peak", resident))
+            report.add(Row(f"{what}, highest resident memory, loading included / simulated peak", resident))
 
 
 def tables() -> None:

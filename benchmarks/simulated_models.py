@@ -54,6 +54,8 @@ class Pi0FastBase(nn.Module):
 class Pi0Fast(nn.Module):
     """PaliGemma as LeRobot's pi0_fast has it: its head and its embeddings are not tied."""
 
+    base_model_prefix = "base_model"
+
     def __init__(self, text: GemmaConfig, vision: SiglipVisionConfig) -> None:
         super().__init__()
         self.config = text

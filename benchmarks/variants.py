@@ -23,6 +23,7 @@ EPSILON, MAX_NORM, MULTIPLIER = 0.03, 1.0, 0.7
 SETTINGS: Any = SimpleNamespace(
     enabled=True,
     retention_freq=1,
+    conflict_measure="cosine",
     conflict_threshold=-0.1,
     use_grad_projection=True,
     projection_gate="violated",

@@ -128,8 +128,8 @@ def view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dic
         "workers": list(dict.fromkeys(wording.workers_of(run) for run in runs)),
         "old_ratio": old_ratio,
         "new_ratio": lambda run: new_ratio(run.result, plain.get(run.seed)),
-        "losses": loss_plot(runs),
         "pareto": pareto_plot(runs),
+        "losses": loss_plot(runs),
         "skill_rows": skill_rows(runs),
         "retention_plots": {
             arm: skills_plot(chosen) or retention_plot(chosen, _plain_with_same_loss(chosen[0], runs))

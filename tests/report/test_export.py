@@ -50,7 +50,7 @@ def test_each_figure_of_the_page_is_a_pdf_and_a_picture(comparison: Path, export
     drawn = re.findall(r'<svg role="img" aria-label="([^"]*)"', page)
     index = json.loads((exported / "index.json").read_text())
     assert [text.replace("&#39;", "'") for text in drawn] == list(index["figures"].values())
-    assert list(index["figures"]) == ["losses", "pareto", "retention-hidden", "cosine-hidden"]
+    assert list(index["figures"]) == ["pareto", "losses", "retention-hidden", "cosine-hidden"]
     assert {path.name for path in (exported / "figures").iterdir()} == {
         f"{name}.{kind}" for name in index["figures"] for kind in ("pdf", "png")
     }

@@ -57,7 +57,7 @@ class StorageError(CraftError):
 class Interrupted(KeyboardInterrupt):
     """A person or the system stopped the command; what was complete is kept.
 
-    Not an `Exception`: a library's `except Exception` would swallow it, and the command would go on.
+    Not an `Exception`: a library's `except Exception` would swallow it, and the command would continue.
     """
 
     exit_code = 130

@@ -68,10 +68,9 @@ class Experiment(Section):
         """What training needs of the old skill."""
         if not self.craft.enabled:
             return "none"
+        facts = RETENTION_MODES[self.craft.retention_mode]
         answered = self.anchors is not None and self.anchors.suffix_from == "response"
-        if answered and self.craft.retention_mode == "token_ce":
-            return "labelled"
-        return RETENTION_MODES[self.craft.retention_mode].old_data
+        return "labelled" if answered and "suffix" in facts.stores else facts.old_data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -75,7 +75,7 @@ RETENTION_MODES: dict[str, ModeFacts] = {
         old_data="labelled",
     ),
     "l2_sp": ModeFacts(
-        "craft_ray.retention.weights:L2SP",
+        "craft_ray.retention.l2_sp:L2SP",
         stores=frozenset(),
         units={"": Unit("half_square", "half the squared distance of the weights")},
         old_data="none",
@@ -83,7 +83,7 @@ RETENTION_MODES: dict[str, ModeFacts] = {
     ),
     # The second-order term of the divergence from the teacher, with the Fisher information's diagonal alone.
     "ewc": ModeFacts(
-        "craft_ray.retention.weights:EWC",
+        "craft_ray.retention.ewc:EWC",
         stores=frozenset({"suffix"}),
         units={"": Unit("fisher_nats", "nats a token from the teacher, to second order")},
         distance_of_weights=True,

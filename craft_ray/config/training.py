@@ -60,7 +60,7 @@ class TrainConfig(Section):
     check_minutes: float = Field(5.0, ge=0)
     """All rows of the task, of each held-out set and, at the build of a cache, of the anchors are preprocessed once
     before the first step, so that a bad row is found then. Longest time for one source, in minutes; the next start on
-    the same data goes on with the rest. 0 checks none."""
+    the same data checks the rest. 0 checks none."""
 
     @model_validator(mode="after")
     def _one_optimizer(self) -> Self:

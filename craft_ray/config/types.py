@@ -50,7 +50,7 @@ def _bound(text: Any) -> Any:
 
 
 def _episodes(value: Any) -> Any:
-    """Numbers, or ranges such as "0-39", as numbers. (YAML reads 0:40 as minutes and seconds.)"""
+    """Numbers, or ranges such as "0-39", as numbers."""
     numbers: list[Any] = []
     for item in value if isinstance(value, list | tuple) else [value]:
         part = re.fullmatch(r"(\d+)-(\d+)", item) if isinstance(item, str) else None

@@ -2,7 +2,7 @@
 
 The order is Hugging Face datasets' own: the files of a pass are shuffled, and their rows go through a buffer from which
 they are drawn at random. It is a function of (seed, pass), so that any number of workers sees the same global batches,
-and a resumed run goes on with the row that was next. What an order of known rows has and this has not: a row can be
+and a resumed run continues with the row that was next. What an order of known rows has and this has not: a row can be
 drawn only near the rows that its file is read with, and to come to a place, everything before it is read.
 """
 
@@ -77,7 +77,7 @@ class Stream:
         except Exception as error:  # of the network, of a file, of a library
             reason = cut(first_line(error.__cause__ or error))
             raise DataError(
-                f"{self._name} cannot be read on behind {self._next} rows ({reason}): mend that, and resume the run"
+                f"{self._name} cannot be read beyond {self._next} rows ({reason}): fix that, and resume the run"
             ) from None
         if row is None:
             if self._next == self._start:
@@ -209,8 +209,8 @@ def _identity(builder: datasets.DatasetBuilder, config: HuggingFaceData) -> str:
     digest.update(str(builder.hash if not of_split else "").encode())
     for number, file in enumerate(of_split):
         path = Path(file)
-        told = (path.name, path.stat().st_size) if path.exists() else (file, of_split.origin_metadata[number])
-        digest.update(str(told).encode())
+        identity = (path.name, path.stat().st_size) if path.exists() else (file, of_split.origin_metadata[number])
+        digest.update(str(identity).encode())
     how = config.model_dump_json(include={"split", "limit", "columns", "shuffle_buffer"}, exclude_none=True)
     digest.update(how.encode())
     return digest.hexdigest()

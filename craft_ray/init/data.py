@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from craft_ray.config import Columns, DataConfig
+from craft_ray.data.formats import format_at, looks_local
 from craft_ray.data.source import Source, first_rows, open_source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.init.columns import find_columns
@@ -28,6 +29,8 @@ class DataFacts:
     rows: int
     columns: Columns | None
     """None: a LeRobotDataset has none."""
+    format: str | None = None
+    """Of data on the hub whose format has to be named."""
     running_text: bool = False
     """Whether it is text to go on reading, without prompts."""
     prompt_tokens: int = 0
@@ -46,6 +49,8 @@ class DataFacts:
     def section(self, split: str | None = None) -> dict[str, Any]:
         """The section of a config; without `columns` where there are none."""
         found: dict[str, Any] = {"path": self.path}
+        if self.format is not None:
+            found["format"] = self.format
         if split is not None:
             found["split"] = split
         if self.columns is not None:
@@ -64,7 +69,9 @@ def look_at_data(path: str, option: str, model: ModelFacts, labelled: bool) -> D
     Raises:
         ConfigError, DataError: it does not open, or its columns are not known.
     """
-    config = _section({"path": path})
+    on_hub = not looks_local(path) and format_at(path) is None
+    named = "lerobot" if on_hub and model.kind == "lerobot" else None
+    config = _section({"path": path} if named is None else {"path": path, "format": named})
     found = first_rows(config, option, FIRST)
     if (found is None) != (model.kind == "lerobot"):
         what = "a table" if found is not None else "a LeRobotDataset"
@@ -72,7 +79,7 @@ def look_at_data(path: str, option: str, model: ModelFacts, labelled: bool) -> D
             f"{option} {path} is {what}, but --model {model.path} is of kind {model.kind}: choose one for the other"
         )
     if found is None:
-        return DataFacts(path, len(open_source(config, option)), None)
+        return DataFacts(path, len(open_source(config, option)), None, named)
     names, rows = found
     if not rows:
         raise DataError(f"{option} {path} holds no sample: specify data with at least one row")
@@ -119,7 +126,7 @@ def _measured(path: str, columns: Columns, running_text: bool, source: Source, m
         path,
         len(source),
         columns,
-        running_text,
+        running_text=running_text,
         prompt_tokens=max(prompt for prompt, _ in sizes),
         response_tokens=answers[-1],
         answer_tokens=answers[(9 * len(answers) - 1) // 10],

@@ -53,7 +53,7 @@ def draft(asked: Asked, hardware: Hardware) -> str:
                 "a policy is scored in a simulator and not on data: leave --old and --new out, and write "
                 "evaluation.old.rollout and evaluation.new.rollout (docs/lerobot.md)"
             )
-        return _robot(asked, task, anchors, hardware)
+        return _robot(asked, model, task, anchors, hardware)
     old = None if asked.old is None else look_at_data(asked.old, "--old", model, labelled=True)
     new = None if asked.new is None else look_at_data(asked.new, "--new", model, labelled=True)
     return _text(asked, model, task, anchors, old, new, hardware)
@@ -232,7 +232,9 @@ def _workers(hardware: Hardware, parameters: int) -> list[str]:
     ]
 
 
-def _robot(asked: Asked, task: DataFacts, anchors: DataFacts, hardware: Hardware) -> str:
+def _robot(asked: Asked, model: ModelFacts, task: DataFacts, anchors: DataFacts, hardware: Hardware) -> str:
+    small = 0 < model.parameters < SMALL
+    rate, usual = ("5.0e-4", "below 20 M parameters") if small else ("2.5e-5", "of billions of parameters")
     lines = [
         *_head(asked, task),
         "",
@@ -252,7 +254,7 @@ def _robot(asked: Asked, task: DataFacts, anchors: DataFacts, hardware: Hardware
         "train:",
         "  steps: 2000",
         "  batch_size: 16",
-        "  learning_rate: 2.5e-5 # the usual size for a policy of billions; a small one takes 5.0e-4",
+        f"  learning_rate: {rate} # usual for a policy {usual}",
         "  betas: [0.9, 0.95]",
         "  warmup_steps: 100",
         "",
@@ -261,7 +263,7 @@ def _robot(asked: Asked, task: DataFacts, anchors: DataFacts, hardware: Hardware
         "#   old: {metric: success, rollout: {env: metaworld, task: drawer-close-v3, episodes: 40}}",
         "#   new: {metric: success, rollout: {env: metaworld, task: door-close-v3, episodes: 40}}",
         "",
-        *_workers(hardware, SMALL),
+        *_workers(hardware, model.parameters or SMALL),
     ]
     return _aligned(lines)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +36,7 @@ class ModelFacts:
     path: str
     kind: Literal["vision_language", "causal_lm", "lerobot"]
     parameters: int = 0
-    """Number of them; 0 for a policy of LeRobot, which is not built here."""
+    """Number of them; of a policy of LeRobot those in its files, 0 where they are on the hub."""
     processor: Any = field(default=None, repr=False)
     has_template: bool = False
     longest: int | None = None
@@ -81,22 +83,25 @@ class ModelFacts:
         return max(sizes)
 
 
-def look_at_model(path: str) -> ModelFacts:
+def look_at_model(path: str, key: str = "--model") -> ModelFacts:
     """What kind of model is in a folder or on the hub, and how large it is.
+
+    Args:
+        key: the option or config key that names it, for errors.
 
     Raises:
         ConfigError: there is none, or of no kind that can be trained.
     """
     folder = Path(path)
     if folder.is_dir() and (folder / "adapter_config.json").exists():
-        raise ConfigError(f"--model {path} is an adapter: merge it into its model first (craft-ray merge)")
-    if _policy_type(folder) is not None:
-        return ModelFacts(path, "lerobot")
+        raise ConfigError(f"{key} {path} is an adapter: merge it into its model first (craft-ray merge)")
+    if _is_policy(path):
+        return ModelFacts(path, "lerobot", parameters=stored_parameters(folder))
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except Exception as error:  # the hub's client and a damaged file may raise anything
         raise ConfigError(
-            f"--model {path}: no config of a model is read from it ({reason(error)}): specify a folder that "
+            f"{key} {path}: no config of a model is read from it ({reason(error)}): specify a folder that "
             f"from_pretrained loads, or a hub model"
         ) from None
     kind: Literal["vision_language", "causal_lm"]
@@ -110,7 +115,7 @@ def look_at_model(path: str) -> ModelFacts:
         processor_class = transformers.AutoTokenizer
     else:
         raise ConfigError(
-            f"--model {path} is of type {config.model_type}, which is neither a language model nor an image-text-to-"
+            f"{key} {path} is of type {config.model_type}, which is neither a language model nor an image-text-to-"
             f"text model of transformers, nor a policy of LeRobot: choose another model"
         )
     located = str(folder.absolute()) if folder.is_dir() else path
@@ -131,10 +136,25 @@ def look_at_model(path: str) -> ModelFacts:
     )
 
 
-def _policy_type(folder: Path) -> str | None:
-    """The type of a LeRobot policy; None if the folder holds none."""
+def stored_parameters(folder: Path) -> int:
+    """Numbers in the safetensors files of a folder, by their headers: eight bytes of length, then JSON.
+
+    https://github.com/huggingface/safetensors#format
+    """
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
+
+
+def _is_policy(path: str) -> bool:
+    """Whether a LeRobot policy is in a folder or on the hub: its config.json names its type in another key than
+    those of transformers do."""
     try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found.get("type") if isinstance(found, dict) and "model_type" not in found else None
+        found, _ = transformers.PretrainedConfig.get_config_dict(path)
+    except Exception:  # nothing there, damaged, or the hub is not reached: reading it as a model tells
+        return False
+    return "type" in found and "model_type" not in found

@@ -19,6 +19,7 @@ from lerobot.configs import FeatureType, NormalizationMode
 from torch import Tensor, nn
 
 from craft_ray.config import ModelConfig, Precision
+from craft_ray.config.modes import stores
 from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
@@ -229,7 +230,7 @@ class LeRobotPolicy(PresetModel):
         return [seen[k] for k in layers]
 
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
-        if "token_ce" in modes or "suffix" in positions:
+        if stores(modes, "suffix") or "suffix" in positions:
             token_model(self)
 
     @torch.inference_mode()

@@ -147,7 +147,7 @@ class Model(ABC):
         """Refuse anchors that this model does not provide, or that cannot constrain it.
 
         Args:
-            modes: retention modes, `hidden` or `token_ce`.
+            modes: retention modes (config/modes.py).
 
         Raises:
             ConfigError: they need tokens and the model outputs none, or no trained parameter affects its hidden states.

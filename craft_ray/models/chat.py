@@ -274,7 +274,7 @@ def written_image(processor: Any, mark: str) -> str:
         return mark
     try:
         text = str(processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False))
-    except Exception:  # a template is a program; whoever wants it is told what it refuses when the model is loaded
+    except Exception:  # a template is a program; what it refuses is reported when the model is loaded
         return mark
     pieces = text.split(PROBE)
     return pieces[1] if len(pieces) == 3 and pieces[1].count(mark) == 1 else mark

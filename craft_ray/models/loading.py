@@ -166,7 +166,7 @@ def check_complete(module: nn.Module, info: dict[str, Any], path: str, kind: str
 
     Raises:
         ModelError: some are missing or have another shape, or the folder has more for a part with weights than that
-            part computes with (scales of quantised weights, biases that the config leaves out). Others are told:
+            part computes with (scales of quantised weights, biases that the config leaves out). Others are reported:
             another head, or the causal masks that older versions of transformers saved.
     """
     if getattr(module, "_hf_peft_config_loaded", False):  # a local one does not come here
@@ -204,4 +204,4 @@ def reason(error: BaseException) -> str:
         return "it comes with Python code of its own; set model.trust_remote_code=true if you trust it"
     if isinstance(error, KeyError) or not text:
         return f"{type(error).__name__} {text}".strip()
-    return text.splitlines()[0][:200]
+    return first_line(text)[:200]

@@ -8,8 +8,9 @@ from pathlib import PurePosixPath
 from craft_ray.config import EvalSet, LeRobotData, Mixture, RolloutEvalSet, SampleEvalSet
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.wording import METRICS
+from craft_ray.storage.last import LAST
 
-SAVED_AS = (("checkpoints", "last", "model"), ("model",))
+SAVED_AS = (("checkpoints", LAST, "model"), ("model",))
 """Ends of a path that say nothing about the model in it."""
 
 

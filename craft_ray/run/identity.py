@@ -103,5 +103,5 @@ def record(folder: RunFolder, config: Experiment, task: str) -> None:
 
 
 def forget_identity(folder: RunFolder) -> None:
-    """Let a run go on as another one: population based training gives a trial another setting on its way."""
+    """Let a run continue as another one: population based training gives a trial another setting on its way."""
     (folder.path / RECORD).unlink(missing_ok=True)

@@ -44,7 +44,7 @@ class Optimization:
         return self.optimizer.state_dict() | {"preset": self.described}
 
     def check_preset(self, state: dict[str, Any]) -> None:
-        """Check that a state goes on with the preset that it was written under.
+        """Check that a state continues with the preset that it was written under.
 
         Raises:
             ConfigError: the policy prescribed something else when it was written.

@@ -2,7 +2,7 @@
 first minutes, and not at the step that draws it.
 
 What was found is kept in the node's cache under a hash of the data and of everything that prepares them: the next run
-on them checks nothing again. Where the time does not suffice, the next run goes on with the rows that are left.
+on them checks nothing again. Where the time does not suffice, the next run checks the rows that are left.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def check_rows(
         if not whole:
             say(
                 f"{checked} of {rows.count} rows of {rows.key} are checked after {minutes:g} minutes "
-                f"(train.check_minutes); the next start goes on with the others"
+                f"(train.check_minutes); the next start checks the others"
             )
 
 

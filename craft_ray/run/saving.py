@@ -55,7 +55,7 @@ class CheckpointWriter:
         started = time.monotonic()
         if model.sharded:
             self._write_sharded(model, state, gradients, optimizer)
-            self._folder.push_parts(f"step_{state.step:06d}", self._workers)
+            self._folder.push_parts(checkpoint_name(state.step), self._workers)
         elif self._workers.rank == 0:
             check = None if self._read_back else lambda folder: self._check(model, folder)
             save_checkpoint(self._folder.disk / "checkpoints", model, state, self._keep, check, self._best.step)

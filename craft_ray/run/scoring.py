@@ -109,7 +109,7 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes | HarnessTas
     if not source.has_responses or (eval_set.metric == "choice" and not source.has_choices):
         needed = "choices" if source.has_responses else "response"
         raise ConfigError(f"{key}.metric is {eval_set.metric}, but {key}.data.columns.{needed} names no column")
-    judge_of(eval_set, key)  # a function that is missing is told before anything starts
+    judge_of(eval_set, key)  # a missing function is reported before anything starts
     return source
 
 

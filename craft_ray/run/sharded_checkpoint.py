@@ -33,7 +33,7 @@ from craft_ray.method.gradients import GradientPair
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
 from craft_ray.models.sharding import shard_of
-from craft_ray.run.checkpoint import TrainingState, checkpoint_step, load_training_state, state_file
+from craft_ray.run.checkpoint import TrainingState, checkpoint_name, checkpoint_step, load_training_state, state_file
 from craft_ray.storage.files import checksum, clear_leftovers, new_folder
 from craft_ray.storage.last import point_last
 from craft_ray.workers import OneWorker, Workers
@@ -63,7 +63,7 @@ def save_sharded(
     Raises:
         StorageError: a worker could not write its part. Earlier checkpoints are untouched.
     """
-    target, main = folder / f"step_{state.step:06d}", workers.rank == 0
+    target, main = folder / checkpoint_name(state.step), workers.rank == 0
     owner = main or apart
     if owner:
         clear_leftovers(folder)

@@ -22,7 +22,7 @@ POLL_S = 1.0
 
 
 class BuildProgress:
-    """Adds up what the teachers have told, and reports it as rows of the whole cache.
+    """Adds up what the teachers report, and reports it as rows of the whole cache.
 
     Args:
         written: rows in shards of earlier builds.

@@ -37,7 +37,7 @@ def end_interrupted(error: BaseException) -> NoReturn:
 
 
 def interruption_in(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The interruption that an error follows from; of several the last one, which knows most about how to go on."""
+    """The interruption that an error follows from; of several the last one, which knows most about how to continue."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error

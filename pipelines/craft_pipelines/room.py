@@ -6,12 +6,9 @@ ends some of them when a node's memory is full.
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from craft_pipelines.nodes import alive_nodes
 from craft_pipelines.session import capacity
@@ -81,10 +78,7 @@ def worker_memory(config: Experiment) -> int:
     It is what the libraries take, the weights, gradients and moments of what is trained, and the values that a forward
     pass keeps for its backward pass. With a GPU only the first and the weights, which are read there, count.
     """
-    if config.model.kind == "lerobot":
-        facts = ModelFacts(config.model.path, "lerobot", parameters=stored_parameters(Path(config.model.path)))
-    else:
-        facts = look_at_model(config.model.path)
+    facts = look_at_model(config.model.path, "model.path")
     if config.workers.use_gpu:
         return PROCESS + 4 * facts.parameters
     of_parameter = 4 if config.adapter is not None else BYTES_FULL + READ_BACK
@@ -92,20 +86,6 @@ def worker_memory(config: Experiment) -> int:
     tokens = math.ceil(config.train.batch_size / config.train.accumulate / max(config.workers.most, 1))
     kept = 0 if config.model.gradient_checkpointing else tokens * _longest(config, facts) * facts.token_bytes
     return PROCESS + facts.parameters * of_parameter // shards + kept
-
-
-def stored_parameters(folder: Path) -> int:
-    """Numbers in the safetensors files of a folder, by their headers: eight bytes of length, then JSON.
-
-    https://github.com/huggingface/safetensors#format
-    """
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total
 
 
 def _longest(config: Experiment, facts: ModelFacts) -> int:

@@ -160,7 +160,7 @@ def train_run(run: PlannedRun) -> dict[str, Any]:
 
 
 def _kept(run: PlannedRun) -> str:
-    """What an interruption has left of a run, and how to go on."""
+    """What an interruption has left of a run, and how to continue."""
     path, records = run.folder.path, run.folder.read_metrics()
     if not records:
         return "interrupted before the first step: nothing was kept, start the run again with the same command"

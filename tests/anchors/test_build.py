@@ -266,9 +266,9 @@ def test_the_teacher_tells_its_progress_in_anchors(modes: list[str], positions: 
     padded = {"anchors.pack_tokens": 0, "anchors.batch_size": 4}
     config = text.changed({"anchors.modes": modes, "anchors.positions": positions, **padded})
     model, source = load_model(config.model, "fp32"), open_source(config.anchors.source, "anchors.source")  # type: ignore[union-attr]
-    told: list[float] = []
+    parts: list[float] = []
     assert config.anchors is not None
-    teller = Teacher(model, identity_of(config, model, source).schema, config.anchors, told.append)
+    teller = Teacher(model, identity_of(config, model, source).schema, config.anchors, parts.append)
     teller.table([source[row] for row in range(len(source))])
-    assert sum(told) == pytest.approx(len(LENGTHS)), "each anchor counts once, whatever the number of passes"
-    assert len(told) > teller.passes, "more often than once for all"
+    assert sum(parts) == pytest.approx(len(LENGTHS)), "each anchor counts once, whatever the number of passes"
+    assert len(parts) > teller.passes, "more often than once for all"

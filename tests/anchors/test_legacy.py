@@ -277,7 +277,7 @@ BOTH = {"pooling_strategy": {"vision": "mean", "text": "last"}}
 
 
 @pytest.mark.parametrize(
-    ("meta", "told"),
+    ("meta", "notice"),
     [
         ({"layers_to_save": [2, 3], **BOTH}, "layers_to_save [2, 3] are blocks, counted from 0: hidden states [3, 4]"),
         ({"layers_to_save": [-2, -1], "token_pooling": ["vision_token_mean", "text_token_last"]}, None),
@@ -287,15 +287,15 @@ BOTH = {"pooling_strategy": {"vision": "mean", "text": "last"}}
     ],
 )
 def test_meta_of_every_earlier_builder_names_the_vectors(
-    meta: dict, told: str | None, pictures: Experiment, tmp_path: Path
+    meta: dict, notice: str | None, pictures: Experiment, tmp_path: Path
 ) -> None:
     """The vectors stand in the shard's order, the image's first; the config has the other one."""
     plain = plainly_imported(pictures, tmp_path)
     edit_all(tmp_path, lambda c: {**c, "teacher_hidden": c["teacher_hidden"].flip(2), "meta": meta})
     lines = imported(pictures, tmp_path)
     assert table(cache_folder(pictures)).equals(plain)
-    assert [line for line in lines if told and told in line] == lines[: len(lines) - 2]
-    assert len(lines) == 2 + (told is not None)
+    assert [line for line in lines if notice and notice in line] == lines[: len(lines) - 2]
+    assert len(lines) == 2 + (notice is not None)
 
 
 def test_a_part_of_the_vectors_can_be_imported(pictures: Experiment, tmp_path: Path) -> None:

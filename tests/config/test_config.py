@@ -763,9 +763,9 @@ def test_earlier_names_of_positions_are_accepted_and_told(minimal: Path, caplog:
     assert config.anchors is not None
     assert config.anchors.positions == ("vision_mean", "text_last", "masked_mean", "suffix")
     assert config.changed({"craft.positions": ["text_token_last"]}).craft.positions == ("text_last",)
-    told = [record.getMessage() for record in caplog.records]
-    assert [line.split(": ")[0] for line in told] == ["anchors.positions"] * 3 + ["compare.variants.near.positions"]
-    assert "vision_token_mean is the earlier name of vision_mean" in told[0]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [line.split(": ")[0] for line in messages] == ["anchors.positions"] * 3 + ["compare.variants.near.positions"]
+    assert "vision_token_mean is the earlier name of vision_mean" in messages[0]
     assert "each entry only once" in refusal(
         minimal, overrides[0], "anchors.positions=[vision_token_mean, vision_mean]"
     )

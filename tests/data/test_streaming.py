@@ -83,7 +83,7 @@ def test_the_order_is_that_of_the_seed_whenever_it_is_asked(folder: Path) -> Non
     order = ids(opened(folder), 0, 2 * ROWS)
     assert ids(opened(folder), 0, 2 * ROWS) == order
     assert ids(opened(folder, seed=1), 0, 2 * ROWS) != order
-    assert ids(opened(folder), 37, 2 * ROWS) == order[37:], "a resumed run goes on with the next row"
+    assert ids(opened(folder), 37, 2 * ROWS) == order[37:], "a resumed run continues with the next row"
 
 
 def test_a_place_can_be_asked_for_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_a_file_that_breaks_off_names_the_place(tmp_path: Path) -> None:
     write(tmp_path / "data")
     source = opened(tmp_path / "data", shuffle_buffer=1)
     (tmp_path / "data" / "train-2.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(CraftError, match=r"cannot be read on behind \d+ rows \(.*\): mend that, and resume") as caught:
+    with pytest.raises(CraftError, match=r"cannot be read beyond \d+ rows \(.*\): fix that, and resume") as caught:
         ids(source, 0, ROWS)
     assert "\n" not in caught.value.message
 

@@ -149,10 +149,10 @@ def distance(one: Path, other: Path) -> float:
 
 def test_every_step_is_crafts(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first L_ret is the storage's rounding, then the budget is exceeded, and lambda rises."""
-    told: list[str] = []
-    monkeypatch.setattr("craft_ray.lerobot.hook.logger.info", told.append)
+    messages: list[str] = []
+    monkeypatch.setattr("craft_ray.lerobot.hook.logger.info", messages.append)
     student, update = crafted(world, tmp_path / "run")
-    assert [line.split(":")[0] for line in told if ":" in line] == ["Retention mode", "CRaFT is enabled"]
+    assert [line.split(":")[0] for line in messages if ":" in line] == ["Retention mode", "CRaFT is enabled"]
     records = update.records
     assert len(records) == STEPS
     names = {"task_loss", "retention_loss", "lambda", "epsilon", "dot", "cos", "weight", "projected"}

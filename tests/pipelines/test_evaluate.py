@@ -117,8 +117,8 @@ def test_a_model_and_its_checkpoint_are_shown_side_by_side(command: Command, wor
     cells = [f"{found['score']:.3f}, margin {found['margin']:+.3f}" for found in scores]
     assert re.split("   +", choice) == [f"old choice, n = {SAMPLES}", *cells]
     assert perplexity.startswith(f"new perplexity, n = {SAMPLES}")
-    told = f"{lost} from right to wrong, {won} from wrong to right (McNemar's P "
-    assert flips.startswith(f"old, teacher -> {label}: {told}")
+    changed = f"{lost} from right to wrong, {won} from wrong to right (McNemar's P "
+    assert flips.startswith(f"old, teacher -> {label}: {changed}")
     assert result["old"]["mcnemar_p"] == mcnemar(lost, won)
 
 

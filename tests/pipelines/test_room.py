@@ -11,11 +11,12 @@ import pytest
 import torch
 from craft_pipelines import room as module
 from craft_pipelines.nodes import Node
-from craft_pipelines.room import PROCESS, room, stored_parameters, worker_memory
+from craft_pipelines.room import PROCESS, room, worker_memory
 from safetensors.torch import save_file
 
 from craft_ray.config import Experiment, parse_config
 from craft_ray.errors import ConfigError
+from craft_ray.init.model import stored_parameters
 from tests.support.experiments import Digits
 
 GIB = 2**30
@@ -38,7 +39,7 @@ def takes(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
     monkeypatch.setattr(module, "worker_memory", lambda _: int(gib * GIB))
 
 
-def told(config: Experiment, most: int | None = None) -> tuple[int, int | None, str]:
+def asked(config: Experiment, most: int | None = None) -> tuple[int, int | None, str]:
     lines: list[str] = []
     found = room(config, "run", most, lines.append)
     return found.count, found.memory, " ".join(lines)
@@ -49,7 +50,7 @@ def test_memory_decides_where_it_is_less_than_the_processors(
 ) -> None:
     cluster(monkeypatch, (8, 9), (2, 30))
     takes(monkeypatch, 4.1)
-    count, memory, line = told(config)
+    count, memory, line = asked(config)
     assert count == 2 + 2, "two in the first node's memory, two on the second's processors"
     assert memory == int(4.1 * GIB)
     assert line == (
@@ -57,24 +58,24 @@ def test_memory_decides_where_it_is_less_than_the_processors(
         "are processors for 10)"
     )
     takes(monkeypatch, 0.5)
-    assert told(config)[0] == 10
-    assert told(config, most=3)[0] == 3
-    assert "processors for" not in told(config, most=3)[2]
+    assert asked(config)[0] == 10
+    assert asked(config, most=3)[0] == 3
+    assert "processors for" not in asked(config, most=3)[2]
     two = config.changed({"workers.num_workers": 2})
     takes(monkeypatch, 4.1)
-    assert told(two)[0] == 2, "of two workers each"
+    assert asked(two)[0] == 2, "of two workers each"
 
 
 def test_an_estimate_refuses_nothing(config: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, (4, 3))
     takes(monkeypatch, 50)
-    assert told(config)[:2] == (1, 3 * GIB), "one runs, with all that the node has"
+    assert asked(config)[:2] == (1, 3 * GIB), "one runs, with all that the node has"
 
 
 def test_a_request_of_the_users_own_is_kept(config: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, (4, 8))
     own = config.changed({"workers.resources_per_worker": {"memory": 4.0 * GIB}})
-    assert told(own) == (2, None, "up to 2 run(s) at a time")
+    assert asked(own) == (2, None, "up to 2 run(s) at a time")
 
 
 def test_too_few_processors_are_refused_and_an_elastic_run_takes_what_is_there(
@@ -82,9 +83,9 @@ def test_too_few_processors_are_refused_and_an_elastic_run_takes_what_is_there(
 ) -> None:
     cluster(monkeypatch, (2, 8))
     with pytest.raises(ConfigError, match=r"a run takes 4 worker\(s\) of 1 CPU, and the cluster holds 2 of them"):
-        told(config.changed({"workers.num_workers": 4}))
+        asked(config.changed({"workers.num_workers": 4}))
     elastic = {"workers.num_workers": [1, 4], "train.batch_size": 12, "craft.anchor_batch_size": 12}
-    assert told(config.changed(elastic))[0] == 1
+    assert asked(config.changed(elastic))[0] == 1
 
 
 def test_the_estimate_grows_with_what_is_trained_and_with_a_pass(

@@ -193,9 +193,9 @@ def test_the_build_says_the_bytes_of_a_token_before_anything_is_written(text_mod
     said = "8 most likely of 98 next tokens and the mass of the others, at all, suffix ("
     vocabulary = teacher(config).module.config.vocab_size
     said = said.replace("98", str(vocabulary))
-    told = [line for line in lines if "most likely" in line]
-    assert len(told) == 2  # by the preview and by the build
-    for line in told:
+    announced = [line for line in lines if "most likely" in line]
+    assert len(announced) == 2  # by the preview and by the build
+    for line in announced:
         assert said in line
         assert "tokens an anchor, 34 bytes a token)" in line  # 8 ids of 2 bytes, 9 log-probabilities of 2 bytes
     shown = "\n".join(describe(cache_folder(config)))

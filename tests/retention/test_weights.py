@@ -12,7 +12,8 @@ from craft_ray.errors import ConfigError
 from craft_ray.models import load_model
 from craft_ray.models.base import IGNORE
 from craft_ray.retention.constraints import open_mode
-from craft_ray.retention.weights import EWC, L2SP
+from craft_ray.retention.ewc import EWC
+from craft_ray.retention.l2_sp import L2SP
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import Run

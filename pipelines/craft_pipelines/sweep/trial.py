@@ -78,7 +78,7 @@ class CraftTrial(tune.Trainable):
         (source,) = Path(checkpoint).glob("step_*")
         self._reports.close()
         self._trial.drop_reports_after(checkpoint_step(source))
-        forget_identity(self._run)  # it goes on as the other trial did, and with its own setting
+        forget_identity(self._run)  # it continues as the other trial did, and with its own setting
         adopt_checkpoint(self._run.checkpoints, source)
         self._reports = self._stream(after=checkpoint_step(source))
 

@@ -18,9 +18,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from craft_pipelines.authentication import refused
 from craft_pipelines.runtime_env import of_job
+from craft_pipelines.shadowed import shadowed
 from craft_pipelines.submitted import check_outputs
 from craft_pipelines.submitted_inputs import check_inputs
-from craft_pipelines.working_dir import check_size, excludes
+from craft_pipelines.working_dir import check_size, contents, excludes
 from craft_ray.errors import ConfigError, CraftError, Interrupted, first_line
 from craft_ray.storage.files import readable_bytes
 
@@ -59,6 +60,12 @@ def submit(command: Sequence[str], address: str | None, folder: Path, wait: bool
     patterns = excludes(folder)
     size = check_size(folder, patterns)
     check_inputs(command, folder, patterns)
+    if names := shadowed(folder, contents(folder, patterns)):
+        print(
+            f"warning: the working directory has {', '.join(names)}, which Ray imports in place of the installed "
+            f"modules of those names: rename them, or exclude them in a .rayignore",
+            flush=True,
+        )
     address = dashboard(address)
     client = connect(address)
     entrypoint = command[0] if len(command) == 1 else shlex.join(command)

@@ -276,7 +276,8 @@ def test_a_driver_without_the_right_token_is_refused_at_once(
     )
     code, out, err = finish(token_cluster.python(program, **changes))
     assert (code, err) == (0, "")
-    message, seconds = out.splitlines()
+    *announced, message, seconds = out.splitlines()
+    assert announced == [f"joining the Ray cluster at {token_cluster.address}"]
     assert f"the cluster at {token_cluster.address} requires a token and refuses us" in message
     assert float(seconds) < 10
 

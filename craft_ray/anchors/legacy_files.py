@@ -28,8 +28,8 @@ class ShardFiles:
 
     Raises:
         ConfigError: the folder holds no shard.
-        CacheRefused: two files are the same shard, metadata.json names another number of shards, or the shards are those
-            of the OpenVLA scripts.
+        CacheRefused: two files are the same shard, metadata.json names another number of shards, or the shards are
+            those of the OpenVLA scripts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -110,8 +110,8 @@ def read_shard(file: Path) -> dict[str, Any]:
 
 def _of_openvla(path: Path) -> CacheRefused:
     return CacheRefused(
-        f"{path} holds records of the earlier scripts for OpenVLA, and only the caches of those for LeRobot are imported: "
-        f"build a cache here with craft-ray anchors build"
+        f"{path} holds records of the earlier scripts for OpenVLA, and only caches of those for LeRobot are imported: "
+        f"build one with craft-ray anchors build"
     )
 
 

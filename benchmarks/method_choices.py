@@ -117,9 +117,9 @@ def variants(preset: str) -> dict[str, dict[str, Any]]:
 
 
 def original_rule() -> dict[str, Any]:
-    """The settings of the earlier scripts' rule, on this problem's cache and with its held-out anchors."""
+    """The settings of the earlier scripts' rule, on this problem's cache, held-out anchors and steps."""
     craft = read_yaml((CONFIGS / "original_rule.yaml").read_text())["craft"]
-    kept = ("anchor_cache_dir", "anchor_batch_size", "anchor_holdout")
+    kept = ("anchor_cache_dir", "anchor_batch_size", "anchor_holdout", "epsilon_decay_steps")
     return {f"craft.{key}": value for key, value in craft.items() if key not in kept}
 
 

@@ -16,6 +16,8 @@ from blake3 import blake3
 from craft_ray.errors import CacheRefused, ConfigError, first_line
 
 SHARD = re.compile(r"shard[_-](.+)\.pth?")
+OPENVLA_SHARD = re.compile(r"hidden_anchor_shard_\d+\.pt")
+"""A shard of the CRaFT scripts for OpenVLA: a list of records, each with inputs and vectors of its own."""
 METADATA = "metadata.json"
 ROWS = ("num_anchors", "num_samples")
 """Keys of metadata.json that say how many anchors there are, one for each earlier builder."""
@@ -26,14 +28,17 @@ class ShardFiles:
 
     Raises:
         ConfigError: the folder holds no shard.
-        CacheRefused: two files are the same shard, or metadata.json names another number of shards.
+        CacheRefused: two files are the same shard, metadata.json names another number of shards, or the shards are
+            those of the OpenVLA scripts.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        found = folder.iterdir() if folder.is_dir() else ()
+        found = list(folder.iterdir()) if folder.is_dir() else []
         self.files = sorted((file for file in found if SHARD.fullmatch(file.name)), key=_natural)
         if not self.files:
+            if any(OPENVLA_SHARD.fullmatch(file.name) for file in found):
+                raise _of_openvla(folder)
             raise ConfigError(
                 f"there are no legacy shards in {folder}: specify a folder that holds shard_*.pt (or shard-*.pt, *.pth)"
             )
@@ -85,7 +90,7 @@ def read_shard(file: Path) -> dict[str, Any]:
     """The content of a shard, read without running code that a pickle could contain.
 
     Raises:
-        CacheRefused: the file is damaged, contains code, or holds no dict.
+        CacheRefused: the file is damaged, contains code, holds no dict, or is a shard of the OpenVLA scripts.
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -98,7 +103,16 @@ def read_shard(file: Path) -> dict[str, Any]:
         raise CacheRefused(f"{file} is damaged ({first_line(error)[:120]}): fetch or write it again") from None
     if not isinstance(content, dict):
         raise CacheRefused(f"{file} holds a {type(content).__name__}, a legacy shard is a dict of tensors")
+    if isinstance(content.get("records"), list):
+        raise _of_openvla(file)
     return content
+
+
+def _of_openvla(path: Path) -> CacheRefused:
+    return CacheRefused(
+        f"{path} holds records of the earlier scripts for OpenVLA, and only caches of those for LeRobot are imported: "
+        f"build one with craft-ray anchors build"
+    )
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:

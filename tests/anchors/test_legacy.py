@@ -189,6 +189,20 @@ def test_a_pickle_with_code_is_not_run(pictures: Experiment, tmp_path: Path) -> 
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.parametrize("name", ["hidden_anchor_shard_000000.pt", "shard_000000.pt"])
+def test_a_cache_of_the_openvla_scripts_is_said_to_be_one(pictures: Experiment, tmp_path: Path, name: str) -> None:
+    legacy = tmp_path / "legacy"
+    for file in legacy.iterdir():
+        file.unlink()
+    record = {
+        "model_inputs": {"input_ids": torch.tensor([1, 2]), "attention_mask": torch.ones(2, dtype=torch.bool)},
+        "target_features": torch.zeros(64, dtype=torch.float16),
+        "meta": {"layer": -2, "pooling": "mean_image_tokens"},
+    }
+    torch.save({"records": [record], "meta": {"schema_version": 1, "hidden_layer": -2}}, legacy / name)
+    refused(pictures, tmp_path, CacheRefused, 4, str(legacy), "for OpenVLA", "craft-ray anchors build")
+
+
 @pytest.mark.parametrize(
     ("edit", "parts"),
     [

@@ -45,7 +45,7 @@ def earlier_rule(module: nn.Module) -> tuple[list[float], int]:
             if dot < -0.1:
                 total = total - dot / (retention @ retention) * retention
             total = total + multiplier * retention
-            epsilon = START + (END - START) * step / (STEPS - 1)
+            epsilon = START + (END - START) * step / STEPS
             multiplier = min(max(multiplier + RATE * (loss.item() - epsilon), 0.0), MOST)
         total = total * min(1.0, 1.0 / (total.norm().item() + 1e-6))
         with torch.no_grad():
@@ -56,7 +56,9 @@ def earlier_rule(module: nn.Module) -> tuple[list[float], int]:
 
 
 def test_the_shipped_config_of_the_earlier_rule_takes_its_steps() -> None:
-    craft = load_config(Path(shipped("pipelines/configs")) / "original_rule.yaml").craft
+    config = load_config(Path(shipped("pipelines/configs")) / "original_rule.yaml")
+    assert config.craft.epsilon_decay_steps == config.train.steps
+    craft = config.craft.model_copy(update={"epsilon_decay_steps": STEPS})
     theirs, ours = mlp(), mlp()
     expected, differ = earlier_rule(theirs)
     assert differ >= 1

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -109,6 +110,47 @@ def test_tools_and_calls_are_handed_on(tmp_path: Path) -> None:
         found = one(tmp_path, {"messages": turns, "tools": cell}, messages="messages", tools="tools")
         assert found.tools == (tool,)
     assert found.messages == (QUESTION, call | {"content": ""}, turns[2])
+
+
+def calling(name: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def schema(name: str, properties: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+    ]
+
+
+def test_calls_and_tools_are_the_same_in_arrows_layout(tmp_path: Path) -> None:
+    """Arrow gives each struct the keys of all structs of its column, with null where a row has none."""
+    wanted = [
+        {
+            "messages": calling("weather", {"city": "Paris", "days": [1, None]}),
+            "tools": schema("weather", {"city": {"type": "string"}}),
+        },
+        {
+            "messages": calling("add", {"a": 1, "nested": {"b": 2}}),
+            "tools": schema("add", {"a": {"type": "integer", "enum": [1]}}),
+        },
+    ]
+    table = pa.Table.from_pylist(wanted)
+    assert table.to_pylist() != wanted
+    pq.write_table(table, tmp_path / "a.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    json_lines(tmp_path / "a.jsonl", wanted)
+    expected = [Conversation((QUESTION,), row["messages"][-1], tools=tuple(row["tools"])) for row in wanted]
+    for name in ("a.jsonl", "a.parquet", "saved"):
+        source = opened(tmp_path / name, messages="messages", tools="tools")
+        assert [sample.conversation for sample in source] == expected
+
+
+def test_a_null_that_a_json_file_writes_is_kept(tmp_path: Path) -> None:
+    tools = schema("weather", {"city": {"default": None}})
+    turns = calling("weather", {"city": None})
+    found = one(tmp_path, {"messages": turns, "tools": tools}, messages="messages", tools="tools")
+    assert found == Conversation((QUESTION,), turns[-1], tools=tuple(tools))
 
 
 def test_images_stand_where_the_turns_name_them(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_an_answer_that_does_not_follow_its_prompt_is_refused(load: Callable[...
         (
             "llama",
             [{"role": "system", "content": "Be brief."}, *TURNS],
-            ", turn 1: .* leaves out turns of the role",
+            ", turn 1: .* leaves out this turn of the role 'system': remove it",
         ),
         ("qwen", [{"role": "user", "content": [{"type": "image", "image": __file__}]}], "reads text alone"),
     ],
@@ -187,6 +187,21 @@ def test_what_a_template_does_not_take(
     with pytest.raises(DataError, match=rf"a\.jsonl, row 0.*{expected}") as caught:
         load(family).preprocess(sample(turns))
     assert "\n" not in caught.value.message
+
+
+def test_a_system_turn_that_is_written_in_front_alone(load: Callable[..., CausalLM]) -> None:
+    """Many templates write a system turn in front, and pass over one between the others."""
+    skipping = "{% for m in messages %}{% if m['role'] != 'system' or loop.first %}"
+    model = load(
+        "qwen", CHATML.replace("{% for m in messages %}", skipping).replace("{% endfor %}", "{% endif %}{% endfor %}")
+    )
+    system = {"role": "system", "content": "Be brief."}
+    first, late = [system, *TURNS], [system, *TURNS[:2], system, *TURNS[2:]]
+    for _ in range(2):
+        assert "Be brief." in model.tokenizer.decode(model.preprocess_task(sample(first)).tokens["input_ids"])
+        for ask in (model.preprocess, model.preprocess_task, model.response_tokens):
+            with pytest.raises(DataError, match=r"row 0, turn 4: .* leaves out this turn of the role 'system'"):
+                ask(sample(late))
 
 
 def test_a_conversation_without_an_answer_is_no_training_data(load: Callable[..., CausalLM]) -> None:

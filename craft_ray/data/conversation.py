@@ -161,6 +161,12 @@ def _message(turn: Any, number: int, marked: bool, where: str) -> Message:
     empty = not content.strip() if isinstance(content, str) else not any(map(_says_something, content))
     if empty and not fields.get("tool_calls"):
         raise DataError(f"{where} ({role}) is empty: fix or remove the row")
+    calls = fields.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise DataError(
+            f"{where} ({role}) has the tool calls {_short(calls)}; a list is expected, with the name and the arguments "
+            f"of each as its function"
+        )
     message = fields | {"content": content}
     refuse_halves(message, f"{where} ({role}) holds")
     return message

@@ -181,25 +181,39 @@ class ChatTemplate:
         return sample.conversation or self._two_turns(sample)
 
     def _checked(self, messages: Sequence[Message], tools: Sequence[Any] | None, ask: bool, where: str) -> str:
-        """What the template writes, with every turn in it. A template passes over what it does not know without a word,
-        so a turn is known to be written if another text follows from another turn.
+        """What the template writes, with every turn, every call and the tools in it. A template passes over what it
+        does not know without a word, so a thing is known to be written if another text follows from another thing.
 
         Raises:
             DataError: the template leaves something out.
         """
         text = self._render(messages, tools, ask, where)
+
+        def written(number: int, other: Message) -> bool:
+            return self._differs(text, [*messages[:number], other, *messages[number + 1 :]], tools, ask, where)
+
         for number, message in enumerate(messages):
-            role = message["role"]
-            if role in self._written or message.get("tool_calls"):
+            role, calls = message["role"], message.get("tool_calls") or []
+            for at, call in enumerate(calls):
+                if not written(number, message | {"tool_calls": [*calls[:at], *_other([call]), *calls[at + 1 :]]}):
+                    raise DataError(
+                        f"{where}, turn {number + 1}: the chat template of {self._path} leaves out tool calls: choose "
+                        f"a model whose template writes them, or write the call into the turn's content"
+                    )
+            if role in self._written or calls:
                 continue
-            changed = [*messages[:number], message | {"content": _more(message["content"])}, *messages[number + 1 :]]
-            if not self._differs(text, changed, tools, ask, where):
+            if not written(number, message | {"content": _more(message["content"])}):
                 raise DataError(
                     f"{where}, turn {number + 1}: the chat template of {self._path} leaves out this turn of the role "
                     f"'{role}': remove it, or choose a model whose template writes it"
                 )
             if role in ("user", "assistant"):  # others may be written in one place alone: the system's in front
                 self._written.add(role)
+        if tools and not self._differs(text, messages, _other(tools), ask, where):
+            raise DataError(
+                f"{where}: the chat template of {self._path} leaves out tools: choose a model whose template describes "
+                f"them, or leave columns.tools out and describe them in a system turn"
+            )
         return text
 
     def _differs(
@@ -237,7 +251,7 @@ class ChatTemplate:
         return str(
             self._processor.apply_chat_template(
                 self._as_taken(messages, where),
-                tools=None if tools is None else list(tools),
+                tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=ask,
             )
@@ -282,6 +296,17 @@ def _more(content: Any) -> Any:
     if last is None:
         return [*content, {"type": "text", "text": PROBE}]
     return [*content[:last], {"type": "text", "text": _more(content[last]["text"])}, *content[last + 1 :]]
+
+
+def _other(described: Sequence[Any]) -> list[Any]:
+    """Calls or tools with other names; without those that have none."""
+    others: list[Any] = []
+    for one in described:
+        inner = one.get("function", one)
+        if isinstance(inner, dict) and isinstance(inner.get("name"), str):
+            renamed = inner | {"name": inner["name"] + PROBE}
+            others.append(one | {"function": renamed} if "function" in one else renamed)
+    return others
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

@@ -198,6 +198,12 @@ IMAGED = {"messages": "messages", "image": "images"}
         ({"messages": [{"role": "user"}]}, {}, "turn 1 \\(user\\) is empty"),
         ({"messages": [{"role": "user", "content": 7}]}, {}, "turn 1 \\(user\\) has the content 7; text or a list"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, {}, "turn 1 has the part"),
+        (
+            {"messages": [QUESTION, {"role": "assistant", "tool_calls": '[{"name": "clock"}]'}]},
+            {},
+            "turn 2 \\(assistant\\) has the tool calls '.*'; a list is expected",
+        ),
+        ({"messages": [QUESTION, {"role": "assistant", "tool_calls": ["clock"]}]}, {}, "has the tool calls \\['clock'"),
         ({"messages": [TURNS[-1]]}, {}, "a single turn of the assistant"),
         ({"conversations": [{"from": "bard", "value": "Wo?"}]}, {}, "turn 1 is from 'bard'; one of human, user, gpt"),
         (

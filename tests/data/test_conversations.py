@@ -96,6 +96,43 @@ def test_alpaca(tmp_path: Path) -> None:
     )
 
 
+def test_a_system_column_is_the_first_turn(tmp_path: Path) -> None:
+    system = TURNS[0]["content"]
+    assert one(tmp_path, {"conversations": SHAREGPT[1:], "system": system}) == EXPECTED
+    assert one(tmp_path, {"conversations": SHAREGPT, "system": system}) == EXPECTED  # both say the same
+    assert one(tmp_path, {"m": TURNS[1:], "system": system}, messages="m") == EXPECTED
+    for nothing in (None, " "):
+        assert one(tmp_path, {"conversations": SHAREGPT, "system": nothing}) == EXPECTED
+    pq.write_table(pa.table({"conversations": [SHAREGPT[1:]], "system": [system], "n": [1]}), tmp_path / "a.parquet")
+    assert opened(tmp_path / "a.parquet")[0].conversation == EXPECTED
+    (tmp_path / "a.csv").write_text("instruction,output,system\nWo?,Hier.,Be brief.\n")
+    assert opened(tmp_path / "a.csv")[0].conversation == Conversation(tuple(TURNS[:2]), TURNS[2])
+
+
+def test_calls_in_sharegpt(tmp_path: Path) -> None:
+    first, second = {"name": "weather", "arguments": {"city": "Köln"}}, {"name": "clock", "arguments": {}}
+    for called, calls in (
+        (json.dumps(first), [first]),
+        (json.dumps([first, second]), [first, second]),
+        (first, [first]),
+    ):
+        turns = [
+            {"from": "human", "value": "Wo?"},
+            {"from": "function_call", "value": called},
+            {"from": "observation", "value": "12"},
+            {"from": "gpt", "value": "Jetzt."},
+        ]
+        call = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": each} for each in calls],
+        }
+        assert one(tmp_path, {"conversations": turns}) == Conversation(
+            (QUESTION, call, {"role": "tool", "content": "12"}), TURNS[-1]
+        )
+        assert one(tmp_path, {"conversations": turns[:2]}) == Conversation((QUESTION,), call)
+
+
 def test_a_prompt_column_and_named_columns_come_first(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "a.jsonl", [{"prompt": "p", "messages": TURNS, "answer": "a"}])
     assert opened(path)[0].prompt == "p"
@@ -205,6 +242,25 @@ IMAGED = {"messages": "messages", "image": "images"}
         ),
         ({"messages": [QUESTION, {"role": "assistant", "tool_calls": ["clock"]}]}, {}, "has the tool calls \\['clock'"),
         ({"messages": [TURNS[-1]]}, {}, "a single turn of the assistant"),
+        *(
+            ({"conversations": [SHAREGPT[1], {"from": "function_call", "value": value}]}, {}, expected)
+            for value, expected in (
+                ('{"name": "clock",', "turn 2 \\(function_call\\) holds '.*', which is no JSON .*char 17"),
+                ("", "turn 2 \\(function_call\\) holds '', which is no JSON"),
+                ('{"name": "clock"}', "holds the call .*; an object with name and arguments is expected"),
+                ('[{"arguments": {}}]', "holds the call .*; an object with name and arguments is expected"),
+                ("7", "holds the call 7; an object with name and arguments is expected"),
+                ("[]", "turn 2 \\(assistant\\) is empty"),
+            )
+        ),
+        ({"messages": [QUESTION], "system": 7}, {}, "column 'system' holds 7; text is expected"),
+        ({"messages": [QUESTION], "system": HALF}, {}, f"column 'system' {HALVED}"),
+        (
+            {"messages": TURNS, "system": "Be verbose."},
+            {},
+            "column 'system' holds 'Be verbose.', but its turns begin with the system turn 'Be brief.': keep one",
+        ),
+        ({"instruction": "Greet me.", "output": "Hi", "system": ["a"]}, {}, "column 'system' holds .*text is expected"),
         ({"conversations": [{"from": "bard", "value": "Wo?"}]}, {}, "turn 1 is from 'bard'; one of human, user, gpt"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},

@@ -52,9 +52,9 @@ class Columns(Section):
     (docs/data.md)."""
     messages: str | None = None
     """A conversation: a list of turns with `role` and `content`, or with `from` and `value` (ShareGPT); or the
-    `instruction` of rows that have an `output`, too (Alpaca). It replaces prompt and response, and needs
-    `model.chat_template`. If no column is named and there is no `prompt`, then `messages`, `conversations`,
-    `conversation` or `instruction` is read (docs/conversations.md)."""
+    `instruction` of rows that have an `output`, too (Alpaca). A column `system` beside it is its system turn. It
+    replaces prompt and response, and needs `model.chat_template`. If no column is named and there is no `prompt`, then
+    `messages`, `conversations`, `conversation` or `instruction` is read (docs/conversations.md)."""
     tools: str | None = None
     """The tools that a conversation may call: a list of JSON schemas."""
     prompt: str | None = "prompt"

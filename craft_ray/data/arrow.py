@@ -20,6 +20,8 @@ NARROW = {pa.float16(): np.float16, pa.float32(): np.float32}
 class ArrowTable:
     """The rows of several files, each with its own types: none is converted because of what stands elsewhere."""
 
+    pads_mappings = True
+
     def __init__(
         self,
         files: Sequence[tuple[str, pa.Table]],

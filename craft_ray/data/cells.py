@@ -49,6 +49,13 @@ def cut(text: str, longest: int = 3 * LONGEST) -> str:
     return head if len(text) <= longest else f"{head}... ({len(text)} characters)"
 
 
+def without_nulls(value: Any) -> Any:
+    """A value whose mappings, at any depth, have no key that holds nothing. The members of lists stay."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def text_of(value: Any, where: str, column: str, classes: Mapping[str, Sequence[str]]) -> str:
     """A cell as text. A number is what the file says: the characters of JSON lines and CSV; in a typed table the
     shortest digits that identify it.

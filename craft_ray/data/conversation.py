@@ -17,7 +17,7 @@ from typing import Any
 
 from craft_ray.data.cells import refuse_halves
 from craft_ray.data.images import encoded_image, split_bytes
-from craft_ray.errors import DataError
+from craft_ray.errors import DataError, first_line
 from craft_ray.storage.paths import StoragePath
 
 Message = dict[str, Any]
@@ -26,7 +26,7 @@ IMAGE_MARK = "<image>"
 """Stands for an image in the text of a turn, if a column holds the conversation's images."""
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function_response": "tool",
+    "observation": "tool", "function_response": "tool", "function_call": "assistant",
 }  # fmt: skip
 """Who speaks in ShareGPT's data, as the role that chat templates know."""
 
@@ -77,7 +77,13 @@ def content_text(message: Message) -> str:
 
 
 def read_conversation(
-    cell: Any, column: str, images: Sequence[Any] | None, tools: Any, folder: StoragePath, where: str
+    cell: Any,
+    column: str,
+    images: Sequence[Any] | None,
+    tools: Any,
+    folder: StoragePath,
+    where: str,
+    system: Any = None,
 ) -> Conversation:
     """The conversation in a cell.
 
@@ -86,9 +92,11 @@ def read_conversation(
         images: the cells of the images that its parts name in this order; None if no column holds any.
         tools: a list of JSON schemas, or that list as JSON text.
         folder: base of relative image paths.
+        system: the text of a system turn that stands in a column of its own.
 
     Raises:
-        DataError: it is no list of turns, a turn is empty, or it names more or fewer images than there are.
+        DataError: it is no list of turns, a turn is empty, it names more or fewer images than there are, or it has
+            another system turn.
     """
     if not isinstance(cell, Sequence) or isinstance(cell, (str, bytes)) or not cell:
         raise DataError(
@@ -97,6 +105,7 @@ def read_conversation(
         )
     messages = [_message(turn, number, bool(images), f"{where}, turn {number}") for number, turn in enumerate(cell, 1)]
     found = _images(messages, images, folder, where)
+    messages = _with_system(messages, system, where)
     answer = messages.pop() if messages[-1]["role"] == "assistant" else None
     if not messages:
         raise DataError(f"{where}: the conversation is a single turn of the assistant: put a turn of the user first")
@@ -112,7 +121,7 @@ def marked_parts(text: str) -> list[Message]:
     return parts
 
 
-def alpaca(instruction: str, more: Any, output: Any, where: str) -> Conversation:
+def alpaca(instruction: str, more: Any, output: Any, where: str, system: Any = None) -> Conversation:
     """The conversation of a row of Alpaca; its input stands under the instruction."""
     for name, value in (("instruction", instruction), ("output", output)):
         if not isinstance(value, str) or not value.strip():
@@ -122,7 +131,8 @@ def alpaca(instruction: str, more: Any, output: Any, where: str) -> Conversation
     for name, value in (("instruction", instruction), ("input", more), ("output", output)):
         refuse_halves(value, f"{where}: column '{name}' holds")
     asked = f"{instruction}\n{more}" if more else instruction
-    return Conversation(({"role": "user", "content": asked},), {"role": "assistant", "content": output})
+    messages = _with_system([{"role": "user", "content": asked}], system, where)
+    return Conversation(tuple(messages), {"role": "assistant", "content": output})
 
 
 def image_paths(cell: Any) -> Iterator[str]:
@@ -145,7 +155,10 @@ def _message(turn: Any, number: int, marked: bool, where: str) -> Message:
         speaker = fields.pop("from")
         if speaker not in SHAREGPT_ROLES:
             raise DataError(f"{where} is from {_short(speaker)}; one of {', '.join(SHAREGPT_ROLES)} is expected")
-        fields = {"role": SHAREGPT_ROLES[speaker], "content": fields.pop("value", "")}
+        value = fields.pop("value", "")
+        fields = {"role": SHAREGPT_ROLES[speaker], "content": value}
+        if speaker == "function_call":
+            fields |= {"content": "", "tool_calls": _calls(value, where)}
     role = fields.get("role")
     if not isinstance(role, str) or not role:
         raise DataError(
@@ -161,9 +174,45 @@ def _message(turn: Any, number: int, marked: bool, where: str) -> Message:
     empty = not content.strip() if isinstance(content, str) else not any(map(_says_something, content))
     if empty and not fields.get("tool_calls"):
         raise DataError(f"{where} ({role}) is empty: fix or remove the row")
+    calls = fields.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise DataError(
+            f"{where} ({role}) has the tool calls {_short(calls)}; a list is expected, with the name and the arguments "
+            f"of each as its function"
+        )
     message = fields | {"content": content}
     refuse_halves(message, f"{where} ({role}) holds")
     return message
+
+
+def _calls(value: Any, where: str) -> list[Message]:
+    """The calls of a turn of ShareGPT's as templates take them: {"name": ..., "arguments": {...}}, or a list of them,
+    as JSON text."""
+    found = _parsed(value, f"{where} (function_call) holds {_short(value)}, which is")
+    calls = found if isinstance(found, list) else [found]
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+            raise DataError(
+                f"{where} (function_call) holds the call {_short(call)}; an object with name and arguments is expected"
+            )
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _with_system(messages: list[Message], system: Any, where: str) -> list[Message]:
+    """The turns, behind a system turn from a column of its own."""
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return messages
+    if not isinstance(system, str):
+        raise DataError(f"{where}: column 'system' holds {_short(system)}; text is expected, fix or remove the row")
+    refuse_halves(system, f"{where}: column 'system' holds")
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if content_text(messages[0]) != system:
+        raise DataError(
+            f"{where}: column 'system' holds {_short(system)}, but its turns begin with the system turn "
+            f"{_short(content_text(messages[0]))}: keep one of the two"
+        )
+    return messages
 
 
 def _says_something(part: Message) -> bool:
@@ -221,16 +270,21 @@ def _decoded_uri(value: Any, where: str) -> Any:
 
 
 def _tools(cell: Any, where: str) -> tuple[Any, ...] | None:
-    try:
-        tools = json.loads(cell) if isinstance(cell, str) else cell
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: its tools are no JSON ({error.msg} at character {error.colno})") from None
+    tools = _parsed(cell, f"{where}: its tools are")
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: its tools are {_short(tools)}; a list of JSON schemas is expected")
     refuse_halves(tools, f"{where}: its tools hold")
     return tuple(tools)
+
+
+def _parsed(cell: Any, which: str) -> Any:
+    """The value of JSON text; anything else as it is."""
+    try:
+        return json.loads(cell) if isinstance(cell, str) else cell
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits, brackets of as many levels
+        raise DataError(f"{which} no JSON ({first_line(error)})") from None
 
 
 def _short(value: Any) -> str:

@@ -22,6 +22,7 @@ class JsonLines:
     a row is read and parsed on access."""
 
     classes: Mapping[str, Sequence[str]] = {}
+    pads_mappings = False
 
     def __init__(self, files: Mapping[Path, str], columns: Sequence[str] = ()) -> None:
         """

@@ -107,6 +107,8 @@ class Stream:
 class StreamTable:
     """A stream as a table: rows by their place, and no length."""
 
+    pads_mappings = True
+
     def __init__(self, stream: Stream, column_names: Sequence[str], classes: dict[str, Sequence[str]]) -> None:
         self.stream = stream
         self.column_names = list(column_names)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from blake3 import blake3
 
 from craft_ray.config import INSTRUCTION, Columns
-from craft_ray.data.cells import cut, index_of, shown, text_of
+from craft_ray.data.cells import cut, index_of, shown, text_of, without_nulls
 from craft_ray.data.conversation import Conversation, alpaca, content_text, image_paths, read_conversation
 from craft_ray.data.ids import Ids
 from craft_ray.data.images import encoded_image, images_in, images_of_row, is_list_of_images
@@ -28,6 +28,9 @@ class Table(Protocol):
     """The names that stand behind the integers of a column."""
     identity: str
     """What decides the rows beside the content of the files."""
+    pads_mappings: bool
+    """Whether every mapping of a column has the keys of all of them, as Arrow's structs do: a key that holds nothing
+    may then be absent."""
 
     def __len__(self) -> int: ...
 
@@ -208,21 +211,26 @@ class TableSource:
         return tuple(encoded_image(value, self._folder, where) for value in values)
 
     def _conversation(self, cells: dict[str, Any], column: str, where: str) -> Conversation:
-        columns, cell = self._columns, cells.get(column)
+        columns, cell, system = self._columns, cells.get(column), cells.get(SYSTEM)
         if column == INSTRUCTION and isinstance(cell, str):
-            return alpaca(cell, cells.get("input"), cells.get("output"), where)
+            return alpaca(cell, cells.get("input"), cells.get("output"), where, system)
         images = images_of_row(cells, columns.images, where) if columns.images else None
         tools = None if columns.tools is None else cells.get(columns.tools)
-        return read_conversation(cell, column, images, tools, self._folder, where)
+        if self._table.pads_mappings:
+            cell, tools = without_nulls(cell), without_nulls(tools)
+        return read_conversation(cell, column, images, tools, self._folder, where, system)
 
 
+SYSTEM = "system"
+"""The column that holds the system turn beside a conversation."""
 COMPOSED = ("prompt", "response", "choices", "answer_index", "skill")
 """What may be a value within a column; texts may also be put together of several. The others are columns."""
 
 
 def named_columns(columns: Columns) -> list[str]:
     """The columns that are read."""
-    more = ("input", "output") if columns.messages == INSTRUCTION else ()
+    more = () if columns.messages is None else (SYSTEM,)
+    more += ("input", "output") if columns.messages == INSTRUCTION else ()
     named = [name for _, name in _roles(columns)]
     return list(dict.fromkeys(column for name in (*named, *more) for column in candidates(name)))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from craft_ray.data.conversation import IMAGE_MARK, Conversation, Message, content_text, marked_parts
+from craft_ray.data.conversation import IMAGE_MARK, Conversation, Message, marked_parts
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError, first_line
 
@@ -49,7 +49,7 @@ class ChatTemplate:
     def __init__(self, processor: Any, tokenizer: Any, parts: bool, path: str) -> None:
         self._processor, self._parts, self._path = processor, parts, path
         self._special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or r"(?!)")
-        self._written: set[str] = set()
+        self._written: set[str] = set()  # roles whose turns are known to be written wherever they stand
         self._tokenizer = tokenizer
         if not getattr(processor, "chat_template", None):
             raise ConfigError(
@@ -85,8 +85,8 @@ class ChatTemplate:
 
     def prompt(self, sample: Sample) -> str:
         """The conversation up to the marks that ask the assistant for its next turn."""
-        conversation = self._checked(sample)
-        return self._render(conversation.messages, conversation.tools, True, sample.where)
+        conversation = self._conversation(sample)
+        return self._checked(conversation.messages, conversation.tools, True, sample.where)
 
     def answered(self, sample: Sample) -> Rendered:
         """The conversation with its answer, of which the answer alone is learnt.
@@ -95,7 +95,7 @@ class ChatTemplate:
             DataError: the sample has no answer, or the template does not write it behind the prompt.
         """
         prompt, (messages, tools) = self.prompt(sample), self._complete(sample)
-        text = self._render(messages, tools, False, sample.where)
+        text = self._checked(messages, tools, False, sample.where)
         if not text.startswith(prompt):
             raise DataError(
                 f"{sample.where}: what the chat template of {self._path} writes for the answer does not begin with "
@@ -111,9 +111,9 @@ class ChatTemplate:
             DataError: the sample has no answer, or the template writes a turn otherwise once others follow.
         """
         messages, tools = self._complete(sample)
+        text = self._checked(messages, tools, False, sample.where)
         if self._marks_generation(tools):
             return self._marked(messages, tools, sample.where)
-        text = self._render(messages, tools, False, sample.where)
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -173,29 +173,57 @@ class ChatTemplate:
     # -- messages
 
     def _complete(self, sample: Sample) -> tuple[list[Message], Sequence[Any] | None]:
-        response, conversation = sample.answer(), self._checked(sample)
+        response, conversation = sample.answer(), self._conversation(sample)
         answer = conversation.answer or {"role": "assistant", "content": response}
         return [*conversation.messages, answer], conversation.tools
 
-    def _checked(self, sample: Sample) -> Conversation:
-        """The sample as a conversation, each of whose roles the template is known to write."""
-        conversation = sample.conversation or self._two_turns(sample)
-        for number, message in enumerate(conversation.messages):
-            if message["role"] in self._written:
+    def _conversation(self, sample: Sample) -> Conversation:
+        return sample.conversation or self._two_turns(sample)
+
+    def _checked(self, messages: Sequence[Message], tools: Sequence[Any] | None, ask: bool, where: str) -> str:
+        """What the template writes, with every turn, every call and the tools in it. A template passes over what it
+        does not know without a word, so a thing is known to be written if another text follows from another thing.
+
+        Raises:
+            DataError: the template leaves something out.
+        """
+        text = self._render(messages, tools, ask, where)
+
+        def written(number: int, other: Message) -> bool:
+            return self._differs(text, [*messages[:number], other, *messages[number + 1 :]], tools, ask, where)
+
+        for number, message in enumerate(messages):
+            role, calls = message["role"], message.get("tool_calls") or []
+            for at, call in enumerate(calls):
+                if not written(number, message | {"tool_calls": [*calls[:at], *_other([call]), *calls[at + 1 :]]}):
+                    raise DataError(
+                        f"{where}, turn {number + 1}: the chat template of {self._path} leaves out tool calls: choose "
+                        f"a model whose template writes them, or write the call into the turn's content"
+                    )
+            if role in self._written or calls:
                 continue
-            other = {**message, "content": f"{content_text(message)} {PROBE}"}
-            messages = conversation.messages
-            changed = (*messages[:number], other, *messages[number + 1 :])
-            if message.get("tool_calls") or self._render(
-                messages, conversation.tools, True, sample.where
-            ) != self._render(changed, conversation.tools, True, sample.where):
-                self._written.add(message["role"])
-                continue
+            if not written(number, message | {"content": _more(message["content"])}):
+                raise DataError(
+                    f"{where}, turn {number + 1}: the chat template of {self._path} leaves out this turn of the role "
+                    f"'{role}': remove it, or choose a model whose template writes it"
+                )
+            if role in ("user", "assistant"):  # others may be written in one place alone: the system's in front
+                self._written.add(role)
+        if tools and not self._differs(text, messages, _other(tools), ask, where):
             raise DataError(
-                f"{sample.where}, turn {number + 1}: the chat template of {self._path} leaves out turns of the role "
-                f"'{message['role']}': remove them, or choose a model that knows this role"
+                f"{where}: the chat template of {self._path} leaves out tools: choose a model whose template describes "
+                f"them, or leave columns.tools out and describe them in a system turn"
             )
-        return conversation
+        return text
+
+    def _differs(
+        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, ask: bool, where: str
+    ) -> bool:
+        """Whether the template writes another text for what was changed."""
+        try:
+            return self._written_by(messages, tools, ask, where) != text
+        except Exception:  # it took the original: what it refuses now is the change, which it has seen
+            return True
 
     def _two_turns(self, sample: Sample) -> Conversation:
         """A question as a conversation; images that its text does not name stand in front of it."""
@@ -223,7 +251,7 @@ class ChatTemplate:
         return str(
             self._processor.apply_chat_template(
                 self._as_taken(messages, where),
-                tools=None if tools is None else list(tools),
+                tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=ask,
             )
@@ -258,6 +286,27 @@ class ChatTemplate:
         """Text whose special tokens are split by a mark: a turn must not end, or an image begin, because of what
         somebody wrote. The assistant's own words may hold such tokens, those of its thoughts or its calls."""
         return self._special.sub(lambda found: found[0][0] + LITERAL + found[0][1:], text)
+
+
+def _more(content: Any) -> Any:
+    """The content of a turn with another word in it."""
+    if isinstance(content, str):
+        return f"{content} {PROBE}"
+    last = max((at for at, part in enumerate(content) if part["type"] == "text"), default=None)
+    if last is None:
+        return [*content, {"type": "text", "text": PROBE}]
+    return [*content[:last], {"type": "text", "text": _more(content[last]["text"])}, *content[last + 1 :]]
+
+
+def _other(described: Sequence[Any]) -> list[Any]:
+    """Calls or tools with other names; without those that have none."""
+    others: list[Any] = []
+    for one in described:
+        inner = one.get("function", one)
+        if isinstance(inner, dict) and isinstance(inner.get("name"), str):
+            renamed = inner | {"name": inner["name"] + PROBE}
+            others.append(one | {"function": renamed} if "function" in one else renamed)
+    return others
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -95,6 +96,43 @@ def test_alpaca(tmp_path: Path) -> None:
     )
 
 
+def test_a_system_column_is_the_first_turn(tmp_path: Path) -> None:
+    system = TURNS[0]["content"]
+    assert one(tmp_path, {"conversations": SHAREGPT[1:], "system": system}) == EXPECTED
+    assert one(tmp_path, {"conversations": SHAREGPT, "system": system}) == EXPECTED  # both say the same
+    assert one(tmp_path, {"m": TURNS[1:], "system": system}, messages="m") == EXPECTED
+    for nothing in (None, " "):
+        assert one(tmp_path, {"conversations": SHAREGPT, "system": nothing}) == EXPECTED
+    pq.write_table(pa.table({"conversations": [SHAREGPT[1:]], "system": [system], "n": [1]}), tmp_path / "a.parquet")
+    assert opened(tmp_path / "a.parquet")[0].conversation == EXPECTED
+    (tmp_path / "a.csv").write_text("instruction,output,system\nWo?,Hier.,Be brief.\n")
+    assert opened(tmp_path / "a.csv")[0].conversation == Conversation(tuple(TURNS[:2]), TURNS[2])
+
+
+def test_calls_in_sharegpt(tmp_path: Path) -> None:
+    first, second = {"name": "weather", "arguments": {"city": "Köln"}}, {"name": "clock", "arguments": {}}
+    for called, calls in (
+        (json.dumps(first), [first]),
+        (json.dumps([first, second]), [first, second]),
+        (first, [first]),
+    ):
+        turns = [
+            {"from": "human", "value": "Wo?"},
+            {"from": "function_call", "value": called},
+            {"from": "observation", "value": "12"},
+            {"from": "gpt", "value": "Jetzt."},
+        ]
+        call = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": each} for each in calls],
+        }
+        assert one(tmp_path, {"conversations": turns}) == Conversation(
+            (QUESTION, call, {"role": "tool", "content": "12"}), TURNS[-1]
+        )
+        assert one(tmp_path, {"conversations": turns[:2]}) == Conversation((QUESTION,), call)
+
+
 def test_a_prompt_column_and_named_columns_come_first(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "a.jsonl", [{"prompt": "p", "messages": TURNS, "answer": "a"}])
     assert opened(path)[0].prompt == "p"
@@ -109,6 +147,47 @@ def test_tools_and_calls_are_handed_on(tmp_path: Path) -> None:
         found = one(tmp_path, {"messages": turns, "tools": cell}, messages="messages", tools="tools")
         assert found.tools == (tool,)
     assert found.messages == (QUESTION, call | {"content": ""}, turns[2])
+
+
+def calling(name: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def schema(name: str, properties: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+    ]
+
+
+def test_calls_and_tools_are_the_same_in_arrows_layout(tmp_path: Path) -> None:
+    """Arrow gives each struct the keys of all structs of its column, with null where a row has none."""
+    wanted = [
+        {
+            "messages": calling("weather", {"city": "Paris", "days": [1, None]}),
+            "tools": schema("weather", {"city": {"type": "string"}}),
+        },
+        {
+            "messages": calling("add", {"a": 1, "nested": {"b": 2}}),
+            "tools": schema("add", {"a": {"type": "integer", "enum": [1]}}),
+        },
+    ]
+    table = pa.Table.from_pylist(wanted)
+    assert table.to_pylist() != wanted
+    pq.write_table(table, tmp_path / "a.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    json_lines(tmp_path / "a.jsonl", wanted)
+    expected = [Conversation((QUESTION,), row["messages"][-1], tools=tuple(row["tools"])) for row in wanted]
+    for name in ("a.jsonl", "a.parquet", "saved"):
+        source = opened(tmp_path / name, messages="messages", tools="tools")
+        assert [sample.conversation for sample in source] == expected
+
+
+def test_a_null_that_a_json_file_writes_is_kept(tmp_path: Path) -> None:
+    tools = schema("weather", {"city": {"default": None}})
+    turns = calling("weather", {"city": None})
+    found = one(tmp_path, {"messages": turns, "tools": tools}, messages="messages", tools="tools")
+    assert found == Conversation((QUESTION,), turns[-1], tools=tuple(tools))
 
 
 def test_images_stand_where_the_turns_name_them(tmp_path: Path) -> None:
@@ -156,7 +235,32 @@ IMAGED = {"messages": "messages", "image": "images"}
         ({"messages": [{"role": "user"}]}, {}, "turn 1 \\(user\\) is empty"),
         ({"messages": [{"role": "user", "content": 7}]}, {}, "turn 1 \\(user\\) has the content 7; text or a list"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, {}, "turn 1 has the part"),
+        (
+            {"messages": [QUESTION, {"role": "assistant", "tool_calls": '[{"name": "clock"}]'}]},
+            {},
+            "turn 2 \\(assistant\\) has the tool calls '.*'; a list is expected",
+        ),
+        ({"messages": [QUESTION, {"role": "assistant", "tool_calls": ["clock"]}]}, {}, "has the tool calls \\['clock'"),
         ({"messages": [TURNS[-1]]}, {}, "a single turn of the assistant"),
+        *(
+            ({"conversations": [SHAREGPT[1], {"from": "function_call", "value": value}]}, {}, expected)
+            for value, expected in (
+                ('{"name": "clock",', "turn 2 \\(function_call\\) holds '.*', which is no JSON .*char 17"),
+                ("", "turn 2 \\(function_call\\) holds '', which is no JSON"),
+                ('{"name": "clock"}', "holds the call .*; an object with name and arguments is expected"),
+                ('[{"arguments": {}}]', "holds the call .*; an object with name and arguments is expected"),
+                ("7", "holds the call 7; an object with name and arguments is expected"),
+                ("[]", "turn 2 \\(assistant\\) is empty"),
+            )
+        ),
+        ({"messages": [QUESTION], "system": 7}, {}, "column 'system' holds 7; text is expected"),
+        ({"messages": [QUESTION], "system": HALF}, {}, f"column 'system' {HALVED}"),
+        (
+            {"messages": TURNS, "system": "Be verbose."},
+            {},
+            "column 'system' holds 'Be verbose.', but its turns begin with the system turn 'Be brief.': keep one",
+        ),
+        ({"instruction": "Greet me.", "output": "Hi", "system": ["a"]}, {}, "column 'system' holds .*text is expected"),
         ({"conversations": [{"from": "bard", "value": "Wo?"}]}, {}, "turn 1 is from 'bard'; one of human, user, gpt"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},

@@ -176,7 +176,7 @@ def test_an_answer_that_does_not_follow_its_prompt_is_refused(load: Callable[...
         (
             "llama",
             [{"role": "system", "content": "Be brief."}, *TURNS],
-            ", turn 1: .* leaves out turns of the role",
+            ", turn 1: .* leaves out this turn of the role 'system': remove it",
         ),
         ("qwen", [{"role": "user", "content": [{"type": "image", "image": __file__}]}], "reads text alone"),
     ],
@@ -187,6 +187,21 @@ def test_what_a_template_does_not_take(
     with pytest.raises(DataError, match=rf"a\.jsonl, row 0.*{expected}") as caught:
         load(family).preprocess(sample(turns))
     assert "\n" not in caught.value.message
+
+
+def test_a_system_turn_that_is_written_in_front_alone(load: Callable[..., CausalLM]) -> None:
+    """Many templates write a system turn in front, and pass over one between the others."""
+    skipping = "{% for m in messages %}{% if m['role'] != 'system' or loop.first %}"
+    model = load(
+        "qwen", CHATML.replace("{% for m in messages %}", skipping).replace("{% endfor %}", "{% endif %}{% endfor %}")
+    )
+    system = {"role": "system", "content": "Be brief."}
+    first, late = [system, *TURNS], [system, *TURNS[:2], system, *TURNS[2:]]
+    for _ in range(2):
+        assert "Be brief." in model.tokenizer.decode(model.preprocess_task(sample(first)).tokens["input_ids"])
+        for ask in (model.preprocess, model.preprocess_task, model.response_tokens):
+            with pytest.raises(DataError, match=r"row 0, turn 4: .* leaves out this turn of the role 'system'"):
+                ask(sample(late))
 
 
 def test_a_conversation_without_an_answer_is_no_training_data(load: Callable[..., CausalLM]) -> None:
@@ -244,6 +259,60 @@ def test_a_special_token_in_somebodys_text_is_text(family: str, load: Callable[.
         if family != "t5":  # its vocabulary lacks some of the letters
             assert model.tokenizer.decode(ids).replace(" ", "") == written.replace(" ", "")
     assert learnt(model, model.preprocess_task(sample(turns))) == model.response_tokens(sample(turns))
+
+
+CALLS = "{% for c in m.tool_calls or [] %}{{ (c.function or c).name }}{% endfor %}"
+CALLING = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}" + CALLS)
+
+
+def calling(*names: str, flat: bool = False) -> dict[str, Any]:
+    functions = [{"name": name, "arguments": {}} for name in names]
+    calls = functions if flat else [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "tool_calls": calls}
+
+
+@pytest.mark.parametrize(
+    ("template", "call", "written"),
+    [
+        (CALLING, calling("clock"), True),
+        (CALLING, calling("clock", "date", "clock"), True),
+        (CALLING, calling("clock", flat=True), True),
+        (CHATML, calling("clock"), False),
+        (CHATML, calling("clock") | {"content": "Let me see."}, False),
+        (CHATML, {"role": "assistant", "tool_calls": [{"id": "7"}]}, False),
+        (CALLING.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), calling("clock", "date"), False),
+        # It writes turns without calls alone.
+        (CALLING.replace("messages %}", "messages if not m.tool_calls %}"), calling("clock"), False),
+    ],
+)
+def test_calls_that_a_template_leaves_out(
+    template: str, call: dict[str, Any], written: bool, load: Callable[..., CausalLM]
+) -> None:
+    model = load("qwen", template)
+    model.preprocess_task(sample(TURNS))
+    last = sample([*TURNS, TURNS[0], call])  # the call is the answer
+    within = sample([TURNS[0], call, {"role": "tool", "content": "12"}, TURNS[3]])
+    asked = [(model.preprocess_task, last, 6), (model.response_tokens, last, 6)]
+    asked += [(ask, within, 2) for ask in (model.preprocess, model.preprocess_task, model.response_tokens)]
+    assert model.preprocess(last)  # a prompt without the call
+    for ask, talk, turn in asked:
+        if written:
+            assert ask(talk)
+            continue
+        with pytest.raises(DataError, match=rf"row 0, turn {turn}: the chat template of .* leaves out tool calls: "):
+            ask(talk)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_tools_that_a_template_leaves_out(flat: bool, load: Callable[..., CausalLM]) -> None:
+    tool = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
+    talk = sample(TURNS, [tool if flat else {"type": "function", "function": tool}])
+    knowing, ignorant = load("qwen", "{{ tools }}" + CHATML), load("qwen")
+    assert "clock" in knowing.tokenizer.decode(knowing.preprocess(talk).tokens["input_ids"])
+    for ask in (ignorant.preprocess, ignorant.preprocess_task, ignorant.response_tokens):
+        with pytest.raises(DataError, match=r"row 0: the chat template of .* leaves out tools: ") as caught:
+            ask(talk)
+        assert "\n" not in caught.value.message
 
 
 def test_tools_are_shown_to_the_model(load: Callable[..., CausalLM]) -> None:

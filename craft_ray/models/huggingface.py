@@ -372,6 +372,9 @@ class HuggingFaceModel(LogitsModel, TensorModel):
             identity.append({"left out": self.text.appended})
         return json_fingerprint(identity)
 
+    def sample_fingerprint(self) -> str:
+        return json_fingerprint([self.preprocessor_fingerprint(), self.limits.identity])
+
     def _image_identity(self) -> Any:
         return None
 

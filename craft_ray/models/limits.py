@@ -46,6 +46,11 @@ class Limits:
                 )
         return cls(max_length, positions, embeddings, tokenizer)
 
+    @property
+    def identity(self) -> list[int | None]:
+        """The limits that a sample is checked against, apart from the tokenizer."""
+        return [self.max_length, self.positions, self.embeddings]
+
     def check(self, input_ids_S: Tensor, layout: Layout, sample_id: str) -> None:
         """Check a sample.
 

@@ -79,7 +79,7 @@ def anchor_rows(anchors: AnchorsConfig, model: Model, source: Source, identity: 
         len(source),
         source.fingerprint,
         prepare,
-        ["anchors", identity.preprocessor, identity.suffix_from, identity.schema.has_response],
+        ["anchors", model.sample_fingerprint(), identity.suffix_from, identity.schema.has_response],
         model.threaded,
     )
 

@@ -116,7 +116,7 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes | HarnessTas
 def source_identity(data: TaskConfig, model: Model) -> tuple[str, str]:
     """The key of a source's features in a feature cache. It leaves out `limit`: a row is the same however many are
     read."""
-    return data.model_dump_json(exclude={"limit"}), model.preprocessor_fingerprint()
+    return data.model_dump_json(exclude={"limit"}), model.sample_fingerprint()
 
 
 class EvalData:

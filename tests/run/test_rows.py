@@ -273,3 +273,59 @@ def test_the_limits_of_a_model_and_not_its_weights_decide_whether_a_sample_can_b
     assert first.weights_fingerprint() != same.weights_fingerprint()
     assert first.sample_fingerprint() == same.sample_fingerprint()
     assert len({model.sample_fingerprint() for model in (first, shorter, wider)}) == 3
+
+
+TOO_LONG = r"the prompt of sample 00000039 has 41 tokens, which with 8 new ones are more than the model's 48 positions"
+
+
+def test_anchors_whose_suffix_does_not_fit_the_model_end_a_build_before_its_first_shard(
+    config: Experiment, gpt2: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = config.changed(
+        {
+            "model.path": str(gpt2(48)),
+            "anchors.source.path": str(written(tmp_path / "middling.jsonl", {39: MIDDLING})),
+            "anchors.positions": ["suffix"],
+            "anchors.max_new_tokens": 8,
+        }
+    )
+    with pytest.raises(DataError, match=rf"^anchors\.source: {TOO_LONG} [^;]*$"):
+        build(config, say=lambda _: None)
+    assert not list((tmp_path / "cache").rglob("*.parquet"))
+    assert build(config.changed({"anchors.max_new_tokens": 7}), say=lambda _: None).rows_computed == 40
+
+
+@pytest.mark.parametrize(
+    ("scored", "row", "said"),
+    [
+        ({"metric": "exact_match", "max_new_tokens": 8}, MIDDLING, TOO_LONG),
+        ({"metric": "contains", "max_new_tokens": 8}, MIDDLING, TOO_LONG),
+        ({"metric": "perplexity", "replies": 40, "max_new_tokens": 8}, MIDDLING, TOO_LONG),
+        ({"metric": "exact_match"}, EMPTY, "sample 00000039 has an empty response"),
+    ],
+)
+def test_a_row_that_cannot_be_answered_ends_a_run_before_its_first_step(
+    scored: dict[str, Any],
+    row: dict[str, str],
+    said: str,
+    config: Experiment,
+    gpt2: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    held_out = config.evaluation.new
+    assert held_out is not None
+    data = held_out.data.model_dump() | {"path": str(written(tmp_path / "held_out.jsonl", {39: row}))}
+    changes = {"model.path": str(gpt2(48)), "craft.anchor_cache_dir": None}
+    refused = config.changed(changes | {"evaluation.new": {"data": data, **scored}})
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(DataError, match=rf"^evaluation\.new\.data: {said}[^;]*$"):
+        train(refused, folder, OneWorker(), NullObserver())
+    assert not folder.started
+    with pytest.raises(DataError, match=rf"^evaluation\.new\.data: {said}[^;]*$"):
+        dry_run(refused)
+    # What was checked for a shorter answer does not count for a longer one.
+    data["limit"] = 39 if row is EMPTY else None
+    shorter = {**scored, "max_new_tokens": 7}
+    train(config.changed(changes | {"evaluation.new": {"data": data, **shorter}}), folder, OneWorker(), NullObserver())
+    with pytest.raises(DataError, match=said):
+        train(refused, RunFolder(tmp_path / "longer"), OneWorker(), NullObserver())

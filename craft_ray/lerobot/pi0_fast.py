@@ -239,6 +239,10 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
     def preprocessor_fingerprint(self) -> str:
         return json_fingerprint([super().preprocessor_fingerprint(), list(self.settings.image_resolution)])
 
+    def sample_fingerprint(self) -> str:
+        limits = [self.settings.tokenizer_max_length, self.settings.max_action_tokens]
+        return json_fingerprint([self.preprocessor_fingerprint(), limits])
+
     # -- device side
 
     def run_prompt(self, inputs: Mapping[str, Tensor]) -> None:

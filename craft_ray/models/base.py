@@ -161,6 +161,11 @@ class Model(ABC):
     def preprocessor_fingerprint(self) -> str:
         """Hash of everything that decides how a sample becomes tensors."""
 
+    def sample_fingerprint(self) -> str:
+        """Hash of everything that decides whether a sample can be used: how it becomes tensors, and the limits that it
+        is checked against, which need not be those of another model with the same tokenizer."""
+        return self.preprocessor_fingerprint()
+
     @abstractmethod
     def save(self, folder: Path, final: Path | None = None) -> None:
         """Write a folder that `from_pretrained` loads; with an adapter, PEFT's folder of the adapter alone.

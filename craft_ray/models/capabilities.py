@@ -68,6 +68,16 @@ class TokenModel(Model):
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
         """Greedy suffix tokens of each prompt, including the end-of-sequence token if it was generated."""
 
+    def check_continued(self, prompt: Features, max_new_tokens: int, named: str = "a prompt") -> None:  # noqa: B027
+        """Check that `generate` can continue a prompt. Most models have no limit of their own.
+
+        Args:
+            named: the prompt in a message.
+
+        Raises:
+            DataError: the model has too few positions for its tokens and `max_new_tokens` more.
+        """
+
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
         """Suffix tokens as text, without special tokens."""

@@ -314,10 +314,13 @@ class HuggingFaceModel(LogitsModel, TensorModel):
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
         """These models provide all anchors."""
 
+    def check_continued(self, prompt: Features, max_new_tokens: int, named: str = "a prompt") -> None:
+        self.limits.check_continued(prompt.layout.length, max_new_tokens, named)
+
     @torch.no_grad()
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
         lengths = {f.layout.length for f in features}
-        self.limits.check_continued(max(lengths), max_new_tokens)
+        self.check_continued(max(features, key=lambda f: f.layout.length), max_new_tokens)
         # Where the model is sharded, all workers must generate equally often, whatever the lengths of their prompts.
         if (len(lengths) > 1 or self.sharded) and len(features) > 1 and not self._generates_in_padded_batches:
             return [tokens for one in features for tokens in self.generate([one], max_new_tokens)]
@@ -371,6 +374,9 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         if self.text.appended and (self.chat is None or self.reads_images):  # they were part of a prompt before
             identity.append({"left out": self.text.appended})
         return json_fingerprint(identity)
+
+    def sample_fingerprint(self) -> str:
+        return json_fingerprint([self.preprocessor_fingerprint(), self.limits.identity])
 
     def _image_identity(self) -> Any:
         return None

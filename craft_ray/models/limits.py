@@ -46,6 +46,11 @@ class Limits:
                 )
         return cls(max_length, positions, embeddings, tokenizer)
 
+    @property
+    def identity(self) -> list[int | None]:
+        """The limits that a sample is checked against, apart from the tokenizer."""
+        return [self.max_length, self.positions, self.embeddings]
+
     def check(self, input_ids_S: Tensor, layout: Layout, sample_id: str) -> None:
         """Check a sample.
 
@@ -76,15 +81,18 @@ class Limits:
                 f"model.resize_token_embeddings) and save the folder again, or remove the token from the data"
             )
 
-    def check_continued(self, length: int, max_new_tokens: int) -> None:
+    def check_continued(self, length: int, max_new_tokens: int, named: str) -> None:
         """Check that a prompt of `length` tokens can be continued.
+
+        Args:
+            named: the prompt in a message.
 
         Raises:
             DataError: the model has too few positions.
         """
         if self.positions is not None and length + max_new_tokens > self.positions:
             raise DataError(
-                f"a prompt of {length} tokens and {max_new_tokens} new ones are more than the model's "
+                f"{named} has {length} tokens, which with {max_new_tokens} new ones are more than the model's "
                 f"{self.positions} positions (max_position_embeddings in its config): lower max_new_tokens, or shorten "
-                f"the prompts"
+                f"the prompt"
             )

@@ -38,7 +38,7 @@ class AnchorInputs:
         self._with_response = with_response
         follows = "response" if with_response else f"suffix {with_suffix}"
         self._features = (cache or FeatureCache()).source(
-            self._preprocess, anchors.fingerprint, follows, model.preprocessor_fingerprint()
+            self._preprocess, anchors.fingerprint, follows, model.sample_fingerprint()
         )
 
     def batch(self, rows: Sequence[int], positions: Sequence[str] | None = None) -> Batch:

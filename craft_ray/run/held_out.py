@@ -191,7 +191,7 @@ class HeldOut:
             for skill, eval_set in eval_sets(self._config, section):
                 data = self.data(section, skill, eval_set)
                 if isinstance(eval_set, SampleEvalSet):
-                    how = [eval_set.metric, self._model.preprocessor_fingerprint()]
+                    how = [eval_set.decisive, self._model.sample_fingerprint()]
                     content = data.of.fingerprint if self._main else ""
                     key = f"{key_of(self._config, section, skill)}.data"
                     yield Rows(key, len(data.of), content, data.prepare, how, self._model.threaded)

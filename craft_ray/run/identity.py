@@ -43,15 +43,20 @@ def read_identity(folder: RunFolder) -> RunIdentity | None:
         raise StorageError(f"{path} is damaged: restore it, or start a new run") from None
 
 
+def config_difference(folder: RunFolder, config: Experiment) -> str | None:
+    """The first key that decides numbers and is not what a run began with, with both values; None where all are."""
+    recorded = read_identity(folder)
+    original = folder.config() if recorded is None else recorded.config
+    return deciding_difference(original, config, places=recorded is None)
+
+
 def check_config(folder: RunFolder, config: Experiment) -> None:
     """Check that a run that has begun may be taken up with a config.
 
     Raises:
         ConfigError: the run began with another config.
     """
-    recorded = read_identity(folder)
-    original = folder.config() if recorded is None else recorded.config
-    difference = deciding_difference(original, config, places=recorded is None)
+    difference = config_difference(folder, config)
     if difference is not None:
         raise ConfigError(
             f"the run {folder.home} started with another config ({difference}): continue it with its own, or start a "
@@ -72,11 +77,26 @@ def check_task(folder: RunFolder, config: Experiment, fingerprint: str) -> None:
         ConfigError: the run began with other data.
     """
     recorded = read_identity(folder)
-    if recorded is not None and recorded.task != fingerprint:
+    if recorded is not None:
+        remedy = "start a new run with another name=... or seed=..."
+        check_same_task(config, recorded.task, fingerprint, f"the run {folder.home}", remedy)
+
+
+def check_same_task(config: Experiment, recorded: str, fingerprint: str, begun: str, remedy: str) -> None:
+    """Check that task data are those that a run or a sweep began with.
+
+    Args:
+        recorded: the hash that they had.
+        begun: the run or the sweep, in a message.
+        remedy: what can be done with other data.
+
+    Raises:
+        ConfigError: they are others.
+    """
+    if recorded != fingerprint:
         raise ConfigError(
-            f"{_task(config)} is not what it was when the run {folder.home} began: its data had the "
-            f"fingerprint {recorded.task[:12]}, and now have {fingerprint[:12]}: restore them, or start a new run with "
-            f"another name=... or seed=..."
+            f"{_task(config)} is not what it was when {begun} began: its data had the fingerprint {recorded[:12]}, and "
+            f"now have {fingerprint[:12]}: restore them, or {remedy}"
         )
 
 

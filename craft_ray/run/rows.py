@@ -60,7 +60,7 @@ class Rows:
 
 def anchor_rows(anchors: AnchorsConfig, model: Model, source: Source, identity: Identity) -> Rows:
     """The anchors of a cache, as its teacher reads them. Of a suffix that the teacher has yet to generate, the one
-    token that it has at least."""
+    token that it has at least, and whether the model has positions for the longest one."""
 
     def prepare(row: int) -> None:
         sample = source[row]
@@ -69,7 +69,8 @@ def anchor_rows(anchors: AnchorsConfig, model: Model, source: Source, identity: 
             tokens = token_model(model)
             given = anchors.suffix_from == "response"
             tokens.with_suffix(prompt, tokens.response_tokens(sample) if given else [0], sample.id)
-
+            if not given:
+                tokens.check_continued(prompt, anchors.max_new_tokens, f"the prompt of {sample.named}")
         if identity.schema.has_response:
             tokens = token_model(model)
             tokens.with_suffix(prompt, tokens.response_tokens(sample), sample.id)
@@ -79,7 +80,13 @@ def anchor_rows(anchors: AnchorsConfig, model: Model, source: Source, identity: 
         len(source),
         source.fingerprint,
         prepare,
-        ["anchors", identity.preprocessor, identity.suffix_from, identity.schema.has_response],
+        [
+            "anchors",
+            model.sample_fingerprint(),
+            identity.suffix_from,
+            identity.max_new_tokens,
+            identity.schema.has_response,
+        ],
         model.threaded,
     )
 

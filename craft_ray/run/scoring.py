@@ -116,7 +116,7 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes | HarnessTas
 def source_identity(data: TaskConfig, model: Model) -> tuple[str, str]:
     """The key of a source's features in a feature cache. It leaves out `limit`: a row is the same however many are
     read."""
-    return data.model_dump_json(exclude={"limit"}), model.preprocessor_fingerprint()
+    return data.model_dump_json(exclude={"limit"}), model.sample_fingerprint()
 
 
 class EvalData:
@@ -189,11 +189,19 @@ class EvalData:
         elif self.eval_set.metric in OF_TEXT:
             self.answered(row)
             if row < _replies(self.eval_set):
-                self.question(row)
+                self._asked(row)
         else:
-            self.question(row)
+            self._asked(row)
             if self.judge is not None:
                 self.judge.check(self.source[row])
+            else:
+                token_model(self.model).response_tokens(self.source[row])
+
+    def _asked(self, row: int) -> None:
+        """Preprocess a prompt, and check that an answer to it can be generated."""
+        assert isinstance(self.eval_set, SampleEvalSet)
+        named = f"the prompt of {self.source[row].named}"
+        token_model(self.model).check_continued(self.question(row), self.eval_set.max_new_tokens, named)
 
     def _make(self, key: tuple[int, str | None]) -> Features:
         row, response = key

@@ -115,7 +115,7 @@ class TaskData:
 
     def rows(self) -> Rows:
         """Every row, to be checked before the first step."""
-        how: list[object] = ["task", self._model.preprocessor_fingerprint()]
+        how: list[object] = ["task", self._model.sample_fingerprint()]
         if self._streamed:
             how.append(self._seed)  # decides which rows come first
         content = self.source.fingerprint if self._workers.rank == 0 else ""

@@ -3,7 +3,7 @@
 All results of a sweep are read from here, and a resumed sweep finds out here what is done. A trial is one setting; it
 trains one run for each seed, one after the other, each in a separate folder.
 
-    sweep.yaml                 the config and the space, as they were at the start
+    sweep.yaml                 the config, the space and the hash of the task data, as they were at the start
     trials/0003/params.json    the setting
     trials/0003/reports.jsonl  a line for each validation
     trials/0003/outcome.json   finished, stopped or failed, and why; missing while a trial is open
@@ -101,6 +101,8 @@ class Plan:
     config: Experiment
     space: Space
     command: list[str]
+    task: str | None = None
+    """Hash of the task data that the sweep began with; None of one that began with a version that recorded none."""
 
 
 class SweepFolder:
@@ -133,6 +135,7 @@ class SweepFolder:
     def write(self, plan: Plan) -> None:
         tree = {
             "command": plan.command,
+            "task": plan.task,
             "space": {"name": plan.space.name, "knobs": plan.space.source},
             "config": plan.config.model_dump(mode="json"),
         }
@@ -150,7 +153,9 @@ class SweepFolder:
             )
         tree = read_yaml(self.plan.read_text())
         config = parse_config(tree["config"], str(self.plan))
-        return Plan(config, parse_space(tree["space"]["knobs"], tree["space"]["name"]), tree["command"])
+        return Plan(
+            config, parse_space(tree["space"]["knobs"], tree["space"]["name"]), tree["command"], tree.get("task")
+        )
 
     def assign(self, trial_id: str, number: int) -> None:
         """Record which trial Tune's `trial_id` is."""

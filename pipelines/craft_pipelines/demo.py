@@ -24,6 +24,7 @@ from craft_ray.config import Experiment, dump_config, load_config
 from craft_ray.errors import ConfigError
 from craft_ray.extras import install, missing, require_lerobot
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.identity import config_difference
 from craft_ray.shipped import shipped
 from craft_ray.storage.files import new_folder, write_atomically
 from craft_ray.sweep.space import load_space
@@ -176,6 +177,12 @@ def _make_inputs(preset: Preset, out: Path) -> None:
 def _teach(config: Experiment) -> None:
     folder = RunFolder(Path(config.output_dir) / config.name)
     if folder.finished() is not None:
+        difference = config_difference(folder, config)
+        if difference is not None:
+            raise ConfigError(
+                f"{folder.path} holds a teacher that was trained with another config ({difference}): choose another "
+                f"--out, or remove {folder.path}"
+            )
         print(f"  found in {folder.path}")
         return
     train_run(PlannedRun(config, folder))

@@ -136,7 +136,7 @@ def test_the_positions_that_a_model_has_are_known(decoder: HuggingFaceModel) -> 
             return
     with pytest.raises(DataError, match=r"sample long has 49 tokens, the model has 48 positions .*: shorten"):
         decoder.preprocess(Sample("long", "w" * 48))
-    with pytest.raises(DataError, match="a prompt of 40 tokens and 9 new ones are more than the model's 48"):
+    with pytest.raises(DataError, match="a prompt has 40 tokens, which with 9 new ones are more than the model's 48"):
         decoder.generate([decoder.preprocess(Sample("0", "w" * 39))], 9)
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from craft_pipelines.demo import demo
+from craft_pipelines.demo import CONFIGS, PRESETS, demo
 
+from craft_ray.config import load_config
+from craft_ray.errors import ConfigError
 from craft_ray.examples import digits
+from craft_ray.run.folder import RunFolder
 from tests.support.clusters import BIN
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
@@ -81,6 +84,22 @@ def test_the_text_demo_keeps_more_than_plain_fine_tuning(tmp_path: Path) -> None
     run_demo("--out", tmp_path, "--preset", "text", "--quick")
     summary = json.loads((tmp_path / "result.json").read_text())["summary"]
     assert summary["hidden"]["old_ratio"] > summary["baseline"]["old_ratio"] + 0.1
+
+
+def test_a_finished_teacher_of_another_config_is_refused(tmp_path: Path) -> None:
+    """As an earlier version of the demo leaves it."""
+    for name in ("data", "model"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "preset").write_text(digits.__name__)
+    config = load_config(CONFIGS / "demo_digits_teacher.yaml", PRESETS["digits"].quick_teacher, base=tmp_path)
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    folder.begin(config.changed({"train.learning_rate": 0.5}), ["test"])
+    folder.write_result({})
+    with pytest.raises(
+        ConfigError, match=r"another config \(train\.learning_rate was 0\.5, is [^)]+\): choose another --out"
+    ) as caught:
+        demo(tmp_path, "digits", quick=True)
+    assert "\n" not in caught.value.message
 
 
 def test_a_folder_of_another_preset_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from craft_ray.config import ModelConfig
 from craft_ray.errors import ModelError
+from craft_ray.models import load_model
 from craft_ray.models.huggingface import HuggingFaceModel
 from craft_ray.run import saving
 from craft_ray.run.checkpoint import check_saved
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
+from craft_ray.run.sharded_checkpoint import check_exported
 from craft_ray.run.training import train
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.workers import OneWorker
 from tests.support.experiments import Digits
+
+PLAIN: Mapping[str, Any] = {"craft.enabled": False, "craft.anchor_cache_dir": None}
+LORA: Mapping[str, Any] = {**PLAIN, "adapter": {"r": 2}}
 
 
 class Notes(NullObserver):
@@ -30,39 +37,50 @@ class Notes(NullObserver):
         self.lines.append(text)
 
 
-def run(digits: Digits, folder: Path, checks: list[Path], monkeypatch: pytest.MonkeyPatch) -> tuple[RunFolder, Notes]:
-    """A plain run that saves at steps 2, 4 and 6; the folders that are checked are added to `checks`."""
+def run(
+    digits: Digits,
+    folder: Path,
+    checks: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: Mapping[str, Any] = PLAIN,
+) -> tuple[RunFolder, Notes]:
+    """A run that saves at steps 2, 4 and 6; the folders that are checked are added to `checks`."""
 
     def recorded(config: Any, precision: Any, model: Any, saved: Path) -> None:
         checks.append(saved)
         check_saved(config, precision, model, saved)
 
     monkeypatch.setattr(saving, "check_saved", recorded)
-    config = digits.experiment(folder, {"craft.enabled": False, "craft.anchor_cache_dir": None})
+    config = digits.experiment(folder, changes)
     files, notes = RunFolder(folder / "run"), Notes()
     files.begin(config, ["test"])
     train(config, files, OneWorker(), notes)
     return files, notes
 
 
-def changing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+def changing(monkeypatch: pytest.MonkeyPatch, change: Any, name: str = "model.safetensors") -> None:
     """Let `change` act on the weights of every folder that is saved."""
     before = HuggingFaceModel.save
 
     def save(self: HuggingFaceModel, folder: Path, final: Path | None = None) -> None:
         before(self, folder, final)
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        changed(folder / name, change)
 
     monkeypatch.setattr(HuggingFaceModel, "save", save)
 
 
+def changed(file: Path, change: Any) -> None:
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("changes", [PLAIN, LORA], ids=["full", "LoRA"])
 def test_the_first_checkpoint_is_read_back_once(
-    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: Mapping[str, Any], digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks: list[Path] = []
-    folder, notes = run(digits, tmp_path, checks, monkeypatch)
+    folder, notes = run(digits, tmp_path, checks, monkeypatch, changes)
     assert [path.parent.name for path in checks] == ["step_000002"]
     assert sum("loaded again" in line for line in notes.lines) == 1
     assert folder.finished() is not None
@@ -96,3 +114,36 @@ def test_other_weights_than_those_in_memory_end_the_run(
     assert last_checkpoint(checkpoints) is None
     assert [path.name for path in checkpoints.iterdir() if path.is_dir()] == ["refused_step_000002"]
     assert str(checkpoints / "refused_step_000002") in caught.value.message
+
+
+def one_bit_of_an_adapter(weights: dict[str, Tensor]) -> None:
+    weights[next(name for name in sorted(weights) if "lora_B" in name)].view(torch.int32).view(-1)[-1] ^= 1
+
+
+def test_another_adapter_than_the_one_in_memory_ends_the_run(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changing(monkeypatch, one_bit_of_an_adapter, "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="what was saved is not what was trained: 1 of"):
+        run(digits, tmp_path, [], monkeypatch, LORA)
+    assert last_checkpoint(RunFolder(tmp_path / "run").disk / "checkpoints") is None
+
+
+# -- sharded runs: the folder of the last step (tests/run/test_sharding.py writes one with two workers)
+
+
+def test_a_folder_of_a_sharded_run_is_compared_with_what_was_trained(text_model: Path, tmp_path: Path) -> None:
+    config = ModelConfig(path=str(text_model))
+    model = load_model(config, "fp32")
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.add_(0.5)
+    trained, folder = model.weights_fingerprint(), tmp_path / "step_000004" / "model"
+    model.save(folder)
+    check_exported(config, "fp32", trained, folder)
+    changed(folder / "model.safetensors", one_bit)
+    with pytest.raises(ModelError) as caught:
+        check_exported(config, "fp32", trained, folder)
+    assert caught.value.message.startswith(f"{folder} is not what was trained: its weights differ")
+    assert caught.value.message.endswith(f"what was trained is in {tmp_path / 'step_000004' / 'sharded'}")
+    assert "\n" not in caught.value.message

@@ -15,13 +15,17 @@ import pytest
 import torch
 from craft_pipelines.anchors import build
 from craft_pipelines.dry_run import dry_run
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from craft_ray.config import Experiment, parse_config
 from craft_ray.errors import DataError
+from craft_ray.models import load_model
+from craft_ray.models.base import Model
+from craft_ray.models.features import FeatureCache
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.rows import Rows, check_rows
-from craft_ray.run.training import train
+from craft_ray.run.training import train, training
 from craft_ray.workers import OneWorker
 
 MINUTES = 5.0
@@ -217,3 +221,111 @@ def test_an_id_of_any_length_makes_no_long_message(bad: dict[str, str], config: 
         train(config, RunFolder(tmp_path / "run"), OneWorker(), NullObserver())
     assert "sample iii" in caught.value.message
     assert len(caught.value.message) < 1000
+
+
+# -- models with a number of positions
+
+
+@pytest.fixture(scope="module")
+def gpt2(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """Folder of a tiny GPT-2 with so many positions and embeddings beyond its tokens; all have the same tokenizer."""
+
+    def built(positions: int, spare: int = 0) -> Path:
+        tokenizer = AutoTokenizer.from_pretrained(text_model)
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        vocabulary = len(tokenizer) + spare
+        folder = tmp_path_factory.mktemp("gpt2")
+        settings = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=positions, vocab_size=vocabulary, **ids)
+        GPT2LMHeadModel(settings).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return built
+
+
+MIDDLING = {"prompt": "x" * 40, "response": "x"}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_that_were_checked_for_one_model_are_checked_again_for_one_with_other_limits(
+    shared: bool, config: Experiment, gpt2: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also where both runs share preprocessed samples in one process."""
+    changes = {"task.path": str(written(tmp_path / "middling.jsonl", {39: MIDDLING})), "craft.anchor_cache_dir": None}
+    config = config.changed(changes | {"model.path": str(gpt2(64))})
+    features = FeatureCache() if shared else None
+    list(training(config, RunFolder(tmp_path / "first"), OneWorker(), NullObserver(), features))
+    second = RunFolder(tmp_path / "second")
+    config = config.changed({"model.path": str(gpt2(32))})
+    with pytest.raises(DataError, match=r"^task: sample 00000039 has 42 tokens, the model has 32 positions"):
+        list(training(config, second, OneWorker(), NullObserver(), features))
+    assert not second.started
+
+
+def test_the_limits_of_a_model_and_not_its_weights_decide_whether_a_sample_can_be_used(
+    config: Experiment, gpt2: Callable[..., Path]
+) -> None:
+    def loaded(*limits: int) -> Model:
+        return load_model(config.changed({"model.path": str(gpt2(*limits))}).model, "fp32")
+
+    first, same, shorter, wider = (loaded(*limits) for limits in ((64,), (64,), (32,), (64, 8)))
+    assert len({model.preprocessor_fingerprint() for model in (first, same, shorter, wider)}) == 1
+    assert first.weights_fingerprint() != same.weights_fingerprint()
+    assert first.sample_fingerprint() == same.sample_fingerprint()
+    assert len({model.sample_fingerprint() for model in (first, shorter, wider)}) == 3
+
+
+TOO_LONG = r"the prompt of sample 00000039 has 41 tokens, which with 8 new ones are more than the model's 48 positions"
+
+
+def test_anchors_whose_suffix_does_not_fit_the_model_end_a_build_before_its_first_shard(
+    config: Experiment, gpt2: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = config.changed(
+        {
+            "model.path": str(gpt2(48)),
+            "anchors.source.path": str(written(tmp_path / "middling.jsonl", {39: MIDDLING})),
+            "anchors.positions": ["suffix"],
+            "anchors.max_new_tokens": 8,
+        }
+    )
+    with pytest.raises(DataError, match=rf"^anchors\.source: {TOO_LONG} [^;]*$"):
+        build(config, say=lambda _: None)
+    assert not list((tmp_path / "cache").rglob("*.parquet"))
+    assert build(config.changed({"anchors.max_new_tokens": 7}), say=lambda _: None).rows_computed == 40
+
+
+@pytest.mark.parametrize(
+    ("scored", "row", "said"),
+    [
+        ({"metric": "exact_match", "max_new_tokens": 8}, MIDDLING, TOO_LONG),
+        ({"metric": "contains", "max_new_tokens": 8}, MIDDLING, TOO_LONG),
+        ({"metric": "perplexity", "replies": 40, "max_new_tokens": 8}, MIDDLING, TOO_LONG),
+        ({"metric": "exact_match"}, EMPTY, "sample 00000039 has an empty response"),
+    ],
+)
+def test_a_row_that_cannot_be_answered_ends_a_run_before_its_first_step(
+    scored: dict[str, Any],
+    row: dict[str, str],
+    said: str,
+    config: Experiment,
+    gpt2: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    held_out = config.evaluation.new
+    assert held_out is not None
+    data = held_out.data.model_dump() | {"path": str(written(tmp_path / "held_out.jsonl", {39: row}))}
+    changes = {"model.path": str(gpt2(48)), "craft.anchor_cache_dir": None}
+    refused = config.changed(changes | {"evaluation.new": {"data": data, **scored}})
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(DataError, match=rf"^evaluation\.new\.data: {said}[^;]*$"):
+        train(refused, folder, OneWorker(), NullObserver())
+    assert not folder.started
+    with pytest.raises(DataError, match=rf"^evaluation\.new\.data: {said}[^;]*$"):
+        dry_run(refused)
+    # What was checked for a shorter answer does not count for a longer one.
+    data["limit"] = 39 if row is EMPTY else None
+    shorter = {**scored, "max_new_tokens": 7}
+    train(config.changed(changes | {"evaluation.new": {"data": data, **shorter}}), folder, OneWorker(), NullObserver())
+    with pytest.raises(DataError, match=said):
+        train(refused, RunFolder(tmp_path / "longer"), OneWorker(), NullObserver())

@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from craft_pipelines.anchors import build
+from craft_pipelines.sweep.driver import plan_sweep, resume_sweep
 from craft_pipelines.sweep.runs import RunTrial, in_process
 from craft_pipelines.sweep.tracking import SweepTracking
 from craft_pipelines.sweep.trial import TRIAL, CraftTrial, reports
@@ -353,6 +355,38 @@ def test_a_sweep_is_started_once_and_read_back_unchanged(base: Experiment, tmp_p
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / ".sweep.yaml.17.tmp").write_text("half writ")
     SweepFolder(tmp_path / "killed").begin(plan)
+
+
+def test_a_sweep_whose_task_data_were_exchanged_trains_no_further_trial(base: Experiment, tmp_path: Path) -> None:
+    data, path = tmp_path / "task.parquet", tmp_path / "sweep"
+    original = Path(base.task.path).read_bytes()
+    data.write_bytes(original)
+    config = base.changed({"task.path": str(data), "sweep.samples": 1})
+    folder, plan = plan_sweep(config, parse_space(KNOBS, "space.yaml"), path)
+    assert plan.task is not None
+    assert resume_sweep(path)[1] == plan
+    pq.write_table(pq.read_table(data).slice(1), data)
+    with pytest.raises(ConfigError) as caught:
+        resume_sweep(path)
+    expected = f"task.path {data} is not what it was when the sweep {path} began: its data had the fingerprint "
+    assert caught.value.message.startswith(expected + plan.task[:12])
+    assert "\n" not in caught.value.message
+    assert folder.load() == plan
+
+    trial = folder.trial(0)
+    trial.begin(PARAMS)
+    trial.end("finished")
+    assert resume_sweep(path)[1] == plan  # nothing is left to train
+    with pytest.raises(ConfigError, match="is not what it was when the sweep"):
+        resume_sweep(path, samples=2)
+
+    earlier = yaml.safe_load(folder.plan.read_text())
+    del earlier["task"]  # of a version that recorded none
+    folder.plan.write_text(yaml.safe_dump(earlier))
+    assert resume_sweep(path, samples=2)[1].task not in (None, plan.task)
+    data.write_bytes(original)
+    with pytest.raises(ConfigError, match="is not what it was when the sweep"):
+        resume_sweep(path)
 
 
 def test_trials_are_numbered_and_only_those_that_have_started_count(tmp_path: Path) -> None:

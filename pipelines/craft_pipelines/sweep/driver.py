@@ -39,9 +39,11 @@ from craft_ray.config import (
     RolloutEvalSet,
     differences,
 )
+from craft_ray.data.task import open_task
 from craft_ray.errors import ConfigError, CraftError, Interrupted
 from craft_ray.run.folder import command_line
 from craft_ray.run.held_out import eval_sets, key_of
+from craft_ray.run.identity import check_same_task
 from craft_ray.run.objective import objective_of
 from craft_ray.run.scoring import open_eval_set
 from craft_ray.storage.lock import exclusive_lock
@@ -70,6 +72,7 @@ def plan_sweep(config: Experiment, space: Space, path: StoragePath | None) -> tu
     """
     plan = Plan(config, space, command_line())
     check_plan(plan)
+    plan = replace(plan, task=open_task(config.task).fingerprint)
     folder = SweepFolder(path or storage_path(config.output_dir) / f"{config.name}-sweep")
     check_kept(folder.path, "output_dir, or --out,")
     folder.begin(plan)
@@ -89,7 +92,8 @@ def resume_sweep(
         changes: new values, by dotted key, for what changes no number: tracking.*, sweep.parallel and max_failures.
 
     Raises:
-        ConfigError: there is none, or it was started with another config or space.
+        ConfigError: there is none, it was started with another config or space, or trials that are open would train on
+            other task data than those that have ended.
     """
     folder = SweepFolder(path)
     plan = folder.load()
@@ -116,6 +120,12 @@ def resume_sweep(
         )
     plan = replace(plan, config=plan.config.changed({"sweep.samples": samples or planned, **(changes or {})}))
     check_plan(plan)
+    if open_trials(folder, plan):
+        task = open_task(plan.config.task).fingerprint
+        if plan.task is not None:
+            remedy = "start a new sweep in another folder (--out)"
+            check_same_task(plan.config, plan.task, task, f"the sweep {path}", remedy)
+        plan = replace(plan, task=task)
     with sweep_lock(folder):
         folder.write(plan)
     return folder, plan

@@ -295,15 +295,15 @@ def _choices(sample: Sample) -> tuple[str, ...]:
     choices = sample.choices or ()
     if sample.response not in choices:
         raise DataError(
-            f"{sample.named}: its response {shown(sample.response)} is not one of its choices {shown(list(choices))}"
+            f"{sample.where}: its response {shown(sample.response)} is not one of its choices {shown(list(choices))}"
         )
     if len(choices) == 1:
         raise DataError(
-            f"{sample.named} has only the choice {shown(choices[0])}: add a wrong one, or remove the sample"
+            f"{sample.where} has only the choice {shown(choices[0])}: add a wrong one, or remove the sample"
         )
     if choices.count(sample.response) > 1:
         raise DataError(
-            f"{sample.named}: its response {shown(sample.response)} appears more than once among its choices "
+            f"{sample.where}: its response {shown(sample.response)} appears more than once among its choices "
             f"{shown(list(choices))}: keep it once"
         )
     return choices

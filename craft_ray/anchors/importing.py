@@ -152,6 +152,7 @@ def _tables(legacy: LegacyRows, reading: Reading, schema: CacheSchema) -> Iterat
     for start in range(0, len(legacy.ids), ROW_GROUP):
         part = slice(start, start + ROW_GROUP)
         ids = legacy.ids[part]
+        names = [f"anchor {id_}" for id_ in ids]
         pixels = [None] * len(ids) if legacy.pixels is None else [p.numpy().tobytes() for p in legacy.pixels[part]]
         columns: dict[str, pa.Array | list] = {
             "id": ids,
@@ -162,7 +163,7 @@ def _tables(legacy: LegacyRows, reading: Reading, schema: CacheSchema) -> Iterat
             columns["suffix"] = [reading.suffix(tokens) for tokens in legacy.suffixes[part]]
         if legacy.vectors_BVF is not None:
             for column, position in enumerate(schema.positions):
-                values = stored(legacy.vectors_BVF[part, column], ids, [1] * len(ids), schema.dtype)
+                values = stored(legacy.vectors_BVF[part, column], names, [1] * len(ids), schema.dtype)
                 one_each = np.split(values, len(ids))
                 columns[hidden_column(position)] = vectors_array(one_each, schema.vector_size, schema.dtype)
         yield pa.table(columns, schema=schema.arrow())

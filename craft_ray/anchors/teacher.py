@@ -68,9 +68,12 @@ class Teacher:
     def table(self, samples: Sequence[Sample]) -> pa.Table:
         """The rows of the cache for these samples, in their order."""
         prompts = [self.model.preprocess(sample) for sample in samples]
-        ids = [s.id for s in samples]
+        names = [s.where for s in samples]
         inputs = [stored_input(sample) for sample in samples]
-        columns: dict[str, pa.Array | list] = {"id": ids, "prompt": [prompt for prompt, _ in inputs]}
+        columns: dict[str, pa.Array | list] = {
+            "id": [s.id for s in samples],
+            "prompt": [prompt for prompt, _ in inputs],
+        }
         if self.schema.inputs == "frames":
             columns["frame"] = [s.frame and s.frame.to_bytes() for s in samples]
         else:
@@ -88,14 +91,14 @@ class Teacher:
                 if self.schema.reads_suffix:
                     # Decoding an image is expensive, so its prompt is extended and not preprocessed again.
                     model = token_model(self.model)
-                    extended = [model.with_suffix(*one) for one in zip(prompts, suffixes, ids, strict=True)]
+                    extended = [model.with_suffix(*one) for one in zip(prompts, suffixes, names, strict=True)]
             if self.schema.has_hidden:
                 features = extended if "suffix" in self.schema.positions else prompts
-                for position, rows in self.vectors(ids, features).items():
+                for position, rows in self.vectors(names, features).items():
                     columns[hidden_column(position)] = vectors_array(rows, self.schema.vector_size, self.schema.dtype)
             if self.schema.logits is not None:
                 features = extended if "suffix" in self.schema.logits.positions else prompts
-                columns |= self.likeliest(ids, features, self.schema.logits)
+                columns |= self.likeliest(names, features, self.schema.logits)
         return pa.table(columns, schema=self.schema.arrow())
 
     def suffixes(self, samples: Sequence[Sample], prompts: Sequence[Features]) -> list[list[int]]:
@@ -112,7 +115,7 @@ class Teacher:
         return result
 
     @torch.inference_mode()
-    def vectors(self, ids: Sequence[str], features: Sequence[Features]) -> dict[str, list[np.ndarray]]:
+    def vectors(self, names: Sequence[str], features: Sequence[Features]) -> dict[str, list[np.ndarray]]:
         """For each position, the vectors [n, L * D] of each anchor, in the storage type.
 
         Raises:
@@ -125,13 +128,13 @@ class Teacher:
             pools = padded_vectors(self.model, features, positions, layers, self.config.batch_size)
         result: dict[str, list[np.ndarray]] = {p: [np.empty(0)] * len(features) for p in positions}
         for pooled in pools:
-            for row, vectors in zip(pooled.rows, self._split(pooled, ids), strict=True):
+            for row, vectors in zip(pooled.rows, self._split(pooled, names), strict=True):
                 result[pooled.position][row] = vectors
             self.passed(len(pooled.rows) / self.passes)
         return result
 
     @torch.inference_mode()
-    def likeliest(self, ids: Sequence[str], features: Sequence[Features], what: StoredLogits) -> dict[str, pa.Array]:
+    def likeliest(self, names: Sequence[str], features: Sequence[Features], what: StoredLogits) -> dict[str, pa.Array]:
         """The columns of the most likely next tokens and their log-probabilities.
 
         Raises:
@@ -148,7 +151,7 @@ class Teacher:
                 assert logits_NV.shape[1] == what.vocabulary, "a model has as many logits as it says"
                 tokens_NK = top_tokens(logits_NV, what.k)
                 log_probs_NC = class_log_probs(logits_NV, tokens_NK, what.temperature)
-                owners, ends = [ids[row] for row in rows], np.cumsum(counts)[:-1]
+                owners, ends = [names[row] for row in rows], np.cumsum(counts)[:-1]
                 values = stored(log_probs_NC, owners, counts, self.schema.dtype, "logits")
                 for row, own, likely in zip(
                     rows, np.split(tokens_NK.cpu().numpy(), ends), np.split(values, ends), strict=True
@@ -159,7 +162,7 @@ class Teacher:
             columns[log_probs_column(position)] = vectors_array(log_probs, what.classes, self.schema.dtype)
         return columns
 
-    def _split(self, pooled: Pooled, ids: Sequence[str]) -> list[np.ndarray]:
-        owners = [ids[row] for row in pooled.rows]
+    def _split(self, pooled: Pooled, names: Sequence[str]) -> list[np.ndarray]:
+        owners = [names[row] for row in pooled.rows]
         values = stored(pooled.values_NF, owners, pooled.counts, self.schema.dtype, "hidden states")
         return np.split(values, np.cumsum(pooled.counts)[:-1])

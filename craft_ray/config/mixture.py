@@ -11,12 +11,16 @@ from craft_ray.config.data import DataConfig, TaggedKinds, format_of, unused_lef
 from craft_ray.config.kinds import Kind
 from craft_ray.config.types import Section
 
+MOST = 1e6
+"""The most that one weight may be of another: training goes through as many samples before each source had its part."""
+
 
 class MixedData(Section):
     """A source of a mixture: the keys of a data section, and its weight."""
 
     weight: float = Field(1.0, gt=0)
-    """Its part of the samples that training draws, relative to the other weights, however many rows it has."""
+    """Its part of the samples that training draws, relative to the other weights, however many rows it has; at most a
+    million times another one."""
     data: DataConfig
 
     @model_validator(mode="before")
@@ -37,6 +41,18 @@ class Mixture(Kind):
     noun: ClassVar[str] = "a mixture"
 
     mix: tuple[MixedData, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _within_reach(self) -> Mixture:
+        by_weight = sorted(self.mix, key=lambda part: part.weight)
+        least, most = by_weight[0], by_weight[-1]
+        if most.weight > MOST * least.weight:
+            raise ValueError(
+                f"the weight {most.weight:g} of {most.data.path} is more than {MOST:,.0f} times the weight "
+                f"{least.weight:g} of {least.data.path}, which would hardly ever be drawn: raise the smaller weight, "
+                f"or leave its source out"
+            )
+        return self
 
 
 def _kind(value: Any) -> str:

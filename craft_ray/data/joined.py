@@ -10,6 +10,7 @@ from itertools import accumulate
 from blake3 import blake3
 
 from craft_ray.data.ids import Ids
+from craft_ray.data.place import Place
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError
@@ -57,6 +58,10 @@ class JoinedSources:
         part = self.part_of(row)
         sample = self.sources[part][row - self.starts[part]]
         return replace(sample, id=f"{self.names[part]}/{sample.id}")
+
+    def place(self, row: int) -> Place:
+        part = self.part_of(row)
+        return self.sources[part].place(row - self.starts[part])
 
     def part_of(self, row: int) -> int:
         """The index of the source that a row is of."""

@@ -31,17 +31,12 @@ class Sample:
     skill: str | None = field(default=None, compare=False)
     """Which of several old skills an anchor belongs to."""
     origin: str | None = field(default=None, compare=False)
-    """The file and the row, where they are known."""
-
-    @property
-    def named(self) -> str:
-        """The sample by its id in a message."""
-        return f"sample {cut(self.id)}"
+    """The file and the row, where they are known, with the id where a column holds it."""
 
     @property
     def where(self) -> str:
         """The sample in a message."""
-        return self.origin or self.named
+        return self.origin or f"sample {cut(self.id)}"
 
     @property
     def pictures(self) -> tuple[bytes, ...] | None:
@@ -63,7 +58,7 @@ class Sample:
                 f"{self.where}: the conversation ends with a turn of the {self.conversation.messages[-1]['role']}, so "
                 f"there is nothing to learn or to compare: end it with a turn of the assistant, or remove the row"
             )
-        raise DataError(f"{self.named} has no response: name the column that holds it (columns.response)")
+        raise DataError(f"{self.where} has no response: name the column that holds it (columns.response)")
 
     def answering(self, response: str) -> Sample:
         """The same question with this answer."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from craft_ray.config import AnchorsConfig, SkillConfig
 from craft_ray.data.cells import shown
 from craft_ray.data.joined import JoinedSources
+from craft_ray.data.place import Place
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import DataError
@@ -73,6 +74,9 @@ class NamedSkills:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[row] for row in range(len(self)))
+
+    def place(self, row: int) -> Place:
+        return self._source.place(row)
 
     def ids(self) -> Sequence[str]:
         return self._source.ids()

@@ -32,6 +32,7 @@ from craft_ray.data.formats import files_at, format_at, looks_local
 from craft_ray.data.hugging_face import read_folder, read_hub
 from craft_ray.data.json_lines import JsonLines
 from craft_ray.data.parquet import read_parquet
+from craft_ray.data.place import Place
 from craft_ray.data.sample import Sample
 from craft_ray.data.splits import TRAIN, Split, files_of_split
 from craft_ray.data.streaming import StreamedSource, open_stream
@@ -75,6 +76,10 @@ class Source(Protocol):
     def __getitem__(self, row: int) -> Sample: ...
 
     def __iter__(self) -> Iterator[Sample]: ...
+
+    def place(self, row: int) -> Place:
+        """Where a row is, for messages."""
+        ...
 
     def ids(self) -> Sequence[str]:
         """The ids of all rows, in order; a slice is a list.

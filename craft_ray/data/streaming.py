@@ -25,6 +25,7 @@ from craft_ray.config import HuggingFaceData, recognised
 from craft_ray.data.arrow import values
 from craft_ray.data.cells import cut
 from craft_ray.data.hugging_face import WRITTEN, class_names
+from craft_ray.data.place import Place
 from craft_ray.data.table import TableSource, check_columns, named_columns
 from craft_ray.errors import DataError, first_line
 from craft_ray.storage.paths import StoragePath
@@ -151,8 +152,8 @@ class StreamedSource(TableSource):
     def fingerprint(self) -> str:  # nothing to keep: no row is read for it
         return self._content[:32]
 
-    def _where(self, row: int) -> str:
-        return f"{self.name}, sample {row} in the order of the seed"
+    def place(self, row: int) -> Place:
+        return Place(self.name, f"sample {row} in the order of the seed")
 
     def _holds_lists(self, column: str) -> bool:
         # By its type: to look at the first rows would begin the stream anew.

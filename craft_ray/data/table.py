@@ -13,6 +13,7 @@ from craft_ray.data.cells import cut, index_of, shown, text_of, without_nulls
 from craft_ray.data.conversation import Conversation, alpaca, content_text, image_paths, read_conversation
 from craft_ray.data.ids import Ids
 from craft_ray.data.images import encoded_image, images_in, images_of_row, is_list_of_images
+from craft_ray.data.place import Place
 from craft_ray.data.references import candidates, column_of, filled, value_at, within
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError, first_line
@@ -80,11 +81,11 @@ class TableSource:
                     if isinstance(image, dict) and not image.get("bytes"):
                         image = image.get("path")
                     if isinstance(image, str):
-                        digest.update(encoded_image(image, self._folder, self._where(row)))
+                        digest.update(encoded_image(image, self._folder, str(self.place(row))))
         if self._columns.messages is not None:
             for row, cell in enumerate(self._table.column(self._columns.messages)):
                 for path in image_paths(cell):
-                    digest.update(encoded_image(path, self._folder, self._where(row)))
+                    digest.update(encoded_image(path, self._folder, str(self.place(row))))
         return digest.hexdigest()[:32]
 
     @cached_property
@@ -108,9 +109,9 @@ class TableSource:
             cells = self._table.row(row)
         except (ValueError, OverflowError) as error:  # a string that is no UTF-8, a time outside Python's years
             raise DataError(
-                f"{self._where(row)}: it does not read ({cut(first_line(error))}); fix or remove the row"
+                f"{self.place(row)}: it does not read ({cut(first_line(error))}); fix or remove the row"
             ) from None
-        return self._sample(cells, self._where(row), f"{row:08d}")
+        return self._sample(cells, str(self.place(row)), f"{row:08d}")
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[row] for row in range(len(self)))
@@ -130,13 +131,13 @@ class TableSource:
             for row, value in enumerate(self._table.column(column)):
                 # There may be very many: the common case needs no name for an error.
                 plain = isinstance(value, str) and value.isascii()
-                yield value if plain else self._text(value, column, self._where(row))
+                yield value if plain else self._text(value, column, str(self.place(row)))
         except (ValueError, OverflowError) as error:
             raise DataError(f"{self.name}: column '{column}' does not read ({cut(first_line(error))})") from None
 
-    def _where(self, row: int) -> str:
+    def place(self, row: int) -> Place:
         file, number = self._table.place(row)
-        return f"{self.name}, row {number}" if file is None else f"{self.name}: {file}, row {number}"
+        return Place(self.name if file is None else f"{self.name}: {file}", f"row {number}")
 
     def _text(self, value: Any, column: str, where: str) -> str:
         return text_of(value, where, column, self._classes)
@@ -169,8 +170,9 @@ class TableSource:
         if conversation is not None:
             prompt = conversation.transcript
             response = None if conversation.answer is None else content_text(conversation.answer)
+        id_ = number if columns.id is None else text(columns.id)
         return Sample(
-            id=number if columns.id is None else text(columns.id),
+            id=id_,
             prompt=prompt,
             image=next(iter(pictures), None),
             response=response,
@@ -178,7 +180,7 @@ class TableSource:
             conversation=conversation,
             images=pictures if self.has_image_lists else None,
             skill=None if columns.skill is None else text(columns.skill),
-            origin=where,
+            origin=where if columns.id is None else f"{where} (id {cut(id_)})",
         )
 
     def _value(self, cells: dict[str, Any], reference: str, where: str) -> Any:

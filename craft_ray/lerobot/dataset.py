@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from craft_ray.config import LeRobotData
 from craft_ray.data.frame import Frame
 from craft_ray.data.images import decode_image, encoded_image
+from craft_ray.data.place import Place
 from craft_ray.data.sample import Sample
 from craft_ray.errors import DataError, StorageError, first_line
 from craft_ray.lerobot.frames import read_prompts, sampled
@@ -150,7 +151,7 @@ class LeRobotSource:
             state={name: array[at] for name, array in self._vectors.items()},
             actions=None if self._actions is None else self._actions[at:end],
         )
-        return Sample(id=name, prompt=self._prompt(at, name), frame=frame)
+        return Sample(id=name, prompt=self._prompt(at, name), frame=frame, origin=str(self.place(row)))
 
     def _prompt(self, at: int, name: str) -> str:
         """The words of the frame's task, or one of the prompts, chosen by the frame's id."""
@@ -160,6 +161,9 @@ class LeRobotSource:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[row] for row in range(len(self)))
+
+    def place(self, row: int) -> Place:
+        return Place(self.name, self._id(int(self._rows[row])))
 
     def ids(self) -> list[str]:
         return [self._id(at) for at in self._rows]

@@ -18,7 +18,6 @@ from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
 from torch import Tensor
 
 from craft_ray.config import ModelConfig, Precision
-from craft_ray.data.cells import cut
 from craft_ray.data.images import decode_image
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
@@ -107,17 +106,16 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         layout = replace(self.layout(encoded, len(given)), given=len(given))
         images = {name: encoded[name] for name in self.cameras if name in encoded}
         prompt = Features(text | {"suffix": torch.tensor(given, dtype=torch.long)}, images, layout)
-        return self.with_suffix(prompt, suffix or (), sample.id)
+        return self.with_suffix(prompt, suffix or (), sample.where)
 
-    def with_suffix(self, prompt: Features, suffix: Sequence[int], sample_id: str) -> Features:
+    def with_suffix(self, prompt: Features, suffix: Sequence[int], where: str) -> Features:
         given = prompt.tokens["suffix"]
         assert len(given) == prompt.layout.given, "the prompt already has a suffix"
         most = self.settings.max_action_tokens
         if len(suffix) > most:
             raise DataError(
-                f"sample {cut(sample_id)} has {len(suffix)} suffix tokens, but the policy's max_action_tokens is "
-                f"{most}: "
-                f"lower max_new_tokens when they are generated, or use a policy with a larger max_action_tokens"
+                f"{where} has {len(suffix)} suffix tokens, but the policy's max_action_tokens is "
+                f"{most}: lower max_new_tokens when they are generated, or use a policy with a larger max_action_tokens"
             )
         tokens = torch.cat([given, torch.tensor(list(suffix), dtype=torch.long)])
         layout = replace(prompt.layout, length=prompt.layout.length + len(suffix))
@@ -139,7 +137,7 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         layout = replace(self.layout(encoded, len(given)), given=len(given))
         own = {"language": ids[0], "suffix": torch.tensor(given, dtype=torch.long)}
         prompt = Features(own, {self.cameras[0]: picture}, layout)
-        return self.with_suffix(prompt, tokens[len(given) :], "of an imported cache")
+        return self.with_suffix(prompt, tokens[len(given) :], "a sample of an imported cache")
 
     def readings(self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None) -> list[Reading]:
         """LeRobot's decoding appends BOS to the prompt; earlier builders did so, too, and stored the prompt without."""
@@ -155,10 +153,10 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
     def _encode_question(self, sample: Sample) -> dict[str, Any]:
         """The picture as the first camera's, and the question in PaliGemma's format: BOS, the text and a line break."""
         if sample.image is None:
-            raise DataError(f"{sample.named} has no image: specify the column that holds it (columns.image)")
+            raise DataError(f"{sample.where} has no image: specify the column that holds it (columns.image)")
         if len(sample.pictures or ()) > 1:
             raise DataError(f"{sample.where} has several images, and {self.description} reads one: specify one column")
-        picture = decode_image(sample.image, sample.named).convert("RGB")
+        picture = decode_image(sample.image, sample.where).convert("RGB")
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
             picture.height, picture.width, 3
         )
@@ -170,7 +168,7 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         most = self.settings.tokenizer_max_length
         if ids.shape[1] > most:
             raise DataError(
-                f"the question of {sample.named} has {ids.shape[1]} tokens, but the policy's tokenizer_max_length "
+                f"the question of {sample.where} has {ids.shape[1]} tokens, but the policy's tokenizer_max_length "
                 f"is {most}: shorten it"
             )
         return {
@@ -194,7 +192,7 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         tokens: list[int] = encoded[SUFFIX][0][encoded[SUFFIX_MASK][0].bool()].tolist()
         if self._end not in tokens:
             raise DataError(
-                f"the actions of {sample.named} have more tokens than the policy's max_action_tokens of "
+                f"the actions of {sample.where} have more tokens than the policy's max_action_tokens of "
                 f"{self.settings.max_action_tokens}: they are from another robot or on another scale"
             )
         self._check_whole(tokens, sample)
@@ -208,13 +206,13 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         numbers = len(fast.decode(self.policy._paligemma_tokens_to_act_tokens(action_tokens).tolist()))
         if numbers != self.settings.chunk_size * self.action_size:
             raise DataError(
-                f"the actions of {sample.named} leave the range that the policy's action tokenizer has tokens for: "
+                f"the actions of {sample.where} leave the range that the policy's action tokenizer has tokens for: "
                 f"widen the statistics with the data set (model.merge_statistics), or leave its episode out"
             )
 
     def _answer_tokens(self, sample: Sample) -> list[int]:
         if sample.response is None:
-            raise DataError(f"{sample.named} has no response: specify the column that holds it (columns.response)")
+            raise DataError(f"{sample.where} has no response: specify the column that holds it (columns.response)")
         ids: list[int] = self.tokenizer(sample.response, add_special_tokens=False)["input_ids"]
         eos = [self.tokenizer.eos_token_id] if self.config.append_eos else []
         return ids + eos

@@ -139,12 +139,12 @@ class LeRobotPolicy(PresetModel):
         """
         if sample.frame is None:
             raise DataError(
-                f"{sample.named} is not a frame of a LeRobotDataset: specify one, as the policy takes nothing else"
+                f"{sample.where} is not a frame of a LeRobotDataset: specify one, as the policy takes nothing else"
             )
         item: dict[str, Any] = {**self.observe(sample.frame), "task": [sample.prompt]}
         if actions:
             if sample.frame.actions is None:
-                raise DataError(f"{sample.named} has no actions: specify a LeRobotDataset that holds them")
+                raise DataError(f"{sample.where} has no actions: specify a LeRobotDataset that holds them")
             chunk, is_pad = action_chunk(sample.frame.actions, self.settings.chunk_size)
             item |= {ACTION: torch.from_numpy(chunk)[None], IS_PAD: torch.from_numpy(is_pad)[None]}
         output: dict[str, Any] = self.folder.processors.before(item)

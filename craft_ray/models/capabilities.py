@@ -24,12 +24,13 @@ class TokenModel(Model):
         """One sample as tensors: its prompt, followed by `suffix` tokens, if any."""
 
     @abstractmethod
-    def with_suffix(self, prompt: Features, suffix: Sequence[int], sample_id: str) -> Features:
+    def with_suffix(self, prompt: Features, suffix: Sequence[int], where: str) -> Features:
         """A preprocessed prompt followed by `suffix` tokens, exactly what `preprocess` returns for both; the image is
         not decoded again.
 
         Args:
             prompt: what `preprocess` returned without a suffix.
+            where: names the sample in an error.
 
         Raises:
             DataError: prompt and suffix are too long together.

@@ -45,13 +45,13 @@ class CausalLM(HuggingFaceModel, PackingModel):
             return self._written(sample)
         return self.text.cut(sample.prompt + sample.answer(), [len(sample.prompt)], self.text.plain)
 
-    def from_tokens(self, prompt: Sequence[int], suffix: Sequence[int], sample_id: str) -> Features:
+    def from_tokens(self, prompt: Sequence[int], suffix: Sequence[int], where: str) -> Features:
         """Features of a prompt given as tokens, followed by `suffix` tokens, if any.
 
         Raises:
             DataError: they are too long together.
         """
-        return self.with_suffix(self._prompt(_one(prompt)), suffix, sample_id)
+        return self.with_suffix(self._prompt(_one(prompt)), suffix, where)
 
     def check_packing(self) -> None:
         if self.gpus > 1:

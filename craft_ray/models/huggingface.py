@@ -179,7 +179,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
     """token_type_ids of suffix tokens, where the model has them."""
 
     def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
-        return self.with_suffix(self._prompt(self.encode_prompt(sample)), suffix or (), sample.id)
+        return self.with_suffix(self._prompt(self.encode_prompt(sample)), suffix or (), sample.where)
 
     def from_tensors(
         self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None, suffix: Sequence[int] | None = None
@@ -188,7 +188,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         if pixel_values is not None:
             encoded["pixel_values"] = torch.tensor(pixel_values)[None]
             encoded |= self.prompt_types(encoded["input_ids"])
-        return self.with_suffix(self._prompt(encoded), suffix or (), "of an imported cache")
+        return self.with_suffix(self._prompt(encoded), suffix or (), "a sample of an imported cache")
 
     def _prompt(self, encoded: dict[str, Tensor]) -> Features:
         """Features of an encoded prompt alone."""
@@ -199,9 +199,9 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         length = len(tokens["input_ids"])
         return Features(tokens, images, Layout(length, length, self.image_tokens(prompt[0])))
 
-    def with_suffix(self, prompt: Features, suffix: Sequence[int], sample_id: str) -> Features:
+    def with_suffix(self, prompt: Features, suffix: Sequence[int], where: str) -> Features:
         features = self.extended(prompt, suffix)
-        self.limits.check(features.tokens["input_ids"], features.layout, sample_id)
+        self.limits.check(features.tokens["input_ids"], features.layout, where)
         return features
 
     def extended(self, prompt: Features, suffix: Sequence[int]) -> Features:
@@ -229,7 +229,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
             return super().preprocess_task(sample)
         encoded, learnt = self.encode_learnt(sample)
         end = listed(self._eos) if self.chat.end is None and self.config.append_eos else []
-        features = self.with_suffix(self._prompt(encoded), end, sample.id)
+        features = self.with_suffix(self._prompt(encoded), end, sample.where)
         length = features.layout.length
         learnt += tuple(range(length - len(end), length))
         if not learnt:
@@ -244,7 +244,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         if self.config.append_eos and not closed and self._eos is not None and ids[-1:] != [self._eos]:
             ids = [*ids, self._eos]
         if not ids:
-            raise DataError(f"{sample.named} has an empty response: there is nothing to learn from it, remove it")
+            raise DataError(f"{sample.where} has an empty response: there is nothing to learn from it, remove it")
         return ids
 
     def boundary_merges(self, sample: Sample) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from craft_ray.data.cells import cut
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.method.pooling import Layout
 
@@ -51,23 +50,26 @@ class Limits:
         """The limits that a sample is checked against, apart from the tokenizer."""
         return [self.max_length, self.positions, self.embeddings]
 
-    def check(self, input_ids_S: Tensor, layout: Layout, sample_id: str) -> None:
+    def check(self, input_ids_S: Tensor, layout: Layout, where: str) -> None:
         """Check a sample.
+
+        Args:
+            where: names it in an error.
 
         Raises:
             DataError: it is empty or too long, or one of its tokens has no embedding.
         """
         length, prompt = len(input_ids_S), layout.prompt_length
         if length == 0:
-            raise DataError(f"sample {cut(sample_id)} is empty: it has neither a prompt nor a response")
+            raise DataError(f"{where} is empty: it has neither a prompt nor a response")
         if length > self.max_length:
             raise DataError(
-                f"sample {cut(sample_id)} has {length} tokens, model.max_length is {self.max_length}: raise it, or "
-                f"shorten the sample (its prompt has {prompt})"
+                f"{where} has {length} tokens, model.max_length is {self.max_length}: raise it, or shorten the sample "
+                f"(its prompt has {prompt})"
             )
         if self.positions is not None and length > self.positions:
             raise DataError(
-                f"sample {cut(sample_id)} has {length} tokens, the model has {self.positions} positions "
+                f"{where} has {length} tokens, the model has {self.positions} positions "
                 f"(max_position_embeddings in its config): shorten the sample (its prompt has {prompt})"
             )
         behind = input_ids_S >= self.embeddings
@@ -75,9 +77,8 @@ class Limits:
         if behind.any():
             index = int(input_ids_S[behind][0])
             raise DataError(
-                f"sample {cut(sample_id)} has the token {self.tokenizer.convert_ids_to_tokens(index)!r} with id "
-                f"{index}, "
-                f"but the model has embeddings for ids 0 to {self.embeddings - 1}: resize them (transformers: "
+                f"{where} has the token {self.tokenizer.convert_ids_to_tokens(index)!r} with id "
+                f"{index}, but the model has embeddings for ids 0 to {self.embeddings - 1}: resize them (transformers: "
                 f"model.resize_token_embeddings) and save the folder again, or remove the token from the data"
             )
 

@@ -46,7 +46,7 @@ class VisionLanguageModel(HuggingFaceModel):
 
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
         if sample.pictures is None:
-            raise DataError(f"{sample.named} has no image: name the column that holds it (columns.image)")
+            raise DataError(f"{sample.where} has no image: name the column that holds it (columns.image)")
         if sample.conversation is None:
             self._check_marks(sample)
         if self.chat is not None:
@@ -231,6 +231,6 @@ def _images(sample: Sample) -> list[Image.Image]:
     encoded = sample.pictures or ()
     several = len(encoded) > 1
     return [
-        decode_image(data, f"{sample.named}, image {number}" if several else sample.named)
+        decode_image(data, f"{sample.where}, image {number}" if several else sample.where)
         for number, data in enumerate(encoded, 1)
     ]

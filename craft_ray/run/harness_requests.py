@@ -85,7 +85,7 @@ def log_likelihoods(
         context, continuation = _tokens(model, one)
         if not continuation:
             raise DataError(f"{one.name}: an answer of the task has no token: mend the task file")
-        features.append(model.from_tokens(context, continuation, one.name))
+        features.append(model.from_tokens(context, continuation, f"sample {one.name}"))
     found = [(0.0, False)] * len(asked)
     filler = model.from_tokens(_prefix(model), _prefix(model), "filler")
     for indices in passes(model, features, size, workers):
@@ -103,7 +103,9 @@ def replies(model: CausalLM, asked: Sequence[Prompt], size: int, workers: Worker
     """
     for one in asked:
         one.check()
-    features = [model.from_tokens(_encoded(model, one.context) or _prefix(model), (), one.name) for one in asked]
+    features = [
+        model.from_tokens(_encoded(model, one.context) or _prefix(model), (), f"sample {one.name}") for one in asked
+    ]
     found = [""] * len(asked)
     filler = model.from_tokens(_prefix(model), (), "filler")
     for indices in passes(model, features, size, workers):

@@ -194,7 +194,7 @@ class HeldOut:
                     how = [eval_set.decisive, self._model.sample_fingerprint()]
                     content = data.of.fingerprint if self._main else ""
                     key = f"{key_of(self._config, section, skill)}.data"
-                    yield Rows(key, len(data.of), content, data.prepare, how, self._model.threaded)
+                    yield Rows(key, len(data.of), content, data.prepare, data.source.place, how, self._model.threaded)
 
     def _teacher_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
         data = self.data(section, skill, eval_set)

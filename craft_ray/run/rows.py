@@ -23,6 +23,7 @@ from typing import Any
 from craft_ray import interruption
 from craft_ray.anchors.manifest import Identity
 from craft_ray.config import AnchorsConfig
+from craft_ray.data.place import Place, listed
 from craft_ray.data.source import Source
 from craft_ray.errors import DataError
 from craft_ray.models.base import Model
@@ -48,6 +49,7 @@ class Rows:
     content: str
     """Hash of the data and of how they are read; only the first worker's counts."""
     prepare: Callable[[int], object]
+    place: Callable[[int], Place]
     how: Sequence[Any]
     """Everything else that decides whether a row can be prepared."""
     threaded: bool = False
@@ -68,18 +70,19 @@ def anchor_rows(anchors: AnchorsConfig, model: Model, source: Source, identity: 
         if identity.schema.has_suffix:
             tokens = token_model(model)
             given = anchors.suffix_from == "response"
-            tokens.with_suffix(prompt, tokens.response_tokens(sample) if given else [0], sample.id)
+            tokens.with_suffix(prompt, tokens.response_tokens(sample) if given else [0], sample.where)
             if not given:
-                tokens.check_continued(prompt, anchors.max_new_tokens, f"the prompt of {sample.named}")
+                tokens.check_continued(prompt, anchors.max_new_tokens, f"the prompt of {sample.where}")
         if identity.schema.has_response:
             tokens = token_model(model)
-            tokens.with_suffix(prompt, tokens.response_tokens(sample), sample.id)
+            tokens.with_suffix(prompt, tokens.response_tokens(sample), sample.where)
 
     return Rows(
         "anchors.source",
         len(source),
         source.fingerprint,
         prepare,
+        source.place,
         [
             "anchors",
             model.sample_fingerprint(),
@@ -190,9 +193,11 @@ def _refuse(rows: Rows, shares: Sequence[_Found]) -> None:
     if not bad:
         return
     _, message = min(share.first for share in shares if share.first is not None)
-    more = f"; {len(bad) - 1} more of {rows.count} rows cannot be used either (rows " if bad[1:] else ""
-    if more:
-        more += ", ".join(map(str, bad[1 : 1 + EXAMPLES])) + (", ...)" if len(bad) > 1 + EXAMPLES else ")")
+    more = ""
+    if bad[1:]:
+        others = listed(map(rows.place, bad[1 : 1 + EXAMPLES]), after=rows.place(bad[0]))
+        rest = "; ..." if len(bad) > 1 + EXAMPLES else ""
+        more = f"; {len(bad) - 1} more of {rows.count} rows cannot be used either ({others}{rest})"
     raise DataError(f"{rows.key}: {message}{more}")
 
 

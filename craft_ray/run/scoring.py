@@ -200,7 +200,7 @@ class EvalData:
     def _asked(self, row: int) -> None:
         """Preprocess a prompt, and check that an answer to it can be generated."""
         assert isinstance(self.eval_set, SampleEvalSet)
-        named = f"the prompt of {self.source[row].named}"
+        named = f"the prompt of {self.source[row].where}"
         token_model(self.model).check_continued(self.question(row), self.eval_set.max_new_tokens, named)
 
     def _make(self, key: tuple[int, str | None]) -> Features:
@@ -303,15 +303,15 @@ def _choices(sample: Sample) -> tuple[str, ...]:
     choices = sample.choices or ()
     if sample.response not in choices:
         raise DataError(
-            f"{sample.named}: its response {shown(sample.response)} is not one of its choices {shown(list(choices))}"
+            f"{sample.where}: its response {shown(sample.response)} is not one of its choices {shown(list(choices))}"
         )
     if len(choices) == 1:
         raise DataError(
-            f"{sample.named} has only the choice {shown(choices[0])}: add a wrong one, or remove the sample"
+            f"{sample.where} has only the choice {shown(choices[0])}: add a wrong one, or remove the sample"
         )
     if choices.count(sample.response) > 1:
         raise DataError(
-            f"{sample.named}: its response {shown(sample.response)} appears more than once among its choices "
+            f"{sample.where}: its response {shown(sample.response)} appears more than once among its choices "
             f"{shown(list(choices))}: keep it once"
         )
     return choices

@@ -119,7 +119,7 @@ class TaskData:
         if self._streamed:
             how.append(self._seed)  # decides which rows come first
         content = self.source.fingerprint if self._workers.rank == 0 else ""
-        return Rows("task", self._rows, content, self._features, how, self._model.threaded)
+        return Rows("task", self._rows, content, self._features, self.source.place, how, self._model.threaded)
 
     @property
     def _rows(self) -> int:

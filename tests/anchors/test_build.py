@@ -72,9 +72,9 @@ def test_each_image_is_decoded_once(
 
     monkeypatch.setattr(vision_language, "decode_image", counted)
     build_shard(runs, source, range(len(source)), tmp_path / "once.parquet")
-    assert sorted(decoded) == sorted(f"sample {source[row].id}" for row in range(len(source)))
+    assert sorted(decoded) == sorted(source[row].where for row in range(len(source)))
 
-    samples, fresh = {source[row].id: source[row] for row in range(len(source))}, teacher(config)
+    samples, fresh = {source[row].where: source[row] for row in range(len(source))}, teacher(config)
     monkeypatch.setattr(model, "with_suffix", lambda _, suffix, sample: fresh.preprocess(samples[sample], suffix))
     build_shard(runs, source, range(len(source)), tmp_path / "again.parquet")
     assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
@@ -216,7 +216,9 @@ def test_float16_that_overflows_is_refused_and_float32_holds_it(text: Experiment
         model.module.model.norm.weight.mul_(1e6)
     model.save(tmp_path / "huge")
     huge = text.changed({"model.path": str(tmp_path / "huge")})
-    with pytest.raises(DataError, match=r"anchor a\d+ is .*e\+0\d, float16 ends at 6.55e\+04: set anchors.dtype"):
+    with pytest.raises(
+        DataError, match=r"row \d+ \(id a\d+\) is .*e\+0\d, float16 ends at 6.55e\+04: set anchors.dtype"
+    ):
         built(huge)
     assert not shards(cache_folder(huge))
     built(huge.changed({"anchors.dtype": "float32", "craft.anchor_cache_dir": str(tmp_path / "full")}))

@@ -8,12 +8,19 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from craft_ray.config import Experiment, Mixture, dump_config, load_config, parse_config
+from craft_ray.config.mixture import MOST
 from craft_ray.data.sampler import MixtureSampler
 from craft_ray.data.task import open_task, sampler_of
 from craft_ray.errors import ConfigError
+from craft_ray.run.folder import RunFolder
 from craft_ray.run.identity import check_config
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import Run, train
+from craft_ray.workers import OneWorker
 from tests.support.experiments import ANSWERED, Digits
 from tests.support.runs import trained
 
@@ -60,6 +67,12 @@ def test_a_rare_source_has_its_place_in_every_cycle() -> None:
     assert sum(sampler.places) == 10001
 
 
+def test_the_rarest_source_that_a_config_may_have_has_its_place() -> None:
+    sampler = MixtureSampler((5, 5), (1.0, MOST), 8, 0, 0)
+    assert sampler.places == [1, 1_000_000]
+    assert len(sampler.global_batch(10)) == 8
+
+
 def mixed(digits: Digits, folder: Path, changes: dict[str, Any] | None = None) -> Experiment:
     task = {
         "mix": [
@@ -89,7 +102,25 @@ def test_the_paths_of_a_mixture_start_at_the_config(tmp_path: Path) -> None:
     assert config.task.mix[0].data.path == str(tmp_path / "a.jsonl")
 
 
-def test_a_run_on_a_mixture_resumes_and_knows_its_sources(digits: Digits, tmp_path: Path) -> None:
+def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(folder.checkpoints / "last" / "model" / "model.safetensors")
+
+
+def test_a_resumed_run_on_a_mixture_equals_the_uninterrupted_one_bit_for_bit(digits: Digits, tmp_path: Path) -> None:
+    config = mixed(digits, tmp_path)
+    whole = trained(config, tmp_path / "whole")
+    cut = RunFolder(tmp_path / "cut")
+    cut.begin(config, ["test"])
+    Run(config, cut, OneWorker(), NullObserver()).loop(until=5)  # past the checkpoint at 4: step 5 is repeated
+    train(config, cut, OneWorker(), NullObserver())
+    losses = [[record["train/loss"] for record in run.read_metrics()] for run in (cut, whole)]
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 6, "each step has samples of its own"
+    ours, theirs = weights(cut), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_on_a_mixture_knows_its_sources(digits: Digits, tmp_path: Path) -> None:
     config = mixed(digits, tmp_path)
     source = open_task(config.task)
     assert source[0].id == f"0/{pq.read_table(digits.data / 'new_train.parquet')['id'][0]}"
@@ -112,6 +143,15 @@ def _parts(config: Experiment) -> list[dict[str, Any]]:
         ({"mix": []}, r"task\.mix.*at least 1"),
         ({"mix": [{"path": "x.jsonl", "weight": 0}]}, r"task\.mix\[0\]\.weight"),
         ({"mix": [{"path": "x.jsonl", "weight": -1}]}, "greater than 0"),
+        ({"mix": [{"path": "x.jsonl", "weight": "inf"}]}, r"task\.mix\[0\]\.weight"),
+        (
+            {"mix": [{"path": "x.jsonl"}, {"path": "y.jsonl", "weight": 1e-9}]},
+            r"task: the weight 1 of .*x\.jsonl is more than 1,000,000 times the weight 1e-09 of .*y\.jsonl.*: raise",
+        ),
+        (
+            {"mix": [{"path": "x.jsonl", "weight": 1e-320}, {"path": "y.jsonl"}]},
+            r"weight 1 of .* weight 9.*e-321 of",
+        ),
         ({"mix": [{"weight": 1}]}, "path"),
         (
             {"mix": [{"path": "x.jsonl"}], "columns": {"response": "a"}},

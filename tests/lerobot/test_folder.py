@@ -329,7 +329,7 @@ def test_texts_for_a_policy_and_frames_for_a_language_model(
         {"task": {"path": str(rows), "columns": {"response": "response"}}, "craft.enabled": False}
     )
     texts = texts.changed({"craft.anchor_cache_dir": None})
-    with pytest.raises(DataError, match=r"sample \d+ has no image.*columns.image") as caught:
+    with pytest.raises(DataError, match=r"task\.jsonl, row \d+ has no image.*columns.image") as caught:
         trained(texts, tmp_path / "texts")
     assert "\n" not in str(caught.value)
     frames = texts.changed({"task": {"path": str(data)}, "model": {"kind": "causal_lm", "path": str(text_model)}})

@@ -212,7 +212,7 @@ def test_a_prompt_that_is_extended_is_preprocessed_with_its_suffix(shape: str, f
     for s in [*samples(shape), *QUESTIONS]:
         prompt = model.preprocess(s)
         for tokens in (model.response_tokens(s), [5], []):
-            whole, extended = model.preprocess(s, tokens), model.with_suffix(prompt, tokens, s.id)
+            whole, extended = model.preprocess(s, tokens), model.with_suffix(prompt, tokens, s.where)
             assert extended.layout == whole.layout
             assert extended.layout.length == whole.layout.prompt_length + len(whole.tokens["suffix"])
             for ours, theirs in ((extended.tokens, whole.tokens), (extended.images, whole.images)):

@@ -382,7 +382,7 @@ def test_a_prompt_that_is_extended_is_preprocessed_with_its_suffix(name: str, mo
         prompt, suffix = model.preprocess(sample), model.response_tokens(sample)
         before = {key: tensor.clone() for key, tensor in prompt.tokens.items()}
         for tokens in (suffix, suffix[:1], []):
-            whole, extended = model.preprocess(sample, tokens), model.with_suffix(prompt, tokens, sample.id)
+            whole, extended = model.preprocess(sample, tokens), model.with_suffix(prompt, tokens, sample.where)
             assert extended.layout == whole.layout
             for ours, theirs in ((extended.tokens, whole.tokens), (extended.images, whole.images)):
                 assert ours.keys() == theirs.keys()

@@ -218,8 +218,8 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str, command: Comman
             {"answer_index": 4},
             "row 3: column 'answer_index' holds 4; the position of the right one among its 4 choices",
         ),
-        ({"choices": ["7"], "answer_index": 0}, "sample 00000003 has only the choice '7'"),
-        ({"choices": ["7", "7"], "answer_index": 0}, "sample 00000003: its response '7' appears more than once"),
+        ({"choices": ["7"], "answer_index": 0}, "bad.jsonl, row 3 has only the choice '7'"),
+        ({"choices": ["7", "7"], "answer_index": 0}, "bad.jsonl, row 3: its response '7' appears more than once"),
         ({"image_path": "none.png"}, "row 3"),
     ],
 )

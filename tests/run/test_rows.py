@@ -18,6 +18,7 @@ from craft_pipelines.dry_run import dry_run
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from craft_ray.config import Experiment, parse_config
+from craft_ray.data.place import Place
 from craft_ray.errors import DataError
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
@@ -32,7 +33,7 @@ MINUTES = 5.0
 
 
 def rows(count: int, prepare: Callable[[int], object], content: str = "data", threaded: bool = False) -> Rows:
-    return Rows("task", count, content, prepare, ["how"], threaded)
+    return Rows("task", count, content, prepare, lambda row: Place("data", f"row {row}"), ["how"], threaded)
 
 
 def failing_at(*bad: int) -> Callable[[int], None]:
@@ -83,7 +84,7 @@ def test_the_first_bad_row_is_named_and_the_others_are_counted(threaded: bool) -
     with pytest.raises(DataError) as caught:
         check_rows(rows(400, failing_at(300, 3, 41, 5, 77), threaded=threaded), MINUTES, OneWorker(), print)
     assert caught.value.message == (
-        "task: row 3 is bad; 4 more of 400 rows cannot be used either (rows 5, 41, 77, ...)"
+        "task: row 3 is bad; 4 more of 400 rows cannot be used either (row 5; row 41; row 77; ...)"
     )
     with pytest.raises(DataError, match=r"^task: row 3 is bad$"):  # a mistake is not remembered as checked
         check_rows(rows(400, failing_at(3)), MINUTES, OneWorker(), print)
@@ -150,7 +151,7 @@ def test_workers_share_the_rows_and_all_of_them_refuse() -> None:
         assert seen[0] + seen[1] == Counter(range(101))
         assert abs(seen[0].total() - seen[1].total()) <= 1
         first, second = pool.map(refused, (0, 1), ((17, 60), (17, 60)))
-    assert first == second == "task: row 17 is bad; 1 more of 101 rows cannot be used either (rows 60)"
+    assert first == second == "task: row 17 is bad; 1 more of 101 rows cannot be used either (row 60)"
 
 
 # -- in the stages
@@ -186,9 +187,9 @@ LONG, EMPTY = {"prompt": "long " * 60, "response": "x"}, {"prompt": "Q", "respon
 @pytest.mark.parametrize(
     ("key", "bad", "said"),
     [
-        ("task", {3: LONG}, r"^task: sample 00000003 has \d+ tokens, model\.max_length is 64: [^;]*$"),
-        ("task", {38: EMPTY, 39: LONG}, r"^task: sample 00000038 has an empty response.*; 1 more of 40 .*\(rows 39\)"),
-        ("evaluation.new.data", {3: LONG}, r"^evaluation\.new\.data: sample 00000003 has \d+ tokens"),
+        ("task", {3: LONG}, r"^task: .*bad\.jsonl, row 3 has \d+ tokens, model\.max_length is 64: [^;]*$"),
+        ("task", {38: EMPTY, 39: LONG}, r"^task: .*, row 38 has an empty response.*; 1 more of 40 .*\(row 39\)"),
+        ("evaluation.new.data", {3: LONG}, r"^evaluation\.new\.data: .*bad\.jsonl, row 3 has \d+ tokens"),
     ],
 )
 def test_a_bad_row_ends_a_run_before_its_first_step(
@@ -203,9 +204,38 @@ def test_a_bad_row_ends_a_run_before_its_first_step(
         dry_run(config)
 
 
+def test_a_row_of_a_part_has_the_number_that_it_has_in_its_file(config: Experiment, tmp_path: Path) -> None:
+    bad = {33: LONG, 36: EMPTY, 39: LONG}
+    path = str(written(tmp_path / "bad.jsonl", bad))
+    config = config.changed({"task.path": path, "task.split": "train[75%:]", "craft.anchor_cache_dir": None})
+    with pytest.raises(DataError) as caught:
+        train(config, RunFolder(tmp_path / "part"), OneWorker(), NullObserver())
+    assert caught.value.message.startswith(f"task: {path}, row 33 has ")
+    assert caught.value.message.endswith("; 2 more of 10 rows cannot be used either (row 36; row 39)")
+    one = config.changed({"task.split": "train[36:37]"})
+    with pytest.raises(DataError, match=rf"^task: {path}, row 36 has an empty response"):
+        train(one, RunFolder(tmp_path / "one"), OneWorker(), NullObserver())
+
+
+def test_a_row_of_a_mixture_is_named_by_its_source_and_its_file(config: Experiment, tmp_path: Path) -> None:
+    first = written(tmp_path / "first.jsonl", {3: LONG, 5: LONG})
+    (tmp_path / "more").mkdir()
+    for name, bad in (("a", {}), ("b", {7: EMPTY})):
+        written(tmp_path / "more" / f"{name}.jsonl", bad)
+    columns = config.model_dump()["task"]["columns"]
+    mix = [{"path": str(path), "columns": columns} for path in (first, tmp_path / "more")]
+    config = config.changed({"task": {"mix": mix}, "craft.anchor_cache_dir": None})
+    with pytest.raises(DataError) as caught:
+        train(config, RunFolder(tmp_path / "run"), OneWorker(), NullObserver())
+    assert caught.value.message.startswith(f"task: {first}, row 3 has ")
+    assert caught.value.message.endswith(
+        f"; 2 more of 120 rows cannot be used either (row 5; {tmp_path / 'more'}: b.jsonl, row 7)"
+    )
+
+
 def test_a_bad_anchor_ends_a_build_before_its_first_shard(config: Experiment, tmp_path: Path) -> None:
     config = config.changed({"anchors.source.path": str(written(tmp_path / "bad.jsonl", {30: LONG, 31: LONG}))})
-    with pytest.raises(DataError, match=r"^anchors\.source: sample 00000030 has .*; 1 more of 40 rows"):
+    with pytest.raises(DataError, match=r"^anchors\.source: .*bad\.jsonl, row 30 has .*; 1 more of 40 rows"):
         build(config, say=lambda _: None)
     assert not list((tmp_path / "cache").rglob("*.parquet"))
     assert build(config.changed({"anchors.source.limit": 30}), say=lambda _: None).rows_computed == 30
@@ -219,7 +249,7 @@ def test_an_id_of_any_length_makes_no_long_message(bad: dict[str, str], config: 
     config = config.changed({"task.path": str(path), "task.columns.id": "id", "craft.anchor_cache_dir": None})
     with pytest.raises(DataError) as caught:
         train(config, RunFolder(tmp_path / "run"), OneWorker(), NullObserver())
-    assert "sample iii" in caught.value.message
+    assert "(id iii" in caught.value.message
     assert len(caught.value.message) < 1000
 
 
@@ -257,7 +287,7 @@ def test_rows_that_were_checked_for_one_model_are_checked_again_for_one_with_oth
     list(training(config, RunFolder(tmp_path / "first"), OneWorker(), NullObserver(), features))
     second = RunFolder(tmp_path / "second")
     config = config.changed({"model.path": str(gpt2(32))})
-    with pytest.raises(DataError, match=r"^task: sample 00000039 has 42 tokens, the model has 32 positions"):
+    with pytest.raises(DataError, match=r"^task: \S+, row 39 has 42 tokens, the model has 32 positions"):
         list(training(config, second, OneWorker(), NullObserver(), features))
     assert not second.started
 
@@ -275,7 +305,7 @@ def test_the_limits_of_a_model_and_not_its_weights_decide_whether_a_sample_can_b
     assert len({model.sample_fingerprint() for model in (first, shorter, wider)}) == 3
 
 
-TOO_LONG = r"the prompt of sample 00000039 has 41 tokens, which with 8 new ones are more than the model's 48 positions"
+TOO_LONG = r"the prompt of \S+, row 39 has 41 tokens, which with 8 new ones are more than the model's 48 positions"
 
 
 def test_anchors_whose_suffix_does_not_fit_the_model_end_a_build_before_its_first_shard(
@@ -301,7 +331,7 @@ def test_anchors_whose_suffix_does_not_fit_the_model_end_a_build_before_its_firs
         ({"metric": "exact_match", "max_new_tokens": 8}, MIDDLING, TOO_LONG),
         ({"metric": "contains", "max_new_tokens": 8}, MIDDLING, TOO_LONG),
         ({"metric": "perplexity", "replies": 40, "max_new_tokens": 8}, MIDDLING, TOO_LONG),
-        ({"metric": "exact_match"}, EMPTY, "sample 00000039 has an empty response"),
+        ({"metric": "exact_match"}, EMPTY, r"\S+, row 39 has an empty response"),
     ],
 )
 def test_a_row_that_cannot_be_answered_ends_a_run_before_its_first_step(

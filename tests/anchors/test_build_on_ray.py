@@ -88,7 +88,7 @@ def test_a_mistake_in_a_teacher_is_one_line(digits: Digits, tmp_path: Path) -> N
     _, err = driver.communicate(timeout=400)
     assert driver.returncode == 1
     (line,) = err.splitlines()
-    assert f"sample {anchors['id'][37]}" in line
+    assert f"row 37 (id {anchors['id'][37]})" in line
     assert "does not decode" in line
 
 

@@ -48,8 +48,8 @@ class Paired:
 
 
 def paired(runs: Sequence[FinishedRun]) -> list[Paired]:
-    """Each run against the teacher on the old skill, and each other arm against plain fine-tuning on both; of metrics
-    whose samples are right or wrong."""
+    """Each run against the teacher on the old skill, and each other arm against plain fine-tuning on both, and on which
+    of the two answers as the teacher does; of metrics whose samples are right or wrong."""
     plain = {run.seed: run for run in runs if run.arm == "baseline"}
     found = []
     for run in runs:
@@ -58,6 +58,7 @@ def paired(runs: Sequence[FinishedRun]) -> list[Paired]:
         if run.arm != "baseline" and run.seed in plain:
             other = plain[run.seed]
             found += [_pair(run, skill, ARMS["baseline"].label, other, "after") for skill in (*olds, "new")]
+            found += [_agreement_pair(run, skill, ARMS["baseline"].label, other) for skill in olds]
     return [pair for pair in found if pair is not None]
 
 
@@ -72,6 +73,26 @@ def _pair(run: FinishedRun, skill: str, against: str, other: FinishedRun, when: 
     if all("prediction" in record for record in (*theirs.values(), *ours.values())):
         agreeing = sum(theirs[id_]["prediction"] == record["prediction"] for id_, record in ours.items())
     return Paired(run, skill, against, len(answers), lost, gained, agreeing)
+
+
+def _agreement_pair(run: FinishedRun, skill: str, against: str, other: FinishedRun) -> Paired | None:
+    """The same with the teacher's answer for the right one, whatever that is."""
+    teacher, theirs, ours = (
+        _records(run, skill, "before"),
+        _records(other, skill, "after"),
+        _records(run, skill, "after"),
+    )
+    every = (*teacher.values(), *theirs.values(), *ours.values())
+    if not ours or not teacher.keys() == theirs.keys() == ours.keys():
+        return None
+    if not all("correct" in record and "prediction" in record for record in every):
+        return None
+    agree = [
+        (theirs[i]["prediction"] == t["prediction"], ours[i]["prediction"] == t["prediction"])
+        for i, t in teacher.items()
+    ]
+    lost, gained = (sum(pair == flip for pair in agree) for flip in ((True, False), (False, True)))
+    return Paired(run, f"{skill}, as the teacher's", against, len(agree), lost, gained, None)
 
 
 def _records(run: FinishedRun, skill: str, when: str) -> dict[str, Record]:

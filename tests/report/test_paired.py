@@ -36,8 +36,13 @@ def test_flips_are_counted_against_the_teacher_and_against_plain_fine_tuning(tmp
         ("baseline", "old", "the teacher"): (17, 0, 20),
         ("hidden", "old", "the teacher"): (0, 0, 20),
         ("hidden", "old", "Plain fine-tuning"): (0, 17, 20),
+        ("hidden", "old, as the teacher's", "Plain fine-tuning"): (0, 17, 20),
         ("hidden", "new", "Plain fine-tuning"): (0, 2, 20),
     }
+    wrong = [outcome(row, row != 3, "exact_match") for row in range(20)]
+    runs[1].write_predictions("old_before", wrong)  # the teacher errs on one, and the arm no longer does
+    counted = {(pair.skill, pair.against): (pair.lost, pair.gained) for pair in paired(read_runs(runs[1:] + runs[:1]))}
+    assert counted["old, as the teacher's", "Plain fine-tuning"][1] < 17, "a right answer that the teacher has not"
     assert found["hidden", "new", "Plain fine-tuning"].p == 0.5, "two differences decide nothing"
     text = Page(report(runs, tmp_path)[1]).text
     assert "Right → wrong Wrong → right P Same answer" in text

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from craft_pipelines.nodes import alive_nodes
 from craft_pipelines.session import capacity
 from craft_pipelines.train import resources
-from craft_ray.config import Experiment, LeRobotData, Mixture
+from craft_ray.config import Experiment, Mixture
 from craft_ray.data.task import open_task, rows_of
 from craft_ray.errors import ConfigError
 from craft_ray.init.model import ModelFacts, look_at_model
@@ -76,7 +76,8 @@ def worker_memory(config: Experiment) -> int:
     """Bytes of host memory that a worker of a run takes at most, roughly.
 
     It is what the libraries take, the weights, gradients and moments of what is trained, and the values that a forward
-    pass keeps for its backward pass. With a GPU only the first and the weights, which are read there, count.
+    pass keeps for its backward pass, which are not known of a policy. With a GPU only the first and the weights, which
+    are read there, count.
     """
     facts = look_at_model(config.model.path, "model.path")
     if config.workers.use_gpu:
@@ -84,16 +85,15 @@ def worker_memory(config: Experiment) -> int:
     of_parameter = 4 if config.adapter is not None else BYTES_FULL + READ_BACK
     shards = 1 if config.workers.sharding == "none" else (config.workers.shards or config.workers.most)
     tokens = math.ceil(config.train.batch_size / config.train.accumulate / max(config.workers.most, 1))
-    kept = 0 if config.model.gradient_checkpointing else tokens * _longest(config, facts) * facts.token_bytes
+    uncounted = config.model.gradient_checkpointing or facts.kind == "lerobot"
+    kept = 0 if uncounted else tokens * _longest(config, facts) * facts.token_bytes
     return PROCESS + facts.parameters * of_parameter // shards + kept
 
 
 def _longest(config: Experiment, facts: ModelFacts) -> int:
-    """Tokens of the longest of some samples of the new skill; of a LeRobotDataset 0, whose samples are not texts."""
+    """Tokens of the longest of some samples of the new skill."""
     found = 0
     for data in [part.data for part in config.task.mix] if isinstance(config.task, Mixture) else [config.task]:
-        if isinstance(data, LeRobotData):
-            continue
         source = open_task(data)
         rows = rows_of(source)
         count = min(SAMPLES, rows)

@@ -9,11 +9,13 @@ import pytest
 pytest.importorskip("lerobot")
 
 from craft_pipelines.anchors import build
+from craft_pipelines.room import PROCESS, worker_memory
 
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.config import parse_config
 from craft_ray.config.loading import read_yaml
 from craft_ray.init.draft import Asked, draft
+from craft_ray.init.model import stored_parameters
 from craft_ray.init.sizes import Hardware
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
@@ -47,3 +49,21 @@ def test_a_policy_is_trained_with_its_draft(preset: str | None, tmp_path: Path) 
     run.begin(config, ["test"])
     train(config, run, OneWorker(), NullObserver())
     assert (run.finished() or {})["steps"] == 2
+
+
+def test_the_memory_of_a_policys_run_is_estimated_from_its_files(tmp_path: Path) -> None:
+    """Whatever says that the data are robot frames: the format, or what lies in the folder."""
+    small_policy(tmp_path / "policy", cameras=("top",), tasks=("push",))
+    write_dataset(tmp_path / "new", task="push")
+    tree = {
+        "name": "robot",
+        "model": {"kind": "lerobot", "path": str(tmp_path / "policy")},
+        "task": {"path": str(tmp_path / "new")},
+        "craft": {"enabled": False},
+        "train": {"steps": 2, "batch_size": 4},
+    }
+    config = parse_config(tree, "test")
+    parameters = stored_parameters(tmp_path / "policy")
+    assert parameters > 50_000
+    assert worker_memory(config) == PROCESS + 24 * parameters
+    assert worker_memory(config.changed({"task.format": "lerobot"})) == PROCESS + 24 * parameters

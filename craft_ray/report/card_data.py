@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from craft_ray.config import DataConfig, Experiment, RolloutEvalSet, TableData
+from craft_ray.config import DataConfig, EvalSet, Experiment, HarnessEvalSet, RolloutEvalSet, TableData
 from craft_ray.config.mixture import Mixture
 from craft_ray.config.skills import SkillConfig
 
@@ -22,7 +22,7 @@ class DataUse:
     skill: str
     """`new`, `old`, or the name of one of several old skills."""
     path: str
-    """The name on the hub, where it is public; otherwise only the last part of the path."""
+    """The name on the hub, where it is public; otherwise only the last part of the path, or the names of tasks."""
     public: bool
     scored: bool
     """Whether the skill was scored on it, rather than trained or kept by it."""
@@ -57,11 +57,14 @@ def _uses(config: Experiment) -> Iterator[DataUse]:
         purpose = f"scores of the {name} skill" if name in ("old", "new") else f"scores of the old skill {name}"
         if isinstance(scored, RolloutEvalSet):
             yield DataUse(purpose, name, f"{scored.rollout.env}/{scored.rollout.task}", public=False, scored=True)
-        elif data := getattr(scored, "data", None):
-            yield _use(purpose, name, data, scored=True)
+        elif isinstance(scored, HarnessEvalSet):
+            tasks = ", ".join(scored.harness.tasks)
+            yield DataUse(purpose, name, tasks, public=False, scored=True, limit=scored.harness.limit)
+        elif scored is not None:
+            yield _use(purpose, name, scored.data, scored=True)
 
 
-def _scored(config: Experiment) -> Iterator[tuple[str, object]]:
+def _scored(config: Experiment) -> Iterator[tuple[str, EvalSet | None]]:
     skills: dict[str, SkillConfig] = dict(config.skills)
     if skills:
         yield from ((name, skill.evaluation) for name, skill in skills.items())

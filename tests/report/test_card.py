@@ -112,3 +112,10 @@ def test_each_use_of_data_is_listed(tmp_path: Path) -> None:
         ("drawing", "org/scored", True, True, None),
         ("new", "old.parquet", False, True, None),
     ]
+
+
+def test_tasks_of_a_harness_are_listed_by_their_names(tmp_path: Path) -> None:
+    scored = {"metric": "lm_eval", "harness": {"tasks": ["cups", "sums"], "include_path": "/private/tasks", "limit": 9}}
+    config = write_run(tmp_path, "hidden", 0).config().changed({"evaluation.new": scored})
+    (use,) = [use for use in data_uses(config) if use.scored and use.skill == "new"]
+    assert (use.path, use.public, use.limit) == ("cups, sums", False, 9)

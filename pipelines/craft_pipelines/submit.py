@@ -8,8 +8,10 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from pathlib import Path
+from typing import cast
 
 import aiohttp
 import requests
@@ -162,12 +164,15 @@ class Log:
     async def _print(self) -> None:
         """Print as long as the connection lasts. A new connection starts from the first line again."""
         position = 0
-        async for text in self._client.tail_job_logs(self._job):
-            position += len(text)
-            if position > self._shown:
-                sys.stdout.write(text[-(position - self._shown) :])
-                sys.stdout.flush()
-                self._shown = position
+        # Closed here and not when it is collected: Ctrl-C between two texts would leave that to a loop that has ended.
+        log = cast(AsyncGenerator[str], self._client.tail_job_logs(self._job))
+        async with aclosing(log) as texts:
+            async for text in texts:
+                position += len(text)
+                if position > self._shown:
+                    sys.stdout.write(text[-(position - self._shown) :])
+                    sys.stdout.flush()
+                    self._shown = position
 
 
 def outcome(info: JobDetails, entrypoint: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import os
 import re
@@ -10,15 +12,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
 from craft_pipelines import working_dir
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.runtime_env import FORWARDED, of_driver, of_job
-from craft_pipelines.submit import DASHBOARD, dashboard
+from craft_pipelines.submit import DASHBOARD, Log, dashboard
 from craft_pipelines.submitted import check_outputs
+from ray.job_submission import JobSubmissionClient
 
 from craft_ray.anchors import manifest
 from craft_ray.errors import ConfigError
@@ -238,6 +243,34 @@ def test_following_can_be_interrupted_and_stopping_a_job_interrupts_it(token_clu
         time.sleep(0.2)
     assert found["status"] == "STOPPED"
     assert "interrupted" in token_cluster.ask(f"jobs/{job[1]}/logs")["logs"]
+
+
+class OneText:
+    """A client whose connection takes a while to close."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        try:
+            yield "a text\n"
+        finally:
+            await asyncio.sleep(0.05)
+            self.closed = True
+
+
+def test_an_interrupt_between_two_texts_closes_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the loop ends first, and says on standard error that a task of its was destroyed."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            raise KeyboardInterrupt
+
+    client = OneText()
+    monkeypatch.setattr(sys, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        Log(cast(JobSubmissionClient, client), "a job").follow()
+    assert client.closed
 
 
 # ------------------------------------------------------------------------------------------- which clients are accepted

@@ -64,7 +64,8 @@ def check_config(folder: RunFolder, config: Experiment) -> None:
         )
 
 
-def _task(config: Experiment) -> str:
+def task_name(config: Experiment) -> str:
+    """The task data in a message."""
     if isinstance(config.task, Mixture):
         return "one of the sources in task.mix"
     return f"task.path {config.task.path}"
@@ -79,13 +80,14 @@ def check_task(folder: RunFolder, config: Experiment, fingerprint: str) -> None:
     recorded = read_identity(folder)
     if recorded is not None:
         remedy = "start a new run with another name=... or seed=..."
-        check_same_task(config, recorded.task, fingerprint, f"the run {folder.home}", remedy)
+        check_same_data(task_name(config), recorded.task, fingerprint, f"the run {folder.home}", remedy)
 
 
-def check_same_task(config: Experiment, recorded: str, fingerprint: str, begun: str, remedy: str) -> None:
-    """Check that task data are those that a run or a sweep began with.
+def check_same_data(named: str, recorded: str, fingerprint: str, begun: str, remedy: str) -> None:
+    """Check that data are those that a run or a sweep began with.
 
     Args:
+        named: the data, by their key.
         recorded: the hash that they had.
         begun: the run or the sweep, in a message.
         remedy: what can be done with other data.
@@ -95,7 +97,7 @@ def check_same_task(config: Experiment, recorded: str, fingerprint: str, begun: 
     """
     if recorded != fingerprint:
         raise ConfigError(
-            f"{_task(config)} is not what it was when {begun} began: its data had the fingerprint {recorded[:12]}, and "
+            f"{named} is not what it was when {begun} began: its data had the fingerprint {recorded[:12]}, and "
             f"now have {fingerprint[:12]}: restore them, or {remedy}"
         )
 

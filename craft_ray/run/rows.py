@@ -61,18 +61,20 @@ class Rows:
 
 
 def anchor_rows(anchors: AnchorsConfig, model: Model, source: Source, identity: Identity) -> Rows:
-    """The anchors of a cache, as its teacher reads them. Of a suffix that the teacher has yet to generate, the one
-    token that it has at least, and whether the model has positions for the longest one."""
+    """The anchors of a cache, as its teacher reads them. A suffix that the teacher has yet to generate counts as the
+    longest that it may be: whether it is that long shows only in the middle of a build."""
+    longest = [0] * anchors.max_new_tokens
 
     def prepare(row: int) -> None:
         sample = source[row]
         prompt = model.preprocess(sample)
         if identity.schema.has_suffix:
             tokens = token_model(model)
-            given = anchors.suffix_from == "response"
-            tokens.with_suffix(prompt, tokens.response_tokens(sample) if given else [0], sample.where)
-            if not given:
+            if anchors.suffix_from == "response":
+                tokens.with_suffix(prompt, tokens.response_tokens(sample), sample.where)
+            else:
                 tokens.check_continued(prompt, anchors.max_new_tokens, f"the prompt of {sample.where}")
+                tokens.with_suffix(prompt, longest, f"{sample.where}, continued by {len(longest)} tokens,")
         if identity.schema.has_response:
             tokens = token_model(model)
             tokens.with_suffix(prompt, tokens.response_tokens(sample), sample.where)

@@ -3,7 +3,7 @@
 All results of a sweep are read from here, and a resumed sweep finds out here what is done. A trial is one setting; it
 trains one run for each seed, one after the other, each in a separate folder.
 
-    sweep.yaml                 the config, the space and the hash of the task data, as they were at the start
+    sweep.yaml                 the config, the space and the hashes of the data, as they were at the start
     trials/0003/params.json    the setting
     trials/0003/reports.jsonl  a line for each validation
     trials/0003/outcome.json   finished, stopped or failed, and why; missing while a trial is open
@@ -13,7 +13,8 @@ trains one run for each seed, one after the other, each in a separate folder.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
@@ -101,8 +102,9 @@ class Plan:
     config: Experiment
     space: Space
     command: list[str]
-    task: str | None = None
-    """Hash of the task data that the sweep began with; None of one that began with a version that recorded none."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the data that the sweep began with, of the task and of the validation sets, by their key. None are
+    recorded of one that began with an earlier version."""
 
 
 class SweepFolder:
@@ -135,7 +137,7 @@ class SweepFolder:
     def write(self, plan: Plan) -> None:
         tree = {
             "command": plan.command,
-            "task": plan.task,
+            "data": dict(plan.data),
             "space": {"name": plan.space.name, "knobs": plan.space.source},
             "config": plan.config.model_dump(mode="json"),
         }
@@ -153,9 +155,8 @@ class SweepFolder:
             )
         tree = read_yaml(self.plan.read_text())
         config = parse_config(tree["config"], str(self.plan))
-        return Plan(
-            config, parse_space(tree["space"]["knobs"], tree["space"]["name"]), tree["command"], tree.get("task")
-        )
+        space = parse_space(tree["space"]["knobs"], tree["space"]["name"])
+        return Plan(config, space, tree["command"], tree.get("data", {}))
 
     def assign(self, trial_id: str, number: int) -> None:
         """Record which trial Tune's `trial_id` is."""

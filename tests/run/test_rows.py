@@ -308,18 +308,23 @@ def test_the_limits_of_a_model_and_not_its_weights_decide_whether_a_sample_can_b
 TOO_LONG = r"the prompt of \S+, row 39 has 41 tokens, which with 8 new ones are more than the model's 48 positions"
 
 
-def test_anchors_whose_suffix_does_not_fit_the_model_end_a_build_before_its_first_shard(
-    config: Experiment, gpt2: Callable[..., Path], tmp_path: Path
+TOO_LONG_CONTINUED = r"\S+, row 39, continued by 8 tokens, has 49 tokens, model\.max_length is 48: raise it, or "
+
+
+@pytest.mark.parametrize(("positions", "max_length", "said"), [(48, 512, TOO_LONG), (64, 48, TOO_LONG_CONTINUED)])
+def test_anchors_whose_suffix_does_not_fit_end_a_build_before_its_first_shard(
+    positions: int, max_length: int, said: str, config: Experiment, gpt2: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = config.changed(
         {
-            "model.path": str(gpt2(48)),
+            "model.path": str(gpt2(positions)),
+            "model.max_length": max_length,
             "anchors.source.path": str(written(tmp_path / "middling.jsonl", {39: MIDDLING})),
             "anchors.positions": ["suffix"],
             "anchors.max_new_tokens": 8,
         }
     )
-    with pytest.raises(DataError, match=rf"^anchors\.source: {TOO_LONG} [^;]*$"):
+    with pytest.raises(DataError, match=rf"^anchors\.source: {said}[^;]*$"):
         build(config, say=lambda _: None)
     assert not list((tmp_path / "cache").rglob("*.parquet"))
     assert build(config.changed({"anchors.max_new_tokens": 7}), say=lambda _: None).rows_computed == 40

@@ -24,7 +24,7 @@ from craft_pipelines.sweep.runs import RunTrial, in_process
 from craft_pipelines.sweep.tracking import SweepTracking
 from craft_pipelines.sweep.trial import TRIAL, CraftTrial, reports
 
-from craft_ray.config import Experiment, load_config
+from craft_ray.config import Experiment, SampleEvalSet, load_config
 from craft_ray.errors import ConfigError, CraftError
 from craft_ray.run.checkpoint import checkpoint_step
 from craft_ray.run.folder import RunFolder
@@ -357,19 +357,22 @@ def test_a_sweep_is_started_once_and_read_back_unchanged(base: Experiment, tmp_p
     SweepFolder(tmp_path / "killed").begin(plan)
 
 
-def test_a_sweep_whose_task_data_were_exchanged_trains_no_further_trial(base: Experiment, tmp_path: Path) -> None:
-    data, path = tmp_path / "task.parquet", tmp_path / "sweep"
-    original = Path(base.task.path).read_bytes()
+@pytest.mark.parametrize("key", ["task", "validation.new.data"])
+def test_a_sweep_whose_data_were_exchanged_trains_no_further_trial(key: str, base: Experiment, tmp_path: Path) -> None:
+    data, path = tmp_path / "data.parquet", tmp_path / "sweep"
+    held_out = base.validation.new
+    assert isinstance(held_out, SampleEvalSet)
+    original = Path(base.task.path if key == "task" else held_out.data.path).read_bytes()
     data.write_bytes(original)
-    config = base.changed({"task.path": str(data), "sweep.samples": 1})
+    config = base.changed({f"{key}.path": str(data), "sweep.samples": 1})
     folder, plan = plan_sweep(config, parse_space(KNOBS, "space.yaml"), path)
-    assert plan.task is not None
+    named = f"{key}.path {data}"
     assert resume_sweep(path)[1] == plan
     pq.write_table(pq.read_table(data).slice(1), data)
     with pytest.raises(ConfigError) as caught:
         resume_sweep(path)
-    expected = f"task.path {data} is not what it was when the sweep {path} began: its data had the fingerprint "
-    assert caught.value.message.startswith(expected + plan.task[:12])
+    expected = f"{named} is not what it was when the sweep {path} began: its data had the fingerprint "
+    assert caught.value.message.startswith(expected + plan.data[named][:12])
     assert "\n" not in caught.value.message
     assert folder.load() == plan
 
@@ -381,9 +384,9 @@ def test_a_sweep_whose_task_data_were_exchanged_trains_no_further_trial(base: Ex
         resume_sweep(path, samples=2)
 
     earlier = yaml.safe_load(folder.plan.read_text())
-    del earlier["task"]  # of a version that recorded none
+    del earlier["data"]  # of a version that recorded none
     folder.plan.write_text(yaml.safe_dump(earlier))
-    assert resume_sweep(path, samples=2)[1].task not in (None, plan.task)
+    assert resume_sweep(path, samples=2)[1].data[named] != plan.data[named]
     data.write_bytes(original)
     with pytest.raises(ConfigError, match="is not what it was when the sweep"):
         resume_sweep(path)

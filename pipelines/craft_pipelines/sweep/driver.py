@@ -37,13 +37,15 @@ from craft_ray.config import (
     HarnessEvalSet,
     RolloutConfig,
     RolloutEvalSet,
+    SampleEvalSet,
     differences,
 )
+from craft_ray.data.source import open_source
 from craft_ray.data.task import open_task
 from craft_ray.errors import ConfigError, CraftError, Interrupted
 from craft_ray.run.folder import command_line
 from craft_ray.run.held_out import eval_sets, key_of
-from craft_ray.run.identity import check_same_task
+from craft_ray.run.identity import check_same_data, task_name
 from craft_ray.run.objective import objective_of
 from craft_ray.run.scoring import open_eval_set
 from craft_ray.storage.lock import exclusive_lock
@@ -72,7 +74,7 @@ def plan_sweep(config: Experiment, space: Space, path: StoragePath | None) -> tu
     """
     plan = Plan(config, space, command_line())
     check_plan(plan)
-    plan = replace(plan, task=open_task(config.task).fingerprint)
+    plan = replace(plan, data=_hashes(config))
     folder = SweepFolder(path or storage_path(config.output_dir) / f"{config.name}-sweep")
     check_kept(folder.path, "output_dir, or --out,")
     folder.begin(plan)
@@ -92,8 +94,8 @@ def resume_sweep(
         changes: new values, by dotted key, for what changes no number: tracking.*, sweep.parallel and max_failures.
 
     Raises:
-        ConfigError: there is none, it was started with another config or space, or trials that are open would train on
-            other task data than those that have ended.
+        ConfigError: there is none, it was started with another config or space, or trials that are open would train or
+            be validated on other data than those that have ended.
     """
     folder = SweepFolder(path)
     plan = folder.load()
@@ -121,11 +123,11 @@ def resume_sweep(
     plan = replace(plan, config=plan.config.changed({"sweep.samples": samples or planned, **(changes or {})}))
     check_plan(plan)
     if open_trials(folder, plan):
-        task = open_task(plan.config.task).fingerprint
-        if plan.task is not None:
+        hashes = _hashes(plan.config)
+        for key, recorded in plan.data.items():
             remedy = "start a new sweep in another folder (--out)"
-            check_same_task(plan.config, plan.task, task, f"the sweep {path}", remedy)
-        plan = replace(plan, task=task)
+            check_same_data(key, recorded, hashes[key], f"the sweep {path}", remedy)
+        plan = replace(plan, data=hashes)
     with sweep_lock(folder):
         folder.write(plan)
     return folder, plan
@@ -175,6 +177,16 @@ def sweep(folder: SweepFolder, plan: Plan, say: Say = print) -> bool:
     for line in conclusion(result, folder):
         say(line)
     return bool(result.best.feasible)
+
+
+def _hashes(config: Experiment) -> dict[str, str]:
+    """Hashes of the data that a trial trains on and is validated on, by key and path. A simulator has none."""
+    found = {task_name(config): open_task(config.task).fingerprint}
+    for skill, eval_set in eval_sets(config, "validation"):
+        if isinstance(eval_set, SampleEvalSet):
+            key = f"{key_of(config, 'validation', skill)}.data"
+            found[f"{key}.path {eval_set.data.path}"] = open_source(eval_set.data, key).fingerprint
+    return found
 
 
 def _inputs(eval_set: EvalSet) -> DataConfig | HarnessConfig | RolloutConfig:

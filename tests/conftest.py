@@ -16,6 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = f"{_CACHE.name}/datasets"
 os.environ["HF_MODULES_CACHE"] = f"{_CACHE.name}/modules"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Read when torch is imported. Tests run in several processes at once: more threads than processors wait for each other,
+# and the tests of models took 2.7 times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 

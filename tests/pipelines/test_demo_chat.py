@@ -24,6 +24,7 @@ def tiny(folder: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 512}))
 
 
+@pytest.mark.slow
 def test_no_module_and_no_subject_is_in_two_splits(tmp_path: Path) -> None:
     tiny(tmp_path / "model")
     chat.write_data(tmp_path / "data", tmp_path / "model")

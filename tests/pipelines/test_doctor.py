@@ -111,6 +111,7 @@ def test_reading_a_folder_that_is_not_shared(tmp_path: Path, monkeypatch: pytest
     assert storage_check._missing(tmp_path / "asked", "other") == "it sees other content"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_cluster_in_good_health(token_cluster: Cluster, tmp_path: Path) -> None:
     """As a process of the cluster and, over HTTP, as a job on it; exit code 1 if a folder is missing."""

@@ -18,6 +18,7 @@ from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import Run, train
 from craft_ray.workers import OneWorker
+from tests.support.caches import built, prompts
 from tests.support.runs import trained
 
 
@@ -37,7 +38,8 @@ def write(folder: Path, bad: int | None = None) -> None:
         pq.write_table(table, folder / f"train-{number}.parquet")
 
 
-def experiment(model: Path, folder: Path, **changes: Any) -> Experiment:
+def experiment(model: Path, folder: Path, held: bool = False, **changes: Any) -> Experiment:
+    """A run on a stream; `held` with a cache of anchors, which is built here, for the old skill."""
     tree = {
         "name": "streamed",
         "output_dir": str(folder / "runs"),
@@ -52,7 +54,14 @@ def experiment(model: Path, folder: Path, **changes: Any) -> Experiment:
         "train": {"steps": 8, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2},
         "workers": {"num_workers": 0},
     }
-    return parse_config(tree, "test").changed(changes)
+    config = parse_config(tree, "test").changed(changes)
+    if held:
+        source = {"path": str(prompts(folder / "anchors.jsonl", [3, 1, 9, 4, 2, 6, 3, 8, 5, 2, 7, 4]))}
+        cache = str(folder / "anchors")
+        craft = {"anchor_cache_dir": cache, "anchor_batch_size": 4, "conflict_threshold": 0.5}
+        config = config.changed({"craft": craft, "anchors": {"source": {**source, "columns": {"id": "id"}}}})
+        built(config)
+    return config
 
 
 def losses(folder: RunFolder) -> list[float]:
@@ -67,10 +76,11 @@ class Notes(NullObserver):
         self.lines.append(line)
 
 
-def test_a_resumed_run_goes_on_with_the_rows_that_were_next(text_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("held", [False, True])
+def test_a_resumed_run_goes_on_with_the_rows_that_were_next(held: bool, text_model: Path, tmp_path: Path) -> None:
     """Eight steps of four are more than two passes over 14 rows."""
     write(tmp_path / "data")
-    config = experiment(text_model, tmp_path)
+    config = experiment(text_model, tmp_path, held)
     whole = trained(config, tmp_path / "whole")
     for stop in (2, 6):  # in the first pass and in the second
         folder = RunFolder(tmp_path / f"stopped{stop}")
@@ -82,6 +92,7 @@ def test_a_resumed_run_goes_on_with_the_rows_that_were_next(text_model: Path, tm
         assert losses(folder) == losses(whole)
         assert f"resuming after step {stop}" in notes.lines
     assert len(set(losses(whole))) == 8
+    assert any(record["craft/retention_loss"] for record in whole.read_metrics()) == held
 
 
 def test_a_run_says_what_is_checked_and_finds_a_bad_row_there(

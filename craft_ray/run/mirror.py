@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from craft_ray.background import in_background
 from craft_ray.errors import StorageError
 from craft_ray.run.checkpoint import checkpoint_step
 from craft_ray.run.claim import CLAIM, LOCK
@@ -126,9 +127,8 @@ class RunMirror(RunFolder):
     @contextmanager
     def pushed_regularly(self) -> Iterator[None]:
         """Push what has grown while the body runs, and once more at its end."""
-        done = threading.Event()
 
-        def push_until_done() -> None:
+        def push_until(done: threading.Event) -> None:
             spent = 0.0
             while not done.wait(max(PUSH_S, spent / SHARE)):
                 started = time.monotonic()
@@ -136,13 +136,10 @@ class RunMirror(RunFolder):
                     self.push()
                 spent = time.monotonic() - started
 
-        pusher = threading.Thread(target=push_until_done, daemon=True)
-        pusher.start()
         try:
-            yield
+            with in_background(push_until):
+                yield
         finally:
-            done.set()
-            pusher.join()
             self.push()
 
     def _files(self) -> list[Path]:

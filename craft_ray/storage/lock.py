@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from craft_ray.background import in_background
 from craft_ray.errors import CraftError, StorageError
 from craft_ray.storage.paths import ObjectPath, StoragePath
 
@@ -62,13 +63,13 @@ def _file_lock(path: Path, refusal: CraftError, wait_s: float) -> Iterator[None]
 
 @contextmanager
 def _object_lock(path: ObjectPath, refusal: CraftError, wait_s: float) -> Iterator[None]:
-    owner, done = uuid.uuid4().hex, threading.Event()
+    owner = uuid.uuid4().hex
     _wait_until_free(path, refusal, wait_s)
 
     def renew() -> None:
         path.write_bytes(json.dumps({"owner": owner, "beat": uuid.uuid4().hex}).encode())
 
-    def renew_until_done() -> None:
+    def renew_until(done: threading.Event) -> None:
         while not done.wait(RENEW_S):
             with suppress(StorageError):  # the next renewal may succeed; if none does, the owner's own writes fail
                 renew()
@@ -77,13 +78,10 @@ def _object_lock(path: ObjectPath, refusal: CraftError, wait_s: float) -> Iterat
     time.sleep(SETTLE_S)
     if _owner(path) != owner:
         raise refusal
-    renewer = threading.Thread(target=renew_until_done, daemon=True)
-    renewer.start()
     try:
-        yield
+        with in_background(renew_until):
+            yield
     finally:
-        done.set()
-        renewer.join()
         if _owner(path) == owner:
             path.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from ray.experimental import internal_kv
 
+from craft_ray.background import in_background
 from craft_ray.run.pace import Pace, Report
 
 NAMESPACE = "craft-ray"
@@ -79,9 +80,8 @@ class Telling:
 @contextmanager
 def heard(build: str, progress: BuildProgress) -> Iterator[None]:
     """Pass to `progress` what the teachers of a build tell, while the body runs."""
-    done = threading.Event()
 
-    def listen() -> None:
+    def listen(done: threading.Event) -> None:
         with suppress(Exception):  # a cluster that is lost is reported by what computes on it
             while not done.wait(POLL_S):
                 for key in internal_kv._internal_kv_list(f"{build}/", namespace=NAMESPACE):
@@ -89,12 +89,9 @@ def heard(build: str, progress: BuildProgress) -> Iterator[None]:
                     if rows is not None:
                         progress.passed(key.decode().removeprefix(f"{build}/"), float(rows))
 
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
     try:
-        yield
+        with in_background(listen):
+            yield
     finally:
-        done.set()
-        thread.join()
         with suppress(Exception):
             internal_kv._internal_kv_del(f"{build}/", del_by_prefix=True, namespace=NAMESPACE)

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from craft_ray.background import in_background
 from craft_ray.run.metrics import Record, console_line, result_lines, validation_line
 from craft_ray.run.observers import Observer
 from craft_ray.storage.files import append_text
@@ -198,9 +199,8 @@ class FileObserver:
 def following(path: StoragePath, observer: Observer) -> Iterator[None]:
     """Pass to `observer` what a `FileObserver` in another process writes into `path`, while the body runs."""
     path.unlink(missing_ok=True)
-    done = threading.Event()
 
-    def follow() -> None:
+    def follow(done: threading.Event) -> None:
         position, ended = 0, False
         poll_s = STORE_POLL_S if isinstance(path, ObjectPath) else POLL_S
         while not ended:
@@ -224,13 +224,10 @@ def following(path: StoragePath, observer: Observer) -> Iterator[None]:
                 else:
                     observer.steps(message["steps"])
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
     try:
-        yield
+        with in_background(follow):
+            yield
     finally:
-        done.set()
-        thread.join()
         path.unlink(missing_ok=True)
 
 

@@ -24,7 +24,11 @@ from craft_ray.errors import ConfigError
 from craft_ray.models.chat import ChatTemplate
 from craft_ray.models.loading import load_processor, reason
 from craft_ray.models.text import TextEncoder
+from craft_ray.storage.last import through_last
+from craft_ray.storage.node_cache import local_copy
+from craft_ray.storage.paths import ObjectPath, StoragePath, storage_path
 
+WEIGHTS = "*.safetensors"
 IMAGES_TRIED = 4
 """Images whose tokens are counted: a processor that tiles gives more to a large one."""
 
@@ -92,13 +96,14 @@ def look_at_model(path: str, key: str = "--model") -> ModelFacts:
     Raises:
         ConfigError: there is none, or of no kind that can be trained.
     """
-    folder = Path(path)
+    located = local_copy(path, key, without=WEIGHTS)
+    folder = Path(located)
     if folder.is_dir() and (folder / "adapter_config.json").exists():
         raise ConfigError(f"{key} {path} is an adapter: merge it into its model first (craft-ray merge)")
-    if _is_policy(path):
-        return ModelFacts(path, "lerobot", parameters=stored_parameters(folder))
+    if _is_policy(located):
+        return ModelFacts(path, "lerobot", parameters=stored_parameters(storage_path(path)))
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(located)
     except Exception as error:  # the hub's client and a damaged file may raise anything
         raise ConfigError(
             f"{key} {path}: no config of a model is read from it ({reason(error)}): specify a folder that "
@@ -118,7 +123,8 @@ def look_at_model(path: str, key: str = "--model") -> ModelFacts:
             f"{key} {path} is of type {config.model_type}, which is neither a language model nor an image-text-to-"
             f"text model of transformers, nor a policy of LeRobot: choose another model"
         )
-    located = str(folder.absolute()) if folder.is_dir() else path
+    if folder.is_dir():
+        located = str(folder.absolute())
     processor = load_processor(processor_class, ModelConfig(kind=kind, path=located))
     with torch.device("meta"):
         module = auto_class.from_config(config)
@@ -136,14 +142,14 @@ def look_at_model(path: str, key: str = "--model") -> ModelFacts:
     )
 
 
-def stored_parameters(folder: Path) -> int:
+def stored_parameters(folder: StoragePath) -> int:
     """Numbers in the safetensors files of a folder, by their headers: eight bytes of length, then JSON.
 
     https://github.com/huggingface/safetensors#format
     """
     total = 0
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
+    for path in (through_last(folder) if isinstance(folder, ObjectPath) else folder).glob(WEIGHTS):
+        with path.open("rb") if isinstance(path, Path) else path.open_input() as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
         total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

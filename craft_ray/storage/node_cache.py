@@ -53,13 +53,14 @@ def filled_once(name: str, root: Path | None = None) -> Iterator[tuple[Path, boo
         yield target, not target.exists()
 
 
-def local_copy(path: str, key: str) -> str:
+def local_copy(path: str, key: str, without: str | None = None) -> str:
     """The same file, folder or pattern on this node: `path` itself, or a copy of what it names in an object store.
 
     A copy is identified by the names, sizes and times of its files, so files that have changed are copied again.
 
     Args:
         key: the config key that names the path, for errors.
+        without: pattern of the names of files that are left out of a copy.
 
     Raises:
         ConfigError: there is nothing at the path in an object store, or the system does not let this user read it.
@@ -71,7 +72,8 @@ def local_copy(path: str, key: str) -> str:
     is_file = remote.is_file()
     pattern = remote.name if glob.has_magic(remote.name) and not is_file else None
     root = remote.parent if pattern or is_file else remote
-    found = [info for info in root.listing() if info.is_file and _is_named(info, root, remote, pattern)]
+    named = [info for info in root.listing() if info.is_file and _is_named(info, root, remote, pattern)]
+    found = [info for info in named if without is None or not fnmatch(info.base_name, without)]
     if not found:
         raise ConfigError(f"{key}: there is nothing at {path}: specify a file, a folder or a pattern of files")
     files = [[info.path, info.size, str(info.mtime)] for info in found]

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from craft_ray.config import Experiment, parse_config
 from craft_ray.errors import ConfigError
 from craft_ray.init.model import stored_parameters
+from craft_ray.storage.paths import ObjectPath, copy_tree
 from tests.support.experiments import Digits
 
 GIB = 2**30
@@ -121,3 +122,20 @@ def test_the_parameters_of_a_policy_are_read_from_its_files(tmp_path: Path) -> N
     tensors: dict[str, Any] = {"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.bfloat16), "c": torch.zeros(())}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert stored_parameters(tmp_path) == 15 + 7 + 1
+
+
+def test_of_a_model_in_an_object_store_no_weights_are_fetched(
+    config: Experiment, object_store: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRAFT_RAY_CACHE", str(tmp_path / "cache"))
+    stored = object_store / "room"
+    copy_tree(Path(config.model.path), stored / "model")
+    assert worker_memory(config.changed({"model.path": str(stored / "model")})) == worker_memory(config)
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy/config.json").write_text('{"type": "act"}')
+    save_file({"weight": torch.zeros(3, 5)}, tmp_path / "policy/model.safetensors")
+    copy_tree(tmp_path / "policy", stored / "policy")
+    assert module.look_at_model(str(stored / "policy")).parameters == 15
+    fetched = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert "config.json" in fetched
+    assert "model.safetensors" not in fetched

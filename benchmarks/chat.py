@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import statistics
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from craft_ray.config import Experiment, load_config
 from craft_ray.examples.chat import build_model, write_data
 from craft_ray.quiet import quiet_libraries
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.interpolation import interpolated
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train
 from craft_ray.storage.files import new_folder
@@ -36,8 +37,10 @@ from craft_ray.workers import OneWorker
 CONFIG = Path(__file__).parent.parent / "pipelines/configs/demo_chat.yaml"
 ALL, SUFFIX = {"craft.positions": ["all"]}, {"craft.positions": ["suffix"]}
 FIXED = {"craft.lambda_lr": 0.0, "craft.lambda_floor": 0.0, "craft.use_grad_projection": False}
+PLAIN = {"craft.enabled": False}
+LORA = {"adapter": {"r": 16, "alpha": 16}}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {"craft.enabled": False},
+    "plain": PLAIN,
     "hidden all": ALL,
     "hidden suffix": SUFFIX,
     "hidden suffix, fixed λ 5": {**SUFFIX, **FIXED, "craft.initial_lambda": 5.0},
@@ -47,8 +50,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hidden suffix, keep 0.9": {**SUFFIX, "craft.keep": 0.9, "validation.every": 8, "validation.new": None},
     "hidden suffix, ε 0.02": {**SUFFIX, "craft.epsilon_start": 0.02},
     "logits suffix, fixed λ 1": {"craft.retention_mode": "logits", "craft.epsilon_start": 0.05, **FIXED},
+    "hidden suffix, fixed λ 20": {**SUFFIX, **FIXED, "craft.initial_lambda": 20.0},
+    "plain, rate 3e-5": {**PLAIN, "train.learning_rate": 3e-5},
+    "LoRA r 16, rate 1e-3": {**PLAIN, **LORA, "train.learning_rate": 1e-3},
+    "LoRA r 16, rate 3e-4": {**PLAIN, **LORA, "train.learning_rate": 3e-4},
+    "plain, interpolated": {**PLAIN, "train.keep_checkpoints": 1},
 }
 """In the order in which they run, a seed at a time."""
+INTERPOLATED = "plain, interpolated"
+ALPHAS = (0.3, 0.5, 0.7, 0.8, 0.9)
 
 
 def main() -> None:
@@ -67,7 +77,7 @@ def main() -> None:
         for seed in arguments.seeds:
             for variant in arguments.only:
                 if (variant, seed) not in {(row["variant"], row["seed"]) for row in rows_of(arguments.out)}:
-                    row = {"variant": variant, "seed": seed, **run(config, VARIANTS[variant], seed)}
+                    row = {"variant": variant, "seed": seed, **run(config, variant, seed)}
                     with arguments.out.open("a") as file:
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     print(table([row], "validation")[-1], flush=True)
@@ -96,18 +106,31 @@ def problem(folder: Path) -> Experiment:
     return config
 
 
-def run(config: Experiment, changes: dict[str, Any], seed: int) -> dict[str, Any]:
+def run(config: Experiment, variant: str, seed: int) -> dict[str, Any]:
     """One run: scores of the teacher and of the student on each split, and how the budget was met."""
-    config = config.changed({**changes, "seed": seed})
-    scratch = Path(config.output_dir) / "benchmark-run"
-    shutil.rmtree(scratch, ignore_errors=True)
-    folder = RunFolder(scratch)
-    folder.begin(config, ["benchmarks/chat.py"])
-    train(config, folder, OneWorker(), NullObserver())
-    result, last = folder.finished(), folder.read_validation()[-1]
-    assert result is not None
-    lambdas = [record["craft/lambda"] or 0.0 for record in folder.read_metrics()]
-    row = {
+    config = config.changed({**VARIANTS[variant], "seed": seed})
+    with tempfile.TemporaryDirectory(dir=config.output_dir) as scratch:
+        folder = RunFolder(Path(scratch) / "run")
+        folder.begin(config, ["benchmarks/chat.py"])
+        train(config, folder, OneWorker(), NullObserver())
+        result, last = folder.finished(), folder.read_validation()[-1]
+        assert result is not None
+        if variant == INTERPOLATED:
+            between = RunFolder(Path(scratch) / "between")
+            between.begin(config, ["benchmarks/chat.py"])
+            result = interpolated(config, folder, between, OneWorker(), print, ALPHAS)
+            last = next(record for record in result["alphas"] if record["alpha"] == result["alpha"])
+            return {**scores(between, result, last), **facts(config, folder, result), "alphas": result["alphas"]}
+        return {**scores(folder, result, last), **facts(config, folder, result)}
+
+
+def scores(folder: RunFolder, result: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """What was kept and learnt on either split.
+
+    Args:
+        last: the last validation.
+    """
+    return {
         "validation": {
             "kept": last["old/ratio"],
             "new_nats": math.log(last["new/score"]) if "new/score" in last else None,
@@ -122,6 +145,13 @@ def run(config: Experiment, changes: dict[str, Any], seed: int) -> dict[str, Any
             "new_nats": math.log(result["new"]["after"]),
             "new_nats_teacher": math.log(result["new"]["before"]),
         },
+    }
+
+
+def facts(config: Experiment, folder: RunFolder, result: dict[str, Any]) -> dict[str, Any]:
+    """How the budget was met, and what the run took."""
+    lambdas = [record["craft/lambda"] or 0.0 for record in folder.read_metrics()]
+    return {
         "retention_loss": result.get("retention_loss"),
         "epsilon": result.get("epsilon"),
         "lambda": statistics.fmean(lambdas[-len(lambdas) // 4 :]),
@@ -129,8 +159,6 @@ def run(config: Experiment, changes: dict[str, Any], seed: int) -> dict[str, Any
         "steps": config.train.steps,
         "seconds": result["seconds"],
     }
-    shutil.rmtree(scratch)
-    return row
 
 
 def nats(records: Iterable[dict[str, Any]]) -> float:
@@ -155,12 +183,13 @@ def table(rows: list[dict[str, Any]], split: str) -> list[str]:
         def listed(values: Iterable[float | None], form: str) -> str:
             return " ".join("–" if value is None else format(value, form) for value in values)
 
-        budget = [None if variant == "plain" else row["retention_loss"] / row["epsilon"] for row in runs]
+        free = not VARIANTS[variant].get("craft.enabled", True)
+        budget = [None if free else row["retention_loss"] / row["epsilon"] for row in runs]
         lines.append(
             f"| {variant} | {listed((row['seed'] for row in runs), 'd')} | "
             f"{listed((row[split]['kept'] for row in runs), '.3f')} | "
             f"{listed((row[split]['new_nats'] for row in runs), '.3f')} | {listed(budget, '.2f')} | "
-            f"{listed((None if variant == 'plain' else row['lambda'] for row in runs), '.2f')} |"
+            f"{listed((None if free else row['lambda'] for row in runs), '.2f')} |"
         )
     return lines
 

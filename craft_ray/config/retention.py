@@ -34,7 +34,7 @@ class AnchorsConfig(Section):
     """The inputs of the old skill. Several skills may have one each instead (section `skills`)."""
     modes: Annotated[tuple[RetentionMode, ...], AfterValidator(distinct)] = ("hidden", "token_ce")
     """`hidden` stores hidden states, `token_ce` the teacher's own greedily generated suffix tokens, `logits` the
-    teacher's most likely next tokens."""
+    teacher's most likely next tokens, `replay` the data's responses."""
     positions: Positions = None
     """Token positions whose hidden states are stored. Default: `suffix` for vision-language models and
     with `model.chat_template`, `all` for other language models, which performed best (docs/anchors.md)."""

@@ -24,8 +24,8 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "adamw_8bit", "policy"] = "adamw"
     """`adamw` is AdamW with the keys below; `adamw_8bit` keeps its two moments in 8 bits by blocks of 256
     (arXiv 2110.02861; needs the extra `8bit`). `policy` is what a LeRobot policy's own config says: its optimiser
-    (Adam or AdamW), learning rate and schedule, weight decay, betas, epsilon and clipping; the keys `learning_rate` to
-    `max_grad_norm` are then left out (docs/lerobot.md)."""
+    (Adam or AdamW), learning rate and schedule, weight decay, betas, epsilon and clipping; their keys
+    are then left out here (docs/lerobot.md)."""
     learning_rate: float = Field(1e-4, gt=0)
     mask_loss_above: float | None = Field(None, gt=0)
     """Response tokens whose loss under the teacher is above this many nats are not learnt (arXiv 2501.14315); a

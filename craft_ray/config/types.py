@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 ARMS = ("baseline", "token_ce", "hidden")
-MOST_VARIANTS = 16
+MOST_VARIANTS = 25
 """As many as a report can distinguish by colour and marker."""
 Precision = Literal["fp32", "bf16"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -1,8 +1,8 @@
 """How the arms are named and drawn: one colour and one marker each, everywhere in the report.
 
 The colours are from Okabe and Ito's set, which people with any colour vision can distinguish
-(https://jfly.uni-koeln.de/color/), except for the brown, which is darker than all of them; the markers distinguish the
-arms in print.
+(https://jfly.uni-koeln.de/color/), except for the brown, which is darker than all of them, and the grey; the markers
+distinguish the arms in print.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ _FIRST = (
     ("#56b4e9", "D", "M0-5 5 0 0 5-5 0Z"),
     ("#e69f00", "P", "M-1.8-5h3.6v3.2H5v3.6H1.8V5h-3.6V1.8H-5v-3.6h3.2Z"),
     ("#a0522d", "p", "M0-5 4.8-1.5 2.9 4h-5.8l-1.9-5.5Z"),
+    ("#767676", "X", "M-5-3.4-3.4-5 0-1.6 3.4-5 5-3.4 1.6 0 5 3.4 3.4 5 0 1.6-3.4 5-5 3.4-1.6 0Z"),
 )
 VARIANTS = tuple(
     (color, marker, path)
-    for shift in range(4)
+    for shift in range(len(_FIRST))
     for (color, _, _), (_, marker, path) in zip(_FIRST, _FIRST[shift:] + _FIRST[:shift], strict=True)
 )
-"""The first four differ in both, the next in the combination."""
+"""The first five differ in both, the next in the combination."""
 assert len(VARIANTS) == MOST_VARIANTS
 
 

@@ -31,7 +31,7 @@ Params = dict[str, Any]
 
 NUMBERS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}
 KINDS = (*NUMBERS, "choice", "grid")
-SHIPPED = ("craft", "ablation", "smoke")
+SHIPPED = ("craft", "ablation", "price", "smoke")
 SECTIONS = ("craft", "train", "adapter")
 KNOBS = ("task.limit", "seed")
 PINNED = ("craft.anchor_cache_dir", "train.precision", "train.checkpoint_every", "train.keep_checkpoints")
@@ -174,7 +174,7 @@ class Space:
 
 
 def load_space(source: str | Path) -> Space:
-    """The space in a YAML file, or a shipped one by its name (`craft`, `ablation`, `smoke`).
+    """The space in a YAML file, or a shipped one by its name (`SHIPPED`).
 
     Raises:
         ConfigError: it is missing or empty, or a knob or distribution is invalid.

@@ -1,7 +1,7 @@
 """The command `craft-ray`: one subcommand for each stage.
 
 Exit codes: 0 done; 2 usage or config; 3 finished, but the retention
-budget was not met, or no setting of a sweep is within the bounds; 4 cache
+budget or craft.keep was not met, or no setting of a sweep is within the bounds; 4 cache
 refused; 130 interrupted (Ctrl-C, SIGTERM); 1 anything else. A user's mistake is reported in
 one line, never as a traceback.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,15 +149,15 @@ def test_variants_are_arms_with_a_distinct_style(runs: list[RunFolder], tmp_path
 
 
 def test_no_two_arms_look_alike() -> None:
-    first = [(style.color, style.marker, style.path) for style in ARMS.values()] + list(VARIANTS[:4])
+    first = [(style.color, style.marker, style.path) for style in ARMS.values()] + list(VARIANTS[:5])
     for part in zip(*first, strict=True):
         assert len(set(part)) == len(first)
     assert len(set(VARIANTS)) == len(VARIANTS)
 
 
 def test_more_variants_than_can_be_distinguished_are_refused(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, name, 0, mode="hidden") for name in "abcdefghijklmnopq"]
-    with pytest.raises(ConfigError, match="p, q, but a report can distinguish 16"):
+    runs = [write_run(tmp_path, name, 0, mode="hidden") for name in string.ascii_lowercase]
+    with pytest.raises(ConfigError, match="y, z, but a report can distinguish 25"):
         report(runs, tmp_path)
 
 

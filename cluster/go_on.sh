@@ -16,21 +16,28 @@ stage=$1
 folder=$2
 shift 2
 
-started=$(python - "$folder" <<'PYTHON'
+state=$(python - "$folder" <<'PYTHON'
+import json
 import sys
-from craft_ray.errors import CraftError
+from craft_ray.errors import NOT_MET, CraftError
 from craft_ray.storage.paths import storage_path
 
 folder = storage_path(sys.argv[1])
 try:
-    print(any((folder / name).exists() for name in ("config.yaml", "sweep.yaml")))
+    if (folder / "config.yaml").exists() and (folder / "result.json").exists():
+        result = json.loads((folder / "result.json").read_text())
+        print(NOT_MET if result.get("multiplier") == "adaptive" and not result["feasible"] else 0)
+    else:
+        print("started" if any((folder / name).exists() for name in ("config.yaml", "sweep.yaml")) else "new")
 except CraftError as error:
     sys.exit(f"go_on.sh: {error.message}")
 PYTHON
 )
-if [ "$started" = True ]; then
-  exec craft-ray "$stage" --resume "$folder"
-fi
+case $state in
+  new) ;;
+  started) exec craft-ray "$stage" --resume "$folder" ;;
+  *) echo "go_on.sh: the run $folder is finished"; exit "$state" ;;  # with the exit code that it had
+esac
 if [ "$stage" = sweep ]; then
   set -- "$@" --out "$folder"
 fi

@@ -20,7 +20,7 @@ from craft_ray.config.data import (
     ending,
     recognised,
 )
-from craft_ray.config.differences import deciding_difference, differences
+from craft_ray.config.differences import deciding_difference, deciding_settings, differences
 from craft_ray.config.evaluation import (
     EvalSet,
     EvaluationConfig,
@@ -102,6 +102,7 @@ __all__ = [
     "as_format",
     "batch_sizes",
     "deciding_difference",
+    "deciding_settings",
     "differences",
     "dump_config",
     "ending",

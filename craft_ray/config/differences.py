@@ -47,10 +47,13 @@ def deciding_difference(original: Experiment, given: Experiment, places: bool = 
     Args:
         places: whether the places of data and caches count, because nothing else says what was there.
     """
-    before, after = _deciding(original), _deciding(given)
-    if not places:
-        before, after = _without_places(before), _without_places(after)
-    return next(differences(before, after), None)
+    settings = _deciding if places else deciding_settings
+    return next(differences(settings(original), settings(given)), None)
+
+
+def deciding_settings(config: Experiment) -> dict[str, Any]:
+    """What decides the numbers of a run, as a tree; not where its data and its cache are, whose content has hashes."""
+    return _without_places(_deciding(config))
 
 
 def _without_places(tree: dict[str, Any]) -> dict[str, Any]:

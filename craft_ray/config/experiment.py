@@ -258,6 +258,11 @@ class Experiment(Section):
                 f"anchors.gpus_per_actor is {self.anchors.gpus_per_actor:g}, but model.kind is lerobot, and a policy "
                 f"is not spread over several GPUs: set it to 1"
             )
+        if model.kind == "lerobot" and self.train.mask_loss_above is not None:
+            raise ValueError(
+                f"train.mask_loss_above is {self.train.mask_loss_above:g}, but model.kind is lerobot: it masks tokens "
+                f"of text; leave it out"
+            )
         if model.attention == "flash_attention_2" and (model.dtype, self.train.precision) == ("float32", "fp32"):
             raise ValueError(
                 "model.attention is flash_attention_2, which computes in bfloat16, but train.precision is fp32: set "

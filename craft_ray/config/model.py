@@ -48,6 +48,11 @@ class ModelConfig(Section):
     """LeRobotDatasets (folders or hub names) whose statistics widen those of a policy's normaliser. By default the
     teacher's own statistics stay unchanged, whatever the new data are."""
 
+    @property
+    def on_host(self) -> Self:
+        """The same weights for a process that trains nothing: without what only decides how a GPU computes."""
+        return self.model_copy(update={"attention": None, "compile": False})
+
     @model_validator(mode="after")
     def _images_are_read(self) -> Self:
         if self.image_processor and self.kind != "vision_language":

@@ -115,7 +115,7 @@ def _members(text: str) -> Iterator[str]:
     at = text.index("[") + 1
     while (at := _behind_space(text, at)) < len(text) and text[at] != "]":
         _, end = decoder.raw_decode(text, at)
-        yield " ".join(text[at:end].splitlines())
+        yield text[at:end].replace("\r", " ").replace("\n", " ")  # neither stands in a string of valid JSON
         at = _behind_space(text, end)
         at += text[at] == ","
 

@@ -21,7 +21,7 @@ from craft_ray.report.rollouts import rollouts
 from craft_ray.report.runs import FinishedRun, read_runs
 from craft_ray.report.settings import differences
 from craft_ray.report.skills import skill_rows, skills_plot
-from craft_ray.report.summary import new_ratio, old_ratio, summarize
+from craft_ray.report.summary import new_ratio, old_ratio, one_old_metric, summarize
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
 from craft_ray.storage.files import write_atomically
@@ -89,6 +89,8 @@ def view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dic
         return alone(arms[arm][0]) if len(arms[arm]) == 1 else over_seeds
 
     def after_interval(arm: str, skill: str) -> list[float] | None:
+        if summary[arm][f"{skill}_after"] is None:
+            return None
         return arm_interval(arm, f"{skill}_after", lambda run: sampling_interval(run, skill, "after"))
 
     def old_ratio_interval(arm: str) -> list[float] | None:
@@ -120,6 +122,7 @@ def view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dic
         "old_ratio_interval": old_ratio_interval,
         "new_ratio_interval": new_ratio_interval,
         "paired": paired(runs),
+        "one_old_metric": one_old_metric([run.result for run in runs]),
         "units": list(dict.fromkeys(wording.loss_unit(run) for run in runs if run.result["feasible"] is not None)),
         "held": {arm: wording.is_held(chosen[0]) for arm, chosen in arms.items()},
         "is_held": wording.is_held,

@@ -56,7 +56,7 @@ def runs_at(paths: Sequence[StoragePath]) -> list[RunFolder]:
     for path in paths:
         inner: list[StoragePath] = [path]
         if (path / "trials").exists():
-            inner = sorted(path.glob("trials/*/seed*"), key=str)
+            inner = sorted((run for trial in (path / "trials").glob("*") for run in trial.glob("seed*")), key=str)
         runs = [RunFolder(each) for each in inner if (each / "config.yaml").exists()]
         if not runs:
             raise ConfigError(f"{path} is neither a run nor a sweep: it has no config.yaml and no trials")

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from craft_ray.config import deciding_settings
 from craft_ray.errors import ConfigError
 from craft_ray.report.runs import FinishedRun
 
 WHERE = ("seed", "name", "variant", "output_dir", "about", "compare", "workers")
 """Keys and sections that distinguish runs or say where they ran; they do not decide an arm's numbers."""
-LOCATIONS = ("path", "anchor_cache_dir")
-"""Last parts of keys that name a location. What is at the location is compared by its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,9 @@ def _text(value: Any) -> str:
 
 
 def _check_one_arm(first: FinishedRun, run: FinishedRun) -> None:
-    ours, theirs = (dict(_flat(r.config.model_dump(mode="json"))) for r in (first, run))
+    ours, theirs = (dict(_flat(deciding_settings(r.config))) for r in (first, run))
     for key in dict.fromkeys([*ours, *theirs]):
-        top, last = key.split(".")[0], key.split(".")[-1]
-        if top in WHERE or last in LOCATIONS:
+        if key in ("seed", "name", "variant", "model.path"):  # the last has a hash, which is compared
             continue
         if ours.get(key) != theirs.get(key):
             raise ConfigError(

@@ -29,11 +29,18 @@ def summarize(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
         ConfigError: an arm has two runs of one seed, or runs of different budgets.
     """
     _check_seeds(results)
+    old_scores = one_old_metric(results)
     plain = {result["seed"]: result for result in results if result["arm"] == "baseline"}
     return {
-        arm: _summary([result for result in results if result["arm"] == arm], plain)
+        arm: _summary([result for result in results if result["arm"] == arm], plain, old_scores)
         for arm in in_order(result["arm"] for result in results)
     }
+
+
+def one_old_metric(results: Sequence[Result]) -> bool:
+    """Whether the old scores of these runs can be averaged. Of several skills the one that lost most stands for all,
+    and it may be another one in another run, which is scored by another metric."""
+    return len({result["old"].get("metric") for result in results}) == 1
 
 
 def new_ratio(result: Result, plain: Result | None) -> float | None:
@@ -48,13 +55,13 @@ def old_ratio(result: Result) -> float | None:
     return None if result["old"]["after"] is None else result["old"]["ratio"]
 
 
-def _summary(runs: Sequence[Result], plain: dict[int, Result]) -> dict[str, Any]:
+def _summary(runs: Sequence[Result], plain: dict[int, Result], old_scores: bool) -> dict[str, Any]:
     judged = [run["feasible"] for run in runs]
     return {
         "runs": len(runs),
         **_over_seeds("old_ratio", [old_ratio(run) for run in runs]),
         **_over_seeds("new_ratio", [new_ratio(run, plain.get(run["seed"])) for run in runs]),
-        **_over_seeds("old_after", [run["old"]["after"] for run in runs]),
+        **_over_seeds("old_after", [run["old"]["after"] if old_scores else None for run in runs]),
         **_over_seeds("new_after", [run["new"]["after"] for run in runs]),
         **_over_seeds("retention_loss", [run["retention_loss"] for run in runs]),
         "epsilon": _budget(runs),
@@ -71,10 +78,22 @@ def _over_seeds(name: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def _budget(runs: Sequence[Result]) -> float | None:
-    targets = {run["certificate"]["keep"] if "certificate" in run else None for run in runs}
-    if targets != {None} and len(targets) == 1:
-        return statistics.fmean(run["epsilon"] for run in runs)  # a budget that followed the skill, in each run its own
-    budgets = {run["epsilon"] for run in runs}
+    """The budget of an arm. None where it is no single number: of several skills, which have one each, the result tells
+    that of the one furthest above it, and that may be another one in each run."""
+    if any(run.get("skills") for run in runs):
+        own = [
+            {name: skill.get("epsilon") for name, skill in run["skills"].items() if "certificate" not in skill}
+            for run in runs
+        ]
+        budgets = {run["epsilon"] for run in runs}
+        if all(each == own[0] for each in own):
+            return budgets.pop() if len(budgets) == 1 else None
+        budgets = {str(each) for each in own}
+    else:
+        targets = {run["certificate"]["keep"] if "certificate" in run else None for run in runs}
+        budgets = {run["epsilon"] for run in runs}
+        if targets != {None} and len(targets) == 1:  # budgets that followed the skill, in each run its own
+            return statistics.fmean(run["epsilon"] for run in runs)
     if len(budgets) > 1:
         raise ConfigError(
             f"the {runs[0]['arm']} runs have the budgets {_listed(budgets)}: report runs of one budget together"

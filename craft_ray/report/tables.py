@@ -9,7 +9,7 @@ from craft_ray.report import wording
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.settings import differences
 from craft_ray.report.skills import skill_rows
-from craft_ray.report.summary import new_ratio, old_ratio, summarize
+from craft_ray.report.summary import new_ratio, old_ratio, one_old_metric, summarize
 from craft_ray.report.table import Table
 
 
@@ -21,10 +21,11 @@ def report_tables(runs: Sequence[FinishedRun]) -> list[Table]:
 
 def arms_table(runs: Sequence[FinishedRun]) -> Table:
     """The teacher before training, and the means of each arm over its seeds."""
-    first = runs[0].result
+    first, one_metric = runs[0].result, one_old_metric([run.result for run in runs])
     teacher = {
         "arm": "teacher", "runs": None,
-        "old_after": first["old"]["before"], "old_ratio": 1.0 if first["old"]["before"] else None,
+        "old_after": first["old"]["before"] if one_metric else None,
+        "old_ratio": 1.0 if first["old"]["before"] else None,
         "new_after": first["new"]["before"],
     }  # fmt: skip
     labels = {run.arm: run.style.label for run in runs}
@@ -49,8 +50,8 @@ def arms_table(runs: Sequence[FinishedRun]) -> Table:
     metrics = [first[skill].get("metric") for skill in ("old", "new")]
     old, new = (wording.METRICS[metric] if metric else "not scored" for metric in metrics)
     headings = [
-        "Arm", f"Old skill, {old}", "Old, of the teacher's", f"New skill, {new}", "New, of plain's", "Retention loss",
-        "Budget ε", "Budget met",
+        "Arm", f"Old skill, {old if one_metric else 'several metrics'}", "Old, of the teacher's", f"New skill, {new}",
+        "New, of plain's", "Retention loss", "Budget ε", "Budget met",
     ]  # fmt: skip
     caption = "Means of the arms over seeds; in brackets, 95 % intervals by Student's t"
     return Table("arms", caption, headings, shown, records)

@@ -24,7 +24,7 @@ class BestValidation:
 
     def __init__(self, config: Experiment) -> None:
         self._objective, self._patience = config.train.keep_best, config.train.patience
-        self._every = config.validation.every
+        self._every, self._steps = config.validation.every, config.train.steps
         self._verdict: Verdict | None = None
         self._waited = 0
         self.step: int | None = None
@@ -67,7 +67,7 @@ class BestValidation:
             "kept": {
                 "step": self.step,
                 "trained_steps": trained,
-                "ended_early": self.exhausted,
+                "ended_early": self.exhausted and trained < self._steps,
                 "metric": self._objective.metric,
                 "value": self._verdict.value,
                 "reached": self._verdict.reached,

@@ -77,10 +77,13 @@ def save_checkpoint(
         try:
             check(target / "model")
         except CraftError:
+            remove_tree(folder / f"{REFUSED}{target.name}")  # of an earlier start of the same run
             target.replace(folder / f"{REFUSED}{target.name}")  # no run resumes from it
             raise
     point_last(folder, target.name)
-    for old in sorted(folder.glob("step_*"), key=checkpoint_step)[:-keep]:
+    found = sorted(folder.glob("step_*"), key=checkpoint_step)
+    until = found.index(target) + 1  # those behind it are of a run that went back to an earlier step
+    for old in [*found[:until][:-keep], *found[until:]]:
         if checkpoint_step(old) != spared:
             shutil.rmtree(old)
     return target
@@ -96,7 +99,7 @@ def check_saved(config: ModelConfig, precision: Precision, model: Model, folder:
     """
     kept = f"{folder.parent.parent}/{REFUSED}{folder.parent.name}"
     try:
-        loaded = load_model(config, precision, "cpu", weights=str(folder)).module.state_dict()
+        loaded = load_model(config.on_host, precision, "cpu", weights=str(folder)).module.state_dict()
     except CraftError as error:
         raise ModelError(
             f"what was saved does not load: {error.message}; nothing resumes from it, it is kept in {kept}"
@@ -150,7 +153,7 @@ def load_training_state(checkpoint: Path) -> TrainingState:
 
 def load_weights(model: Model, config: ModelConfig, precision: Precision, checkpoint: Path) -> None:
     """Give a model in training the weights of one of its run's checkpoints."""
-    loaded = load_model(config, precision, "cpu", weights=str(checkpoint / "model"))
+    loaded = load_model(config.on_host, precision, "cpu", weights=str(checkpoint / "model"))
     model.module.load_state_dict(loaded.module.state_dict())
 
 

@@ -121,6 +121,9 @@ class RunFolder:
     def push_parts(self, name: str, workers: Workers) -> None:
         """As `push_checkpoint`, for a checkpoint of which each worker has written a part; all of them call it."""
 
+    def push_pointer(self, name: str) -> None:
+        """Let other processes see that `last` points to a checkpoint that they see already. Nothing to do here."""
+
     def push_checkpoint(self) -> None:
         """Let other processes see the last checkpoint, and none that was removed. Nothing to do here."""
 

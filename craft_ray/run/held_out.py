@@ -150,6 +150,10 @@ class HeldOut:
             result["old"] = worst(skills) or result["old"]
         return result
 
+    def forget_student(self) -> None:
+        """Score the student again where it is asked for: its weights have changed without a validation."""
+        self._after.clear()
+
     def certificates(self) -> dict[str | None, dict[str, Any]]:
         """Whether the stated part of each old skill is kept, for `result.json`; none in plain fine-tuning."""
         return {skill: self._certificate(skill, keep) for skill, keep in self._kept_parts.items()}

@@ -68,10 +68,11 @@ def between(
     Args:
         model: the teacher, if it is loaded already.
     """
-    student = load_model(config.model, config.train.precision, "cpu", str(checkpoint / "model"))
+    student = load_model(config.model.on_host, config.train.precision, "cpu", str(checkpoint / "model"))
     if student.adapter is not None:
         adapters.merge(student)
-    teacher = model or load_model(config.model, config.train.precision, device)
+    own = config.model.on_host if device.type == "cpu" else config.model
+    teacher = model or load_model(own, config.train.precision, device)
     return Interpolation(teacher, student.module.state_dict())
 
 

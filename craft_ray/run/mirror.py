@@ -103,6 +103,9 @@ class RunMirror(RunFolder):
         copy_tree(last, home / last.name)
         self._point_last(last.name)
 
+    def push_pointer(self, name: str) -> None:
+        point_last(self.home / "checkpoints", name)
+
     def push_parts(self, name: str, workers: Workers) -> None:
         home = self.home / "checkpoints" / name
         if workers.rank == 0:

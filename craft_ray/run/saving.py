@@ -70,14 +70,16 @@ class CheckpointWriter:
             self._folder.checkpoint(checkpoint_name(self._best.step))
 
     def back_to(self, step: int, model: Model) -> TrainingState:
-        """Make an earlier checkpoint the run's model, in memory and as `checkpoints/last`."""
+        """Give the model the weights of an earlier checkpoint. The run resumes from its last one until `keep`."""
         checkpoint = self._folder.checkpoint(checkpoint_name(step))
         load_weights(model, self._config.model, self._config.train.precision, checkpoint)
+        return load_training_state(checkpoint)
+
+    def keep(self, step: int) -> None:
+        """Make an earlier checkpoint `checkpoints/last`, which is the run's model."""
         if self._workers.rank == 0:
             point_last(self._folder.disk / "checkpoints", checkpoint_name(step))
-            self._folder.push_checkpoint()
-        self._workers.gather(None)
-        return load_training_state(checkpoint)
+            self._folder.push_pointer(checkpoint_name(step))
 
     def _write_sharded(self, model: Model, state: TrainingState, gradients: GradientPair, optimizer: Optimizer) -> None:
         """With all workers. At the last step it gets a `model` folder, and its weights are compared with those in

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
@@ -168,7 +169,7 @@ def check_exported(config: ModelConfig, precision: Precision, trained: str, fold
     Raises:
         ModelError: it holds other weights.
     """
-    if load_model(config, precision, "cpu", weights=str(folder)).weights_fingerprint() != trained:
+    if load_model(config.on_host, precision, "cpu", weights=str(folder)).weights_fingerprint() != trained:
         raise ModelError(
             f"{folder} is not what was trained: its weights differ when it is loaded again, so the save_pretrained of "
             f"this model does not fit its from_pretrained: choose another model or version of transformers; what was "
@@ -183,7 +184,7 @@ def whole_model(checkpoint: Path, config: ModelConfig, precision: Precision) -> 
         StorageError: a file of it is missing or not what was written.
     """
     check_files(checkpoint, OneWorker())
-    model = load_model(config, precision)
+    model = load_model(config.on_host, precision)
     read_parts(checkpoint, named_tensors(model))
     return model
 
@@ -235,7 +236,7 @@ def _described(folder: Path, *files: Path) -> dict[str, Any]:
 def _writing(target: Path) -> Iterator[None]:
     try:
         yield
-    except (CheckpointException, RuntimeError, ValueError, OSError) as error:
+    except (CheckpointException, RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise StorageError(
             f"checkpoint {target} could not be written ({_cause(error)}): free space or choose another output_dir, "
             f"then resume with --resume; earlier checkpoints are untouched"

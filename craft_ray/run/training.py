@@ -30,7 +30,7 @@ from craft_ray.run.best import BestValidation
 from craft_ray.run.checkpoint import TrainingState
 from craft_ray.run.claim import only_process
 from craft_ray.run.folder import RunFolder
-from craft_ray.run.held_out import HeldOut
+from craft_ray.run.held_out import HeldOut, eval_sets
 from craft_ray.run.identity import check_same, record
 from craft_ray.run.judgement import judged
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
@@ -162,17 +162,17 @@ class Run:
         self.checkpoints.write(self.model, state, self.gradients, self.optimizer)
 
     def _return_to(self, step: int) -> None:
-        """Make an earlier step's checkpoint the run's model: its weights, and the budget and λ that belong to them."""
+        """Return to an earlier step: its weights, and the budget and λ that belong to them."""
         state = self.checkpoints.back_to(step, self.model)
         self.constraints.load_state_dicts(state.constraints)
+        self.held_out.forget_student()
         self.step = state.step
 
     # -- data
 
-    def batches(self) -> Iterator[StepData]:
-        """This worker's part of each remaining step, prepared and copied to the device by another thread."""
-        config = self.config.train
-        return prefetch(self._step_data, self.step, config.steps, config.prefetch)
+    def batches(self, stop: int) -> Iterator[StepData]:
+        """This worker's part of each step until `stop`, prepared and copied to the device by another thread."""
+        return prefetch(self._step_data, self.step, stop, self.config.train.prefetch)
 
     def _step_data(self, step: int) -> StepData:
         device = self.workers.device
@@ -185,7 +185,7 @@ class Run:
     def validations(self) -> Iterator[Record]:
         """Train to the end, and validate every `validation.every` steps and at the end."""
         validation, steps = self.config.validation, self.config.train.steps
-        wanted = bool(validation.every or validation.old or validation.new)
+        wanted = bool(validation.every or eval_sets(self.config, "validation"))
         every = validation.every or steps
         past = {record["step"]: record for record in self.workers.gather(self.folder.read_validation())[0]}
         self.best.observe(past.values())
@@ -221,7 +221,7 @@ class Run:
         config = self.config.train
         stop = min(until or config.steps, config.steps)
         buffer = MetricsBuffer([constraint.skill for constraint in self.constraints.held])
-        with closing(self.batches()) as batches:  # type: ignore[type-var]
+        with closing(self.batches(stop)) as batches:  # type: ignore[type-var]
             while self.step < stop:
                 interruption.check()
                 started = time.perf_counter()
@@ -261,13 +261,16 @@ class Run:
     def conclude(self) -> None:
         """Score the student, certify the budget on held-out anchors, and write the result."""
         config, trained = self.config, self.step
-        if self.best.step not in (None, trained):
-            self._return_to(self.best.step)
+        kept = None if self.best.step == trained else self.best.step
+        if kept is not None:
+            self._return_to(kept)
         result: dict[str, Any] = {"name": config.name, "arm": config.arm, "seed": config.seed, "steps": self.step}
         result |= {"task_samples": self.task.count} | self.best.described(trained)
         result |= self.held_out.evaluation()
         result |= judged(self.constraints.certificates(self.step), self.held_out.certificates(), result)
         result["stationarity"] = self._stationarity()
+        if kept is not None:  # only now: a process that is lost before resumes from the last step
+            self.checkpoints.keep(kept)
         if self.main:
             result["seconds"] = math.fsum(record["perf/step_s"] for record in self.folder.read_metrics())
             self.folder.write_result(result)

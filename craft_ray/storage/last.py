@@ -43,8 +43,9 @@ def forget_last(folder: ObjectPath) -> None:
 
 
 def through_last(path: ObjectPath) -> ObjectPath:
-    """Resolve `last` within a path, as a symbolic link on a disk would be resolved."""
-    for link in path.parents:
+    """Resolve `last` in a path, as a symbolic link on a disk would be resolved."""
+    for link in (path, *path.parents):
         if link.name == LAST and link.is_file():
-            return ObjectPath(f"{link.parent / link.read_text()}/{path.key.relative_to(link.key)}")
+            target = link.parent / link.read_text()
+            return target if link == path else target / str(path.key.relative_to(link.key))
     return path

@@ -251,6 +251,7 @@ def check_space(space: Space, base: Experiment, allowed: Callable[[Experiment], 
             f"{space.name} searches nothing: each of its knobs has a condition that the config does not meet and the "
             f"space does not search"
         )
+    _check_read(space, base)
     for params in space.corners(base):
         changed(base, params, space.name, allowed)
     for number in range(max(CHECKED_DRAWS, base.sweep.samples * len(space.grid()))):
@@ -278,6 +279,25 @@ def _never(space: Space, base: Experiment, cases: tuple[Distribution, ...]) -> b
     return all(
         any(key not in space.knobs and _get(base, key) not in values for key, values in case.when) for case in cases
     )
+
+
+def _check_read(space: Space, base: Experiment) -> None:
+    """Refuse a knob that changes nothing, whatever is drawn: its trials would be equal."""
+    for key in space.knobs:
+        section, _, name = key.partition(".")
+        if section != "craft":
+            continue
+        if not base.craft.enabled and "craft.enabled" not in space.knobs:
+            raise ConfigError(
+                f"{space.name}: {key} changes nothing, because craft.enabled is false: set it to true, or leave the "
+                f"knobs of craft out"
+            )
+        own = name in ("keep", "epsilon_start") and [getattr(skill, name) for skill in base.skills.values()]
+        if own and None not in own and (name == "keep" or base.craft.epsilon_end is None):
+            raise ConfigError(
+                f"{space.name}: {key} changes nothing, because each skill has its own {name}: leave it out of one "
+                f"(skills.{next(iter(base.skills))}.{name}), or out of the space"
+            )
 
 
 def _is_number(text: str) -> bool:

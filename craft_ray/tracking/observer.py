@@ -42,7 +42,7 @@ class TrackingObserver:
         self._log([record])
 
     def done(self, result: dict[str, Any]) -> None:
-        """Log the numbers of the result at its last step as `result/...`."""
+        """Log the numbers of the result at its last step as `result/...`; the run has ended, whatever others do."""
         self.inner.done(result)
         numbers = {
             "result/" + key.replace(".", "/"): value
@@ -50,6 +50,7 @@ class TrackingObserver:
             if isinstance(value, int | float)
         }
         self._log([{"step": result["steps"], **numbers}])
+        self._end("finished")
 
     def _log(self, records: Sequence[Record]) -> None:
         for run in list(self._runs):
@@ -73,6 +74,10 @@ class TrackingObserver:
         status: Status = "finished"
         if kind is not None:
             status = "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
+        self._end(status)
+
+    def _end(self, status: Status) -> None:
         for run in list(self._runs):
             with self._surviving(run):
                 run.end(status)
+        self._runs.clear()

@@ -63,7 +63,7 @@ from craft_ray.retention.reforward import Agreement, reforward
 from craft_ray.run.rows import anchor_rows, check_rows
 from craft_ray.storage.files import clear_leftovers, readable_bytes
 from craft_ray.storage.lock import exclusive_lock
-from craft_ray.storage.paths import StoragePath, storage_path
+from craft_ray.storage.paths import ObjectPath, StoragePath, storage_path
 from craft_ray.workers import OneWorker
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def build(config: Experiment, say: Any = print) -> Built:
     """
     anchors, folder = anchors_section(config)
     check_kept(folder, "craft.anchor_cache_dir")
+    if isinstance(folder, ObjectPath) and len(folder.key.parts) == 1:
+        raise ConfigError(f"craft.anchor_cache_dir is {folder}, a whole bucket: name a folder in it, {folder}/anchors")
     refusal = CacheRefused(f"another process is building the cache in {folder}: wait until it is done")
     # Two builds at a time would delete each other's half-written files.
     with exclusive_lock(folder.with_name(f".{folder.name}.lock"), refusal):
@@ -111,7 +113,7 @@ def preview(config: Experiment, say: Any = print) -> None:
 def _opened(config: Experiment, anchors: AnchorsConfig, say: Any) -> tuple[Model, Source]:
     """The teacher and the anchors, which it can read."""
     say(f"loading the teacher {config.model.path}")
-    model = load_model(config.model, config.train.precision)
+    model = load_model(config.model.on_host, config.train.precision)
     source = open_anchor_source(anchors, config.skills)
     model.check_source(source)
     return model, source
@@ -357,7 +359,7 @@ def verify(folder: StoragePath, config: Experiment | None, rows: int, say: Any =
     check_files(folder, manifest)
     say(f"{len(manifest.shards)} shards are undamaged, {manifest.identity.rows} anchors, each id once")
     if config is not None:
-        model = load_model(config.model, config.train.precision)
+        model = load_model(config.model.on_host, config.train.precision)
         report_agreement(say, reforward(folder, manifest, config, model, rows))
 
 
@@ -382,7 +384,7 @@ def import_legacy(legacy: Path, config: Experiment, check: bool, say: Any = prin
     check_kept(folder, "craft.anchor_cache_dir")
     if config.skills:
         raise ConfigError("earlier shards do not say which skill an anchor belongs to: import them without skills")
-    model = load_model(config.model, config.train.precision)
+    model = load_model(config.model.on_host, config.train.precision)
     shards = ShardFiles(legacy)
 
     def reproduced(written: StoragePath, manifest: Manifest) -> None:

@@ -20,17 +20,20 @@ from craft_pipelines.console import QuarterObserver, Together, following, line, 
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.room import Room, room
 from craft_pipelines.session import join
-from craft_pipelines.train import PlannedRun, check_inputs, run_name, run_on_trainer
+from craft_pipelines.train import PlannedRun, check_inputs, run_name, run_on_trainer, tracked
 from craft_ray.config import ARMS, Experiment
 from craft_ray.data.task import open_task
 from craft_ray.errors import ConfigError
 from craft_ray.report.html import write_report
+from craft_ray.run.claim import claimed
 from craft_ray.run.folder import RunFolder, command_line
 from craft_ray.run.identity import check_config, check_task, record
 from craft_ray.run.interpolation import interpolated
 from craft_ray.run.mirror import mirrored_folder
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, storage_path
+from craft_ray.tracking.observer import TrackingObserver
+from craft_ray.tracking.opening import open_trackers
 from craft_ray.workers import OneWorker
 
 CONSTRAINED_COST = 2.0
@@ -188,10 +191,13 @@ def _train_groups(runs: Sequence[PlannedRun]) -> None:
     groups = balance(runs, found.count)
     with ExitStack() as stack:
         together = Together(stack.enter_context(screen()), len(runs), sum(run.config.train.steps for run in runs))
+        trackers = open_trackers(config.tracking, storage_path(config.output_dir))
         for run in runs:
+            stack.enter_context(claimed(run.folder))
             label = f"{run.config.arm} seed {run.config.seed}"
             observer = QuarterObserver(label, run.config.train.steps, run.config.arm, together)
-            stack.enter_context(following(run.folder.progress, observer))
+            watched = stack.enter_context(TrackingObserver(observer, [tracked(tracker, run) for tracker in trackers]))
+            stack.enter_context(following(run.folder.progress, watched))
         if len(groups) == 1:
             run_on_trainer(groups[0], memory=found.memory)
             return

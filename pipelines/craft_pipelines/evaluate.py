@@ -30,8 +30,8 @@ from craft_ray.run.scoring import evaluate as score
 from craft_ray.run.sharded_checkpoint import SHARDS
 from craft_ray.statistics import mcnemar
 from craft_ray.storage.files import write_atomically
-from craft_ray.storage.last import last_checkpoint
-from craft_ray.storage.paths import StoragePath
+from craft_ray.storage.last import last_checkpoint, through_last
+from craft_ray.storage.paths import ObjectPath, StoragePath
 from craft_ray.workers import OneWorker
 
 TEACHER = "teacher"
@@ -63,7 +63,7 @@ def evaluate(
     if out is not None and out.suffix != ".json":
         raise ConfigError(f"--out is {out}: give a .json file; the samples are written to a .jsonl file next to it")
     if out is not None:
-        check_kept(out, "--out")
+        check_kept(out.parent if out.is_file() else out, "--out")  # the same command may be given again
     folders = labelled([model_folder(path) for path in checkpoints])
     sources = {
         skill: open_eval_set(found, key_of(config, "evaluation", skill))
@@ -111,6 +111,7 @@ def model_folder(path: StoragePath) -> StoragePath:
     Raises:
         ConfigError: the path is none of them, or the run has no checkpoint.
     """
+    path = through_last(path) if isinstance(path, ObjectPath) else path
     if not path.exists():
         raise ConfigError(f"--checkpoint {path} does not exist: give a run, one of its checkpoints, or a model folder")
     if _holds_model(path):

@@ -14,8 +14,8 @@ from craft_ray.models.base import Model
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.sharded_checkpoint import SHARDS, whole_model
 from craft_ray.storage.files import new_folder
-from craft_ray.storage.last import last_checkpoint
-from craft_ray.storage.paths import StoragePath, copy_tree
+from craft_ray.storage.last import last_checkpoint, through_last
+from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree
 
 
 def merge(path: StoragePath, out: StoragePath, say: Any = print) -> None:
@@ -38,7 +38,7 @@ def merge(path: StoragePath, out: StoragePath, say: Any = print) -> None:
     model_folder = checkpoint / "model"
     if not (model_folder / adapters.CONFIG).exists():
         raise ConfigError(f"{model_folder} is a whole model already, its run trained no adapter: use it as it is")
-    model = load_model(config.model, config.train.precision, weights=str(model_folder))
+    model = load_model(config.model.on_host, config.train.precision, weights=str(model_folder))
     adapters.merge(model)
     _save(model, out)
     say(f"merged the adapter of {checkpoint} into {config.model.path}: {out}")
@@ -64,6 +64,7 @@ def checkpoint_of(path: StoragePath) -> tuple[RunFolder, StoragePath]:
     Raises:
         ConfigError: there is no such run or checkpoint.
     """
+    path = through_last(path) if isinstance(path, ObjectPath) else path
     is_run = (path / "config.yaml").exists()
     checkpoint = last_checkpoint(RunFolder(path).checkpoints) if is_run else path.resolve()
     if checkpoint is None or not ((checkpoint / "model").exists() or (checkpoint / SHARDS).exists()):

@@ -61,9 +61,13 @@ def room(config: Experiment, what: str, most: int | None, say: Callable[[str], N
     if "memory" in each:  # the user's own request
         say(f"up to {wanted} {what}(s) at a time")
         return Room(wanted, None)
+    try:
+        expected = worker_memory(config)
+    except ConfigError as error:  # an estimate refuses nothing: what cannot be loaded is refused where it is
+        say(f"up to {wanted} {what}(s) at a time; the memory that one takes is not estimated ({error.message})")
+        return Room(wanted, None)
     largest = max(int(node.resources.get("memory", 0)) for node in alive_nodes())
-    expected = worker_memory(config)
-    memory = min(expected, largest)  # one runs in any case: an estimate refuses nothing
+    memory = min(expected, largest)  # one runs in any case
     count = max(1, min(wanted, capacity({**each, "memory": memory}) // workers))
     say(
         f"up to {count} {what}(s) at a time: a worker takes about {_gib(expected)} of memory, a node has up to "

@@ -252,6 +252,10 @@ def test_go_on_starts_a_new_run_and_resumes_a_started_one(tmp_path: Path) -> Non
     assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1"), "no run in an empty folder"
     (tmp_path / "runs/a/config.yaml").touch()
     assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train --resume runs/a")
+    for result, code in (('{"feasible": true}', 0), ('{"feasible": false, "multiplier": "adaptive"}', 3)):
+        (tmp_path / "runs/a/result.json").write_text(result)
+        ended = (code, "go_on.sh: the run runs/a is finished")
+        assert go_on("train", "runs/a", "run.yaml", "seed=1") == ended, "a finished run has the exit code that it had"
     (tmp_path / "s").mkdir()
     (tmp_path / "s/sweep.yaml").touch()
     assert go_on("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep --resume s")

@@ -286,7 +286,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("compare.variants={Near: {}}", "compare.variants.Near"),
         ("compare.variants={hidden: {}}", "compare.variants.hidden"),
         ("compare.variants={near: 3}", "compare.variants.near"),
-        (f"compare.variants={{{', '.join(f'v{number}: {{}}' for number in range(17))}}}", "compare.variants"),
+        (f"compare.variants={{{', '.join(f'v{number}: {{}}' for number in range(26))}}}", "compare.variants"),
         ("compare.variants={near: {epsilon_start: 0}}", "compare.variants.near"),
         ("variant=baseline", "variant"),
         ("seed=-1", "seed"),
@@ -401,6 +401,10 @@ def test_a_threshold_of_the_dot_product_has_any_size(minimal: Path) -> None:
             "workers.sharding is full, but model.compile",
         ),
         (["model.kind=lerobot", "model.attention=eager"], "model.attention is eager, but model.kind is lerobot"),
+        (
+            ["model.kind=lerobot", "train.mask_loss_above=2.5"],
+            "train.mask_loss_above is 2.5, but model.kind is lerobot",
+        ),
         (
             ["model.attention=flash_attention_2"],
             "model.attention is flash_attention_2, which computes in bfloat16, but",

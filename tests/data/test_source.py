@@ -103,6 +103,14 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
 }
 
 
+def test_a_list_is_read_with_every_character_that_ends_a_line_somewhere(tmp_path: Path) -> None:
+    """JSON has no line breaks within a text, but Unicode has characters for them that may stand there as they are."""
+    rows = [{**ROWS[0], "question": "one\u2028two\u2029three\u0085four\x7f", "answer": "x\r\ny"}]
+    (tmp_path / "list.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), newline="")
+    (sample,) = source(tmp_path / "list.json")
+    assert (sample.prompt, sample.response) == (rows[0]["question"], rows[0]["answer"])
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_samples(name: str, tmp_path: Path) -> None:
     found = source(FORMATS[name](tmp_path / name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from craft_pipelines.train import run_name
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.report.html import write_report
+from craft_ray.run.claim import claimed
 from craft_ray.run.folder import RunFolder
 from tests.support.experiments import Digits
 
@@ -100,6 +101,45 @@ def test_a_variant_can_be_added_to_a_finished_comparison(
     assert "CRaFT last" in page
     runs = [RunFolder(tmp_path / "out" / "runs" / f"digits-{arm}-seed0") for arm in ("last", "prefix")]
     assert list(write_report(runs, tmp_path, title="", command="")["summary"]) == ["last", "prefix"]
+
+
+class Book:
+    """A tracker that notes what it is given."""
+
+    name = "book"
+
+    def __init__(self) -> None:
+        self.logged: dict[str, list[int]] = {}
+        self.ended: dict[str, str] = {}
+
+    def start(self, name: str, params: Any, parent: Any = None, id: str | None = None) -> Page:
+        return Page(self, name)
+
+
+class Page:
+    def __init__(self, book: Book, id: str) -> None:
+        self.book, self.id = book, id
+
+    def log(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self.book.logged.setdefault(self.id, []).extend(record["step"] for record in records)
+
+    def end(self, status: str) -> None:
+        self.book.ended[self.id] = status
+
+
+def test_each_run_of_a_comparison_is_tracked_and_claimed(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = Book()
+    monkeypatch.setattr("craft_pipelines.compare.open_trackers", lambda *_: [book])
+    config = experiment(digits, tmp_path, {"compare.variants": {"prefix": PREFIX}})
+    runs = [f"digits-{arm}-seed0" for arm in ("baseline", "prefix")]
+    with claimed(RunFolder(tmp_path / "out" / "runs" / runs[1])), pytest.raises(ConfigError, match="another process"):
+        compare(config, ("baseline", "prefix"), (0,), tmp_path / "out")
+    book.ended.clear()
+    compare(config, ("baseline", "prefix"), (0,), tmp_path / "out")
+    assert book.ended == dict.fromkeys(runs, "finished")
+    assert all(set(range(1, 7)) <= set(book.logged[run]) for run in runs)
 
 
 def test_a_variant_that_the_cache_cannot_serve_is_refused_before_any_run(digits: Digits, tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ def test_a_model_and_its_checkpoint_are_shown_side_by_side(command: Command, wor
     code, printed, err = command("evaluate", world / "run.yaml", "--checkpoint", run_folder(world), "--out", out)
     assert code == 0, err
     result = json.loads(out.read_text())
+    again, _, err = command("evaluate", world / "run.yaml", "--checkpoint", run_folder(world), "--out", out)
+    assert again == 0, err
+    assert json.loads(out.read_text()) == result
     trained = RunFolder(run_folder(world)).finished()
     assert trained is not None
     label = "digits-baseline-seed0/step_000006"

@@ -139,3 +139,15 @@ def test_of_a_model_in_an_object_store_no_weights_are_fetched(
     fetched = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert "config.json" in fetched
     assert "model.safetensors" not in fetched
+
+
+def test_what_cannot_be_estimated_refuses_nothing(
+    config: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An adapter as the model, code of its own, a revision that is not at hand: training loads them."""
+    cluster(monkeypatch, (4, 8))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    count, memory, line = asked(config.changed({"model.path": str(tmp_path / "adapter")}))
+    assert (count, memory) == (4, None)
+    assert line.startswith("up to 4 run(s) at a time; the memory that one takes is not estimated (model.path ")

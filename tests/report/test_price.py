@@ -11,6 +11,7 @@ from craft_ray.config import parse_config
 from craft_ray.errors import ConfigError
 from craft_ray.report.price import Point, cheapest, points_of, price_lines, runs_at
 from craft_ray.run.folder import RunFolder
+from craft_ray.storage.paths import ObjectPath, copy_tree
 
 Row = tuple[int, float | None, float]
 """Step, part that was kept, new score."""
@@ -50,6 +51,13 @@ def test_the_cheapest_point_keeps_enough_and_has_the_best_new_score(tmp_path: Pa
     )
     assert "(0/seed0, step 9; its checkpoint was not kept)" in lines[2]
     assert lines[3] == "keep 99.5%: no validation kept so much; the most is 99.0% at new 0.400"
+
+
+def test_a_sweep_in_an_object_store_has_its_trials(tmp_path: Path, object_store: ObjectPath) -> None:
+    run_at(tmp_path / "sweep" / "trials" / "0" / "seed0", [(9, 0.955, 0.75)])
+    copy_tree(tmp_path / "sweep", object_store / "priced")
+    (point,), _ = points_of(runs_at([object_store / "priced"]))
+    assert (point.kept, point.new) == (0.955, 0.75)
 
 
 def test_a_lower_perplexity_is_better(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from craft_ray.report.examples import examples
 from craft_ray.report.html import write_report
 from craft_ray.report.runs import read_runs
 from craft_ray.report.summary import summarize
+from craft_ray.report.tables import report_tables
 from craft_ray.report.thin import curve
 from craft_ray.run.folder import RunFolder
 from tests.support.reports import EVIL, Page, data_file, report, write_run
@@ -260,6 +262,62 @@ def test_runs_that_are_not_comparable_are_refused(tmp_path: Path) -> None:
     (foreign.path / "teacher.json").write_text('{"weights": "another"}')
     with pytest.raises(ConfigError, match="the teacher is another"):
         report([hidden, foreign], tmp_path)
+
+
+def test_runs_of_one_arm_may_differ_in_what_a_resumed_run_may_change(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(seed), "hidden", seed) for seed in range(2)]
+    config = runs[1].config()
+    runs[1].write_config(config.changed({"train.checkpoint_every": 7, "train.log_every": 3, "about": {"old": "x"}}))
+    report(runs, tmp_path)
+    runs[1].write_config(config.changed({"train.learning_rate": 0.5}))
+    with pytest.raises(ConfigError, match=r"train\.learning_rate is .*, but 0\.5 in"):
+        report(runs, tmp_path)
+
+
+def with_skills(run: RunFolder, worst: str, metric: str = "exact_match", **epsilons: float) -> RunFolder:
+    """A run with a budget for each skill, of which `worst` is the furthest above it."""
+    result = json.loads(run.result.read_text())
+    result["skills"] = {
+        name: {**result["old"], "retention_loss": 0.04, "epsilon": epsilon, "feasible": name != worst, "lambda": 1.0}
+        for name, epsilon in epsilons.items()
+    }
+    result |= {
+        "epsilon": epsilons[worst],
+        "feasible": False,
+        "old": {**result["old"], "metric": metric, "skill": worst},
+    }
+    run.result.write_text(json.dumps(result))
+    return run
+
+
+def test_skills_have_a_budget_each_and_any_of_them_may_be_the_worst(tmp_path: Path) -> None:
+    budgets = {"drawer": 0.02, "door": 0.05}
+    runs = [
+        with_skills(write_run(tmp_path / str(seed), "hidden", seed, predictions=False), worst, **budgets)
+        for seed, worst in enumerate(budgets)
+    ]
+    result, _ = report(runs, tmp_path)
+    assert result["summary"]["hidden"]["epsilon"] is None
+    with_skills(runs[1], "door", drawer=0.03, door=0.05)
+    with pytest.raises(ConfigError, match="report runs of one budget together"):
+        report(runs, tmp_path)
+
+
+def test_scores_of_different_metrics_have_no_mean(tmp_path: Path) -> None:
+    """Of several skills the worst stands for all: in one run an exact match, in another a perplexity."""
+    budgets = {"drawer": 0.02, "door": 0.05}
+    runs = [
+        with_skills(write_run(tmp_path / str(seed), "hidden", seed, predictions=False), worst, metric, **budgets)
+        for seed, (worst, metric) in enumerate((("drawer", "exact_match"), ("door", "perplexity")))
+    ]
+    result, page = report(runs, tmp_path)
+    numbers = result["summary"]["hidden"]
+    assert numbers["old_after"] is None
+    assert numbers["old_ratio"] is not None
+    assert "several metrics" in page
+    (arms,) = [table for table in report_tables(read_runs(runs)) if table.name == "arms"]
+    assert "Old skill, several metrics" in arms.headings
+    assert arms.shown[0][1] == arms.shown[1][1] == "–"
 
 
 def test_unfinished_runs_and_own_folders_are_refused(tmp_path: Path) -> None:

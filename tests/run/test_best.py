@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import result_lines
 from craft_ray.run.mirror import mirrored_folder
 from craft_ray.run.observers import NullObserver
-from craft_ray.run.training import train, training
+from craft_ray.run.training import Run, train, training
+from craft_ray.storage.last import point_last
 from craft_ray.storage.paths import ObjectPath
 from craft_ray.sweep.trials import TrialFolder, trial_config
 from craft_ray.workers import OneWorker
@@ -192,3 +194,62 @@ def test_a_comparison_chooses_in_each_arm_and_a_sweep_by_its_own_objective(
     assert (arm.validation, arm.train.keep_best) == (config.validation, config.train.keep_best)
     trial = trial_config(config, {}, TrialFolder(tmp_path / "trials" / "0000"), 0)
     assert (trial.train.keep_best, trial.train.keep_checkpoints) == (None, 0)
+
+
+def test_a_run_that_is_lost_while_it_is_scored_trains_nothing_again(
+    best: RunFolder, digits: Digits, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = choosing(digits, cached), RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    with monkeypatch.context() as lost:
+        lost.setattr(Run, "_stationarity", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, folder, OneWorker(), NullObserver())
+    assert (folder.checkpoints / "last").resolve().name == "step_000006"
+    monkeypatch.setattr(Run, "loop", interrupted)
+    train(config, folder, OneWorker(), NullObserver())
+    assert result_of(folder) == result_of(best)
+    assert weights(folder) == weights(best)
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_checkpoints_behind_the_one_that_a_run_went_back_to_make_room_for_its_own(
+    digits: Digits, cached: Path, tmp_path: Path
+) -> None:
+    """The process was lost after `last` was pointed to the best checkpoint, and before the result was written."""
+    config = digits.experiment(cached, {"train.keep_checkpoints": 2})
+    folder = trained(config, tmp_path / "run")
+    folder.result.unlink()
+    for step in (8, 10):
+        shutil.copytree(folder.checkpoints / "step_000006", folder.checkpoints / f"step_{step:06d}")
+    point_last(folder.disk / "checkpoints", "step_000004")
+    train(config, folder, OneWorker(), NullObserver())
+    assert sorted(path.name for path in folder.checkpoints.glob("step_*")) == ["step_000004", "step_000006"]
+    assert (folder.checkpoints / "last").resolve().name == "step_000006"
+
+
+def test_the_certificate_is_of_the_model_that_is_kept(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    """Where no test data judge, the validation data do, and the last validation was of another model."""
+    scored = digits.scored(8)
+    changes = {
+        "evaluation.old": None,
+        "validation.old": scored["evaluation.old"] | {"metric": "perplexity"},
+        "craft.keep": 0.5,
+        "craft.epsilon_start": 0.05,
+    }
+    run = trained(choosing(digits, cached, changes), tmp_path / "run")
+    ratios = {record["step"]: record["old/ratio"] for record in run.read_validation()}
+    result = result_of(run)
+    assert result["certificate"]["judged_on"] == "validation"
+    assert result["certificate"]["kept"] == ratios[result["kept"]["step"]] != ratios[6]
+
+
+def test_a_run_whose_patience_ends_with_its_steps_did_not_end_early(
+    digits: Digits, cached: Path, tmp_path: Path
+) -> None:
+    run = trained(choosing(digits, cached, {"train.patience": 2}), tmp_path / "run")
+    kept = result_of(run)["kept"]
+    assert (kept["step"], kept["trained_steps"], kept["ended_early"]) == (2, 6, False)

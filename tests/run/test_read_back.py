@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from craft_ray.config import ModelConfig
-from craft_ray.errors import ModelError
+from craft_ray.errors import ConfigError, ModelError, StorageError
 from craft_ray.models import load_model
 from craft_ray.models.huggingface import HuggingFaceModel
 from craft_ray.run import saving
 from craft_ray.run.checkpoint import check_saved
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
-from craft_ray.run.sharded_checkpoint import check_exported
+from craft_ray.run.sharded_checkpoint import _writing, check_exported
 from craft_ray.run.training import train
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.workers import OneWorker
@@ -114,6 +115,9 @@ def test_other_weights_than_those_in_memory_end_the_run(
     assert last_checkpoint(checkpoints) is None
     assert [path.name for path in checkpoints.iterdir() if path.is_dir()] == ["refused_step_000002"]
     assert str(checkpoints / "refused_step_000002") in caught.value.message
+    with pytest.raises(ModelError) as again:  # the folder that was put aside is in nobody's way
+        run(digits, tmp_path, [], monkeypatch)
+    assert again.value.message == caught.value.message
 
 
 def one_bit_of_an_adapter(weights: dict[str, Tensor]) -> None:
@@ -147,3 +151,20 @@ def test_a_folder_of_a_sharded_run_is_compared_with_what_was_trained(text_model:
     assert caught.value.message.startswith(f"{folder} is not what was trained: its weights differ")
     assert caught.value.message.endswith(f"what was trained is in {tmp_path / 'step_000004' / 'sharded'}")
     assert "\n" not in caught.value.message
+
+
+def test_a_full_disk_under_the_model_of_a_sharded_run_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"could not be written \(No space left.*earlier checkpoints are untouched"):
+        with _writing(tmp_path):
+            raise SafetensorError("No space left on device")
+
+
+def test_what_a_gpu_computes_with_is_not_needed_to_read_weights(text_model: Path, tmp_path: Path) -> None:
+    """The checkpoint of a run on a GPU is loaded on the host, where this attention does not run."""
+    config = ModelConfig(path=str(text_model))
+    model = load_model(config, "fp32")
+    model.save(tmp_path / "model", final=tmp_path / "model")
+    gpu = ModelConfig(path=str(text_model), attention="flex_attention", compile=True)
+    with pytest.raises(ConfigError, match="trains on a GPU alone"):
+        load_model(gpu, "fp32")
+    check_saved(gpu, "fp32", model, tmp_path / "model")

@@ -191,6 +191,13 @@ def test_each_budget_follows_what_is_kept_of_its_own_skill(digits: Digits, folde
     assert result["feasible"] == (result["skills"]["near"]["feasible"] and result["skills"]["far"]["feasible"])
 
 
+def test_skills_alone_are_validated_after_the_last_step(digits: Digits, folder: Path, tmp_path: Path) -> None:
+    run = trained(two(digits, folder), tmp_path / "run")
+    (record,) = run.read_validation()
+    assert record["step"] == 6
+    assert record["skills/near/ratio"] > 0
+
+
 def test_a_column_says_which_skill_an_anchor_belongs_to(digits: Digits, tmp_path: Path) -> None:
     table = pq.read_table(digits.data / "anchors.parquet")[:30]
     path = tmp_path / "both.parquet"

@@ -462,6 +462,22 @@ def test_a_run_that_keeps_no_checkpoints_leaves_none(
     assert folder.finished()["steps"] == 6
 
 
+def test_no_sample_behind_the_next_validation_is_prepared(
+    digits: Digits, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be prepared again after it; of a stream, every row of the pass would be read again."""
+    prepared: list[int] = []
+    prepare = Run._step_data
+    monkeypatch.setattr(Run, "_step_data", lambda run, step: prepared.append(step) or prepare(run, step))
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(digits.experiment(cached), ["test"])
+    with closing(Run(digits.experiment(cached), folder, OneWorker(), NullObserver())) as run:
+        run.loop(until=2)
+        assert prepared == [0, 1]
+        run.loop()
+    assert prepared == [0, 1, 2, 3, 4, 5]
+
+
 def test_runs_of_one_process_share_preprocessed_samples(
     cached: Path, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from craft_pipelines.evaluate import model_folder
+from craft_pipelines.merge import checkpoint_of
 
 from craft_ray.config import parse_config
 from craft_ray.errors import ConfigError, StorageError
@@ -228,8 +230,13 @@ def test_an_input_is_copied_once_and_again_when_it_changes(bucket: ObjectPath) -
 def test_the_last_checkpoint_is_found_by_its_name_on_a_disk(bucket: ObjectPath) -> None:
     write_atomically(bucket / "checkpoints" / "step_000002" / "model" / "config.json", "{}")
     write_atomically(bucket / "checkpoints" / "last", "step_000002")
-    found = Path(local_copy(str(bucket / "checkpoints" / "last" / "model"), "model.path"))
-    assert (found / "config.json").read_text() == "{}"
+    for named in (("last", "model"), ("last",)):
+        found = Path(local_copy(str(bucket / "checkpoints" / "/".join(named)), "model.path"))
+        assert (found / "/".join(("model",)[len(named) - 1 :]) / "config.json").read_text() == "{}"
+    checkpoint = bucket / "checkpoints" / "step_000002"
+    assert model_folder(bucket / "checkpoints" / "last") == checkpoint / "model"
+    assert model_folder(bucket / "checkpoints" / "last" / "model") == checkpoint / "model"
+    assert checkpoint_of(bucket / "checkpoints" / "last")[1] == checkpoint
 
 
 TREE = {"model": {"path": "m"}, "task": {"path": "t.jsonl"}, "train": {"steps": 1}}

@@ -494,6 +494,20 @@ def test_what_can_be_drawn_must_be_a_valid_config(
 
 
 @pytest.mark.parametrize(
+    ("text", "changes", "own"),
+    [
+        ("craft.lambda_lr: {loguniform: [0.01, 1]}", {"craft.enabled": False}, "craft.enabled is false"),
+        ("craft.epsilon_start: {uniform: [0.1, 0.2]}", {}, "each skill has its own epsilon_start"),
+    ],
+)
+def test_a_knob_that_changes_nothing_is_refused(text: str, changes: dict[str, Any], own: str, tmp_path: Path) -> None:
+    base = experiment()
+    skills = {"near": {"anchors": {"path": "a.jsonl"}, "epsilon_start": 0.1}}
+    base = base.changed(changes or {"skills": skills, "anchors.source": None, "validation": {}, "evaluation": {}})
+    assert own in refusal(tmp_path / "space.yaml", text, base)
+
+
+@pytest.mark.parametrize(
     ("text", "changes", "reason"),
     [
         ("craft.retention_freq: {uniform: [1, 5]}", {}, "craft.retention_freq"),

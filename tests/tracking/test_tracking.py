@@ -437,8 +437,9 @@ def test_the_observer_logs_all_events_and_passes_them_on() -> None:
         observer.note("hello")
         observer.steps(steps)
         observer.validated(validation)
-        observer.done(result)
         assert run.ended == []
+        observer.done(result)
+        assert run.ended == ["finished"]
     assert run.ended == ["finished"]
     assert run.records == [
         *steps,

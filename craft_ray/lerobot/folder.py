@@ -287,18 +287,19 @@ def merge_statistics(processors: Processors, datasets: tuple[str, ...]) -> None:
             needed = _needed(step, feature)
             parts = [_numbers(own)]
             for name, other in others.items():
-                if needed or feature in other:
+                if needed is not None and (needed or feature in other):
                     parts.append(_mergeable(feature, _numbers(other.get(feature, {})), parts[0], needed, name))
             merged[feature] = _merged(parts)
         step.stats = merged
         step.to(device=step.device, dtype=step.dtype)
 
 
-def _needed(step: NormalizerProcessorStep | UnnormalizerProcessorStep, feature: str) -> Sequence[str]:
-    """The statistics of a feature that a data set must have: none of cameras (names may differ, the range is known)."""
+def _needed(step: NormalizerProcessorStep | UnnormalizerProcessorStep, feature: str) -> Sequence[str] | None:
+    """The statistics of a feature that a data set must have. None of a camera, which keeps its own: its range is known,
+    and they are often ImageNet's."""
     known = step.features.get(feature)
     if known is None or known.type is FeatureType.VISUAL:
-        return ()
+        return () if known is None else None
     return STATISTICS_NEEDED[step.norm_map.get(known.type, NormalizationMode.IDENTITY)]
 
 

@@ -64,6 +64,8 @@ def load_model(
             )
         model = _merged(config, precision, torch.device(device))
     else:
+        if adapters.is_adapter(config.path):
+            config = _with_processor(config)
         model = _load(config, precision, torch.device(device), None if adapted else weights, mesh, gpus)
     if weights is not None and adapted:
         adapters.load(model, Path(weights), config)
@@ -81,22 +83,33 @@ def teacher_of(config: Experiment, student: Model, untouched: bool) -> Callable[
 
 
 def _merged(config: ModelConfig, precision: Precision, device: torch.device) -> Model:
-    """The model that the adapter at `config.path` belongs to, with the adapter merged into it. It has the adapter's
-    processor, or its own if the adapter's folder has none."""
+    """The model that the adapter at `config.path` belongs to, with the adapter merged into it."""
     from craft_ray.models import adapters
-    from craft_ray.storage.node_cache import local_copy
 
     folder = Path(config.path)
-    base, revision = adapters.base_of(folder)
-    base = local_copy(base, f"the model that the adapter {folder} belongs to")
-    if config.kind != "lerobot" and not (folder / "tokenizer_config.json").exists():
-        config = config.model_copy(update={"path": base})
-    config = config.model_copy(update={"revision": revision})
+    base, _ = _base(folder)
+    config = _with_processor(config)
     model = _load(config, precision, device, base)
     adapters.load(model, folder, config.model_copy(update={"path": base}))
     adapters.merge(model)
     model.merged_adapter = folder
     return model
+
+
+def _with_processor(config: ModelConfig) -> ModelConfig:
+    """The config of an adapter, with the path of the model that it belongs to if its own folder has no processor."""
+    base, revision = _base(Path(config.path))
+    own = config.kind == "lerobot" or (Path(config.path) / "tokenizer_config.json").exists()
+    return config.model_copy(update={"revision": revision, **({} if own else {"path": base})})
+
+
+def _base(folder: Path) -> tuple[str, str | None]:
+    """The model on this node that an adapter belongs to, and its revision."""
+    from craft_ray.models import adapters
+    from craft_ray.storage.node_cache import local_copy
+
+    base, revision = adapters.base_of(folder)
+    return local_copy(base, f"the model that the adapter {folder} belongs to"), revision
 
 
 def _load(

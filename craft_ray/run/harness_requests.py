@@ -109,7 +109,9 @@ def replies(model: CausalLM, asked: Sequence[Prompt], size: int, workers: Worker
     found = [""] * len(asked)
     filler = model.from_tokens(_prefix(model), (), "filler")
     for indices in passes(model, features, size, workers):
-        chosen = [features[index] for index in indices] or [filler]
+        # Where workers share a model, all generate from equally many prompts: it may continue them one by one.
+        most = max(workers.gather(len(indices))) if model.sharded else len(indices)
+        chosen = [features[index] for index in indices] + [filler] * (most - len(indices))
         longest = max((asked[index].longest for index in indices), default=1)
         for index, tokens in zip(indices, model.generate(chosen, longest), strict=False):
             text = model.decode(tokens[: asked[index].longest])

@@ -4,7 +4,7 @@ by a function of the user's own."""
 from __future__ import annotations
 
 import re
-from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, InvalidOperation
 from typing import Any, Protocol
 
 from craft_ray.config import EvalSet, FunctionEvalSet, NumericEvalSet, RegexEvalSet
@@ -97,7 +97,10 @@ class Numeric:
 def last_number(text: str) -> Decimal | None:
     """The last number in a text; commas may separate its thousands."""
     found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+    try:
+        return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+    except InvalidOperation:  # its exponent is beyond every number's
+        return None
 
 
 class Pattern:

@@ -114,9 +114,10 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes | HarnessTas
 
 
 def source_identity(data: TaskConfig, model: Model) -> tuple[str, str]:
-    """The key of a source's features in a feature cache. It leaves out `limit`: a row is the same however many are
+    """The key of a source's features in a feature cache. It leaves out `limit` where a row is the same however many are
     read."""
-    return data.model_dump_json(exclude={"limit"}), model.sample_fingerprint()
+    drawn = getattr(data, "sample", None) is not None  # at random among the rows that the limit leaves
+    return data.model_dump_json(exclude=set() if drawn else {"limit"}), model.sample_fingerprint()
 
 
 class EvalData:
@@ -288,6 +289,11 @@ def _choice(data: EvalData, rows: Sequence[int], workers: Workers) -> list[dict[
     for sample in samples:
         choices, response = _choices(sample), sample.answer()
         own = list(islice(totals, len(choices)))
+        if any(map(math.isnan, own)):
+            raise DataError(
+                f"{sample.where}: the likelihood of a choice is not a number: the model's weights are broken, or its "
+                f"training has diverged (lower train.learning_rate)"
+            )
         prediction = choices[max(range(len(choices)), key=own.__getitem__)]
         wrong = [value for choice, value in zip(choices, own, strict=True) if choice != response]
         margin = own[choices.index(response)] - max(wrong)

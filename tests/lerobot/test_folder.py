@@ -6,7 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ import torch
 pytest.importorskip("lerobot")
 
 from craft_pipelines.anchors import build
+from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.datasets import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
+from lerobot.processor import NormalizerProcessorStep
 from safetensors.torch import load_file, save_file
 
 from craft_ray.config import Experiment, ModelConfig, parse_config
@@ -25,6 +28,7 @@ from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError, DataError, ModelError
+from craft_ray.lerobot.folder import Processors, merge_statistics
 from craft_ray.lerobot.pi0_fast import PI0Fast
 from craft_ray.lerobot.size import SIZE_FILE, sized
 from craft_ray.lerobot.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, write_text_tokenizer
@@ -520,6 +524,20 @@ def test_merged_statistics_scale_what_the_policy_sees_and_does(folder: Path, tmp
     np.testing.assert_allclose(encoded, 2 * (one.frame.actions[:8] - low) / (high - low) - 1, atol=1e-5)
     back = model.folder.processors.after(torch.tensor(encoded)[None])
     np.testing.assert_allclose(back[0].numpy(), one.frame.actions[:8], atol=1e-5)
+
+
+def test_a_camera_keeps_the_statistics_that_it_has(tmp_path: Path) -> None:
+    """They are often ImageNet's; those of the data set's pixels would shift every picture."""
+    other = write_dataset(tmp_path / "other", episodes=1)
+    camera = next(name for name in LeRobotDataset(other.name, root=other).meta.stats if "image" in name)
+    mean = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
+    step = NormalizerProcessorStep(
+        features={camera: PolicyFeature(FeatureType.VISUAL, (3, 8, 8))},
+        norm_map={FeatureType.VISUAL: NormalizationMode.MEAN_STD},
+        stats={camera: {"mean": mean, "std": torch.full((3, 1, 1), 0.225)}},
+    )
+    merge_statistics(cast(Processors, SimpleNamespace(normalizers=lambda: [step])), (str(other),))
+    assert torch.allclose(torch.as_tensor(step.stats[camera]["mean"]).float(), mean)
 
 
 def test_means_and_deviations_are_pooled_over_frames(own: Path, tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ def test_an_adapter_that_peft_itself_saved_is_a_teacher(text_model: Path, tmp_pa
     teacher = load_model(ModelConfig(path=str(tmp_path / "theirs")), "fp32")
     assert torch.allclose(logits(teacher.module), logits(module), atol=1e-4)
     assert teacher.adapter is None
+    teacher.save(tmp_path / "whole", final=tmp_path / "whole")  # as a checkpoint of a run that trained all of it
+    again = load_model(ModelConfig(path=str(tmp_path / "theirs")), "fp32", weights=str(tmp_path / "whole"))
+    assert again.weights_fingerprint() == teacher.weights_fingerprint()
 
 
 def test_the_state_of_an_adapter_is_two_hundredths_of_full_training() -> None:

@@ -130,6 +130,35 @@ def test_several_workers_give_the_score_of_one(text_model: Path, tasks: Path) ->
     assert results == [expected] * 3
 
 
+def test_workers_that_share_a_model_generate_from_equally_many_prompts(
+    text_model: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks of both kinds are in a batch, so workers have different numbers of prompts in it."""
+    models = [load_model(ModelConfig(path=str(text_model), max_length=512), "fp32") for _ in range(2)]
+    expected = score(models[0], opened(tasks, ["cups", "sums"], batch_size=2))
+    asked: dict[Model, list[int]] = {model: [] for model in models}
+    for model in models:
+        model.sharded = True
+        generate = model.generate  # type: ignore[attr-defined]
+
+        def counted(features: Any, longest: int, model: Model = model, generate: Any = generate) -> Any:
+            asked[model].append(len(features))
+            model.sharded = False  # here each worker has a whole model
+            try:
+                return generate(features, longest)
+            finally:
+                model.sharded = True
+
+        monkeypatch.setattr(model, "generate", counted)
+    table, barrier = [None] * 2, threading.Barrier(2)
+    data = [EvalData(model, *opened(tasks, ["cups", "sums"], batch_size=2)) for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(evaluate, each, Share(rank, 2, table, barrier)) for rank, each in enumerate(data)]
+        results = [run.result(timeout=120) for run in runs]
+    assert asked[models[0]] == asked[models[1]] != []
+    assert [result.value for result in results] == [expected.value] * 2
+
+
 def test_the_fingerprint_tells_what_decides_a_score(text: Model, tasks: Path, tmp_path: Path) -> None:
     def fingerprint(folder: Path, names: Any = "kitchen", **settings: Any) -> str:
         found = opened(folder, names, **settings)

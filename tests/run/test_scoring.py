@@ -21,7 +21,7 @@ from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.models import load_model
 from craft_ray.models.base import IGNORE, Batch, Model
-from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, ratio
+from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, ratio, source_identity
 from craft_ray.workers import OneWorker
 from tests.support.configs import data_config
 from tests.support.configs import eval_set as make_set
@@ -109,6 +109,24 @@ def test_choice_is_the_likeliest(text: Model, tmp_path: Path) -> None:
     assert [record["correct"] for record in result.records] == correct
     assert result.value == 4 / 5
     assert len({record["prediction"] for record in result.records}) > 1
+
+
+def test_a_model_whose_weights_are_broken_has_no_choice(text_model: Path, tmp_path: Path) -> None:
+    """The first choice would be taken, and be right wherever the right one stands first."""
+    model = load_model(ModelConfig(path=str(text_model)), "fp32")
+    with torch.no_grad():
+        model.module.get_output_embeddings().weight.fill_(math.nan)  # type: ignore[operator]
+    rows = [{"prompt": "?", "choices": ["a", "b"], "answer_index": 0}]
+    with pytest.raises(DataError, match="row 0: the likelihood of a choice is not a number: the model's weights are"):
+        score(model, questions(tmp_path / "a.jsonl", rows, "choice"))
+
+
+@pytest.mark.parametrize(("sample", "same"), [(None, True), (3, False)])
+def test_a_row_is_the_same_whatever_the_limit_unless_rows_are_drawn(
+    sample: int | None, same: bool, text: Model
+) -> None:
+    drawn = [data_config(format="lerobot", path="frames", sample=sample, limit=limit, columns=None) for limit in (5, 6)]
+    assert (source_identity(drawn[0], text) == source_identity(drawn[1], text)) is same
 
 
 def leaning(model: Model, token: str, by: float) -> Model:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -34,9 +35,25 @@ from craft_ray.method.pooling import is_mean, vector_count
 from craft_ray.models.base import Model, resolve_layers
 from craft_ray.models.capabilities import logits_model, token_model
 from craft_ray.storage.files import checksum, new_file
-from craft_ray.storage.paths import StoragePath, readable
+from craft_ray.storage.lock import exclusive_lock
+from craft_ray.storage.paths import ObjectPath, StoragePath, readable
 
 ESTIMATE_ROWS = 32
+
+
+@contextmanager
+def only_writer(folder: StoragePath) -> Iterator[None]:
+    """Let one process at a time write a cache: two would delete each other's half-written files.
+
+    Raises:
+        CacheRefused: another process is writing it.
+        ConfigError: the folder is a whole bucket, beside which there is no room for a lock.
+    """
+    if isinstance(folder, ObjectPath) and len(folder.key.parts) == 1:
+        raise ConfigError(f"craft.anchor_cache_dir is {folder}, a whole bucket: name a folder in it, {folder}/anchors")
+    refusal = CacheRefused(f"another process is writing the cache in {folder}: wait until it is done")
+    with exclusive_lock(folder.with_name(f".{folder.name}.lock"), refusal):
+        yield
 
 
 class Content(Protocol):

@@ -65,10 +65,11 @@ class RunMirror(RunFolder):
         self._pushing = threading.Lock()
 
     def pull(self) -> None:
-        for entry in self.home.iterdir():
-            if entry.name not in NOT_PULLED:
-                copy_tree(entry, self._local / entry.name)
-        self._pushed = {file: _state(file) for file in self._files()}
+        with self._pushing:  # a push meanwhile would replace what is whole by what is half fetched
+            for entry in self.home.iterdir():
+                if entry.name not in NOT_PULLED:
+                    copy_tree(entry, self._local / entry.name)
+            self._pushed = {file: _state(file) for file in self._files()}
         last = last_checkpoint(self.home / "checkpoints")
         if last is not None:
             (self._local / "checkpoints").mkdir()
@@ -135,7 +136,8 @@ class RunMirror(RunFolder):
             spent = 0.0
             while not done.wait(max(PUSH_S, spent / SHARE)):
                 started = time.monotonic()
-                with suppress(StorageError):  # the next push may succeed; if none does, the next checkpoint reports it
+                # The next push may succeed; if none does, the next checkpoint reports it. What was seen may be gone.
+                with suppress(StorageError, FileNotFoundError):
                     self.push()
                 spent = time.monotonic() - started
 
@@ -148,8 +150,8 @@ class RunMirror(RunFolder):
     def _files(self) -> list[Path]:
         """The files that are pushed whole; checkpoints and the result are pushed separately."""
         apart = (self._local / "checkpoints", self._local / self.result.name)
-        found = (file for file in self._local.rglob("*") if file.is_file() and not is_temporary(file))
-        return [file for file in found if not {file, *file.parents}.intersection(apart)]
+        files = [(file, {file, *file.parents}) for file in self._local.rglob("*") if file.is_file()]
+        return [file for file, path in files if not path.intersection(apart) and not any(map(is_temporary, path))]
 
     def _remote(self, file: Path) -> ObjectPath:
         return self.home / file.relative_to(self._local).as_posix()

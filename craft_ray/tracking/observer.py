@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -22,8 +22,13 @@ class TrackingObserver:
     A tracker that stops working loses its metrics but does not stop the training: it is reported once and dropped.
     """
 
-    def __init__(self, inner: Observer, runs: Sequence[TrackedRun]) -> None:
+    def __init__(self, inner: Observer, runs: Sequence[TrackedRun], say: Callable[[str], None] | None = None) -> None:
+        """
+        Args:
+            say: receives the report, in place of `inner`.
+        """
         self.inner = inner
+        self._say = say or inner.note
         self._runs = list(runs)
         self._step = 0
 
@@ -63,7 +68,7 @@ class TrackingObserver:
             yield
         except StorageError as error:
             self._runs.remove(run)
-            self.inner.note(f"{error.message}; the run continues without it, the run folder has all metrics")
+            self._say(f"{error.message}; the run continues without it, the run folder has all metrics")
 
     def __enter__(self) -> Self:
         return self

@@ -34,6 +34,7 @@ from craft_ray.anchors.build import (
     finished_shards,
     full_suffixes,
     identity_of,
+    only_writer,
 )
 from craft_ray.anchors.forward import tokens_per_pack
 from craft_ray.anchors.importing import import_shards
@@ -62,8 +63,7 @@ from craft_ray.quiet import quiet_libraries
 from craft_ray.retention.reforward import Agreement, reforward
 from craft_ray.run.rows import anchor_rows, check_rows
 from craft_ray.storage.files import clear_leftovers, readable_bytes
-from craft_ray.storage.lock import exclusive_lock
-from craft_ray.storage.paths import ObjectPath, StoragePath, storage_path
+from craft_ray.storage.paths import StoragePath, storage_path
 from craft_ray.workers import OneWorker
 
 if TYPE_CHECKING:
@@ -94,11 +94,7 @@ def build(config: Experiment, say: Any = print) -> Built:
     """
     anchors, folder = anchors_section(config)
     check_kept(folder, "craft.anchor_cache_dir")
-    if isinstance(folder, ObjectPath) and len(folder.key.parts) == 1:
-        raise ConfigError(f"craft.anchor_cache_dir is {folder}, a whole bucket: name a folder in it, {folder}/anchors")
-    refusal = CacheRefused(f"another process is building the cache in {folder}: wait until it is done")
-    # Two builds at a time would delete each other's half-written files.
-    with exclusive_lock(folder.with_name(f".{folder.name}.lock"), refusal):
+    with only_writer(folder):
         return _build(config, anchors, folder, say)
 
 
@@ -391,7 +387,8 @@ def import_legacy(legacy: Path, config: Experiment, check: bool, say: Any = prin
         if check:
             report_agreement(say, reforward(written, manifest, config, model, CHECKED_ROWS))
 
-    manifest = import_shards(shards, folder, config, model, reproduced, say)
+    with only_writer(folder):
+        manifest = import_shards(shards, folder, config, model, reproduced, say)
     say(
         f"anchor cache complete: {manifest.identity.rows} anchors from {len(shards.files)} legacy shards, "
         f"{manifest.vectors} vectors, {readable_bytes(manifest.bytes)}; it is in {folder}"

@@ -309,7 +309,7 @@ def demo(
 
     if preset not in stage.PRESETS:
         raise ConfigError(f"there is no preset '{preset}': choose {' or '.join(stage.PRESETS)}")
-    if out is not None and out.parts[0] == "s3:":
+    if out is not None and out.parts[:1] == ("s3:",):
         raise ConfigError("--out is in an object store, but a demo writes to a disk: choose a folder on it")
     if not stage.demo(out or Path(f"craft-demo-{preset}"), preset, quick):
         sys.exit(NOT_MET)

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import ray
@@ -34,10 +35,13 @@ from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, storage_path
 from craft_ray.tracking.observer import TrackingObserver
 from craft_ray.tracking.opening import open_trackers
+from craft_ray.tracking.tracker import Tracker
 from craft_ray.workers import OneWorker
 
 CONSTRAINED_COST = 2.0
 """Expected time of a constrained run relative to plain fine-tuning; only used to balance the groups."""
+CLAIMED_AT_ONCE = 16
+"""In an object store a claim takes over a second."""
 
 
 def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folder: StoragePath) -> dict[str, Any]:
@@ -57,10 +61,11 @@ def _compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], fold
         source = config.compare.interpolated(arm)
         if source is not None and source not in arms:
             raise ConfigError(f"{arm} interpolates the runs of {source}, which is not among the arms: add it")
-    configs = [arm_config(config, arm, seed, folder, arms) for arm in arms for seed in seeds]
+    runs = [_planned(arm_config(config, arm, seed, folder, arms)) for arm in arms for seed in seeds]
+    open_ones = any(run.folder.finished() is None for run in runs)
+    trackers = open_trackers(config.tracking, folder / "runs") if open_ones else []
     if config.craft.anchor_cache_dir is not None and config.anchors is not None:
         build(config)
-    runs = [_planned(run) for run in configs]
     for run in runs[:: len(seeds)]:
         check_inputs(run.config)
     _check_finished(runs)
@@ -73,7 +78,7 @@ def _compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], fold
             run.folder.write_environment(command_line())
     to_train = [run for run in open_runs if run not in mixed]
     if to_train:
-        _train_groups(to_train)
+        _train_groups(to_train, trackers)
     for run in [run for run in mixed if run in open_runs]:
         source = config.compare.interpolated(run.config.arm)
         _interpolate(run, next(r for r in runs if (r.config.arm, r.config.seed) == (source, run.config.seed)))
@@ -183,7 +188,7 @@ def _check_finished(runs: Sequence[PlannedRun]) -> None:
         check_task(folder, config, fingerprints[task])
 
 
-def _train_groups(runs: Sequence[PlannedRun]) -> None:
+def _train_groups(runs: Sequence[PlannedRun], trackers: Sequence[Tracker]) -> None:
     config, found = runs[0].config, Room(1, None)
     if config.workers.num_workers:
         join()
@@ -191,12 +196,13 @@ def _train_groups(runs: Sequence[PlannedRun]) -> None:
     groups = balance(runs, found.count)
     with ExitStack() as stack:
         together = Together(stack.enter_context(screen()), len(runs), sum(run.config.train.steps for run in runs))
-        trackers = open_trackers(config.tracking, storage_path(config.output_dir))
+        with ThreadPoolExecutor(CLAIMED_AT_ONCE) as pool:
+            list(pool.map(lambda run: stack.enter_context(claimed(run.folder)), runs))
         for run in runs:
-            stack.enter_context(claimed(run.folder))
             label = f"{run.config.arm} seed {run.config.seed}"
             observer = QuarterObserver(label, run.config.train.steps, run.config.arm, together)
-            watched = stack.enter_context(TrackingObserver(observer, [tracked(tracker, run) for tracker in trackers]))
+            found_by = [tracked(tracker, run) for tracker in trackers]
+            watched = stack.enter_context(TrackingObserver(observer, found_by, partial(_report, together, label)))
             stack.enter_context(following(run.folder.progress, watched))
         if len(groups) == 1:
             run_on_trainer(groups[0], memory=found.memory)
@@ -208,6 +214,10 @@ def _train_groups(runs: Sequence[PlannedRun]) -> None:
             except BaseException:
                 ray.shutdown()  # ends the other groups, so that a mistake is reported at once, not hours later
                 raise
+
+
+def _report(together: Together, label: str, text: str) -> None:
+    together.screen.line(f"[{label}] {text}")
 
 
 def balance(runs: Sequence[PlannedRun], count: int) -> list[list[PlannedRun]]:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from craft_ray.background import in_background
+from craft_ray.errors import StorageError
 from craft_ray.run.metrics import Record, console_line, result_lines, validation_line
 from craft_ray.run.observers import Observer
 from craft_ray.storage.files import append_text
@@ -205,12 +206,15 @@ def following(path: StoragePath, observer: Observer) -> Iterator[None]:
         poll_s = STORE_POLL_S if isinstance(path, ObjectPath) else POLL_S
         while not ended:
             ended = done.wait(poll_s)  # the file is read once more after the end
-            if not path.exists():
+            try:
+                if not path.exists():
+                    continue
+                with path.open("rb") if isinstance(path, Path) else path.open_input() as file:
+                    file.seek(position)
+                    *lines, rest = file.read().split(b"\n")
+                    position = file.tell() - len(rest)
+            except (OSError, StorageError):  # the next look may succeed
                 continue
-            with path.open("rb") if isinstance(path, Path) else path.open_input() as file:
-                file.seek(position)
-                *lines, rest = file.read().split(b"\n")
-                position = file.tell() - len(rest)
             for line in lines:
                 message = json.loads(line)
                 if "note" in message:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from craft_pipelines.anchors import import_legacy
 
+from craft_ray.anchors.build import only_writer
 from craft_ray.anchors.legacy_files import ShardFiles
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.reader import open_anchors
@@ -488,3 +489,11 @@ def test_a_failed_write_leaves_nothing_behind(
 
     monkeypatch.setattr(importing, "write_manifest", full)
     refused(pictures, tmp_path, StorageError, 1, "No space left on device", "could not be written")
+
+
+def test_one_process_at_a_time_writes_a_cache(pictures: Experiment, tmp_path: Path) -> None:
+    with only_writer(cache_folder(pictures)):
+        refused(pictures, tmp_path, CacheRefused, 4, "another process is writing the cache in")
+    imported(pictures, tmp_path)
+    bucket = pictures.changed({"craft.anchor_cache_dir": "s3://anchors"})
+    refused(bucket, tmp_path, ConfigError, 2, "s3://anchors, a whole bucket: name a folder in it, s3://anchors/anchors")

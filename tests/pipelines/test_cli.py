@@ -198,6 +198,7 @@ def test_compare_and_report_make_one_file_with_all_arms(command: Command, config
         (["train", "CONFIG", "--dry-run", "--resume", "."], 2, "choose one"),
         (["report", "."], 2, "is not a finished run"),
         (["demo", "--preset", "magic"], 2, "choose digits or text"),
+        (["demo", "--out", "s3://bucket/demo"], 2, "--out is in an object store, but a demo writes to a disk"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], code: int, words: str, command: Command, config: Path) -> None:

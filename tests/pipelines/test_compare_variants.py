@@ -11,7 +11,7 @@ from craft_pipelines.compare import arm_config, compare, preferred
 from craft_pipelines.train import run_name
 
 from craft_ray.config import Experiment
-from craft_ray.errors import CacheRefused, ConfigError
+from craft_ray.errors import CacheRefused, ConfigError, StorageError
 from craft_ray.report.html import write_report
 from craft_ray.run.claim import claimed
 from craft_ray.run.folder import RunFolder
@@ -140,6 +140,28 @@ def test_each_run_of_a_comparison_is_tracked_and_claimed(
     compare(config, ("baseline", "prefix"), (0,), tmp_path / "out")
     assert book.ended == dict.fromkeys(runs, "finished")
     assert all(set(range(1, 7)) <= set(book.logged[run]) for run in runs)
+
+
+def test_a_tracker_that_stops_is_reported_and_mistakes_come_before_the_cache(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = experiment(digits, tmp_path, {"compare.variants": {"prefix": PREFIX}})
+
+    def refused(*_: Any) -> list[Book]:
+        raise ConfigError("no such tracker")
+
+    monkeypatch.setattr("craft_pipelines.compare.open_trackers", refused)
+    with pytest.raises(ConfigError, match="no such tracker"):
+        compare(config, ("prefix",), (0,), tmp_path / "out")
+    assert not (tmp_path / "anchors").exists()
+
+    def lost(page: Page, records: Sequence[Mapping[str, Any]]) -> None:
+        raise StorageError("the book is full")
+
+    monkeypatch.setattr(Page, "log", lost)
+    monkeypatch.setattr("craft_pipelines.compare.open_trackers", lambda *_: [Book()])
+    compare(config, ("prefix",), (0,), tmp_path / "out")
+    assert "[prefix seed 0] the book is full; the run continues without it" in capsys.readouterr().out
 
 
 def test_a_variant_that_the_cache_cannot_serve_is_refused_before_any_run(digits: Digits, tmp_path: Path) -> None:

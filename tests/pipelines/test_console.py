@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,24 @@ def test_progress_comes_from_a_worker_through_its_file(tmp_path: Path) -> None:
     with following(tmp_path / "messages", Screen()):
         FileObserver(tmp_path / "messages").progress("task", 3, 9, 4.5)
     assert seen == [("task", 3, 9, 4.5)]
+
+
+def test_a_look_at_the_file_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request to an object store fails now and then, and a mount is away for a moment."""
+    monkeypatch.setattr(console, "POLL_S", 0.01)
+    noted: list[str] = []
+
+    class Notes(NullObserver):
+        def note(self, text: str) -> None:
+            noted.append(text)
+
+    path = tmp_path / "messages"
+    with following(path, Notes()):
+        path.mkdir()  # cannot be read
+        time.sleep(0.2)
+        path.rmdir()
+        FileObserver(path).note("hello")
+    assert noted == ["hello"]
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ from craft_ray.anchors.manifest import read_manifest
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.report.html import write_report
+from craft_ray.run import mirror
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
-from craft_ray.run.mirror import mirrored_folder
+from craft_ray.run.mirror import RunMirror, mirrored_folder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import Run, train
+from craft_ray.storage.files import new_folder, write_atomically
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree
 from craft_ray.sweep.space import parse_space
@@ -199,6 +201,33 @@ def test_a_pointer_follows_its_checkpoint_and_the_result_everything(
     monkeypatch.setattr(ObjectPath, "write_bytes", written)
     resume(config, folder)
     assert folder.finished() is not None
+
+
+def test_nothing_is_pushed_while_a_folder_is_fetched(bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is half fetched would replace what is whole."""
+    write_atomically(bucket / "run" / "env.json", "{}")
+    folder = RunFolder(bucket / "run")
+    held: list[bool] = []
+    with mirrored_folder(folder) as copy:
+        assert isinstance(copy, RunMirror)
+
+        def fetched(source: StoragePath, target: StoragePath) -> None:
+            held.append(copy._pushing.locked())
+            copy_tree(source, target)
+
+        monkeypatch.setattr(mirror, "copy_tree", fetched)
+        copy.pull()
+    assert held == [True]
+
+
+def test_what_is_half_written_is_not_pushed(bucket: ObjectPath) -> None:
+    with mirrored_folder(RunFolder(bucket / "run")) as copy, new_folder(copy.disk / "model") as temporary:
+        (temporary / "weights").write_text("half")
+        copy.push()
+        assert not list(bucket.listing())
+        (temporary / "weights").write_text("whole")
+    assert (bucket / "run" / "model" / "weights").read_text() == "whole"
+    assert [info.base_name for info in bucket.listing() if info.is_file] == ["weights"]
 
 
 def test_a_run_that_is_finished_is_not_started_again(stored: ObjectPath, bucket: ObjectPath, digits: Digits) -> None:

@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hidden suffix, keep 0.9": {**SUFFIX, "craft.keep": 0.9, "validation.every": 8, "validation.new": None},
     "hidden suffix, ε 0.02": {**SUFFIX, "craft.epsilon_start": 0.02},
     "logits suffix, fixed λ 1": {"craft.retention_mode": "logits", "craft.epsilon_start": 0.05, **FIXED},
-    "hidden suffix, fixed λ 20": {**SUFFIX, **FIXED, "craft.initial_lambda": 20.0},
+    "hidden suffix, fixed λ 20": {**SUFFIX, **FIXED, "craft.initial_lambda": 20.0, "craft.lambda_max": 20.0},
     "plain, rate 3e-5": {**PLAIN, "train.learning_rate": 3e-5},
     "LoRA r 16, rate 1e-3": {**PLAIN, **LORA, "train.learning_rate": 1e-3},
     "LoRA r 16, rate 3e-4": {**PLAIN, **LORA, "train.learning_rate": 3e-4},

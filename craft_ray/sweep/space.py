@@ -31,7 +31,6 @@ Params = dict[str, Any]
 
 NUMBERS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}
 KINDS = (*NUMBERS, "choice", "grid")
-SHIPPED = ("craft", "ablation", "price", "smoke")
 SECTIONS = ("craft", "train", "adapter")
 KNOBS = ("task.limit", "seed")
 PINNED = ("craft.anchor_cache_dir", "train.precision", "train.checkpoint_every", "train.keep_checkpoints")
@@ -174,7 +173,7 @@ class Space:
 
 
 def load_space(source: str | Path) -> Space:
-    """The space in a YAML file, or a shipped one by its name (`SHIPPED`).
+    """The space in a YAML file, or one of the shipped ones by its name.
 
     Raises:
         ConfigError: it is missing or empty, or a knob or distribution is invalid.
@@ -187,8 +186,9 @@ def load_space(source: str | Path) -> Space:
         try:
             text, name = path.read_text(), str(source)
         except OSError as error:
+            names = sorted(file.stem for file in shipped("search_spaces").glob("*.yaml"))
             raise ConfigError(
-                f"no search space at {source} ({error.strerror}): specify a YAML file, or one of {', '.join(SHIPPED)}"
+                f"no search space at {source} ({error.strerror}): specify a YAML file, or one of {', '.join(names)}"
             ) from None
         except UnicodeDecodeError as error:
             raise ConfigError(f"{source} is not YAML: {error}") from None

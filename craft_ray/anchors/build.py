@@ -26,7 +26,7 @@ from craft_ray.anchors.manifest import (
     write_manifest,
 )
 from craft_ray.anchors.schema import NUMPY, ROW_GROUP, CacheSchema, StoredLogits
-from craft_ray.anchors.teacher import Teacher, stored_input
+from craft_ray.anchors.teacher import Prepared, Teacher, stored_input
 from craft_ray.config import AnchorsConfig, Experiment
 from craft_ray.config.modes import stores
 from craft_ray.data.source import Source
@@ -188,9 +188,22 @@ def estimate(model: Model, source: Source, schema: CacheSchema, anchors: Anchors
 
 def build_shard(teacher: Teacher, source: Source, rows: Sequence[int], path: StoragePath) -> None:
     """Run the teacher over some rows and write them as one Parquet file, which appears when it is complete."""
-    starts = range(0, len(rows), ROW_GROUP)
-    groups = ([source[row] for row in rows[start : start + ROW_GROUP]] for start in starts)
+    groups = (prepare(teacher.model, source, group) for group in row_groups(rows))
     write_shard(path, teacher.schema, map(teacher.table, groups))
+
+
+def row_groups(rows: Sequence[int]) -> list[Sequence[int]]:
+    """The rows of a shard in the parts that are read, computed and written at once."""
+    return [rows[start : start + ROW_GROUP] for start in range(0, len(rows), ROW_GROUP)]
+
+
+def prepare(model: Model, source: Source, rows: Sequence[int]) -> Prepared:
+    """Read and preprocess some anchors.
+
+    Raises:
+        DataError: a row cannot be read, or the model cannot take it.
+    """
+    return Prepared.of(model, [source[row] for row in rows])
 
 
 def write_shard(path: StoragePath, schema: CacheSchema, row_groups: Iterable[pa.Table]) -> None:

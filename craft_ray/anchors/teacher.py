@@ -43,6 +43,18 @@ def stored_input(sample: Sample) -> tuple[str, bytes | None]:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """Some anchors, and their prompts as tensors on the host."""
+
+    samples: Sequence[Sample]
+    prompts: Sequence[Features]
+
+    @staticmethod
+    def of(model: Model, samples: Sequence[Sample]) -> Prepared:
+        return Prepared(samples, [model.preprocess(sample) for sample in samples])
+
+
+@dataclass(frozen=True)
 class Teacher:
     """A model, and what the cache stores of it."""
 
@@ -65,9 +77,9 @@ class Teacher:
         """Tokens per pack; 0 means padding."""
         return tokens_per_pack(self.model, self.config)
 
-    def table(self, samples: Sequence[Sample]) -> pa.Table:
-        """The rows of the cache for these samples, in their order."""
-        prompts = [self.model.preprocess(sample) for sample in samples]
+    def table(self, anchors: Prepared) -> pa.Table:
+        """The rows of the cache for these anchors, in their order."""
+        samples, prompts = anchors.samples, anchors.prompts
         names = [s.where for s in samples]
         inputs = [stored_input(sample) for sample in samples]
         columns: dict[str, pa.Array | list] = {

@@ -62,6 +62,10 @@ class AnchorsConfig(Section):
     """GPUs of one teacher; a fraction shares one. Over 2 and more its layers are spread, for a teacher that is larger
     than a GPU (needs the package accelerate)."""
     threads_per_actor: int = Field(1, ge=1)
+    readers: int = Field(0, ge=0)
+    """Processes, of one CPU each, that read and preprocess anchors for the teachers; others then write the shards, so
+    that a teacher only computes. 0: each teacher reads and writes, which is as fast where there is little to decode.
+    A build without Ray (`workers.num_workers: 0`) has none."""
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> Self:

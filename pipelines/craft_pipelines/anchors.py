@@ -1,7 +1,7 @@
-"""Building the anchor cache with Ray Data: a pool of teachers, each of which writes whole shards.
+"""Building the anchor cache with Ray Data, whose processes are in `teachers`.
 
-A row of the dataset is a shard to write, not a sample: which rows a shard holds is decided beforehand, a teacher reads
-them itself, and a shard appears by a rename. So whatever dies, and whenever, the shards that exist are complete, a
+A row of the dataset is a shard to write, or a row group of one, not a sample: which rows a shard holds is decided
+beforehand, and a shard appears by a rename. So whatever dies, and whenever, the shards that exist are complete, a
 repeated one replaces itself, and the next build writes what is missing.
 """
 
@@ -11,13 +11,10 @@ import gc
 import logging
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from craft_pipelines.build_progress import BuildProgress, Telling, heard
 from craft_pipelines.console import screen
@@ -25,16 +22,17 @@ from craft_pipelines.outputs import check_kept
 from craft_pipelines.ray_metrics import BuildMetrics
 from craft_pipelines.session import check_resources, join
 from craft_pipelines.storage_check import check_shared
+from craft_pipelines.teachers import AnchorReader, GroupTeacher, GroupWriter, ShardWriter
 from craft_ray import interruption
 from craft_ray.anchors.build import (
     Estimate,
-    build_shard,
     estimate,
     finish,
     finished_shards,
     full_suffixes,
     identity_of,
     only_writer,
+    row_groups,
 )
 from craft_ray.anchors.forward import tokens_per_pack
 from craft_ray.anchors.importing import import_shards
@@ -50,16 +48,15 @@ from craft_ray.anchors.manifest import (
     write_plan,
 )
 from craft_ray.anchors.show import logits_in_words
-from craft_ray.anchors.teacher import Teacher
 from craft_ray.anchors.verify import check_files
-from craft_ray.config import AnchorsConfig, Experiment, dump_config, parse_config, read_yaml
+from craft_ray.config import AnchorsConfig, Experiment, dump_config
 from craft_ray.config.modes import stores
 from craft_ray.data.skills import open_anchor_source
 from craft_ray.data.source import Source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
-from craft_ray.quiet import quiet_libraries
+from craft_ray.models.weightless import without_weights
 from craft_ray.retention.reforward import Agreement, reforward
 from craft_ray.run.rows import anchor_rows, check_rows
 from craft_ray.storage.files import clear_leftovers, readable_bytes
@@ -139,12 +136,13 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
     passes = f"packs of up to {packed} tokens" if packed else f"batches of {anchors.batch_size} anchors, padded"
     say(f"forward passes on {passes}")
     clear_leftovers(folder / SHARDS)  # of an earlier build
+    reader = without_weights(model) if anchors.readers and config.workers.num_workers else None
     del model
     work = _in_process if config.workers.num_workers == 0 else _on_ray
     written = sum(shard.rows for shard in done.values())
     with BuildMetrics(folder, plan.identity.rows, written) as metrics, screen() as shown:
         progress = BuildProgress(plan.identity.rows, written, shown.progress)
-        for name, rows in work(config, plan, missing, progress):
+        for name, rows in work(config, plan, missing, progress, reader):
             metrics.wrote(rows)
             progress.wrote(name, rows)
         progress.end()
@@ -220,7 +218,7 @@ def _announce(say: Any, identity: Identity, expected: Estimate, folder: StorageP
 
 
 def _in_process(
-    config: Experiment, plan: Plan, missing: list[tuple[str, range]], progress: BuildProgress
+    config: Experiment, plan: Plan, missing: list[tuple[str, range]], progress: BuildProgress, _: bytes | None
 ) -> Iterator[tuple[str, int]]:
     writer = ShardWriter(dump_config(config), plan.model_dump_json(), progress.passed)
     for name, rows in missing:
@@ -230,9 +228,9 @@ def _in_process(
 
 
 def _on_ray(
-    config: Experiment, plan: Plan, missing: list[tuple[str, range]], progress: BuildProgress
+    config: Experiment, plan: Plan, missing: list[tuple[str, range]], progress: BuildProgress, reader: bytes | None
 ) -> Iterator[tuple[str, int]]:
-    """Run Ray Data over the missing shards, and again over the rest if a teacher's process or a node was lost."""
+    """Run Ray Data over the missing shards, and again over the rest if a process or a node was lost."""
     import ray.data
 
     from craft_pipelines.failures import LOST_PROCESS_ERRORS, node_was_lost
@@ -242,16 +240,21 @@ def _on_ray(
     actors = min(anchors.actors, len(missing))
     each = {"CPU": anchors.cpus_per_actor, "GPU": anchors.gpus_per_actor}
     lacking = check_resources(actors, each, "anchors.actors")
+    if lacking is None and reader is not None:
+        total = {"CPU": actors * anchors.cpus_per_actor + anchors.readers}
+        lacking = check_resources(1, total, "anchors.actors and anchors.readers")
     if lacking:
         raise ConfigError(lacking)
     check_shared(folder, "craft.anchor_cache_dir")
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # a shard may take a slow teacher hours
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log is also raised
     deaths, left, telling = 0, dict(missing), Telling(uuid.uuid4().hex)
     while left:
         try:
             with heard(telling.build, progress):
-                for row in _dataset(config, plan, left, actors, telling).iter_rows():
+                for row in _dataset(config, plan, left, actors, telling, reader).iter_rows():
                     if row["error"]:
                         raise CraftError.from_message(row["error"], row["exit_code"])
                     deaths = 0
@@ -261,8 +264,8 @@ def _on_ray(
             if deaths > MAX_DEATHS:
                 raise CraftError(
                     f"a teacher's process died {deaths} times in a row, the next shard to write is {next(iter(left))}: "
-                    f"something kills it, often a lack of memory; lower anchors.batch_size, anchors.pack_tokens or "
-                    f"anchors.actors, and build again"
+                    f"something kills it, often a lack of memory; lower anchors.batch_size, anchors.pack_tokens, "
+                    f"anchors.actors or anchors.readers, and build again"
                 ) from None
             for name in [name for name in left if (folder / SHARDS / name).exists()]:
                 yield name, len(left.pop(name))
@@ -270,79 +273,63 @@ def _on_ray(
 
 
 def _dataset(
-    config: Experiment, plan: Plan, shards: dict[str, range], actors: int, telling: Telling
+    config: Experiment,
+    plan: Plan,
+    shards: dict[str, range],
+    actors: int,
+    telling: Telling,
+    reader: bytes | None,
 ) -> ray.data.Dataset:
+    """A row for each shard that was written.
+
+    Args:
+        reader: the model of the readers; None: teachers read their rows, and write them, themselves.
+    """
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
     anchors, folder = anchors_section(config)
-    items = [{"name": name, "start": rows.start, "stop": rows.stop} for name, rows in shards.items()]
+    texts = {"config": dump_config(config), "plan": plan.model_dump_json()}
+    parts = {name: [rows] if reader is None else _groups(rows) for name, rows in shards.items()}
+    most = max(map(len, parts.values()))
+    for rows in parts.values():
+        rows += [range(0)] * (most - len(rows))  # every shard has equally many, so that a writer's batch is one shard
+    items = [{"name": name, "start": part.start, "stop": part.stop} for name in parts for part in parts[name]]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     dataset.set_name(f"anchors-{folder.name}")  # its name in the dashboard
+    count = min(actors, len(shards))
+    # Its mistakes are values, and a process that dies is replaced by the next round of `_on_ray`.
+    process: dict[str, Any] = {"batch_size": 1, "max_restarts": 0}
+    teacher = process | {
+        "fn_constructor_args": (*texts.values(), telling),
+        "compute": ray.data.ActorPoolStrategy(size=count),
+        "num_cpus": anchors.cpus_per_actor,
+        "num_gpus": anchors.gpus_per_actor or None,
+    }
     with warnings.catch_warnings():
         # Ray Data itself restarts actors without limit, and only a deprecated argument prevents it (Ray is pinned).
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        return dataset.map_batches(
-            ShardWriter,
-            batch_size=1,
-            fn_constructor_args=(dump_config(config), plan.model_dump_json(), telling),
-            compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
-            num_cpus=anchors.cpus_per_actor,
-            num_gpus=anchors.gpus_per_actor or None,
-            max_restarts=0,
-        )
+        if reader is None:
+            return dataset.map_batches(ShardWriter, **teacher)
+        # In the order of the rows, so that the groups of a shard arrive at its writer together.
+        dataset.context.execution_options.preserve_order = True
+        readers = process | {
+            "fn_constructor_args": (texts["config"], reader),
+            "compute": ray.data.ActorPoolStrategy(size=min(anchors.readers, len(items))),
+            "num_cpus": 1,
+        }
+        writers = process | {
+            "batch_size": most,
+            "fn_constructor_args": tuple(texts.values()),
+            "compute": ray.data.ActorPoolStrategy(size=count),
+            "num_cpus": 0,  # it waits for the disk, and takes no processor from the others
+        }
+        read = dataset.map_batches(AnchorReader, **readers)
+        return read.map_batches(GroupTeacher, **teacher).map_batches(GroupWriter, **writers)
 
 
-class ShardWriter:
-    """A teacher in a separate process; each call writes one shard.
-
-    A user's mistake is returned as a value: as an exception it would arrive wrapped in Ray's text. For the same reason
-    the first call loads the model, not the constructor.
-
-    Args:
-        tell: receives a shard's name and how many of its rows the teacher has run on.
-    """
-
-    def __init__(self, config: str, plan: str, tell: Callable[[str, float], None]) -> None:
-        self.tell = tell
-        self.plan = Plan.model_validate_json(plan)
-        self.experiment = parse_config(read_yaml(config), "config")
-        self.anchors, self.folder = anchors_section(self.experiment)
-
-    @cached_property
-    def teacher(self) -> Teacher:
-        quiet_libraries()
-        torch.set_num_threads(self.anchors.threads_per_actor)
-        wanted, present = self.anchors.gpus_per_actor, torch.cuda.device_count()
-        if wanted > present:
-            raise ConfigError(
-                f"anchors.gpus_per_actor is {wanted:g}, but the teacher's process has {present} GPUs: set it to at "
-                f"most that"
-            )
-        device = torch.device("cuda" if wanted else "cpu")
-        gpus = max(1, int(wanted))
-        model = load_model(self.experiment.model, self.experiment.train.precision, device, gpus=gpus)
-        return Teacher(model, self.plan.identity.schema, self.anchors, self._passed)
-
-    @cached_property
-    def source(self) -> Source:
-        return open_anchor_source(self.anchors, self.experiment.skills)
-
-    def _passed(self, rows: float) -> None:
-        self._rows += rows
-        self.tell(self._name, self._rows)
-
-    def write(self, name: str, rows: range) -> None:
-        self._name, self._rows = name, 0.0
-        build_shard(self.teacher, self.source, rows, self.folder / SHARDS / name)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        name, rows = str(batch["name"][0]), range(int(batch["start"][0]), int(batch["stop"][0]))
-        try:
-            self.write(name, rows)
-        except CraftError as error:
-            return {"name": [name], "rows": [0], "error": [error.message], "exit_code": [error.exit_code]}
-        return {"name": [name], "rows": [len(rows)], "error": [""], "exit_code": [0]}
+def _groups(rows: range) -> list[range]:
+    return [range(group[0], group[-1] + 1) for group in row_groups(rows)]
 
 
 def verify(folder: StoragePath, config: Experiment | None, rows: int, say: Any = print) -> None:

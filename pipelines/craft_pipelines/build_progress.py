@@ -38,9 +38,9 @@ class BuildProgress:
         self._lock = threading.Lock()
 
     def passed(self, name: str, rows: float) -> None:
-        """The teacher has run on so many rows of a shard, which is not written yet."""
+        """The teacher has run on so many rows of a shard, or of a row group `shard/start`, which is not written yet."""
         with self._lock:
-            if name not in self._finished:
+            if name.partition("/")[0] not in self._finished:
                 self._passed[name] = rows
                 self._reached()
 
@@ -48,7 +48,8 @@ class BuildProgress:
         """A shard is complete."""
         with self._lock:
             self._finished.add(name)
-            self._passed.pop(name, None)
+            for part in [part for part in self._passed if part.partition("/")[0] == name]:
+                del self._passed[part]
             self._written += rows
             self._reached()
 

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from craft_pipelines import anchors as stage
+from craft_pipelines import teachers
 from craft_pipelines.anchors import build
 from PIL import Image
 
-from craft_ray.anchors.build import build_shard, estimate, identity_of
+from craft_ray.anchors.build import build_shard, estimate, identity_of, prepare
 from craft_ray.anchors.reader import open_anchors
 from craft_ray.anchors.teacher import Teacher
 from craft_ray.config import Experiment
@@ -84,7 +84,7 @@ def test_each_image_is_decoded_once(
 def test_a_build_interrupted_at_a_shard_resumes_to_every_anchor_once(
     finished: int, text: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, written = stage.build_shard, []
+    write, written = teachers.build_shard, []
 
     def interrupted(teacher, source, rows, path):
         if len(written) == finished:
@@ -94,10 +94,10 @@ def test_a_build_interrupted_at_a_shard_resumes_to_every_anchor_once(
         write(teacher, source, rows, path)
         written.append(path)
 
-    monkeypatch.setattr(stage, "build_shard", interrupted)
+    monkeypatch.setattr(teachers, "build_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         built(text)
-    monkeypatch.setattr(stage, "build_shard", write)
+    monkeypatch.setattr(teachers, "build_shard", write)
     resumed = build(text, say=lambda _: None)
 
     assert resumed.rows_computed == len(LENGTHS) - 8 * finished
@@ -119,7 +119,7 @@ def test_only_the_manifest_is_written_where_only_the_manifest_is_missing(text: E
 
 def test_a_second_build_computes_no_row(text: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     first = built(text)
-    monkeypatch.delattr(stage, "build_shard")
+    monkeypatch.delattr(teachers, "build_shard")
     again = build(text, say=lambda _: None)
     assert again.rows_computed == 0
     assert again.manifest == first
@@ -271,6 +271,6 @@ def test_the_teacher_tells_its_progress_in_anchors(modes: list[str], positions: 
     parts: list[float] = []
     assert config.anchors is not None
     teller = Teacher(model, identity_of(config, model, source).schema, config.anchors, parts.append)
-    teller.table([source[row] for row in range(len(source))])
+    teller.table(prepare(model, source, range(len(source))))
     assert sum(parts) == pytest.approx(len(LENGTHS)), "each anchor counts once, whatever the number of passes"
     assert len(parts) > teller.passes, "more often than once for all"

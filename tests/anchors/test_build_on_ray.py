@@ -19,6 +19,7 @@ from craft_pipelines.build_progress import BuildProgress, Telling, heard
 from craft_pipelines.session import join
 
 from craft_ray.config import Experiment, dump_config
+from craft_ray.errors import ConfigError
 from tests.support.caches import built, cache_folder, table
 from tests.support.experiments import Digits
 
@@ -37,12 +38,12 @@ def start_build(config: Experiment, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def teachers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Processes below the driver that write shards."""
+def processes(driver: subprocess.Popen[str], what: str) -> list[psutil.Process]:
+    """Processes below the driver of one class of `craft_pipelines.teachers`."""
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
         try:
-            if any("ShardWriter" in part for part in process.cmdline()):
+            if any(what in part for part in process.cmdline()):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
@@ -55,13 +56,16 @@ def on_ray(digits: Digits, folder: Path, **changes: object) -> Experiment:
 
 
 @pytest.mark.slow
-def test_a_teacher_killed_in_the_middle_costs_no_anchor(digits: Digits, tmp_path: Path) -> None:
-    config = on_ray(digits, tmp_path, anchors__rows_per_shard=2)
+@pytest.mark.parametrize(("readers", "victim"), [(0, "ShardWriter"), (1, "AnchorReader"), (1, "GroupTeacher")])
+def test_a_process_killed_in_the_middle_costs_no_anchor(
+    readers: int, victim: str, digits: Digits, tmp_path: Path
+) -> None:
+    config = on_ray(digits, tmp_path, anchors__rows_per_shard=2, anchors__readers=readers)
     driver = start_build(config, tmp_path)
     folder = cache_folder(config) / "shards"
     while driver.poll() is None and len(list(folder.glob("*.parquet"))) < 2:
         time.sleep(0.02)
-    (killed,) = teachers(driver)
+    (killed,) = processes(driver, victim)
     killed.kill()
     present = len(list(folder.glob("*.parquet")))
     out, err = driver.communicate(timeout=400)
@@ -79,17 +83,38 @@ def test_a_teacher_killed_in_the_middle_costs_no_anchor(digits: Digits, tmp_path
     assert built(whole).content == build(config, say=lambda _: None).manifest.content
 
 
-def test_a_mistake_in_a_teacher_is_one_line(digits: Digits, tmp_path: Path) -> None:
+@pytest.mark.parametrize("readers", [0, 1])
+def test_a_mistake_in_an_anchor_is_one_line(readers: int, digits: Digits, tmp_path: Path) -> None:
     anchors = pq.read_table(digits.data / "anchors.parquet").slice(0, 40).to_pydict()
     anchors["image"][37] = b"no image at all"
     pq.write_table(pa.table(anchors), tmp_path / "bad.parquet")
-    config = on_ray(digits, tmp_path, anchors__source__path=str(tmp_path / "bad.parquet"))
+    bad = str(tmp_path / "bad.parquet")
+    config = on_ray(digits, tmp_path, anchors__source__path=bad, anchors__readers=readers)
     driver = start_build(config, tmp_path)
     _, err = driver.communicate(timeout=400)
     assert driver.returncode == 1
     (line,) = err.splitlines()
     assert f"row 37 (id {anchors['id'][37]})" in line
     assert "does not decode" in line
+
+
+def test_three_stages_write_the_shards_that_a_teacher_alone_writes(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("craft_ray.anchors.build.ROW_GROUP", 4)
+    config = on_ray(digits, tmp_path, anchors__rows_per_shard=10, anchors__readers=1)
+    alone = config.changed({"craft.anchor_cache_dir": str(tmp_path / "alone"), "workers.num_workers": 0})
+    reports: list[str] = []
+    staged = build(config, say=reports.append)
+    assert staged.rows_computed == 48
+    assert staged.manifest.content == built(alone).content
+    assert staged.manifest.shards == built(alone).shards, "to the byte"
+    assert build(config, say=lambda _: None).rows_computed == 0
+
+
+def test_readers_beyond_the_cluster_are_one_line(digits: Digits, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"anchors\.actors and anchors\.readers need 1 x 1001 CPU"):
+        build(on_ray(digits, tmp_path, anchors__readers=1000), say=lambda _: None)
 
 
 def test_teachers_tell_how_far_their_shards_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +130,9 @@ def test_teachers_tell_how_far_their_shards_are(monkeypatch: pytest.MonkeyPatch)
             ray.get(teacher.remote(Telling("other build"), "shard-00001", 70.0))
             time.sleep(0.5)
     assert reports[-1] == (32.5, 100), "what another build tells does not count"
+    progress.passed("shard-00002/8", 2.0)
+    assert reports[-1] == (34.5, 100), "a row group is part of its shard"
+    progress.wrote("shard-00002", 0)
     progress.wrote("shard-00001", 30)
     progress.passed("shard-00001", 29.0)
     progress.end()

@@ -12,6 +12,7 @@ import ray.train
 from craft_pipelines import anchors as stage
 from craft_pipelines.anchors import MAX_DEATHS, build
 from craft_pipelines.failures import LOST_PROCESS_ERRORS, node_was_lost
+from craft_pipelines.teachers import ShardWriter
 from craft_pipelines.train import is_loss, plan_run, run_on_trainer
 from ray import ActorID
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
@@ -26,7 +27,7 @@ from ray.exceptions import (
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
-from craft_ray.config import parse_config
+from craft_ray.config import dump_config, parse_config
 from craft_ray.errors import CraftError
 from tests.support.caches import prompts, text_experiment
 
@@ -69,11 +70,11 @@ class Shards:
     def __init__(self, errors: list[Exception]) -> None:
         self.errors = errors
 
-    def __call__(self, config: Any, plan: Any, left: dict[str, range], actors: int, telling: Any) -> SimpleNamespace:
+    def __call__(self, config: Any, plan: Any, left: dict[str, range], actors: int, *_: Any) -> SimpleNamespace:
         def rows() -> Iterator[dict[str, Any]]:
             if self.errors:
                 raise self.errors.pop(0)
-            writer = stage.ShardWriter(stage.dump_config(config), plan.model_dump_json(), lambda *_: None)
+            writer = ShardWriter(dump_config(config), plan.model_dump_json(), lambda *_: None)
             for name, rows in list(left.items()):
                 yield {key: value[0] for key, value in writer(_batch(name, rows)).items()}
 

@@ -16,6 +16,7 @@ class Ragged:
     """`rows[i]` is row i, [n_i, width] (or [n_i] where width is 1), a view into the mapped file."""
 
     def __init__(self, path: Path, dtype: np.dtype, width: int = 1) -> None:
+        self._files = path, dtype, width
         self.offsets: np.ndarray = np.load(path.with_suffix(".offsets.npy"), mmap_mode="r")
         total = int(self.offsets[-1])
         shape = (total,) if width == 1 else (total, width)
@@ -23,6 +24,10 @@ class Ragged:
         self.data: np.ndarray = (
             np.empty(shape, dtype) if empty else np.memmap(path.with_suffix(".bin"), dtype, "r", shape=shape)
         )
+
+    def __reduce__(self) -> tuple[type[Ragged], tuple[Path, np.dtype, int]]:
+        """Another process maps the files itself."""
+        return Ragged, self._files
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -13,6 +13,7 @@ FREE = (
     "train.checkpoint_minutes",
     "train.keep_checkpoints",
     "train.prefetch",
+    "train.loader_workers",
     "train.check_minutes",
     "workers",
     "tracking",

@@ -57,6 +57,9 @@ class TrainConfig(Section):
     early."""
     prefetch: int = Field(2, ge=1)
     """Batches that are prepared ahead of the step."""
+    loader_workers: int = Field(0, ge=0)
+    """Processes of each worker that preprocess samples and anchors for these batches, where decoding images takes
+    longer than a step; 0 leaves it to a thread. The numbers are the same. A stream is preprocessed by the thread."""
     check_minutes: float = Field(5.0, ge=0)
     """All rows of the task, of each held-out set and, at the build of a cache, of the anchors are preprocessed once
     before the first step, so that a bad row is found then. Longest time for one source, in minutes; the next start on

@@ -85,7 +85,9 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         self.module = self._module(weights or config.path, mesh).train()
         if config.disable_dropout:
             disable_dropout(self.module)
-        text = self.module.config.get_text_config()
+        self.settings = self.module.config
+        """transformers' config of the model."""
+        text = self.settings.get_text_config()
         self.hidden_size: int = text.hidden_size
         self.num_hidden_states: int = text.num_hidden_layers + 1
         self.vocabulary: int = text.vocab_size
@@ -99,6 +101,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         self.pad: int = pad if pad is not None else (self._eos or 0)
         takes = inspect.signature(self.module.forward).parameters
         self._takes_keep = "logits_to_keep" in takes
+        self._takes_types = "token_type_ids" in takes
         # A loss that balances experts is computed from them, which fails for a single new token and is not used here.
         self._outputs = {"output_router_logits": False} if "output_router_logits" in takes else {}
         check_decoder(self)

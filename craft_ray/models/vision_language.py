@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -42,7 +41,7 @@ class VisionLanguageModel(HuggingFaceModel):
     @property
     def suffix_type(self) -> int:  # type: ignore[override]
         """PaliGemma marks its suffix with 1 (causal attention); Gemma 3 marks images with 1, others have no types."""
-        return 1 if self.module.config.model_type == "paligemma" else 0
+        return 1 if self.settings.model_type == "paligemma" else 0
 
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
         if sample.pictures is None:
@@ -199,7 +198,7 @@ class VisionLanguageModel(HuggingFaceModel):
         return self._prompt(self._processed(text, [Image.new("RGB", (32, 32))]))
 
     def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
-        config = self.module.config
+        config = self.settings
         mark = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
         return tuple(torch.nonzero(input_ids_S == mark).flatten().tolist())
 
@@ -209,7 +208,7 @@ class VisionLanguageModel(HuggingFaceModel):
         return [image_reading(self.processor, input_ids_S, pixel_values.shape[-2:])]
 
     def prompt_types(self, input_ids_1S: Tensor) -> dict[str, Tensor]:
-        if "token_type_ids" not in inspect.signature(self.module.forward).parameters:
+        if not self._takes_types:
             return {}
         types = torch.zeros_like(input_ids_1S)
         if self.suffix_type == 0:

@@ -1,4 +1,4 @@
-"""A model without its weights: what another process needs to preprocess samples for it, without loading it."""
+"""A model without its modules: what another process needs to preprocess samples for it, without loading it."""
 
 from __future__ import annotations
 
@@ -6,63 +6,56 @@ import io
 import pickle
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from craft_ray.errors import ConfigError, first_line
 from craft_ray.models.base import Model
 
 
-def without_weights(model: Model) -> bytes:
-    """A model whose weights have shapes and types but no values, for `preprocessing_model` in another process.
+def without_weights(value: Any) -> bytes:
+    """A model, or what preprocesses samples with one, for `received` in another process.
 
-    Preprocessing and collating read none of them, so a process that does nothing else holds a few megabytes whatever
-    the model's size. The model itself is not changed.
+    The model's modules are left out: preprocessing and collating call none, so a process that does nothing else holds
+    a few megabytes whatever the model's size. The model itself is not changed.
 
     Raises:
-        ConfigError: a part of the model cannot be sent to another process.
+        ConfigError: a part of the value cannot be sent to another process.
     """
     stream = io.BytesIO()
     try:
-        _Pickler(stream, model.module).dump(model)
+        _Pickler(stream).dump(value)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"{model.description} cannot be sent to other processes ({first_line(error)}): preprocess its samples in "
-            f"this one (anchors.readers=0, train.loader_workers=0)"
+            f"a part of the model cannot be sent to other processes ({first_line(error)}): preprocess its samples "
+            f"where it is (anchors.readers=0, train.loader_workers=0)"
         ) from None
     return stream.getvalue()
 
 
-def preprocessing_model(sent: bytes) -> Model:
-    """The model of `without_weights`, in the process that it was sent to.
+def received(sent: bytes) -> Any:
+    """What `without_weights` sent, in the process that it was sent to.
 
     Raises:
         ConfigError: the process lacks the code of a part of it.
     """
     try:
-        model = pickle.loads(sent)  # written by this run's own driver
+        return pickle.loads(sent)  # it comes from this run's own driver
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"a process cannot preprocess samples: the model's code is not there ({first_line(error)}); preprocess "
-            f"them where the model is (anchors.readers=0, train.loader_workers=0)"
+            f"a process cannot preprocess samples, because it lacks code of the model ({first_line(error)}): "
+            f"preprocess them where the model is (anchors.readers=0, train.loader_workers=0)"
         ) from None
-    assert isinstance(model, Model)
-    return model
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves the values of a module's tensors out."""
+    """Puts an empty module in the place of each module of a model."""
 
-    def __init__(self, stream: io.BytesIO, module: nn.Module) -> None:
+    def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
-        self._weights = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        self._modules: set[int] = set()
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and id(value) in self._weights:
-            return _empty, (tuple(value.shape), value.dtype, value.requires_grad, isinstance(value, nn.Parameter))
-        return NotImplemented
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, is_parameter: bool) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype, device="meta")
-    return nn.Parameter(tensor, requires_grad) if is_parameter else tensor
+        if isinstance(value, Model):  # comes before its parts
+            roots = [value.module] if value.adapter is None else [value.module, value.adapter.tuner]
+            self._modules |= {id(module) for root in roots for module in root.modules()}
+        return (nn.Module, ()) if id(value) in self._modules else NotImplemented

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,16 +35,15 @@ class AnchorInputs:
         assert not (with_suffix and with_response)
         self._model = model
         self._anchors = anchors
-        self._with_suffix = with_suffix
-        self._with_response = with_response
         follows = "response" if with_response else f"suffix {with_suffix}"
         self._features = (cache or FeatureCache()).source(
-            self._preprocess, anchors.fingerprint, follows, model.sample_fingerprint()
+            AnchorFeatures(model, anchors, with_suffix, with_response),
+            *(anchors.fingerprint, follows, model.sample_fingerprint()),
         )
 
     def batch(self, rows: Sequence[int], positions: Sequence[str] | None = None) -> Batch:
         """The anchors of these rows on the host; with `positions`, also the plan that pools their hidden states."""
-        return self._model.collate([self._features(row) for row in rows], positions)
+        return self._model.collate(self._features.batch(rows), positions)
 
     def check_counts(self, rows: Sequence[int], batch: Batch, cached_BV: Tensor, what: str) -> None:
         """Check that a batch has as many vectors or tokens at its positions as the cache.
@@ -65,12 +65,22 @@ class AnchorInputs:
             f"yields {ours[row]}: the cache was built with another preprocessor, build it again"
         )
 
-    def _preprocess(self, row: int) -> Features:
-        suffix = self._anchors.suffix(row) if self._with_suffix else None
-        if self._with_response:
-            suffix = self._anchors.response(row)
-        if self._anchors.identity.inputs == "tensors":
-            input_ids, pixels = self._anchors.tensors(row)
-            return tensor_model(self._model).from_tensors(input_ids, pixels, suffix)
-        sample = self._anchors.sample(row)
-        return self._model.preprocess(sample) if suffix is None else token_model(self._model).preprocess(sample, suffix)
+
+@dataclass(frozen=True)
+class AnchorFeatures:
+    """Preprocesses an anchor by its row of the cache, in this process or another one."""
+
+    model: Model
+    anchors: AnchorSet
+    with_suffix: bool
+    with_response: bool
+
+    def __call__(self, row: int) -> Features:
+        suffix = self.anchors.suffix(row) if self.with_suffix else None
+        if self.with_response:
+            suffix = self.anchors.response(row)
+        if self.anchors.identity.inputs == "tensors":
+            input_ids, pixels = self.anchors.tensors(row)
+            return tensor_model(self.model).from_tensors(input_ids, pixels, suffix)
+        sample = self.anchors.sample(row)
+        return self.model.preprocess(sample) if suffix is None else token_model(self.model).preprocess(sample, suffix)

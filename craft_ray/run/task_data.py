@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from craft_ray.config import Experiment
+from craft_ray.config import Experiment, TaskConfig
+from craft_ray.data.source import Source
 from craft_ray.data.streaming import StreamedSource
 from craft_ray.data.task import open_task, rows_of, sampler_of
 from craft_ray.errors import ConfigError
@@ -54,8 +56,9 @@ class TaskData:
         self._accumulate = config.train.accumulate
         self._sampler = sampler_of(config.task, self.source, config.train.batch_size, config.seed, TASK_STREAM)
         # A row of a stream does not come again before all others: it is not kept.
-        kept = features.source(self._preprocess, *source_identity(config.task, model))
-        self._features = self._preprocess if self._streamed else kept
+        samples = TaskSamples(config.task, model, self.source)
+        self._kept = None if self._streamed else features.source(samples, *source_identity(config.task, model))
+        self._features: Callable[[int], Features] = samples if self._kept is None else self._kept
         self._seed = config.seed
         self.mask: TokenMask | None = None
         threshold = config.train.mask_loss_above
@@ -81,7 +84,7 @@ class TaskData:
     def batches(self, step: int) -> list[Batch]:
         """This worker's micro-batches of a step (from 0), on the host."""
         rows = self._sampler.local_batch(step, self._workers.rank, self._workers.world_size)
-        return [self._model.collate([self._sample(row) for row in part]) for part in split(rows, self._accumulate)]
+        return [self._model.collate(self._samples(part)) for part in split(rows, self._accumulate)]
 
     def described(self) -> list[str]:
         """What there is to tell about the samples before a run."""
@@ -125,8 +128,27 @@ class TaskData:
     def _rows(self) -> int:
         return rows_of(self.source)
 
-    def _sample(self, row: int) -> Features:
-        return self._features(row) if self.mask is None else self.mask(row, self._features(row))
+    def _samples(self, rows: Sequence[int]) -> list[Features]:
+        found = [self._features(row) for row in rows] if self._kept is None else self._kept.batch(rows)
+        if self.mask is None:
+            return found
+        return [self.mask(row, features) for row, features in zip(rows, found, strict=True)]
 
-    def _preprocess(self, row: int) -> Features:
-        return self._model.preprocess_task(self.source[row])
+
+@dataclass(frozen=True)
+class TaskSamples:
+    """Preprocesses a sample of the new skill by its row. Another process opens the data itself."""
+
+    config: TaskConfig
+    model: Model
+    source: Source
+
+    def __call__(self, row: int) -> Features:
+        return self.model.preprocess_task(self.source[row])
+
+    def __reduce__(self) -> tuple[Callable[[TaskConfig, Model], TaskSamples], tuple[TaskConfig, Model]]:
+        return _opened, (self.config, self.model)
+
+
+def _opened(config: TaskConfig, model: Model) -> TaskSamples:
+    return TaskSamples(config, model, open_task(config))

@@ -99,7 +99,7 @@ class Run:
     ) -> None:
         self.config, self.folder, self.workers, self.observer = config, folder, workers, observer
         self.main = workers.rank == 0
-        features = features or FeatureCache()
+        self.features = features = (features or FeatureCache()).with_loaders(config.train.loader_workers)
         self.best = BestValidation(config)
         checkpoint = last_checkpoint(folder.disk / "checkpoints")
         assert checkpoint is None or isinstance(checkpoint, Path)
@@ -134,6 +134,7 @@ class Run:
 
     def close(self) -> None:
         self.gradients.close()
+        self.features.close()
 
     def _announce(self) -> None:
         count = sum(p.numel() for p in self.gradients.parameters)
@@ -141,8 +142,7 @@ class Run:
             f"{count / 1e6:.2f} M trainable parameters, {self.task.size} of the new skill, "
             f"{self.workers.world_size} worker(s) on {self.workers.device}"
         )
-        first = [] if self.optimization.described is None else [self.optimization.described]
-        for line in [*first, *self.task.described(), *self.constraints.described()]:
+        for line in filter(None, [self.optimization.described, *self.task.described(), *self.constraints.described()]):
             self.observer.note(line)
         if self.step:
             self.observer.note(f"resuming after step {self.step}")

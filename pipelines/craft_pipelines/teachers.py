@@ -23,7 +23,7 @@ from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, CraftError
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
-from craft_ray.models.weightless import preprocessing_model
+from craft_ray.models.weightless import received
 from craft_ray.quiet import quiet_libraries
 from craft_ray.storage.paths import storage_path
 
@@ -121,7 +121,9 @@ class AnchorReader:
     def model(self) -> Model:
         quiet_libraries()
         torch.set_num_threads(1)
-        return preprocessing_model(self._sent)
+        model = received(self._sent)
+        assert isinstance(model, Model)
+        return model
 
     @cached_property
     def source(self) -> Source:

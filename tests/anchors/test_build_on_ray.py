@@ -98,6 +98,7 @@ def test_a_mistake_in_an_anchor_is_one_line(readers: int, digits: Digits, tmp_pa
     assert "does not decode" in line
 
 
+@pytest.mark.slow
 def test_three_stages_write_the_shards_that_a_teacher_alone_writes(
     digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

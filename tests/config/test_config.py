@@ -113,7 +113,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         **{f"source.{k}": v for k, v in LEROBOT.items()}, "modes": ["token_ce"], "positions": ["every_3", "suffix"],
         "layers": [0, -1], "dtype": "float32", "max_new_tokens": 3, "suffix_from": "response", "batch_size": 5,
         "pack_tokens": 999, "rows_per_shard": 11, "actors": 2, "cpus_per_actor": 0.5, "gpus_per_actor": 0.25,
-        "threads_per_actor": 2, "logits.k": 5, "logits.temperature": 2.0, "logits.positions": ["suffix"],
+        "threads_per_actor": 2, "readers": 3, "logits.k": 5, "logits.temperature": 2.0, "logits.positions": ["suffix"],
     },
     "craft": {
         "enabled": False, "anchor_cache_dir": "/tmp/cache", "anchor_batch_size": 8, "anchor_holdout": 0.3,
@@ -130,7 +130,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "steps": 9, "batch_size": 8, "accumulate": 2, "mask_loss_above": 2.5, "learning_rate": 0.5,
         "schedule": "linear", "warmup_steps": 2,
         "weight_decay": 0.0, "betas": [0.5, 0.75], "max_grad_norm": None, "precision": "bf16", "log_every": 3,
-        "checkpoint_every": 4, "checkpoint_minutes": 2.5, "keep_checkpoints": 1, "prefetch": 5, "check_minutes": 1.5,
+        "checkpoint_every": 4, "checkpoint_minutes": 2.5, "keep_checkpoints": 1, "prefetch": 5, "loader_workers": 2,
+        "check_minutes": 1.5,
         "keep_best": {"maximize": "new/ratio", "minimize": None, "subject_to": {}, "confidence": 0.9}, "patience": 3,
     },
     "evaluation.old": scored(TEXT),

@@ -34,15 +34,47 @@ def apply_changes(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Set values at dotted keys of a config's tree, in place.
 
     A budget keeps the unit that it was specified in, so that it is refused where the unit changes and it does not.
+
+    Raises:
+        ConfigError: a key is in no section, or the unit changes and not all budgets do.
     """
+    before = _unit(tree)
     craft = tree.get("craft")
     if isinstance(craft, dict) and craft.get("epsilon_start") is not None and craft.get("epsilon_unit") is None:
-        unit = unit_of(craft)
-        craft["epsilon_unit"] = None if unit is None else unit.name
+        craft["epsilon_unit"] = before
+    budgets = _further_budgets(tree)
     for key, value in changes.items():
         _set_value(tree, key, value)
-    if "craft.epsilon_start" in changes and "craft.epsilon_unit" not in changes:
-        tree["craft"]["epsilon_unit"] = None
+    if "craft.epsilon_start" not in changes or "craft.epsilon_unit" in changes:
+        return
+    tree["craft"]["epsilon_unit"] = None
+    after = _unit(tree)
+    unchanged = [key for key in _further_budgets(tree) if key in budgets and key not in changes]
+    if before != after and unchanged:
+        key = unchanged[0]
+        raise ConfigError(
+            f"{key} {budgets[key]} is counted in {before}, craft.epsilon_start {changes['craft.epsilon_start']} in "
+            f"{after}: change it, too, or set {key}=null"
+        )
+
+
+def _unit(tree: Mapping[str, Any]) -> str | None:
+    craft = tree.get("craft") or {}
+    unit = unit_of(craft) if isinstance(craft, Mapping) else None
+    return None if unit is None else unit.name
+
+
+def _further_budgets(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The budgets beside `craft.epsilon_start`, which are in the same unit."""
+    sections = {"craft.epsilon_end": (tree.get("craft"), "epsilon_end")}
+    skills = tree.get("skills")
+    for name, skill in skills.items() if isinstance(skills, Mapping) else ():
+        sections[f"skills.{name}.epsilon_start"] = (skill, "epsilon_start")
+    return {
+        key: section[name]
+        for key, (section, name) in sections.items()
+        if isinstance(section, Mapping) and section.get(name) is not None
+    }
 
 
 def _set_value(tree: dict[str, Any], key: str, value: Any) -> None:

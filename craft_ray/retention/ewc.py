@@ -7,7 +7,7 @@ anchors of the cache; a resumed run estimates it again from the teacher, with th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ class EWC(WeightDistance):
     """Keeps the weights close that the teacher's answers on the anchors depend on."""
 
     name: ClassVar[str] = "ewc"
-    needs: ClassVar[Literal["anchors", "responses", "weights"]] = "anchors"
     unit = RETENTION_MODES["ewc"].unit("")
 
     def __init__(self, model: Model, teacher: Model, fisher: Sequence[Tensor], cache: str) -> None:

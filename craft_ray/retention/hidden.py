@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -54,7 +54,6 @@ class Hidden(SampleMode[HiddenBatch]):
     """
 
     name: ClassVar[str] = "hidden"
-    needs: ClassVar[Literal["anchors", "responses", "weights"]] = "anchors"
 
     def __init__(
         self,

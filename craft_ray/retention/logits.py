@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -54,7 +54,6 @@ class Logits(SampleMode[LogitsBatch]):
     """Keeps the student's next-token distribution close to the teacher's."""
 
     name: ClassVar[str] = "logits"
-    needs: ClassVar[Literal["anchors", "responses", "weights"]] = "anchors"
     unit = RETENTION_MODES["logits"].unit("")
 
     def __init__(self, model: Model, anchors: AnchorSet, features: FeatureCache | None = None) -> None:

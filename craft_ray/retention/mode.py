@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, Protocol, Self, TypeVar
+from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,8 +59,6 @@ class RetentionMode(ABC, Generic[AnchorBatch]):
     """One way to measure how far the student has moved: on the anchors of a cache, or in its weights."""
 
     name: ClassVar[str]
-    needs: ClassVar[Literal["anchors", "responses", "weights"]]
-    """What a user has to provide: inputs of the old skill, inputs with correct responses, or only the teacher."""
     unit: Unit
     """The unit of the loss, and so of the budget."""
     model: Model

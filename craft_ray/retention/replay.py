@@ -7,7 +7,7 @@ that does not move (`craft.lambda_lr: 0`) training minimises L_task + lambda L_r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from craft_ray.anchors.reader import AnchorSet
 from craft_ray.config.modes import RETENTION_MODES
@@ -21,7 +21,6 @@ class Replay(TokenCE):
     """Keeps the data's own responses likely for the student."""
 
     name: ClassVar[str] = "replay"
-    needs: ClassVar[Literal["anchors", "responses", "weights"]] = "responses"
     unit = RETENTION_MODES["replay"].unit("")
 
     def __init__(self, model: Model, anchors: AnchorSet, features: FeatureCache | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -39,7 +39,6 @@ class TokenCE(SampleMode[TokenBatch]):
     """Keeps the tokens that the teacher generated likely for the student."""
 
     name: ClassVar[str] = "token_ce"
-    needs: ClassVar[Literal["anchors", "responses", "weights"]] = "anchors"
     unit = RETENTION_MODES["token_ce"].unit("")
     description = unit.words
     model: TokenModel

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,8 +37,6 @@ class WeightDistance(RetentionMode[WholeModel]):
     Args:
         teacher: the model before fine-tuning. Its weights are copied.
     """
-
-    needs: ClassVar[Literal["anchors", "responses", "weights"]] = "weights"
 
     def __init__(self, model: Model, teacher: Model) -> None:
         if model.adapter is not None:

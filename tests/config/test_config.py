@@ -751,6 +751,23 @@ def test_a_budget_does_not_outlive_its_unit(minimal: Path, tmp_path: Path) -> No
     assert config.changed({"craft.lambda_lr": 0.5}).craft.epsilon_start == 0.02
 
 
+@pytest.mark.parametrize("key", ["craft.epsilon_end", "skills.far.epsilon_start"])
+def test_no_other_budget_outlives_the_unit(key: str, minimal: Path) -> None:
+    data = {"path": "org/data"}
+    skills = {n: {"anchors": data, "evaluation": {"metric": "perplexity", "data": data}} for n in ("far", "near")}
+    tightening = key == "craft.epsilon_end"
+    own = {"craft.epsilon_schedule": "linear"} if tightening else {"skills": skills}
+    config = load_config(minimal).changed({**own, key: 0.02})
+    changes = {"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.5}
+    with pytest.raises(
+        ConfigError, match=rf"{key} 0\.02 is counted in relative_mse, craft\.epsilon_start 0\.5 in nats"
+    ):
+        config.changed(changes)
+    for budget in (0.4, None) if not tightening else (0.4,):
+        assert config.changed({**changes, key: budget}).craft.epsilon_unit == "nats"
+    assert config.changed({"craft.epsilon_start": 0.04}).craft.epsilon_unit == "relative_mse"
+
+
 def test_a_config_from_before_budgets_had_a_unit_loads(minimal: Path) -> None:
     config = load_config(minimal, ["craft.retention_mode=token_ce", "craft.epsilon_start=0.8"])
     tree = yaml.safe_load(dump_config(config))

@@ -123,9 +123,9 @@ def state_bytes(parameters: int, number: int = 4, constrained: bool = True) -> i
 
 
 def summed_bytes(parameters: int, number: int = 4, constrained: bool = True) -> int:
-    """Bytes that a step passes to all-reduce: the flat gradients, one call each, and two numbers of each loss."""
+    """Bytes that a step passes to all-reduce: the gradients, in buckets, and two numbers of each loss."""
     rows = 2 if constrained else 1
-    return rows * (number * padded(parameters) + 16)
+    return rows * (number * parameters + 16)
 
 
 def sent_bytes(parameters: int, workers: int, number: int = 4, constrained: bool = True) -> float:

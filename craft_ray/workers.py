@@ -10,6 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class Pending(Protocol):
+    """A sum over the workers that has begun."""
+
+    def wait(self) -> object: ...
+
+
 class Workers(Protocol):
     """One process among `world_size`."""
 
@@ -24,6 +30,10 @@ class Workers(Protocol):
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over the workers, in place."""
+        ...
+
+    def start_all_reduce(self, tensor: Tensor) -> Pending:
+        """The same, while the caller computes something else; the tensor is summed after `wait`."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -41,6 +51,9 @@ class OneWorker:
 
     def all_reduce(self, tensor: Tensor) -> None:
         pass
+
+    def start_all_reduce(self, tensor: Tensor) -> Pending:
+        raise AssertionError("one worker has nothing to sum")
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -60,6 +73,11 @@ class ProcessGroup:
 
     def all_reduce(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor)
+
+    def start_all_reduce(self, tensor: Tensor) -> Pending:
+        pending = dist.all_reduce(tensor, async_op=True)
+        assert pending is not None, "this process is one of the group"
+        return pending
 
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size

@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from craft_ray.errors import ModelError
 from craft_ray.method.gram import BLOCK, Gram, gram_sums
+from craft_ray.method.overlap import AllReduce, BucketedSum, Span
 
 TASK, RETENTION = 0, 1
 
@@ -42,15 +43,6 @@ class Parted(Protocol):
 
     @property
     def counts_S(self) -> Tensor: ...
-
-
-class AllReduce(Protocol):
-    """Sums a tensor over the workers, in place. With one worker there is nothing to do."""
-
-    @property
-    def world_size(self) -> int: ...
-
-    def all_reduce(self, tensor: Tensor) -> None: ...
 
 
 AnyBatch = TypeVar("AnyBatch")
@@ -89,6 +81,7 @@ class GradientPair:
         rows = 2 if with_retention and not short_retention else 1
         self.buffers: list[Tensor] = []
         views: dict[int, list[Tensor]] = {}
+        spans: dict[int, Span] = {}
         for dtype in dict.fromkeys(p.dtype for p in self.parameters):
             group = [i for i, p in enumerate(self.parameters) if p.dtype == dtype]
             size = sum(local[i].numel() for i in group)
@@ -99,6 +92,7 @@ class GradientPair:
             for i in group:
                 p, part = self.parameters[i], local[i]
                 views[i] = [as_shard(buffer[row, start : start + part.numel()].view_as(part), p) for row in range(rows)]
+                spans[i] = Span(len(self.buffers) - 1, start, start + part.numel())
                 start += part.numel()
         self.short: list[Tensor] = []
         """The retention gradient in bfloat16, [P] for each buffer, where it is kept so."""
@@ -108,10 +102,12 @@ class GradientPair:
         self._reached = [False] * len(named)
         self._handles = [p.register_post_accumulate_grad_hook(self._marker(i)) for i, p in enumerate(self.parameters)]
         self._agreed: list[bool] | None = None
+        self._sum = BucketedSum([spans[i] for i in range(len(named))], [b.element_size() for b in self.buffers])
 
     def _marker(self, index: int) -> Callable[[Tensor], None]:
         def mark(_: Tensor) -> None:
             self._reached[index] = True
+            self._sum.ready(index)
 
         return mark
 
@@ -148,31 +144,43 @@ class GradientPair:
         """
         held = self._start(row)
         total = sum(batch.count for batch in micro_batches)
-        # A sharded gradient is averaged during the backward pass, so its weight comes before.
-        share = None if self._sharded is None else self._shares([total], workers)[0]
+        # Gradients are summed over the workers during the backward pass, so each worker's weight comes before.
+        (share,) = self._shares([total], workers)
+        weight = share * self._averaged_over(workers)
         losses = []
-        for batch in self._reduced_at_the_last(micro_batches):
+        for batch in self._summed_at_the_last(micro_batches, held, workers):
             loss = self._trained(loss_of(batch), row)
             if len(micro_batches) > 1:
                 loss = loss * (batch.count / total)
-            (loss if share is None else (loss * (share * workers.world_size)).to(loss.dtype)).backward()
+            (loss * weight).to(loss.dtype).backward()
             losses.append(loss.detach().float())
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        if share is None:
-            mean = self._mean_over_workers(held, loss, total, workers)
-        else:
-            mean = loss * share
+        mean = (losses[0] if len(losses) == 1 else torch.stack(losses).sum()) * share
+        if workers.world_size > 1:
             workers.all_reduce(mean)
+        self._finish_sum(workers)
         self._keep(row)
         return mean.float()
 
-    def _reduced_at_the_last(self, micro_batches: Sequence[AnyBatch]) -> Iterator[AnyBatch]:
-        """The micro-batches; sharded gradients are reduced in the backward pass of the last one alone. Until then each
-        worker keeps whole gradients."""
+    def _summed_at_the_last(
+        self, micro_batches: Sequence[AnyBatch], held: int, workers: AllReduce, last: bool = True
+    ) -> Iterator[AnyBatch]:
+        """The micro-batches; gradients are summed over the workers in the backward pass of the last one alone.
+
+        Args:
+            held: the row of the gradients.
+            last: whether no further pass adds to the row.
+        """
         for index, batch in enumerate(micro_batches):
-            if self._sharded is not None:
-                self._sharded.set_requires_gradient_sync(index == len(micro_batches) - 1)
+            final = index == len(micro_batches) - 1
+            if self._sharded is not None:  # until then each worker keeps whole gradients
+                self._sharded.set_requires_gradient_sync(final)
+            elif final and last and workers.world_size > 1:
+                self._sum.begin([buffer[held] for buffer in self.buffers], workers)
             yield batch
+
+    def _finish_sum(self, workers: AllReduce) -> None:
+        if self._sharded is None and workers.world_size > 1:
+            self._sum.finish()
 
     def backward_parts(
         self,
@@ -196,12 +204,14 @@ class GradientPair:
             ModelError: no loss depends on a parameter.
         """
         held = self._start(row)
-        losses_S = self._add_parts((weights_S, sums_of, micro_batches), workers)
-        self._sum_over_workers(held, workers)
+        losses_S = self._add_parts((weights_S, sums_of, micro_batches), held, workers)
+        self._finish_sum(workers)
         self._keep(row)
         return losses_S
 
-    def _add_parts(self, parts: tuple[Tensor, Callable[[Any], Tensor], Sequence[Parted]], workers: AllReduce) -> Tensor:
+    def _add_parts(
+        self, parts: tuple[Tensor, Callable[[Any], Tensor], Sequence[Parted]], held: int, workers: AllReduce
+    ) -> Tensor:
         """Add the gradient of sum_i w_i L_i to what the parameters' gradients hold; the L_i."""
         weights_S, sums_of, micro_batches = parts
         counts_S = torch.stack([batch.counts_S for batch in micro_batches]).sum(0, dtype=torch.float64)
@@ -210,7 +220,7 @@ class GradientPair:
         counts_S = counts_S.clamp(min=1)  # a loss without a term in this batch is 0
         total_S = torch.zeros_like(counts_S)
         factors_S = weights_S / counts_S * self._averaged_over(workers)
-        for batch in self._reduced_at_the_last(micro_batches):
+        for batch in self._summed_at_the_last(micro_batches, held, workers):
             sums_S = self._trained(sums_of(batch), RETENTION)
             (sums_S * factors_S.to(sums_S.dtype)).sum().backward()
             total_S += sums_S.detach()
@@ -244,17 +254,18 @@ class GradientPair:
         for row, ((factor, loss_of, batches), count, share) in enumerate(zip(terms, counts, shares, strict=True)):
             losses = []
             weight = factor * share * self._averaged_over(workers)
-            for batch in self._reduced_at_the_last(batches):
+            last = parts is None and row == len(terms) - 1
+            for batch in self._summed_at_the_last(batches, TASK, workers, last):
                 loss = self._trained(loss_of(batch), row) * (batch.count / count)
                 (loss * weight).to(loss.dtype).backward()
                 losses.append(loss.detach().float())
             means.append(torch.stack(losses).sum() * share)
-        several = [] if parts is None else [self._add_parts(parts, workers)]
+        several = [] if parts is None else [self._add_parts(parts, TASK, workers)]
         if workers.world_size > 1:
             together = torch.stack(means)
             workers.all_reduce(together)
             means = list(together)
-            self._sum_over_workers(TASK, workers)
+            self._finish_sum(workers)
         return [mean.float() for mean in [*means, *several]]
 
     def _shares(self, counts: Sequence[int], workers: AllReduce) -> Sequence[Tensor | float]:
@@ -269,12 +280,6 @@ class GradientPair:
     def _averaged_over(self, workers: AllReduce) -> int:
         """The number of workers whose gradients a backward pass averages: all of them if it is sharded."""
         return 1 if self._sharded is None else workers.world_size
-
-    def _sum_over_workers(self, row: int, workers: AllReduce) -> None:
-        """Sum a row whose backward passes have not done so."""
-        if self._sharded is None and workers.world_size > 1:
-            for buffer in self.buffers:
-                workers.all_reduce(buffer[row])
 
     def _start(self, row: int) -> int:
         """Let the parameters' gradients begin at zero in the row where those of `row` are computed; that row."""
@@ -298,16 +303,6 @@ class GradientPair:
                 f"other adapter.target_modules, or other layers to anchor"
             )
         return loss
-
-    def _mean_over_workers(self, row: int, loss: Tensor, count: int, workers: AllReduce) -> Tensor:
-        if workers.world_size == 1:
-            return loss
-        sums = torch.stack([loss.double() * count, loss.new_full((), count, dtype=torch.float64)])
-        workers.all_reduce(sums)
-        for buffer in self.buffers:
-            buffer[row].mul_((count / sums[1]).to(buffer.dtype))
-            workers.all_reduce(buffer[row])
-        return (sums[0] / sums[1]).float()
 
     def gram(self) -> Gram:
         """Dot product and squared norms of the two gradients, in one pass; of shards, summed once."""

@@ -84,6 +84,13 @@ class Counting:
     def all_reduce(self, tensor: torch.Tensor) -> None:
         self.summed += tensor.numel() * tensor.element_size()
 
+    def start_all_reduce(self, tensor: torch.Tensor) -> Counting:
+        self.all_reduce(tensor)
+        return self
+
+    def wait(self) -> None:
+        pass
+
 
 class Batch:
     count = 1

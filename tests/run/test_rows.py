@@ -124,6 +124,8 @@ class Pair:
     def all_reduce(self, tensor: torch.Tensor) -> None:
         raise AssertionError
 
+    start_all_reduce = all_reduce
+
     def gather(self, value: Any) -> list[Any]:
         self.shared[self.rank] = value
         self.barrier.wait()

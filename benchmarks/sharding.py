@@ -2,8 +2,8 @@
 
 State is counted (the bytes of its tensors) and measured (the resident memory after two steps, above what the process
 held before the model). Targets: at most 0.55 of a replica's over two workers and 0.30 over four; a step over two
-processes at most 1.3 of a replicated one, with 4 texts of 128 tokens each for the task and for the anchors. A replicated
-step that sums its gradients during the backward pass is not slower than one that sums them at its end.
+processes at most 1.3 of a replicated one, with 4 texts of 128 tokens each for the task and for the anchors; a step of
+replicas that sums its gradients during the backward pass not slower than one that sums them at its end.
 """
 
 from __future__ import annotations

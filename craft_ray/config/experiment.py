@@ -263,11 +263,29 @@ class Experiment(Section):
                 f"train.mask_loss_above is {self.train.mask_loss_above:g}, but model.kind is lerobot: it masks tokens "
                 f"of text; leave it out"
             )
+        if self.train.pack:
+            self._check_packed()
         if model.attention == "flash_attention_2" and (model.dtype, self.train.precision) == ("float32", "fp32"):
             raise ValueError(
                 "model.attention is flash_attention_2, which computes in bfloat16, but train.precision is fp32: set "
                 "train.precision=bf16, or model.attention=sdpa"
             )
+
+    def _check_packed(self) -> None:
+        """Check that task samples can be packed."""
+        model, sharding = self.model, self.workers.sharding
+        conflicts = {
+            f"model.kind is {model.kind}, and only a language model (causal_lm) is packed": model.kind != "causal_lm",
+            "model.gradient_checkpointing is true, which computes layers again outside of the packed pass": (
+                model.gradient_checkpointing
+            ),
+            "model.compile is true, which would compile each pack anew": model.compile,
+            "model.disable_dropout is false, and packed attention has no dropout": not model.disable_dropout,
+            f"workers.sharding is {sharding}, which packs are not supported with": sharding != "none",
+        }
+        for conflict, there in conflicts.items():
+            if there:
+                raise ValueError(f"train.pack is true, but {conflict}: change that, or set train.pack=false")
 
     def _check_sharding(self) -> None:
         """Check that what is trained can be sharded."""

@@ -21,6 +21,10 @@ class TrainConfig(Section):
     """Samples in one step, over all workers and micro-batches."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches whose gradients are accumulated for one step."""
+    pack: bool = False
+    """Lay the task samples of a micro-batch end to end, without padding, for a language model that supports it as a
+    teacher does (`anchors.pack_tokens`). The loss is the same; samples of different lengths take less time. Not with
+    gradient checkpointing, compiled layers or sharding."""
     optimizer: Literal["adamw", "adamw_8bit", "policy"] = "adamw"
     """`adamw` is AdamW with the keys below; `adamw_8bit` keeps its two moments in 8 bits by blocks of 256
     (arXiv 2110.02861; needs the extra `8bit`). `policy` is what a LeRobot policy's own config says: its optimiser

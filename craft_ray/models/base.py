@@ -22,6 +22,7 @@ from craft_ray.method.pooling import Layout, Pooling
 if TYPE_CHECKING:  # loading a model needs no pydantic
     from craft_ray.data.source import Source
     from craft_ray.models.adapters import Adapter
+    from craft_ray.models.packing import PackLayout
 
 IGNORE = -100
 """Target of a token that is not predicted."""
@@ -55,6 +56,8 @@ class Batch:
     """Total number of target tokens, known on the host."""
     samples: int
     pooling: Pooling | None = None
+    pack: PackLayout | None = None
+    """Where the samples are, if they are not rows of their own but end to end in one."""
 
     @property
     def count(self) -> int:
@@ -73,6 +76,7 @@ class Batch:
             keep_P=move(self.keep_P),
             targets_BP=move(self.targets_BP),
             pooling=None if self.pooling is None else self.pooling.to(device),
+            pack=None if self.pack is None else replace(self.pack, cu_seqlens=move(self.pack.cu_seqlens)),
         )
 
 

@@ -142,6 +142,10 @@ class PackingModel(Model):
         """
 
     @abstractmethod
+    def packed_batch(self, features: Sequence[Features]) -> Batch:
+        """A batch on the host whose samples are end to end in one row; `task_loss` of it equals that of padded ones."""
+
+    @abstractmethod
     def packed_logits(self, features: Sequence[Features], keep_N: Tensor) -> Tensor:
         """Logits [N, vocabulary] at N tokens of such a row, counted from its start."""
 

@@ -9,11 +9,11 @@ import transformers
 from torch import Tensor
 
 from craft_ray.data.sample import Sample
-from craft_ray.models.base import Features, evaluating
+from craft_ray.models.base import Batch, Features, evaluating
 from craft_ray.models.capabilities import PackingModel
 from craft_ray.models.huggingface import HuggingFaceModel
 from craft_ray.models.loading import reason
-from craft_ray.models.packing import check_packing, packed_forward, packed_logits
+from craft_ray.models.packing import check_packing, pack, packed_attention, packed_forward, packed_logits
 from craft_ray.models.text import Cut
 
 
@@ -61,6 +61,22 @@ class CausalLM(HuggingFaceModel, PackingModel):
                 check_packing(self.module.base_model, 1e-1 if self.precision == "bf16" else 1e-3)
         except TypeError as error:  # its forward does not accept the layout that attention needs
             raise ValueError(f"{type(self.module).__name__} cannot be packed ({reason(error)})") from None
+
+    def packed_batch(self, features: Sequence[Features]) -> Batch:
+        inputs, layout = pack([f.tokens["input_ids"] for f in features])
+        predicted = [t + start for f, start in zip(features, layout.bounds, strict=False) for t in f.layout.predicted]
+        keep_P = torch.tensor(predicted, dtype=torch.long) - 1
+        targets_1P = inputs["input_ids"][:, predicted]
+        return Batch(inputs, keep_P, targets_1P, len(predicted), len(features), pack=layout)
+
+    def logits(self, batch: Batch) -> Tensor:
+        if batch.pack is None:
+            return super().logits(batch)
+        inputs = {**batch.inputs, **self._outputs, "craft_pack": batch.pack, "use_cache": False}
+        with self.autocast(), packed_attention(self.module.base_model):
+            if self._takes_keep:
+                return self.module(**inputs, logits_to_keep=batch.keep_P).logits
+            return self.module(**inputs).logits[:, batch.keep_P]
 
     def packed_hidden_states(self, features: Sequence[Features], layers: Sequence[int]) -> Tensor:
         with self.autocast():

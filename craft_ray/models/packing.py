@@ -1,4 +1,4 @@
-"""Packed forward passes of a frozen decoder over texts of mixed lengths, without a single padding token.
+"""Packed forward passes of a decoder over texts of mixed lengths, without a single padding token.
 
 Several sequences are laid end to end in one row [1, T]; their positions restart at 0 and attention is causal
 within each sequence only. Everything but attention works token by token, so a pack costs what its real tokens
@@ -105,9 +105,9 @@ def packed_forward(
         )
 
     with torch.inference_mode(), packed_attention(base_model):
-        inputs, layout = _pack(sequences, base_model.device)
+        inputs, layout = pack([sequence.to(base_model.device) for sequence in sequences])
         # Given a list, transformers 5.23 keeps the states of those layers only; older ones keep them all.
-        output = base_model(**inputs, craft_pack=layout, output_hidden_states=list(layers))
+        output = base_model(**inputs, craft_pack=layout, use_cache=False, output_hidden_states=list(layers))
         hidden_LTD = torch.stack([output.hidden_states[layer][0] for layer in layers])
     return hidden_LTD, layout.cu_seqlens
 
@@ -124,27 +124,24 @@ def packed_logits(
     base_model = cast(PreTrainedModel, model.base_model)
     _refuse_unpackable(base_model)
     with torch.inference_mode(), packed_attention(base_model):
-        inputs, layout = _pack(sequences, base_model.device)
+        inputs, layout = pack([sequence.to(base_model.device) for sequence in sequences])
         keep_N = keep_N.to(base_model.device)
         if through_keep:
-            logits_NV: Tensor = model(**inputs, craft_pack=layout, logits_to_keep=keep_N).logits[0]
+            logits_NV: Tensor = model(**inputs, craft_pack=layout, use_cache=False, logits_to_keep=keep_N).logits[0]
         else:
-            logits_NV = model(**inputs, craft_pack=layout).logits[0, keep_N]
+            logits_NV = model(**inputs, craft_pack=layout, use_cache=False).logits[0, keep_N]
     return logits_NV
 
 
-def _pack(sequences: Sequence[Tensor], device: torch.device) -> tuple[dict[str, Any], PackLayout]:
-    """The sequences end to end as a model takes them, and where each is."""
+def pack(sequences: Sequence[Tensor]) -> tuple[dict[str, Tensor], PackLayout]:
+    """The sequences end to end as a model takes them, and where each is; on the sequences' device."""
     lengths = [sequence.numel() for sequence in sequences]
     if not lengths or not all(lengths) or any(sequence.ndim != 1 for sequence in sequences):
         shapes = [tuple(sequence.shape) for sequence in sequences]
         raise ValueError(f"a pack is made of 1-D sequences with at least one token, got shapes {shapes}")
     positions_T = torch.cat([torch.arange(length) for length in lengths])
-    inputs = {
-        "input_ids": torch.cat(list(sequences))[None].to(device),
-        "position_ids": positions_T[None].to(device),
-        "use_cache": False,
-    }
+    device = sequences[0].device
+    inputs = {"input_ids": torch.cat(list(sequences))[None], "position_ids": positions_T[None].to(device)}
     return inputs, PackLayout.of(lengths, device)
 
 
@@ -233,7 +230,7 @@ def attend(
     if attention_mask is not None:
         raise ValueError(f"{name} got an attention mask of its own; a pack has none")
     if dropout:
-        raise ValueError(f"{name} applies attention dropout (p = {dropout}); a teacher runs in eval mode")
+        raise ValueError(f"{name} applies attention dropout (p = {dropout}), which packed attention does not")
     if refused := [what for what in _CHANGES_THE_MATHEMATICS if others.get(what) is not None]:
         raise ValueError(f"{name} needs {', '.join(refused)}, which packed attention does not compute")
 

@@ -11,7 +11,7 @@ from craft_ray.data.streaming import StreamedSource
 from craft_ray.data.task import open_task, rows_of, sampler_of
 from craft_ray.errors import ConfigError
 from craft_ray.models.base import Batch, Features, Model
-from craft_ray.models.capabilities import TokenModel
+from craft_ray.models.capabilities import TokenModel, packing_model
 from craft_ray.models.features import FeatureCache
 from craft_ray.retention.mode import split
 from craft_ray.run.rows import Rows
@@ -52,6 +52,7 @@ class TaskData:
         if not self.source.has_responses:
             raise ConfigError("task.columns.response names no column: fine-tuning needs responses")
         self._model = model
+        self._collate = _packing(model) if config.train.pack else model.collate
         self._workers = workers
         self._accumulate = config.train.accumulate
         self._sampler = sampler_of(config.task, self.source, config.train.batch_size, config.seed, TASK_STREAM)
@@ -84,7 +85,7 @@ class TaskData:
     def batches(self, step: int) -> list[Batch]:
         """This worker's micro-batches of a step (from 0), on the host."""
         rows = self._sampler.local_batch(step, self._workers.rank, self._workers.world_size)
-        return [self._model.collate(self._samples(part)) for part in split(rows, self._accumulate)]
+        return [self._collate(self._samples(part)) for part in split(rows, self._accumulate)]
 
     def described(self) -> list[str]:
         """What there is to tell about the samples before a run."""
@@ -133,6 +134,15 @@ class TaskData:
         if self.mask is None:
             return found
         return [self.mask(row, features) for row, features in zip(rows, found, strict=True)]
+
+
+def _packing(model: Model) -> Callable[[Sequence[Features]], Batch]:
+    packed = packing_model(model)
+    try:
+        packed.check_packing()
+    except ValueError as error:
+        raise ConfigError(f"train.pack is true, but {error}: set train.pack=false, which pads") from None
+    return packed.packed_batch
 
 
 @dataclass(frozen=True)

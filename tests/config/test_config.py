@@ -74,7 +74,7 @@ INSTEAD = (
     "columns.answer_index", "columns.messages", "columns.tools", "columns.skill", "skills", "craft.epsilon_decay",
     "compare.learning_rates",
     "train.optimizer",
-    "workers.sharding", "workers.shards",
+    "workers.sharding", "workers.shards", "train.pack",
 )  # fmt: skip
 """Keys that another key of this list replaces or excludes."""
 REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task", "adapter.kind")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +23,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from craft_ray.models import packing
+from craft_ray.config import ModelConfig, parse_config
+from craft_ray.data.sample import Sample
+from craft_ray.errors import ConfigError
+from craft_ray.examples.text import byte_tokenizer
+from craft_ray.models import load_model, packing
+from craft_ray.models.causal_lm import CausalLM
 from craft_ray.models.packing import check_packing, packed_attention, packed_forward, plan_packs
+from tests.support.runs import trained
 
 VOCABULARY = 61
 WINDOW = 5
@@ -316,3 +323,66 @@ def test_varlen_attention_equals_one_by_one(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(packing, "_VARLEN", False)
     loop_LTD, _ = packed_forward(model, texts(), [-1])
     assert (varlen_LTD - loop_LTD).float().norm() < 0.05 * loop_LTD.float().norm()
+
+
+# --- task batches ---------------------------------------------------------------------------------------------------
+
+
+def saved(name: str, folder: Path) -> Path:
+    """A causal model of one of the families, with the byte tokenizer of the text example."""
+    tokenizer = byte_tokenizer()
+    config = deepcopy(CONFIGS[name])
+    config.vocab_size = len(tokenizer)
+    build(config, AutoModelForCausalLM).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+SAMPLES = [Sample(str(i), "ab" * n, response="c" * m) for i, (n, m) in enumerate([(9, 3), (1, 1), (2, 14), (6, 2)])]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma3-own-rope-when-sliding", "gpt2"])
+def test_a_packed_task_batch_has_the_loss_and_gradients_of_a_padded_one(name: str, tmp_path: Path) -> None:
+    config = ModelConfig(kind="causal_lm", path=str(saved(name, tmp_path)))
+    model = load_model(config, "fp32")
+    assert isinstance(model, CausalLM)
+    model.check_packing()
+    features = [model.preprocess_task(sample) for sample in SAMPLES]
+    padded, packed = model.collate(features), model.packed_batch(features)
+    assert packed.inputs["input_ids"].shape == (1, sum(f.layout.length for f in features))
+    assert (packed.tokens, packed.samples) == (padded.tokens, padded.samples)
+    gradients = []
+    for batch in (padded, packed):
+        model.module.zero_grad()
+        loss = model.task_loss(batch)
+        loss.backward()
+        gradients.append((loss.detach(), {n: p.grad for n, p in model.module.named_parameters()}))
+    (loss, expected), (packed_loss, got) = gradients
+    assert packed_loss == pytest.approx(loss.item(), rel=1e-5)
+    scale = max(float(g.norm()) for g in expected.values() if g is not None)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(got[parameter], gradient, rtol=1e-4, atol=1e-5 * scale)
+    assert model.task_loss(padded).item() == loss.item(), "the model's own attention is back"
+
+
+def test_a_packed_run_is_the_padded_one_up_to_rounding(text_model: Path, text_data: Path, tmp_path: Path) -> None:
+    columns = {"prompt": "prompt", "response": "response"}
+    data = {"path": str(text_data / "new_train.parquet"), "columns": columns}
+    tree = {"name": "packed", "output_dir": str(tmp_path), "model": {"kind": "causal_lm", "path": str(text_model)}}
+    base = parse_config(
+        tree | {"task": data, "craft": {"enabled": False}, "workers": {"num_workers": 0}, "train": {"steps": 3}}, "test"
+    ).changed({"train.batch_size": 4, "train.accumulate": 2, "train.check_minutes": 0})
+    runs = [trained(base.changed({"train.pack": pack}), tmp_path / f"{pack}") for pack in (False, True)]
+    losses = [[record["train/loss"] for record in run.read_metrics()] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change", [{"model.gradient_checkpointing": True}, {"model.compile": True}, {"model.disable_dropout": False}]
+)
+def test_what_packs_do_not_go_with_is_one_line(change: dict[str, bool], tmp_path: Path) -> None:
+    tree = {"name": "a", "output_dir": str(tmp_path), "model": {"path": "m"}, "task": {"path": "d"}}
+    config = parse_config(tree | {"craft": {"enabled": False}, "train": {"steps": 1, "pack": True}}, "test")
+    (key,) = change
+    with pytest.raises(ConfigError, match=rf"train\.pack is true, but {key} is .* set train\.pack=false"):
+        config.changed(change)

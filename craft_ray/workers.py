@@ -66,20 +66,27 @@ class ProcessGroup:
     of a submodule, and `autograd.grad`. Both gradients are averaged explicitly instead, as flat buffers.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         self.device = device
+        self.group = group
+        """None: the default group."""
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
+    def beside(self) -> ProcessGroup:
+        """The same processes in a further group on the host, which another thread may use at the same time. All of them
+        must ask for it."""
+        return ProcessGroup(torch.device("cpu"), dist.new_group(backend="gloo"))
+
     def all_reduce(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.group)
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
-        pending = dist.all_reduce(tensor, async_op=True)
+        pending = dist.all_reduce(tensor, group=self.group, async_op=True)
         assert pending is not None, "this process is one of the group"
         return pending
 
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values

@@ -11,6 +11,7 @@ FREE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
+    "train.checkpoint_async",
     "train.keep_checkpoints",
     "train.prefetch",
     "train.loader_workers",

@@ -291,6 +291,11 @@ class Experiment(Section):
         """Check that what is trained can be sharded."""
         sharding = f"workers.sharding is {self.workers.sharding}"
         if self.workers.sharding == "none":
+            if self.train.checkpoint_async:
+                raise ValueError(
+                    "train.checkpoint_async is true, but workers.sharding is none: only the checkpoints of sharded "
+                    "runs are written beside training; leave it out, or set workers.sharding=full"
+                )
             return
         if self.adapter is not None:
             raise ValueError(

@@ -51,6 +51,9 @@ class TrainConfig(Section):
     checkpoint_minutes: float = Field(10.0, ge=0)
     """Minutes after which a checkpoint is written although none is due by steps, so that no more work is lost; 0 writes
     none by time. If checkpoints take long to write, they are further apart: they take 5 % of the time at most."""
+    checkpoint_async: bool = False
+    """Train on while a checkpoint of a sharded run is written: its tensors are first copied to the host, which takes
+    their size there. The last one is waited for."""
     keep_checkpoints: int = Field(2, ge=0)
     """Number of latest checkpoints that are kept; 0 saves none, not even at the end."""
     keep_best: ObjectiveConfig | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from torch.optim import Optimizer
@@ -22,9 +24,9 @@ from craft_ray.run.checkpoint import (
 )
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import Observer
-from craft_ray.run.sharded_checkpoint import check_exported, save_sharded
+from craft_ray.run.sharded_checkpoint import begin_sharded, check_exported
 from craft_ray.storage.last import point_last
-from craft_ray.workers import Workers
+from craft_ray.workers import ProcessGroup, Workers
 
 
 class CheckpointWriter:
@@ -41,6 +43,12 @@ class CheckpointWriter:
         self._keep = config.train.keep_checkpoints
         self._clock = CheckpointClock(config.train.checkpoint_minutes if self._keep else 0, workers)
         self._read_back = False  # whether this process has loaded a checkpoint of its own again
+        self._beside: ProcessGroup | None = None
+        self._writing: Future[None] | None = None
+        if config.train.checkpoint_async:
+            assert isinstance(workers, ProcessGroup), "the config allows it in sharded runs alone"
+            self._beside = workers.beside()
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def due(self, step: int) -> bool:
         """Whether one is written after this step: by time, by number, because it is the last, or because a validation
@@ -49,13 +57,14 @@ class CheckpointWriter:
         return self._clock.due() or bool(every and step % every == 0) or step == steps or self._best.judges(step)
 
     def write(self, model: Model, state: TrainingState, gradients: GradientPair, optimizer: Optimizer) -> None:
-        """Write a checkpoint, if the run keeps any. No worker continues before it is complete."""
+        """Write a checkpoint, if the run keeps any. No worker continues before it is complete; with
+        `train.checkpoint_async` before it is copied, and the one before it complete."""
         if not self._keep:
             return
         started = time.monotonic()
+        self.wait()
         if model.sharded:
             self._write_sharded(model, state, gradients, optimizer)
-            self._folder.push_parts(checkpoint_name(state.step), self._workers)
         elif self._workers.rank == 0:
             check = None if self._read_back else lambda folder: self._check(model, folder)
             save_checkpoint(self._folder.disk / "checkpoints", model, state, self._keep, check, self._best.step)
@@ -85,13 +94,41 @@ class CheckpointWriter:
         """With all workers. At the last step it gets a `model` folder, and its weights are compared with those in
         memory."""
         last = state.step == self._config.train.steps
-        folder = self._folder.disk / "checkpoints"
-        apart = self._folder.home != self._folder.path
-        target = save_sharded(folder, model, state, gradients, optimizer, self._workers, self._keep, last, apart)
+        folder, name = self._folder.disk / "checkpoints", checkpoint_name(state.step)
+        beside = None if last else self._beside
+        complete = begin_sharded(
+            *(folder, model, state, gradients, optimizer, self._workers, self._keep),
+            export=last,
+            apart=self._folder.home != self._folder.path,
+            beside=beside,
+        )
+        if beside is not None:
+            self._writing = self._thread.submit(self._complete, complete, name, beside)
+            return
+        self._complete(complete, name, self._workers)
         if last:
             trained = model.weights_fingerprint()
             if self._workers.rank == 0:
-                check_exported(self._config.model, self._config.train.precision, trained, target / "model")
+                check_exported(self._config.model, self._config.train.precision, trained, folder / name / "model")
+
+    def _complete(self, complete: Callable[[], Path], name: str, workers: Workers) -> None:
+        complete()
+        self._folder.push_parts(name, workers)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that another thread writes is complete.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """End the thread, which completes the checkpoint that it writes."""
+        if self._beside is not None:
+            self._thread.shutdown()
 
     def _check(self, model: Model, folder: Path) -> None:
         check_saved(self._config.model, self._config.train.precision, model, folder)

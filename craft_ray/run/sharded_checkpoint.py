@@ -11,11 +11,13 @@ The folder appears when all workers have written their parts, as a whole or not 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,13 +39,13 @@ from craft_ray.models.sharding import shard_of
 from craft_ray.run.checkpoint import TrainingState, checkpoint_name, checkpoint_step, load_training_state, state_file
 from craft_ray.storage.files import checksum, clear_leftovers, new_folder
 from craft_ray.storage.last import point_last
-from craft_ray.workers import OneWorker, Workers
+from craft_ray.workers import OneWorker, ProcessGroup, Workers
 
 SHARDS = "sharded"
 FILES = "files.json"
 
 
-def save_sharded(
+def begin_sharded(
     folder: Path,
     model: Model,
     state: TrainingState,
@@ -51,15 +53,23 @@ def save_sharded(
     optimizer: Optimizer,
     workers: Workers,
     keep: int,
+    *,
     export: bool,
-    apart: bool = False,
-) -> Path:
-    """Write a checkpoint with all workers, point `last` at it, and remove all but the latest `keep`.
+    apart: bool,
+    beside: ProcessGroup | None = None,
+) -> Callable[[], Path]:
+    """Begin a checkpoint with all workers.
 
     Args:
         state: its `optimizer` is the optimiser's state; the moments in it are written by name.
         export: whether the checkpoint gets a `model` folder.
         apart: whether each worker has a `folder` of its own, and its part of the checkpoint in it (`RunMirror`).
+        beside: the workers as a group of their own. With it, the tensors are copied to the host, and training may go on
+            while they are written.
+
+    Returns:
+        What completes it on each worker, and may be called in another thread with `beside`: it points `last` at the
+        checkpoint, and removes all but the latest `keep`.
 
     Raises:
         StorageError: a worker could not write its part. Earlier checkpoints are untouched.
@@ -68,24 +78,33 @@ def save_sharded(
     owner = main or apart
     if owner:
         clear_leftovers(folder)
-    with ExitStack() as stack:
-        own = stack.enter_context(new_folder(target)) if owner else None
+    rest = copy.deepcopy(vars(state) | {"optimizer": _without_moments(state.optimizer)})
+    with ExitStack() as opened:
+        own = opened.enter_context(new_folder(target)) if owner else None
         first: Path = workers.gather(own)[0]
         temporary = own or first
         with _writing(target):
-            written = _write_parts(temporary, named_tensors(model, gradients, optimizer), workers)
+            parts = _write_parts(temporary, named_tensors(model, gradients, optimizer), beside)
             if export:
                 model.save(temporary / "model", final=target / "model")
+        stack = opened.pop_all()
+
+    def complete() -> Path:
+        with stack, _writing(target):
+            parts()
+            written = _described_by_all(temporary, beside or workers)
             if main:
                 state_file(temporary).parent.mkdir()
-                torch.save(vars(state) | {"optimizer": _without_moments(state.optimizer)}, state_file(temporary))
+                torch.save(rest, state_file(temporary))
                 written |= _described(temporary, state_file(temporary))
                 (temporary / FILES).write_text(json.dumps(written, indent=1))
-    if owner:
-        point_last(folder, target.name)
-        for old in sorted(folder.glob("step_*"), key=checkpoint_step)[:-keep]:
-            shutil.rmtree(old)
-    return target
+        if owner:
+            point_last(folder, target.name)
+            for old in sorted(folder.glob("step_*"), key=checkpoint_step)[:-keep]:
+                shutil.rmtree(old)
+        return target
+
+    return complete
 
 
 def is_sharded(checkpoint: Path) -> bool:
@@ -214,14 +233,20 @@ def _without_moments(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "state": small}
 
 
-def _write_parts(temporary: Path, tensors: dict[str, Tensor], workers: Workers) -> dict[str, Any]:
-    """Write this worker's part of the tensors.
-
-    Returns:
-        Size and checksum of each file, by its path; on every worker.
-    """
+def _write_parts(temporary: Path, tensors: dict[str, Tensor], beside: ProcessGroup | None) -> Callable[[], object]:
+    """Write this worker's part of the tensors, or copy it and write it in another thread; what waits for the end."""
+    writer = dcp.FileSystemWriter(temporary / SHARDS, thread_count=1)
     with _quiet():
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary / SHARDS, thread_count=1))
+        if beside is None:
+            dcp.save(tensors, storage_writer=writer)
+            return lambda: None
+        pending = dcp.async_save(tensors, storage_writer=writer, process_group=beside.group)
+    assert isinstance(pending, Future), "the writer copies the tensors itself, before it returns"
+    return pending.result
+
+
+def _described_by_all(temporary: Path, workers: Workers) -> dict[str, Any]:
+    """Size and checksum of each file of the parts, by its path; on every worker."""
     own = list((temporary / SHARDS).glob(f"__{workers.rank}_*"))
     if workers.rank == 0:
         own.append(temporary / SHARDS / ".metadata")

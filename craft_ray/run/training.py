@@ -133,8 +133,8 @@ class Run:
             self._announce()
 
     def close(self) -> None:
-        self.gradients.close()
-        self.features.close()
+        for part in (self.checkpoints, self.gradients, self.features):
+            part.close()
 
     def _announce(self) -> None:
         count = sum(p.numel() for p in self.gradients.parameters)

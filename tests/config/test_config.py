@@ -74,7 +74,7 @@ INSTEAD = (
     "columns.answer_index", "columns.messages", "columns.tools", "columns.skill", "skills", "craft.epsilon_decay",
     "compare.learning_rates",
     "train.optimizer",
-    "workers.sharding", "workers.shards", "train.pack",
+    "workers.sharding", "workers.shards", "train.pack", "train.checkpoint_async",
 )  # fmt: skip
 """Keys that another key of this list replaces or excludes."""
 REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task", "adapter.kind")
@@ -389,6 +389,7 @@ def test_a_threshold_of_the_dot_product_has_any_size(minimal: Path) -> None:
             "workers: sharding hybrid makes groups of shards=2 workers out of num_workers=2 to 4",
         ),
         (["workers.shards=2"], "workers: shards 2 is for sharding hybrid, it is none"),
+        (["train.checkpoint_async=true"], "train.checkpoint_async is true, but workers.sharding is none"),
         (
             ["workers.sharding=full", "workers.num_workers=2", "adapter={}"],
             "workers.sharding is full, but there is an adapter",

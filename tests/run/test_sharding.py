@@ -199,6 +199,9 @@ def resuming(workers: Workers, folder: Path, config: Experiment) -> list[str]:
     """With as many workers as before, after one worker, and from checkpoints that were damaged."""
     resumed(workers, folder / "again", folder / "two" / "hidden", config)
     resumed(workers, folder / "two of one", folder / "one" / "hidden", config)
+    beside = config.changed({"train.checkpoint_async": True})
+    run_of(workers, beside, folder / "beside")
+    resumed(workers, folder / "again beside", folder / "beside", beside)
     messages = []
     for damage in ("gone", "changed"):
         path = folder / damage
@@ -215,8 +218,10 @@ def resuming(workers: Workers, folder: Path, config: Experiment) -> list[str]:
     return messages
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world: Path) -> None:
-    again, once = world / "again", world / "two" / "hidden"
+@pytest.mark.parametrize("name", ["again", "beside", "again beside"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, world: Path) -> None:
+    """Also with checkpoints that are written while the next steps change the weights."""
+    again, once = world / name, world / "two" / "hidden"
     assert measured(again) == measured(once)
     for name, tensor in weights(once).items():
         assert torch.equal(weights(again)[name], tensor), name
@@ -295,9 +300,12 @@ def test_copies_of_shards_and_bfloat16(world: Path, text_model: Path, text_data:
 def test_a_run_in_a_store_is_the_one_on_a_disk(
     world: Path, text_model: Path, text_data: Path, object_store: ObjectPath, tmp_path: Path
 ) -> None:
-    home, config = object_store / tmp_path.name / "run", experiment(text_model, text_data, world, SHARDED)
+    home = object_store / tmp_path.name / "run"
+    config = experiment(text_model, text_data, world, {**SHARDED, "train.checkpoint_async": True})
     RunFolder(home).begin(config, ["test"])
     on_workers(2, in_store, tmp_path / "processes", str(home), config)
+    earlier = home / "checkpoints" / "step_000002" / "sharded"
+    assert {file.name for file in earlier.iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     copy_tree(home / "checkpoints" / f"step_{STEPS:06d}" / "model", tmp_path / "model")
     for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items():
         assert torch.equal(tensor, weights(world / "two" / "hidden")[name]), name

@@ -30,7 +30,7 @@ def uncollected() -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Turn off progress bars of transformers and datasets (unless on a terminal) and notices that need no action."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of kernels for other machines
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it reports kernels that this machine cannot use
     with uncollected():
         import datasets
         import huggingface_hub
@@ -40,7 +40,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    # Of a view that must not be changed in place: no logits are.
+    # It warns about changing a view in place, which never happens to logits.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

@@ -58,7 +58,7 @@ def images_of_row(cells: Mapping[str, Any], columns: Sequence[str], where: str) 
 
 
 def split_bytes(data: bytes, sizes: Sequence[int]) -> tuple[bytes, ...]:
-    """What lies one after the other, with these numbers of bytes."""
+    """Split concatenated data into parts of these sizes."""
     ends = [0, *accumulate(sizes)]
     return tuple(data[start:end] for start, end in pairwise(ends))
 

@@ -17,7 +17,7 @@ CHOICES = ("choices", "options", "endings")
 INDICES = ("answer_index", "answer_idx", "label", "answer", "gold")
 IDS = ("id", "uid", "sample_id")
 RUNNING_TEXT = ("text", "content")
-"""The single column of text that a language model goes on reading, without a prompt."""
+"""The single column of text that a language model continues, without a prompt."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Found:
 
     columns: Columns
     running_text: bool
-    """Whether there is nothing but text to go on reading."""
+    """Whether there is only running text, without prompts."""
 
 
 def find_columns(

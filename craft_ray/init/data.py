@@ -30,13 +30,13 @@ class DataFacts:
     columns: Columns | None
     """None: a LeRobotDataset has none."""
     format: str | None = None
-    """Of data on the hub whose format has to be named."""
+    """The format of data on the hub, where it has to be named."""
     running_text: bool = False
-    """Whether it is text to go on reading, without prompts."""
+    """Whether it is running text, without prompts."""
     prompt_tokens: int = 0
-    """Of the longest prompt that was looked at, with its image."""
+    """Tokens of the longest prompt that was inspected, with its image."""
     response_tokens: int = 0
-    """Of the longest response, with the token that ends it."""
+    """Tokens of the longest response, with the token that ends it."""
     answer_tokens: int = 0
     """Nine of ten responses are not longer."""
     counted: int = 0

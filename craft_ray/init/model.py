@@ -161,6 +161,6 @@ def _is_policy(path: str) -> bool:
     those of transformers do."""
     try:
         found, _ = transformers.PretrainedConfig.get_config_dict(path)
-    except Exception:  # nothing there, damaged, or the hub is not reached: reading it as a model tells
+    except Exception:  # nothing there, damaged, or the hub is not reached: loading it reports the reason
         return False
     return "type" in found and "model_type" not in found

@@ -15,9 +15,9 @@ from craft_ray.init.model import ModelFacts
 EPOCHS = 3
 LARGEST_BATCH = 16
 FILLED = 0.8
-"""Part of the memory that is planned for."""
+"""Part of the memory that a plan may use."""
 BYTES_FULL = 20
-"""Of a trained parameter: weight 4, two moments of AdamW 8, two gradients 8."""
+"""Bytes of a trained parameter: weight 4, two moments of AdamW 8, two gradients 8."""
 LONGEST_GENERATED = 64
 SHORT_ANSWER = 16
 """Tokens up to which an answer is compared as a whole."""

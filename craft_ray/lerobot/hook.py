@@ -53,9 +53,9 @@ def craft_updates(experiment: Experiment) -> Iterator[CraftUpdate]:
     """While open, LeRobot's `train` takes CRaFT's step.
 
     Args:
-        experiment: of it, `model.path` (the teacher's folder, which LeRobot trains), `craft` (and where it names none,
-            the positions and layers of `anchors`), `seed`, `train.precision`, `train.accumulate` (micro-batches of the
-            anchors of a step) and `train.steps` count. The last is the length of epsilon's schedule.
+        experiment: only these keys are used: `model.path` (the teacher's folder, which LeRobot trains), `craft` (and
+            where it names none, the positions and layers of `anchors`), `seed`, `train.precision`, `train.accumulate`
+            (micro-batches of the anchors of a step) and `train.steps` (the length of epsilon's schedule).
 
     Yields:
         What is called at each step; it remembers what each step measured.
@@ -93,7 +93,7 @@ class _TaskBatch:
 
 @dataclass(frozen=True)
 class _Opened:
-    """The policy in training, and what holds it back."""
+    """The policy in training, and its constraints."""
 
     workers: Workers
     model: LeRobotPolicy
@@ -102,18 +102,18 @@ class _Opened:
 
 
 class CraftUpdate:
-    """In the place of LeRobot's `update_policy`."""
+    """Replaces LeRobot's `update_policy`."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.records: list[dict[str, float]] = []
-        """Of each step: task_loss, retention_loss, lambda, epsilon, dot, cos."""
+        """For each step: task_loss, retention_loss, lambda, epsilon, dot, cos."""
         self._opened: _Opened | None = None
         self._resumed: CraftState | None = None
         self._collected: list[_TaskBatch] = []
 
     def close(self) -> None:
-        """Give the policy back without hooks and gradients."""
+        """Remove the hooks and gradients from the policy."""
         if self._opened is not None:
             self._opened.gradients.close()
         self._opened, self._resumed, self._collected = None, None, []

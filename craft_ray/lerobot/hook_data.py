@@ -19,7 +19,8 @@ class SampleOrder:
     """The order of samples where a run resumes after its first epoch.
 
     LeRobot tells its sampler the epoch in which a checkpoint stands. Accelerate's data loader counts epochs from zero
-    in each process, and sets the sampler back to the first one as soon as it is iterated. So the loader is told, too.
+    in each process, and sets the sampler back to the first one as soon as it is iterated. So the epoch is also set on
+    the loader.
     """
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ def check_experiment(experiment: Experiment) -> None:
     if experiment.model.merge_statistics:
         raise ConfigError(
             "craft_updates leaves LeRobot's processors with the teacher's statistics, and model.merge_statistics would "
-            "have the anchors see others: leave it out, or save a teacher with the merged ones first"
+            "normalise the anchors with others: leave it out, or save a teacher with the merged ones first"
         )
 
 
@@ -43,7 +43,7 @@ def check_settings(experiment: Experiment, settings: Any) -> None:
         settings: LeRobot's `TrainPipelineConfig`.
 
     Raises:
-        ConfigError: they do not go with CRaFT's step, or with the experiment.
+        ConfigError: they are incompatible with CRaFT's step, or with the experiment.
     """
     processes, together = AcceleratorState(), accumulated()
     kind, number = str(processes.distributed_type.value), processes.num_processes

@@ -1,4 +1,4 @@
-"""The three numbers that tell how the two gradients lie to each other, in one pass over both."""
+"""The three numbers that describe the angle between the two gradients, in one pass over both."""
 
 from __future__ import annotations
 

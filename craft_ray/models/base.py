@@ -35,7 +35,7 @@ class Features:
     tokens: dict[str, Tensor]
     """Per token, each [S]: input_ids, attention_mask, and whatever else the model takes."""
     images: dict[str, Tensor]
-    """Of its images: what follows each other along dimension 0 in a batch."""
+    """Tensors of its images, which a batch concatenates along dimension 0."""
     layout: Layout
 
     @property

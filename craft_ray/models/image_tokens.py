@@ -40,7 +40,7 @@ def image_reading(processor: Any, ids_S: np.ndarray, picture: Sequence[int]) -> 
 
 
 def _completed(whole: list[int], ids: list[int], at: int) -> Reading | None:
-    """The tokens that `whole` has more than `ids`: after the first `at` of them, and at the end."""
+    """The tokens of `whole` that `ids` lacks: after the first `at` of them, and at the end."""
     head, rest = ids[:at], ids[at:]
     if not rest or whole[:at] != head:
         return None

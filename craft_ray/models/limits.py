@@ -18,7 +18,7 @@ class Limits:
     max_length: int
     """Most tokens of a sample, as the config says."""
     positions: int | None
-    """Most tokens that the model has positions for; None where they go on without end."""
+    """Most tokens that the model has positions for; None if they are unlimited."""
     embeddings: int
     """Number of token ids that have an embedding."""
     tokenizer: Any

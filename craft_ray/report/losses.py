@@ -14,7 +14,7 @@ from craft_ray.report.svg import inline_svg, new_figure
 from craft_ray.report.thin import Curve, curve
 
 POINTS = 60
-"""Of a curve: a step's loss is that of one batch, and jumps."""
+"""Points of a curve: the loss of a step is that of one batch, so it is noisy."""
 
 
 def loss_plot(runs: Sequence[FinishedRun]) -> Markup | None:

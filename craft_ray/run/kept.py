@@ -15,7 +15,7 @@ from craft_ray.statistics import (
 )
 
 CONFIDENCE = 0.95
-"""Of the one-sided bounds that a certificate states."""
+"""Confidence of the one-sided bounds that a certificate states."""
 
 
 def kept_bounds(before: Score, after: Score, confidence: float = CONFIDENCE) -> tuple[float, float] | None:

@@ -11,8 +11,7 @@ from craft_ray.workers import Workers
 
 
 class Likelihood(NamedTuple):
-    """Of a suffix: its log-likelihood in nats, its tokens, and how many of them are the most likely one where they
-    stand."""
+    """The log-likelihood of a suffix in nats, its number of tokens, and how many of these are the model's choice."""
 
     total: float
     tokens: int
@@ -20,7 +19,7 @@ class Likelihood(NamedTuple):
 
 
 def likelihoods(model: Model, features: Sequence[Features]) -> list[Likelihood]:
-    """Of the suffix of each sample, in one forward pass."""
+    """The likelihood of the suffix of each sample, in one forward pass."""
     batch = model.collate(features).to(model.device)
     log_probs, best = token_model(model).token_log_probs(batch)
     predicted = batch.targets_BP != IGNORE

@@ -37,7 +37,7 @@ class Row:
     trial: TrialResult
     rank: int | None
     numbers: list[str]
-    """Of the metrics of the objective."""
+    """Values of the objective's metrics."""
     violation: float | None
     knobs: list[str]
 

@@ -90,9 +90,9 @@ def _check_name(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except errors.HFValidationError as error:
-        raise ConfigError(f"{repository} is no name of a repository ({reason(error)}): use OWNER/NAME") from None
+        raise ConfigError(f"{repository} is not the name of a repository ({reason(error)}): use OWNER/NAME") from None
     if repository.count("/") != 1:
-        raise ConfigError(f"{repository} is no name of a repository: use OWNER/NAME")
+        raise ConfigError(f"{repository} is not the name of a repository: use OWNER/NAME")
 
 
 def _finished(path: StoragePath) -> FinishedRun:
@@ -122,7 +122,9 @@ def _read_card(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
         card = ModelCard(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"the card {path} cannot be used ({reason(error)}): mend it, or leave out --card") from None
+        raise ConfigError(
+            f"the card {path} cannot be used ({reason(error)}): correct it, or leave out --card"
+        ) from None
     if not card.data.to_dict():
         raise ConfigError(f"the card {path} has no head between two lines '---': start from what --dry-run writes")
     return text
@@ -231,7 +233,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
         ) from None
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
-        remedy = REMEDIES.get(code, "try again later" if code >= 500 else "mend that, and push again")
+        remedy = REMEDIES.get(code, "try again later" if code >= 500 else "correct that, and push again")
         kind = StorageError if code >= 500 else ConfigError
         raise kind(f"the hub refuses {repository} with {code} ({reason(error)}): {remedy}") from None
     except ValueError as error:

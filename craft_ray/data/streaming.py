@@ -24,7 +24,8 @@ from blake3 import blake3
 from craft_ray.config import HuggingFaceData, recognised
 from craft_ray.data.arrow import values
 from craft_ray.data.cells import cut
-from craft_ray.data.hugging_face import WRITTEN, class_names
+from craft_ray.data.classes import classes_of
+from craft_ray.data.hugging_face import WRITTEN
 from craft_ray.data.place import Place
 from craft_ray.data.table import TableSource, check_columns, named_columns
 from craft_ray.errors import DataError, first_line
@@ -142,7 +143,7 @@ class StreamedSource(TableSource):
         present = [name for name in named_columns(config.columns) if name in names]
         features = rows.features
         self._features = features
-        self._classes_of = {name: own for name in present if (own := class_names(features[name])) is not None}
+        self._classes_of = classes_of(features.to_dict(), named_columns(config.columns))
         self._rows = rows.select_columns(present).with_format("arrow")
         self._names, self._buffer = names, config.shuffle_buffer
         self._told = f"{key}: {config.path}"

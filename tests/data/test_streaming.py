@@ -131,11 +131,11 @@ def test_how_many_samples_can_be_checked(folder: Path, monkeypatch: pytest.Monke
 
 def test_classes_are_named(tmp_path: Path) -> None:
     features = datasets.Features(
-        {"prompt": datasets.Value("string"), "response": datasets.ClassLabel(names=["no", "yes"])}
+        {"prompt": datasets.Value("string"), "answer": {"label": datasets.ClassLabel(names=["no", "yes"])}}
     )
-    rows = {"prompt": ["a", "b"], "response": [1, 0]}
+    rows = {"prompt": ["a", "b"], "answer": [{"label": 1}, {"label": 0}]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
-    source = opened(tmp_path / "data", columns={"id": None})
+    source = opened(tmp_path / "data", columns={"id": None, "response": "answer.label"})
     assert {source[place].prompt: source[place].response for place in range(2)} == {"a": "yes", "b": "no"}
 
 

@@ -29,6 +29,7 @@ from craft_ray.data.hugging_face import WRITTEN
 from craft_ray.data.place import Place
 from craft_ray.data.table import TableSource, check_columns, named_columns
 from craft_ray.errors import DataError, first_line
+from craft_ray.storage.files import checksum
 from craft_ray.storage.paths import StoragePath
 
 HEAD = 1000
@@ -206,14 +207,14 @@ def open_stream(config: HuggingFaceData, folder: StoragePath, key: str) -> Strea
 
 
 def _identity(builder: datasets.DatasetBuilder, config: HuggingFaceData) -> str:
-    """Hash of what is known of the content without reading it: of the hub the commit and the names of the files, of a
-    folder the names and the sizes."""
+    """Hash of the content: of a folder the names and checksums of its files; of the hub, where nothing is read for it,
+    the commit and the names."""
     digest = blake3(f"stream, datasets {version('datasets')}".encode())
     of_split = (builder.config.data_files or {}).get(config.split, [])
     digest.update(str(builder.hash if not of_split else "").encode())
     for number, file in enumerate(of_split):
         path = Path(file)
-        identity = (path.name, path.stat().st_size) if path.exists() else (file, of_split.origin_metadata[number])
+        identity = (path.name, checksum(path)) if path.exists() else (file, of_split.origin_metadata[number])
         digest.update(str(identity).encode())
     how = config.model_dump_json(include={"split", "limit", "columns", "shuffle_buffer"}, exclude_none=True)
     digest.update(how.encode())

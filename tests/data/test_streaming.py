@@ -143,9 +143,14 @@ def test_the_fingerprint_is_of_the_files_and_of_how_they_are_read(folder: Path, 
     write(tmp_path / "copy")
     assert opened(tmp_path / "copy").fingerprint == opened(folder).fingerprint
     others = [opened(folder, limit=7), opened(folder, shuffle_buffer=3), opened(folder, columns={"id": None})]
-    (tmp_path / "copy" / "train-1.parquet").unlink()
+    file = tmp_path / "copy" / "train-1.parquet"
+    exchanged = file.read_bytes().replace(b"What is 0020?", b"What is 0099?")
+    assert len(exchanged) == file.stat().st_size
+    file.write_bytes(exchanged)
+    others.append(opened(tmp_path / "copy"))
+    file.unlink()
     found = {source.fingerprint for source in (opened(folder), *others, opened(tmp_path / "copy"))}
-    assert len(found) == 5
+    assert len(found) == 6
 
 
 @pytest.mark.parametrize(

@@ -470,6 +470,24 @@ def test_paligemma_gets_what_its_processor_makes_of_a_suffix(load: Callable[...,
     assert model.task_loss(batch).item() == pytest.approx(loss.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "at", "inserted", "appended"),
+    [("paligemma", 0, 17, 1), ("llava", 1, 4, 0), ("gemma3", 1, 10, 0)],  # with BOS in front of it, or behind it
+)
+def test_image_tokens_are_put_back_where_the_processor_puts_them(
+    family: str, at: int, inserted: int, appended: int, load: Callable[..., HuggingFaceModel]
+) -> None:
+    model = load(family)
+    for one in samples(family):
+        whole = model.preprocess(one)
+        ids = np.asarray(model.text.plain(one.prompt), np.int32)
+        assert not model.image_tokens(torch.from_numpy(ids))
+        [reading] = model.readings(ids, np.asarray(whole.images["pixel_values"][0]))
+        assert (reading.at, len(reading.inserted), len(reading.appended)) == (at, inserted, appended)
+        assert reading.prompt(ids).tolist() == whole.tokens["input_ids"].tolist()
+        assert f"{inserted} tokens put back for the image" in reading.words
+
+
 @pytest.mark.parametrize("family", ["llama", "paligemma"])
 def test_tensors_of_an_imported_cache_give_the_same_features(
     family: str, load: Callable[..., HuggingFaceModel]

@@ -33,7 +33,7 @@ class ArrowTable:
         Args:
             files: the name and the rows of each.
             column_names: all columns, with those that are not held.
-            classes: the names that stand behind the integers of a column.
+            classes: the names that stand behind integers, by the reference to them.
             identity: what decides the rows beside the files' content.
         """
         self.column_names = list(column_names)

@@ -62,7 +62,8 @@ def text_of(value: Any, where: str, column: str, classes: Mapping[str, Sequence[
 
     Args:
         where: names the row in an error.
-        classes: the names that stand behind the integers of a column.
+        column: the reference to the value.
+        classes: the names that stand behind integers, by the reference to them.
 
     Raises:
         DataError: the cell is empty, or neither text nor a number or date.

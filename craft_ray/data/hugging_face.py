@@ -19,6 +19,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from craft_ray.config import HuggingFaceData
 from craft_ray.data.arrow import ArrowTable
+from craft_ray.data.classes import classes_of
 from craft_ray.data.delimited import read_csv
 from craft_ray.data.formats import SAVED_MARKS
 from craft_ray.data.json_lines import JsonLines
@@ -179,12 +180,5 @@ def _as_table(table: datasets.Dataset, columns: Sequence[str], identity: str = "
     if table._indices is not None:
         table = table.flatten_indices()
     present = [name for name in columns if name in table.column_names] or table.column_names[:1]
-    classes = {name: names for name in present if (names := class_names(table.features[name])) is not None}
+    classes = classes_of(table.features.to_dict(), columns)
     return ArrowTable([("", table.data.table.select(present))], table.column_names, classes, identity)
-
-
-def class_names(feature: Any) -> Sequence[str] | None:
-    """The names that stand behind the integers of a column, also within lists; None for other columns."""
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return class_names(feature.feature)
-    return feature.names if isinstance(feature, datasets.ClassLabel) else None

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from craft_ray.data.arrow import ArrowTable, mapped
+from craft_ray.data.classes import classes_of
 from craft_ray.data.derived import derived
 from craft_ray.data.formats import short_names
 from craft_ray.errors import first_line
@@ -23,12 +24,12 @@ def read_parquet(files: Mapping[Path, str], columns: Sequence[str]) -> ArrowTabl
     """The rows of files with their checksums. A column that is not named is not read, so it may hold anything."""
     parts: list[tuple[str, pa.Table]] = []
     names: dict[str, None] = {}
-    classes: dict[str, list[str]] = {}
+    classes: dict[str, Sequence[str]] = {}
     for file, short in short_names(files).items():
         schema = pq.read_schema(file)
         names |= dict.fromkeys(schema.names)
         present = [name for name in columns if name in schema.names] or schema.names[:1]
-        classes |= {name: found for name, found in _classes(schema).items() if name in present}
+        classes |= classes_of(_features(schema), columns)
         # A file for each column: those who read other columns of the same data share them.
         paths = {name: derived(files[file], ["parquet", name], partial(_write, file, name)) for name in present}
         parts.append((short, pa.table({name: mapped(path).column(0) for name, path in paths.items()})))
@@ -53,16 +54,8 @@ def _readable(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         raise ValueError(first_line(error)) from None
 
 
-def _classes(schema: pa.Schema) -> dict[str, list[str]]:
-    """The classes' names of each column that Hugging Face datasets wrote as a ClassLabel, or as a list of them."""
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """What Hugging Face datasets wrote about the columns; nothing in a file of another writer."""
     written = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(written).get("info", {}).get("features", {}) if written else {}
-    return {name: names for name, feature in features.items() if (names := _names(feature))}
-
-
-def _names(feature: Any) -> list[str] | None:
-    if isinstance(feature, list):
-        feature = feature[0] if feature else {}
-    if feature.get("_type") in ("List", "LargeList", "Sequence"):
-        return _names(feature["feature"])
-    return feature.get("names") if feature.get("_type") == "ClassLabel" else None
+    features: dict[str, Any] = json.loads(written).get("info", {}).get("features", {}) if written else {}
+    return features

@@ -24,10 +24,12 @@ from blake3 import blake3
 from craft_ray.config import HuggingFaceData, recognised
 from craft_ray.data.arrow import values
 from craft_ray.data.cells import cut
-from craft_ray.data.hugging_face import WRITTEN, class_names
+from craft_ray.data.classes import classes_of
+from craft_ray.data.hugging_face import WRITTEN
 from craft_ray.data.place import Place
 from craft_ray.data.table import TableSource, check_columns, named_columns
 from craft_ray.errors import DataError, first_line
+from craft_ray.storage.files import checksum
 from craft_ray.storage.paths import StoragePath
 
 HEAD = 1000
@@ -142,7 +144,7 @@ class StreamedSource(TableSource):
         present = [name for name in named_columns(config.columns) if name in names]
         features = rows.features
         self._features = features
-        self._classes_of = {name: own for name in present if (own := class_names(features[name])) is not None}
+        self._classes_of = classes_of(features.to_dict(), named_columns(config.columns))
         self._rows = rows.select_columns(present).with_format("arrow")
         self._names, self._buffer = names, config.shuffle_buffer
         self._told = f"{key}: {config.path}"
@@ -205,14 +207,14 @@ def open_stream(config: HuggingFaceData, folder: StoragePath, key: str) -> Strea
 
 
 def _identity(builder: datasets.DatasetBuilder, config: HuggingFaceData) -> str:
-    """Hash of what is known of the content without reading it: of the hub the commit and the names of the files, of a
-    folder the names and the sizes."""
+    """Hash of the content: of a folder the names and checksums of its files; of the hub, where nothing is read for it,
+    the commit and the names."""
     digest = blake3(f"stream, datasets {version('datasets')}".encode())
     of_split = (builder.config.data_files or {}).get(config.split, [])
     digest.update(str(builder.hash if not of_split else "").encode())
     for number, file in enumerate(of_split):
         path = Path(file)
-        identity = (path.name, path.stat().st_size) if path.exists() else (file, of_split.origin_metadata[number])
+        identity = (path.name, checksum(path)) if path.exists() else (file, of_split.origin_metadata[number])
         digest.update(str(identity).encode())
     how = config.model_dump_json(include={"split", "limit", "columns", "shuffle_buffer"}, exclude_none=True)
     digest.update(how.encode())

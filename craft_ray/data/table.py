@@ -26,7 +26,7 @@ class Table(Protocol):
     column_names: list[str]
     """Of every column, with those that the config does not name."""
     classes: Mapping[str, Sequence[str]]
-    """The names that stand behind the integers of a column."""
+    """The names that stand behind integers, by the reference to them."""
     identity: str
     """What decides the rows beside the content of the files."""
     pads_mappings: bool
@@ -238,9 +238,9 @@ def named_columns(columns: Columns) -> list[str]:
 
 
 def text_columns(columns: Columns) -> list[str]:
-    """The columns whose cells become text."""
+    """The columns, and the references within them, whose values become text."""
     named = (columns.id, columns.prompt, columns.response, columns.choices, columns.skill)
-    return list(dict.fromkeys(filter(None, named)))
+    return list(dict.fromkeys(name for reference in filter(None, named) for name in candidates(reference)))
 
 
 def check_columns(columns: Columns, present: Sequence[str], path: str, key: str) -> None:

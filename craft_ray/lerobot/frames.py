@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from craft_ray.config import LeRobotData
+from craft_ray.data.cells import refuse_halves
 from craft_ray.errors import ConfigError
 from craft_ray.storage.paths import storage_path
 
@@ -26,11 +27,16 @@ def read_prompts(path: str) -> list[str]:
 
     Raises:
         ConfigError: there is no such file, or it holds no list of texts.
+        DataError: a text holds half a character.
     """
     try:
         content = json.loads(storage_path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"prompts {path}: there is no such file: specify a JSON file with a list of texts") from None
+    except OSError as error:  # a folder, no permission
+        raise ConfigError(
+            f"prompts {path} does not open ({error.strerror}): specify a JSON file with a list of texts"
+        ) from None
     except ValueError:
         content = None
     prompts = content.get("prompts") if isinstance(content, dict) else content
@@ -38,4 +44,5 @@ def read_prompts(path: str) -> list[str]:
         raise ConfigError(
             f'prompts {path}: it is no JSON list of texts: write {{"prompts": ["Pick up the cube", ...]}}'
         )
+    refuse_halves(prompts, f"prompts {path}: a prompt is")
     return prompts

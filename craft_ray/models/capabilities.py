@@ -88,7 +88,7 @@ class TokenModel(Model):
         return self.decode(tokens)
 
     def answer_text(self, tokens: Sequence[int], expected: Sequence[int]) -> str:
-        """What `exact_match` compares of an answer: its text as the tokenizer gives it back, which need not be the text
+        """What metrics of answers compare of one: its text as the tokenizer gives it back, which need not be the text
         in the data (case, accents, spaces).
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from craft_ray.models.sharding import whole
 LOCATION_KEYS = ("name_or_path", "_name_or_path", "processor_class", "tokenizer_file", "_commit_hash")
 """Settings that say where something came from, not what it does."""
 
+WEIGHT_FILES = (".safetensors", ".bin")
+SAMPLES, SAMPLE = 128, 16 << 10
+"""How many parts of a file are read, and how many bytes of each."""
+
 
 def weights_fingerprint(module: nn.Module) -> str:
     """Hash over names, types, shapes and bytes of the state; the same however the folder was sharded, and the module.
@@ -24,6 +29,21 @@ def weights_fingerprint(module: nn.Module) -> str:
         data: Any = whole(tensor.detach()).contiguous().cpu().flatten().view(torch.uint8)
         digest.update(memoryview(data.numpy()))
     return digest.hexdigest()[:32]
+
+
+def files_fingerprint(folder: Path) -> str | None:
+    """Hash over the names and sizes of a folder's weight files and over samples of their content: other weights differ
+    nearly everywhere, and whoever does not load them need not read all. None where there are none."""
+    files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHT_FILES and file.is_file())
+    digest = blake3()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            for number in range(SAMPLES):
+                content.seek(max(size - SAMPLE, 0) * number // (SAMPLES - 1))
+                digest.update(content.read(SAMPLE))
+    return digest.hexdigest()[:32] if files else None
 
 
 def json_fingerprint(value: Any) -> str:

@@ -54,6 +54,7 @@ class VisionLanguageModel(HuggingFaceModel):
         text = sample.prompt if mark == IMAGE_MARK else sample.prompt.replace(IMAGE_MARK, self._written_image)
         if mark not in text:
             text = (mark if sample.images is None else self._written_image * len(images)) + text
+        self._check_images(text, images, sample)
         return self._apart(self._processed(text, images), sample)
 
     @cached_property
@@ -94,6 +95,45 @@ class VisionLanguageModel(HuggingFaceModel):
                 f"image{'s' if given != 1 else ''}: name each of them once, or none, so that they come first"
             )
 
+    def _check_images(self, text: str, images: Sequence[Image.Image], sample: Sample) -> None:
+        """Check that a text, as the processor gets it, has a mark for each image and no other: the assistant's own
+        words, for one, are written as they are.
+
+        Raises:
+            DataError: transformers would find more or fewer places than images.
+        """
+        mark, placed = self.processor.image_token, self._image_token
+        marks, given = text.count(mark), len(images)
+        if placed is not None and placed != mark and placed in text:  # what the processor itself puts for a mark
+            marks, mark = text.count(placed), placed
+        elif marks == given:
+            return
+        raise DataError(
+            f"{sample.where}: {mark} is in its text {marks} times, which {self.config.path} would read as images, but "
+            f"the row has {given} image{'s' if given != 1 else ''} to be marked: remove it from the turns and the "
+            f"prompt, and name an image by a part of type image"
+        )
+
+    @cached_property
+    def _image_token(self) -> str | None:
+        """The token that stands for a part of an image, as text; None where the tokenizer has no text for it."""
+        token: str | None = self.tokenizer.convert_ids_to_tokens(self._image_id)
+        return token
+
+    @property
+    def _image_id(self) -> int:
+        config = self.settings
+        return int(config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index)
+
+    def with_suffix(self, prompt: Features, suffix: Sequence[int], where: str) -> Features:
+        if self._image_id in suffix:
+            raise DataError(
+                f"{where} has {self._image_token or f'the token {self._image_id}'} behind its prompt, which "
+                f"{self.config.path} would read as part of an image that is not there: remove it from the response "
+                f"and the choices"
+            )
+        return super().with_suffix(prompt, suffix, where)
+
     def encode_learnt(self, sample: Sample) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         assert self.chat is not None
         rendered, images = self.chat.learnt(sample), _images(sample)
@@ -128,6 +168,7 @@ class VisionLanguageModel(HuggingFaceModel):
                 f"{sample.where}: the text of a turn holds a special token of the model, which would be read as such: "
                 f"remove it, or name an image by a part of type image"
             )
+        self._check_images(text, images, sample)
         bos = self.tokenizer.bos_token
         options = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
         return self._apart(self._processed(text, images, **options), sample)
@@ -198,9 +239,7 @@ class VisionLanguageModel(HuggingFaceModel):
         return self._prompt(self._processed(text, [Image.new("RGB", (32, 32))]))
 
     def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
-        config = self.settings
-        mark = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
-        return tuple(torch.nonzero(input_ids_S == mark).flatten().tolist())
+        return tuple(torch.nonzero(input_ids_S == self._image_id).flatten().tolist())
 
     def readings(self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None) -> list[Reading]:
         if pixel_values is None or self.image_tokens(torch.from_numpy(input_ids_S)):

@@ -9,6 +9,7 @@ from typing import Any
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.report.runs import FinishedRun
 from craft_ray.run.kept import in_words
+from craft_ray.run.metrics import unreached
 from craft_ray.run.scoring import HIGHER_IS_BETTER
 
 NONE = "–"
@@ -116,7 +117,7 @@ def judged_on(run: FinishedRun) -> str | None:
 
 def headline(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> list[str]:
     """The outcome, in a plain sentence for each arm."""
-    return [_sentence(next(run for run in runs if run.arm == arm), numbers) for arm, numbers in summary.items()]
+    return [_sentence([run for run in runs if run.arm == arm], numbers) for arm, numbers in summary.items()]
 
 
 def certificates(runs: Sequence[FinishedRun]) -> list[str]:
@@ -128,12 +129,14 @@ def certificates(runs: Sequence[FinishedRun]) -> list[str]:
     ]
 
 
-def _sentence(run: FinishedRun, numbers: dict[str, Any]) -> str:
+def _sentence(runs: Sequence[FinishedRun], numbers: dict[str, Any]) -> str:
+    run = runs[0]
     parts = [_old_and_new(run, numbers)]
     if run.result.get("lambda") is not None and numbers["feasible"] is not None and is_held(run):
         held = "target kept" if "certificate" in run.result else f"budget met on {judged_on(run)}"
         verdict = f"{numbers['feasible']} of {numbers['runs']} {'run' if numbers['runs'] == 1 else 'runs'}"
-        parts.append(f"{held} in {verdict}")
+        of_models = {} if "certificate" in run.result else {unreached(run.result): None for run in runs}
+        parts.append(f"{held} in {verdict}{''.join(of_models)}")
     return f"{run.style.label} {'; '.join(parts)}."
 
 

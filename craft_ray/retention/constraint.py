@@ -140,13 +140,15 @@ class Constraint:
         return epsilon_reached(self._steps, self.craft) if self.share is None else self.share.epsilon
 
     def certificate(self, step: int) -> dict[str, Any]:
-        """L_ret on anchors that training has not seen, against the final budget."""
+        """L_ret on anchors that training has not seen, against the final budget, and the budget that the model's last
+        step was held to: a kept step may be one before the end of the schedule."""
         loss, epsilon = self.heldout_loss(step), self.final_epsilon
         multiplier = None if self.dual is None else float(self.dual.multiplier)
         return {
             "retention_mode": self.mode.name,
             "retention_loss": loss,
             "epsilon": epsilon,
+            "epsilon_at_step": self.epsilon(max(step - 1, 0)),
             "violation": max(0.0, loss / epsilon - 1),
             "feasible": loss <= epsilon,
             "anchors": len(self.train_rows),

@@ -90,20 +90,45 @@ def save_checkpoint(
 
 
 def check_saved(config: ModelConfig, precision: Precision, model: Model, folder: Path) -> None:
+    """As `check_read_back`, of the folder in a checkpoint that is put aside if it is refused."""
+    kept = f"{folder.parent.parent}/{REFUSED}{folder.parent.name}"
+    check_read_back(config, precision, model, folder, "trained", f"nothing resumes from it, it is kept in {kept}")
+
+
+def save_model(config: ModelConfig, precision: Precision, model: Model, out: StoragePath, made: str) -> None:
+    """Save a model as a plain folder, which is there once it was read back.
+
+    Args:
+        config: of the model that it was made from.
+        made: how it was made, for errors: merged, interpolated.
+
+    Raises:
+        ModelError: the folder does not load, or holds other weights.
+        StorageError: it cannot be written.
+    """
+    with new_folder(out, last="config.json") as temporary:
+        model.save(temporary, final=out if isinstance(out, Path) else None)
+        check_read_back(config, precision, model, temporary, made, f"{out} was not written")
+
+
+def check_read_back(
+    config: ModelConfig, precision: Precision, model: Model, folder: Path, made: str, left: str
+) -> None:
     """Load a saved folder as a resumed run does, and compare its weights with those in memory, bit for bit.
 
     It is loaded on the host, where weights of the type that they are stored in are mapped from the file and not copied.
 
+    Args:
+        made: how the model was made, for errors.
+        left: what becomes of the folder, for errors.
+
     Raises:
         ModelError: it does not load, or holds other weights.
     """
-    kept = f"{folder.parent.parent}/{REFUSED}{folder.parent.name}"
     try:
         loaded = load_model(config.on_host, precision, "cpu", weights=str(folder)).module.state_dict()
     except CraftError as error:
-        raise ModelError(
-            f"what was saved does not load: {error.message}; nothing resumes from it, it is kept in {kept}"
-        ) from error
+        raise ModelError(f"what was saved does not load: {error.message}; {left}") from error
     trained = model.module.state_dict()
     different = [
         name
@@ -112,10 +137,10 @@ def check_saved(config: ModelConfig, precision: Precision, model: Model, folder:
     ]
     if different:
         raise ModelError(
-            f"what was saved is not what was trained: {len(different)} of {len(trained)} weights of a "
+            f"what was saved is not what was {made}: {len(different)} of {len(trained)} weights of a "
             f"{type(model.module).__name__} differ when its folder is loaded again (e.g. {different[0]}), so its "
             f"save_pretrained does not fit its from_pretrained: choose another model or version of transformers; "
-            f"nothing resumes from the folder, it is kept in {kept}"
+            f"{left}"
         )
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import io
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -233,6 +235,14 @@ def _loaded(config: HarnessConfig, key: str) -> dict[str, Any]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notices are for those who write tasks
     if config.include_path is not None and not Path(config.include_path).is_dir():
         raise ConfigError(f"{key}.include_path is {config.include_path}, and there is no such folder: correct it")
+    if not Path(config.folder).is_dir():
+        raise ConfigError(f"{key}.folder is {config.folder}, and there is no such folder: correct it")
+    # Only task files of one's own have data in it; the harness's fetch theirs.
+    if config.include_path is not None and _is_pattern(os.path.realpath(config.folder)):
+        raise ConfigError(
+            f"{key}.folder is {config.folder}, and Hugging Face datasets takes [ ] * ? :: in the path of a task's data "
+            f"for a pattern: rename the folder, or start the command in another one"
+        )
     manager = TaskManager(include_path=config.include_path, include_defaults=False)
     own = manager.all_tasks
     if any(task not in own for task in config.tasks):  # reading the harness's own tasks takes half a minute
@@ -261,6 +271,10 @@ def _loaded(config: HarnessConfig, key: str) -> dict[str, Any]:
             task.set_config("num_fewshot", config.num_fewshot)
         task.set_fewshot_seed(SEED)
     return found
+
+
+def _is_pattern(path: str) -> bool:
+    return glob.has_magic(path) or "::" in path
 
 
 def _chat_template(model: CausalLM, name: str) -> Any:

@@ -37,6 +37,18 @@ def key_of(config: Experiment, section: str, skill: str) -> str:
     return f"skills.{skill}.{section}" if skill in config.skills else f"{section}.{skill}"
 
 
+def rows_of(data: EvalData, key: str, main: bool = True) -> Rows:
+    """The rows of a set of held-out samples, each to be prepared as its score needs it.
+
+    Args:
+        key: the config's key of the set.
+        main: whether this is the first worker.
+    """
+    how = [data.eval_set.decisive, data.model.sample_fingerprint()]
+    content = data.of.fingerprint if main else ""
+    return Rows(f"{key}.data", len(data.of), content, data.prepare, data.source.place, how, data.model.threaded)
+
+
 def worst(scores: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
     """Of several old skills' scores those with the smallest ratio to the teacher's, and the name of the `skill`: what
     stands for the old skill where there is room for one. None where no skill was scored."""
@@ -195,10 +207,7 @@ class HeldOut:
             for skill, eval_set in eval_sets(self._config, section):
                 data = self.data(section, skill, eval_set)
                 if isinstance(eval_set, SampleEvalSet):
-                    how = [eval_set.decisive, self._model.sample_fingerprint()]
-                    content = data.of.fingerprint if self._main else ""
-                    key = f"{key_of(self._config, section, skill)}.data"
-                    yield Rows(key, len(data.of), content, data.prepare, data.source.place, how, self._model.threaded)
+                    yield rows_of(data, key_of(self._config, section, skill), self._main)
 
     def _teacher_score(self, section: str, skill: str, eval_set: EvalSet) -> Score:
         data = self.data(section, skill, eval_set)

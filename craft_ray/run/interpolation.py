@@ -17,11 +17,12 @@ from craft_ray.errors import ConfigError, ModelError
 from craft_ray.models import adapters, load_model
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
+from craft_ray.run.checkpoint import save_model
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
 from craft_ray.run.metrics import Record
 from craft_ray.run.scoring import ratio
-from craft_ray.storage.files import new_folder, write_atomically
+from craft_ray.storage.files import write_atomically
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.storage.paths import StoragePath
 from craft_ray.workers import Workers
@@ -124,6 +125,7 @@ def interpolated(
 
     Raises:
         ConfigError: it names no validation data, or the run kept no checkpoint.
+        ModelError: what was saved is not what was interpolated.
     """
     trained, checkpoint = source.finished(), last_checkpoint(source.checkpoints)
     if trained is None or checkpoint is None:
@@ -143,8 +145,7 @@ def interpolated(
     result |= held_out.evaluation()
     result |= {"retention_loss": None, "epsilon": None, "feasible": None, "stationarity": None}
     result |= {"alpha": chosen["alpha"], "alphas": records, "of": str(source.path), "seconds": trained["seconds"]}
-    with new_folder(folder.disk / "model", last="config.json") as temporary:
-        model.save(temporary, final=folder.disk / "model")
+    save_model(config.model, config.train.precision, model, folder.disk / "model", "interpolated")
     write_atomically(folder.metrics, "")
     folder.write_result(result)
     return result

@@ -20,19 +20,20 @@ EXACT = Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
 
 
 class Judge(Protocol):
-    """Compares a reply with the response of a sample."""
+    """Compares a reply with what is expected: the response of a sample as the model's tokenizer gives it back, which
+    need not be the text in the data (case, accents, spaces)."""
 
     identity: str
     """Hash of code that decides a score, beside the config; empty for our own."""
 
-    def check(self, sample: Sample) -> None:
+    def check(self, expected: str, sample: Sample) -> None:
         """
         Raises:
-            DataError: the sample's response cannot be compared with anything.
+            DataError: what is expected cannot be compared with anything.
         """
         ...
 
-    def __call__(self, reply: str, sample: Sample) -> bool | float:
+    def __call__(self, reply: str, expected: str, sample: Sample) -> bool | float:
         """Whether the reply is right, or a score from 0 to 1."""
         ...
 
@@ -64,12 +65,12 @@ class Contains:
 
     identity = ""
 
-    def check(self, sample: Sample) -> None:
-        if not sample.answer().strip():
+    def check(self, expected: str, sample: Sample) -> None:
+        if not expected.strip():
             raise DataError(f"{sample.where}: its response is empty, and every reply contains that: remove the row")
 
-    def __call__(self, reply: str, sample: Sample) -> bool:
-        return sample.answer().strip() in reply
+    def __call__(self, reply: str, expected: str, sample: Sample) -> bool:
+        return expected.strip() in reply
 
 
 class Numeric:
@@ -80,18 +81,18 @@ class Numeric:
     def __init__(self, tolerance: float) -> None:
         self._tolerance = Decimal(str(tolerance))
 
-    def check(self, sample: Sample) -> None:
-        if last_number(sample.answer()) is None:
+    def check(self, expected: str, sample: Sample) -> None:
+        if last_number(expected) is None:
             raise DataError(
-                f"{sample.where}: its response {shown(sample.answer())} holds no number, which metric numeric "
+                f"{sample.where}: its response {shown(expected)} holds no number, which metric numeric "
                 f"compares: fix or remove the row"
             )
 
-    def __call__(self, reply: str, sample: Sample) -> bool:
-        self.check(sample)
-        found, expected = last_number(reply), last_number(sample.answer())
-        assert expected is not None
-        return found is not None and EXACT.abs(EXACT.subtract(found, expected)) <= self._tolerance
+    def __call__(self, reply: str, expected: str, sample: Sample) -> bool:
+        self.check(expected, sample)
+        found, right = last_number(reply), last_number(expected)
+        assert right is not None
+        return found is not None and EXACT.abs(EXACT.subtract(found, right)) <= self._tolerance
 
 
 def last_number(text: str) -> Decimal | None:
@@ -111,16 +112,16 @@ class Pattern:
     def __init__(self, pattern: str) -> None:
         self._pattern = re.compile(pattern)
 
-    def check(self, sample: Sample) -> None:
-        sample.answer()  # there must be one
+    def check(self, expected: str, sample: Sample) -> None:
+        """Whatever it is, a reply may equal it."""
 
-    def __call__(self, reply: str, sample: Sample) -> bool:
+    def __call__(self, reply: str, expected: str, sample: Sample) -> bool:
         found = self._pattern.search(reply)
         if found is None or not self._pattern.groups:
             return found is not None
-        within = self._pattern.search(sample.answer())
-        expected = sample.answer() if within is None or within[1] is None else within[1]
-        return found[1] is not None and found[1].strip() == expected.strip()
+        within = self._pattern.search(expected)
+        right = expected if within is None or within[1] is None else within[1]
+        return found[1] is not None and found[1].strip() == right.strip()
 
 
 class RougeL:
@@ -142,13 +143,13 @@ class RougeL:
         self._words = tokenizer.tokenize
         self._scorer: Any = RougeScorer(["rougeL"], tokenizer=tokenizer)
 
-    def check(self, sample: Sample) -> None:
-        if not self._words(sample.answer()):
+    def check(self, expected: str, sample: Sample) -> None:
+        if not self._words(expected):
             raise DataError(
-                f"{sample.where}: its response {shown(sample.answer())} holds no word of the letters a to z and "
+                f"{sample.where}: its response {shown(expected)} holds no word of the letters a to z and "
                 f"digits, and rouge_l counts no others: score it by a function of your own, or remove the row"
             )
 
-    def __call__(self, reply: str, sample: Sample) -> float:
-        self.check(sample)
-        return float(self._scorer.score(sample.answer(), reply)["rougeL"].fmeasure)
+    def __call__(self, reply: str, expected: str, sample: Sample) -> float:
+        self.check(expected, sample)
+        return float(self._scorer.score(expected, reply)["rougeL"].fmeasure)

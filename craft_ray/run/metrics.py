@@ -211,7 +211,17 @@ def skill_line(skill: str, found: Record) -> str:
     if found["lambda"] is None:
         return line
     verdict = "met" if found["feasible"] else "NOT met"
-    return f"{line}, budget {found['epsilon']:g}: {verdict}; λ {found['lambda']:.3g}"
+    return f"{line}, budget {found['epsilon']:g}: {verdict}{unreached(found)}; λ {found['lambda']:.3g}"
+
+
+def unreached(found: dict[str, Any]) -> str:
+    """A clause for a budget that the model was not yet held to, because it is of a step before the end of the
+    schedule; empty for others, and for what an earlier version wrote."""
+    budget: float = found["epsilon"]
+    epsilon: float = found.get("epsilon_at_step", budget)
+    if math.isclose(epsilon, budget):
+        return ""
+    return f" (ε was {epsilon:.4g} at the model's last step)"
 
 
 def kept_line(kept: dict[str, Any]) -> str:
@@ -253,6 +263,7 @@ def result_lines(result: dict[str, Any]) -> list[str]:
             allow = "keep less"
         elif result["lambda"] is not None:
             loss += f", budget {result['epsilon']:g}: {'met' if result['feasible'] else 'NOT met'}"
+            loss += unreached(result)
         lines.append(loss)
         if not result["feasible"] and result["lambda"] is not None and result["lambda"] >= result["lambda_max"]:
             lines.append(f"λ is at its cap, {result['lambda_max']:g}: raise craft.lambda_max, train longer, or {allow}")

@@ -52,13 +52,13 @@ class OwnFunction:
             )
         self.identity = checksum(Path(module.__file__)) if module.__file__ else ""
 
-    def check(self, sample: Sample) -> None:
-        sample.answer()  # there must be one
+    def check(self, expected: str, sample: Sample) -> None:
+        """What it can compare is the user's affair."""
 
-    def __call__(self, reply: str, sample: Sample) -> float:
+    def __call__(self, reply: str, expected: str, sample: Sample) -> float:
         row = {"id": sample.id, "prompt": sample.prompt, "response": sample.answer(), "choices": sample.choices}
         try:
-            value = self._function(reply, sample.answer(), *([row] if self._with_row else []))
+            value = self._function(reply, expected, *([row] if self._with_row else []))
         except Exception as error:
             raise DataError(f"metric {self._name} failed on {sample.where} ({_told(error)}): mend it") from None
         if not isinstance(value, Real) or not 0 <= float(value) <= 1:

@@ -193,10 +193,10 @@ class EvalData:
                 self._asked(row)
         else:
             self._asked(row)
+            model, sample = token_model(self.model), self.source[row]
+            own = model.response_tokens(sample)
             if self.judge is not None:
-                self.judge.check(self.source[row])
-            else:
-                token_model(self.model).response_tokens(self.source[row])
+                self.judge.check(model.answer_text(own, own), sample)
 
     def _asked(self, row: int) -> None:
         """Preprocess a prompt, and check that an answer to it can be generated."""
@@ -264,13 +264,11 @@ def _answers(data: EvalData, rows: Sequence[int], _: Workers) -> list[dict[str, 
     answers = model.generate([data.question(row) for row in rows], data.eval_set.max_new_tokens)
     records = []
     for row, tokens in zip(rows, answers, strict=True):
-        sample, reply = data.source[row], model.decode(tokens).strip()
-        if data.judge is not None:
-            found = data.judge(reply, sample)
-        else:
-            own = model.response_tokens(sample)
-            found = model.answer_text(tokens, own) == model.answer_text(own, own)
-        records.append(_record(sample, reply, sample.answer().strip(), found))
+        sample = data.source[row]
+        own = model.response_tokens(sample)
+        reply, expected = model.answer_text(tokens, own), model.answer_text(own, own)
+        found = reply == expected if data.judge is None else data.judge(reply, expected, sample)
+        records.append(_record(sample, model.decode(tokens).strip(), sample.answer().strip(), found))
     return records
 
 

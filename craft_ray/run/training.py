@@ -31,7 +31,7 @@ from craft_ray.run.checkpoint import TrainingState
 from craft_ray.run.claim import only_process
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut, eval_sets
-from craft_ray.run.identity import check_same, record
+from craft_ray.run.identity import check_same, model_identity, record
 from craft_ray.run.judgement import judged
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
 from craft_ray.run.observers import Observer
@@ -112,10 +112,10 @@ class Run:
         if config.adapter is not None and teacher_weights is not None:
             torch.manual_seed(config.seed)  # the adapter's first values do not depend on how the model was loaded
             attach(self.model, config.adapter, config.model, teacher_weights)
-        teacher = teacher_of(config, self.model, teacher_weights is not None)
-        self.task = TaskData(config, self.model, workers, features, teacher)
+        self.task = TaskData(config, self.model, workers, features, teacher_of(config, self.model, checkpoint is None))
         if self.main:
-            check_same(folder, config, self.task.source.fingerprint)
+            untouched = model_identity(config, self.model, teacher_weights)
+            check_same(folder, config, self.task.source.fingerprint, untouched)
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features, observer.progress)
         self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
         self.gradients = self.constraints.gradient_pair(self.model.module)
@@ -128,7 +128,7 @@ class Run:
         else:
             self.constraints.check_untouched()
         if self.main:
-            record(folder, config, self.task.source.fingerprint)
+            record(folder, config, self.task.source.fingerprint, untouched)
             folder.keep_metrics_until(self.step)  # steps that a lost process logged after its last checkpoint are rerun
             self._announce()
 

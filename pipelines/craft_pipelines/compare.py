@@ -22,17 +22,18 @@ from craft_pipelines.outputs import check_kept
 from craft_pipelines.room import Room, room
 from craft_pipelines.session import join
 from craft_pipelines.train import PlannedRun, check_inputs, run_name, run_on_trainer, tracked
+from craft_ray.anchors.manifest import read_manifest
 from craft_ray.config import ARMS, Experiment
 from craft_ray.data.task import open_task
-from craft_ray.errors import ConfigError
+from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.report.html import write_report
 from craft_ray.run.claim import claimed
 from craft_ray.run.folder import RunFolder, command_line
-from craft_ray.run.identity import check_config, check_task, record
+from craft_ray.run.identity import ModelIdentity, check_config, check_model, check_task, model_files, record
 from craft_ray.run.interpolation import interpolated
 from craft_ray.run.mirror import mirrored_folder
 from craft_ray.storage.lock import exclusive_lock
-from craft_ray.storage.paths import StoragePath, storage_path
+from craft_ray.storage.paths import StoragePath, is_object, storage_path
 from craft_ray.tracking.observer import TrackingObserver
 from craft_ray.tracking.opening import open_trackers
 from craft_ray.tracking.tracker import Tracker
@@ -159,7 +160,7 @@ def _interpolate(run: PlannedRun, source: PlannedRun) -> None:
     label = f"[{run.config.arm} seed {run.config.seed}]"
     task = open_task(run.config.task).fingerprint
     with mirrored_folder(run.folder, main=True) as folder:
-        record(folder, run.config, task)
+        record(folder, run.config, task, ModelIdentity(None, model_files(run.config), None))
         interpolated(run.config, source.folder, folder, workers, lambda line: print(f"{label} {line}", flush=True))
 
 
@@ -176,16 +177,29 @@ def _planned(config: Experiment) -> PlannedRun:
 
 
 def _check_finished(runs: Sequence[PlannedRun]) -> None:
-    """Check that finished runs were trained on the data that are there now; open ones check that themselves.
+    """Check that finished runs were trained on the data, from the model and with the cache that are there now; open
+    ones check that themselves.
 
     Raises:
-        ConfigError: a run was trained on other data.
+        ConfigError: a run was trained on other data, or from another model.
+        CacheRefused: it was trained with another cache.
     """
-    fingerprints: dict[str, str] = {}
-    for config, folder in [(run.config, run.folder) for run in runs if run.folder.finished() is not None]:
+    fingerprints: dict[str, str | None] = {}
+    finished = [(run.config, run.folder, result) for run in runs if (result := run.folder.finished()) is not None]
+    for config, folder, result in finished:
         if (task := config.task.model_dump_json()) not in fingerprints:
             fingerprints[task] = open_task(config.task).fingerprint
-        check_task(folder, config, fingerprints[task])
+        check_task(folder, config, str(fingerprints[task]))
+        if (model := config.model.path) not in fingerprints:
+            fingerprints[model] = None if is_object(model) else model_files(config)
+        check_model(folder, config, ModelIdentity(None, fingerprints[model], None))
+        if (cache := config.craft.anchor_cache_dir) is None or result.get("cache") is None:
+            continue
+        if (found := read_manifest(storage_path(cache)).fingerprint) != result["cache"]:
+            raise CacheRefused(
+                f"the finished run {folder.path} was trained with the anchor cache {result['cache']}, and "
+                f"craft.anchor_cache_dir {cache} holds {found}: restore that cache, or compare under another name=..."
+            )
 
 
 def _train_groups(runs: Sequence[PlannedRun], trackers: Sequence[Tracker]) -> None:

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from craft_pipelines.console import screen
+from craft_pipelines.console import Screen, screen
 from craft_pipelines.outputs import check_kept
-from craft_ray.config import Experiment
+from craft_ray.config import Experiment, SampleEvalSet
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError
 from craft_ray.models import load_model
@@ -23,8 +23,9 @@ from craft_ray.models.features import FeatureCache
 from craft_ray.report.wording import probability
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.harness import HarnessTasks
-from craft_ray.run.held_out import eval_sets, key_of
-from craft_ray.run.pace import Pace, Report
+from craft_ray.run.held_out import eval_sets, key_of, rows_of
+from craft_ray.run.pace import Pace
+from craft_ray.run.rows import check_rows
 from craft_ray.run.scoring import GRADED, OF_TEXT, Episodes, EvalData, Score, open_eval_set, outcome
 from craft_ray.run.scoring import evaluate as score
 from craft_ray.run.sharded_checkpoint import SHARDS
@@ -58,6 +59,7 @@ def evaluate(
 
     Raises:
         ConfigError: there is nothing to score on, or a checkpoint does not belong to this model.
+        DataError: a row cannot be scored, which is known before the first is.
         ModelError: the weights of a checkpoint do not load completely.
     """
     if out is not None and out.suffix != ".json":
@@ -84,7 +86,7 @@ def evaluate(
             vocabulary = vocabulary or vocabulary_size(model)
             _check_vocabulary(vocabulary_size(model), vocabulary, path, config)
         with screen() as shown:
-            scores = _scores(config, model, sources, features, shown.progress)
+            scores = _scores(config, model, sources, features, shown)
         done.append(Scored(label, path, model.weights_fingerprint(), scores))
         del model
         gc.collect()  # samples and model refer to each other, and the next model needs the memory
@@ -189,13 +191,26 @@ def _scores(
     model: Model,
     sources: Mapping[str, Source | Episodes | HarnessTasks],
     features: FeatureCache,
-    report: Report,
+    shown: Screen,
 ) -> dict[str, Score]:
-    found = {}
-    for skill, eval_set in eval_sets(config, "evaluation"):
+    """The scores by skill, after every row of every set was prepared once.
+
+    Raises:
+        DataError: a row cannot be scored.
+    """
+    found, workers = {}, OneWorker(model.device)
+    data = {
+        skill: EvalData(model, sources[skill], eval_set, features)
+        for skill, eval_set in eval_sets(config, "evaluation")
+    }
+    for skill, each in data.items():
+        if isinstance(each.eval_set, SampleEvalSet):
+            rows = rows_of(each, key_of(config, "evaluation", skill))
+            check_rows(rows, config.train.check_minutes, workers, shown.line, shown.progress)
+    for skill, each in data.items():
         torch.manual_seed(config.seed)  # the same for every model, where a policy draws its actions
-        pace = Pace(f"scoring on {key_of(config, 'evaluation', skill)}", len(sources[skill]), report)
-        found[skill] = score(EvalData(model, sources[skill], eval_set, features), OneWorker(model.device), pace)
+        pace = Pace(f"scoring on {key_of(config, 'evaluation', skill)}", len(sources[skill]), shown.progress)
+        found[skill] = score(each, workers, pace)
     return found
 
 

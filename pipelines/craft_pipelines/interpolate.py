@@ -12,10 +12,10 @@ from craft_pipelines.merge import checkpoint_of
 from craft_pipelines.outputs import check_new_folder
 from craft_ray.errors import ConfigError
 from craft_ray.models.features import FeatureCache
+from craft_ray.run.checkpoint import save_model
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut
 from craft_ray.run.interpolation import ALPHAS, between, choose, validated
-from craft_ray.storage.files import new_folder
 from craft_ray.storage.paths import StoragePath
 from craft_ray.workers import OneWorker
 
@@ -29,6 +29,7 @@ def interpolate(path: StoragePath, out: StoragePath, alpha: float | None, say: A
 
     Raises:
         ConfigError: there is no such run or checkpoint, `out` exists, or there are no validation data to choose by.
+        ModelError: what was saved is not what was interpolated.
     """
     check_new_folder(out, "the model")
     run, checkpoint = checkpoint_of(path)
@@ -55,6 +56,5 @@ def interpolate(path: StoragePath, out: StoragePath, alpha: float | None, say: A
             say(f"alpha {record['alpha']:.1f}: old {record['old/score']:.3f}, new {record['new/score']:.3f}")
         alpha = float(choose(records, config.craft.keep)["alpha"])
     mix.to(alpha)
-    with new_folder(out, last="config.json") as temporary:
-        mix.model.save(temporary, final=out if isinstance(out, Path) else None)
+    save_model(config.model, config.train.precision, mix.model, out, "interpolated")
     say(f"{config.model.path} + {alpha:g} of the way to {checkpoint}: {out}")

@@ -10,10 +10,9 @@ from craft_pipelines.outputs import check_new_folder
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError
 from craft_ray.models import adapters, load_model
-from craft_ray.models.base import Model
+from craft_ray.run.checkpoint import save_model
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.sharded_checkpoint import SHARDS, whole_model
-from craft_ray.storage.files import new_folder
 from craft_ray.storage.last import last_checkpoint, through_last
 from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree
 
@@ -26,6 +25,7 @@ def merge(path: StoragePath, out: StoragePath, say: Any = print) -> None:
 
     Raises:
         ConfigError: there is no such run or checkpoint, it has nothing to merge, or `out` exists.
+        ModelError: what was saved is not what was merged.
         StorageError: a part of it is damaged.
     """
     check_new_folder(out, "the model")
@@ -40,7 +40,7 @@ def merge(path: StoragePath, out: StoragePath, say: Any = print) -> None:
         raise ConfigError(f"{model_folder} is a whole model already, its run trained no adapter: use it as it is")
     model = load_model(config.model.on_host, config.train.precision, weights=str(model_folder))
     adapters.merge(model)
-    _save(model, out)
+    save_model(config.model, config.train.precision, model, out, "merged")
     say(f"merged the adapter of {checkpoint} into {config.model.path}: {out}")
 
 
@@ -50,12 +50,8 @@ def _merge_parts(checkpoint: StoragePath, config: Experiment, out: StoragePath) 
         local = checkpoint if isinstance(checkpoint, Path) else Path(scratch) / checkpoint.name
         if not isinstance(checkpoint, Path):
             copy_tree(checkpoint, local)
-        _save(whole_model(local, config.model, config.train.precision), out)
-
-
-def _save(model: Model, out: StoragePath) -> None:
-    with new_folder(out, last="config.json") as temporary:
-        model.save(temporary, final=out if isinstance(out, Path) else None)
+        model = whole_model(local, config.model, config.train.precision)
+        save_model(config.model, config.train.precision, model, out, "merged")
 
 
 def checkpoint_of(path: StoragePath) -> tuple[RunFolder, StoragePath]:

@@ -131,11 +131,11 @@ def test_how_many_samples_can_be_checked(folder: Path, monkeypatch: pytest.Monke
 
 def test_classes_are_named(tmp_path: Path) -> None:
     features = datasets.Features(
-        {"prompt": datasets.Value("string"), "response": datasets.ClassLabel(names=["no", "yes"])}
+        {"prompt": datasets.Value("string"), "answer": {"label": datasets.ClassLabel(names=["no", "yes"])}}
     )
-    rows = {"prompt": ["a", "b"], "response": [1, 0]}
+    rows = {"prompt": ["a", "b"], "answer": [{"label": 1}, {"label": 0}]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
-    source = opened(tmp_path / "data", columns={"id": None})
+    source = opened(tmp_path / "data", columns={"id": None, "response": "answer.label"})
     assert {source[place].prompt: source[place].response for place in range(2)} == {"a": "yes", "b": "no"}
 
 
@@ -143,9 +143,14 @@ def test_the_fingerprint_is_of_the_files_and_of_how_they_are_read(folder: Path, 
     write(tmp_path / "copy")
     assert opened(tmp_path / "copy").fingerprint == opened(folder).fingerprint
     others = [opened(folder, limit=7), opened(folder, shuffle_buffer=3), opened(folder, columns={"id": None})]
-    (tmp_path / "copy" / "train-1.parquet").unlink()
+    file = tmp_path / "copy" / "train-1.parquet"
+    exchanged = file.read_bytes().replace(b"What is 0020?", b"What is 0099?")
+    assert len(exchanged) == file.stat().st_size
+    file.write_bytes(exchanged)
+    others.append(opened(tmp_path / "copy"))
+    file.unlink()
     found = {source.fingerprint for source in (opened(folder), *others, opened(tmp_path / "copy"))}
-    assert len(found) == 5
+    assert len(found) == 6
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from craft_ray.data.cells import LONGEST, shown
+from craft_ray.data.classes import classes_of
 from craft_ray.data.source import Source, open_source
 from craft_ray.errors import ConfigError, CraftError, DataError
 from tests.support.configs import data_config
@@ -249,17 +250,25 @@ def test_files_keep_their_own_types(tmp_path: Path) -> None:
 
 # --- classes ------------------------------------------------------------------------------------------------------
 
+LABEL = datasets.ClassLabel(names=["no", "yes"])
 CLASSES = datasets.Features(
     prompt=datasets.Value("string"),
-    response=datasets.ClassLabel(names=["no", "yes"]),
-    options=datasets.List(datasets.ClassLabel(names=["no", "yes"])),
+    response=LABEL,
+    options=datasets.List(LABEL),
+    answer={"label": LABEL, "options": datasets.LargeList(LABEL), "score": datasets.Value("int64")},
+    turns=datasets.List({"0": LABEL, "_type": datasets.Value("string")}, length=1),
 )
-LABELLED = {"prompt": ["a", "b"], "response": [1, 0], "options": [[0, 1], [1, 0]]}
+LABELLED = {
+    "prompt": ["a", "b"],
+    "response": [1, 0],
+    "options": [[0, 1], [1, 0]],
+    "answer": [{"label": label, "options": [0, 1], "score": 1} for label in (1, 0)],
+    "turns": [[{"0": label, "_type": "x"}] for label in (1, 0)],
+}
 
 
-@pytest.mark.parametrize("form", ["rows.parquet", "saved", "fetched"])
-def test_an_answer_that_is_a_class_is_its_name(form: str, tmp_path: Path) -> None:
-    path = tmp_path / form
+def labelled(form: str, path: Path) -> None:
+    """The same rows in one of the forms that keep the names of classes."""
     table = datasets.Dataset.from_dict(LABELLED, features=CLASSES)
     if form == "saved":
         table.save_to_disk(path)
@@ -268,9 +277,50 @@ def test_an_answer_that_is_a_class_is_its_name(form: str, tmp_path: Path) -> Non
         table.to_parquet(path / "data" / "train-00000-of-00001.parquet")
     else:
         table.to_parquet(path)
+
+
+FORMS = ["rows.parquet", "saved", "fetched"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_that_is_a_class_is_its_name(form: str, tmp_path: Path) -> None:
+    path = tmp_path / form
+    labelled(form, path)
     assert responses(path) == ["yes", "no"]
     chosen = source(path, {"prompt": "prompt", "choices": "options", "answer_index": "response"})
     assert [(s.choices, s.response) for s in chosen] == [(("no", "yes"), "yes"), (("yes", "no"), "yes")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_class_within_a_column_is_its_name(form: str, tmp_path: Path) -> None:
+    path = tmp_path / form
+    labelled(form, path)
+    answers = {
+        "answer.label": ["yes", "no"],
+        "answer.score": ["1", "1"],
+        "options.0": ["no", "yes"],
+        "turns.0.0": ["yes", "no"],
+        "{prompt} is {answer.label}, {options.1} {turns.0._type}": ["a is yes, yes x", "b is no, no x"],
+    }
+    for reference, said in answers.items():
+        found = source(path, {"prompt": "prompt", "response": reference})
+        assert [sample.response for sample in found] == said, reference
+    chosen = source(path, {"prompt": "answer.label", "choices": "answer.options", "answer_index": "answer.label"})
+    assert [(s.prompt, s.choices, s.response) for s in chosen] == [
+        ("yes", ("no", "yes"), "yes"),
+        ("no", ("no", "yes"), "no"),
+    ]
+
+
+def test_classes_by_reference_in_what_earlier_versions_wrote() -> None:
+    label = {"_type": "ClassLabel", "names": ["no", "yes"]}
+    features = {
+        "of lists": {"_type": "Sequence", "feature": {"label": label}},  # stored as a mapping of lists
+        "of mappings": [{"label": label}],
+        "labels": {"_type": "Sequence", "feature": label},
+    }
+    references = ["of lists.label.0", "of lists.label", "of mappings.0.label", "labels.0", "labels", "labels.first"]
+    assert list(classes_of(features, [*references, "no such"])) == references[:-1]
 
 
 def test_a_label_outside_its_classes(tmp_path: Path) -> None:

@@ -594,3 +594,10 @@ def test_prompts_of_a_file_replace_the_words_of_the_tasks(images: Path, tmp_path
         file.write_text(wrong)
         assert "is no JSON list of texts" in refusal(ConfigError, lambda: source(images, prompts=str(file)))
     assert "there is no such file" in refusal(ConfigError, lambda: source(images, prompts=str(tmp_path / "none")))
+    assert f"prompts {tmp_path} does not open (Is a dir" in refusal(
+        ConfigError, lambda: source(images, prompts=str(tmp_path))
+    )
+    file.write_text(json.dumps(["Let go", "half \ud83e"]))
+    assert r"a prompt is 'half \ud83e' with '\ud83e', half of a character" in refusal(
+        DataError, lambda: source(images, prompts=str(file))
+    )

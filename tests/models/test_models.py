@@ -203,6 +203,10 @@ def model(name: str, load: Callable[..., HuggingFaceModel]) -> HuggingFaceModel:
 # --- samples, and what transformers makes of one --------------------------------------------------------------
 
 
+BEGIN, SOFT = "<start_of_image>", "<image_soft_token>"
+"""Gemma 3's mark of an image, and what its processor puts there for each part of it."""
+
+
 def png(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -466,6 +470,24 @@ def test_paligemma_gets_what_its_processor_makes_of_a_suffix(load: Callable[...,
     assert model.task_loss(batch).item() == pytest.approx(loss.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "at", "inserted", "appended"),
+    [("paligemma", 0, 17, 1), ("llava", 1, 4, 0), ("gemma3", 1, 10, 0)],  # with BOS in front of it, or behind it
+)
+def test_image_tokens_are_put_back_where_the_processor_puts_them(
+    family: str, at: int, inserted: int, appended: int, load: Callable[..., HuggingFaceModel]
+) -> None:
+    model = load(family)
+    for one in samples(family):
+        whole = model.preprocess(one)
+        ids = np.asarray(model.text.plain(one.prompt), np.int32)
+        assert not model.image_tokens(torch.from_numpy(ids))
+        [reading] = model.readings(ids, np.asarray(whole.images["pixel_values"][0]))
+        assert (reading.at, len(reading.inserted), len(reading.appended)) == (at, inserted, appended)
+        assert reading.prompt(ids).tolist() == whole.tokens["input_ids"].tolist()
+        assert f"{inserted} tokens put back for the image" in reading.words
+
+
 @pytest.mark.parametrize("family", ["llama", "paligemma"])
 def test_tensors_of_an_imported_cache_give_the_same_features(
     family: str, load: Callable[..., HuggingFaceModel]
@@ -652,6 +674,47 @@ def test_a_sample_that_is_too_long_is_never_cut(name: str, load: Callable[..., H
 def test_a_missing_or_damaged_image(sample: Sample, expected: str, load: Callable[..., HuggingFaceModel]) -> None:
     with pytest.raises(DataError, match=expected):
         load("paligemma").preprocess(sample)
+
+
+@pytest.mark.parametrize(("family", "token"), [("paligemma", "<image>"), ("llava", "<image>"), ("gemma3", SOFT)])
+def test_an_image_token_in_an_answer(family: str, token: str, load: Callable[..., HuggingFaceModel]) -> None:
+    """transformers would look for the picture of each, in the middle of a run."""
+    model = load(family)
+    sample = replace(samples(family)[0], response=f"7{token}", origin="row 3")
+    said = rf"row 3 has {token} behind its prompt, which .* would read as part of an image .* remove it"
+    with pytest.raises(DataError, match=said) as caught:
+        model.preprocess_task(sample)
+    assert "\n" not in caught.value.message
+    with pytest.raises(DataError, match=said):
+        model.preprocess(sample, model.response_tokens(sample))
+
+
+def test_an_image_token_in_a_prompt_that_is_not_its_mark(load: Callable[..., HuggingFaceModel]) -> None:
+    sample = replace(samples("gemma3")[0], prompt=f"digit {SOFT}?")
+    with pytest.raises(DataError, match=rf"sample 0: {SOFT} is in its text 1 times, .* but the row has 1 image to be"):
+        load("gemma3").preprocess(sample)
+
+
+@pytest.mark.parametrize(
+    ("family", "mark", "written", "said"),
+    [
+        ("llava", "<image>", "<image>", "<image> is in its text 2 times, .* but the row has 1 image to be"),
+        ("gemma3", BEGIN, BEGIN, f"{BEGIN} is in its text 2 times, .* but the row has 1 image to be"),
+        ("gemma3", BEGIN, SOFT, f"{SOFT} is in its text 1 times"),
+    ],
+)
+def test_an_image_token_in_a_turn_of_the_assistant(
+    family: str, mark: str, written: str, said: str, chatting: Callable[[str, str], HuggingFaceModel]
+) -> None:
+    model = chatting(family, TURNS.replace("<image>", mark))
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]}
+    told, last = {"role": "assistant", "content": f"a {written}"}, {"role": "assistant", "content": "b"}
+    more = {"role": "user", "content": "B?"}
+    first = Sample("0", "", response="a", conversation=Conversation((asked,), told, (png(1),)))
+    later = Sample("0", "", response="b", conversation=Conversation((asked, told, more), last, (png(1),)))
+    for sample in (first, later):
+        with pytest.raises(DataError, match=f"sample 0: {said}"):
+            model.preprocess_task(sample)
 
 
 def test_an_empty_sample(load: Callable[..., HuggingFaceModel]) -> None:

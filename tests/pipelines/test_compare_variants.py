@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,14 @@ def test_a_variant_can_be_added_to_a_finished_comparison(
     assert "CRaFT last" in page
     runs = [RunFolder(tmp_path / "out" / "runs" / f"digits-{arm}-seed0") for arm in ("last", "prefix")]
     assert list(write_report(runs, tmp_path, title="", command="")["summary"]) == ["last", "prefix"]
+
+    # Nothing trains beside a finished run that another cache was used for.
+    found = json.loads(runs[1].result.read_text())
+    runs[1].result.write_text(json.dumps(found | {"cache": "c0ffee"}))
+    (runs[0].result).unlink()
+    with pytest.raises(CacheRefused, match=rf"with the anchor cache c0ffee, and craft.* holds {found['cache']}: rest"):
+        compare(more, ("baseline", "prefix", "last"), (0,), tmp_path / "out")
+    assert runs[0].finished() is None
 
 
 class Book:

@@ -191,6 +191,22 @@ def test_models_with_the_same_name_are_labelled_by_their_paths(tmp_path: Path) -
     assert list(labelled([tmp_path / "tuned", steps[0]])) == ["tuned", "run/step_000100"]
 
 
+def test_a_bad_row_ends_the_command_before_anything_is_scored(
+    command: Command, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *lines, last = (world / "questions.jsonl").read_text().splitlines()
+    row = json.loads(last)
+    bad = world / "bad.jsonl"
+    bad.write_text("\n".join([*lines, json.dumps({**row, "choices": [row["choices"][0]] * 4})]))
+    monkeypatch.setattr("craft_pipelines.evaluate.score", lambda *_: pytest.fail("a row was scored"))
+    changes = f"evaluation.old.data.path={bad}", "train.check_minutes=5"
+    code, _, err = command("evaluate", world / "run.yaml", *changes)
+    bad.unlink()
+    assert code == 1, err
+    assert f"evaluation.old.data: {bad}, row {SAMPLES - 1}: its response" in one_line(err)
+    assert "appears more than once among its choices" in err
+
+
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 

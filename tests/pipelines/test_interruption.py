@@ -6,8 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
+import ray
+from craft_pipelines import session
+
+from craft_ray import interruption
+from craft_ray.errors import Interrupted
 
 START = """
 import os, signal, sys, time
@@ -47,6 +53,52 @@ def test_a_signal_is_exit_code_130(name: str) -> None:
         assert process.returncode == 130, (what, err)
         assert err.splitlines() == [err.strip()], (what, err)
         assert err.startswith("craft-ray: interrupted"), (what, err)
+
+
+@pytest.fixture
+def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as a command: a signal interrupts it."""
+    before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
+    for name in ("_listening", "_signalled"):
+        monkeypatch.setattr(interruption, name, False)
+    interruption.listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", interruption.SIGNALS)
+@pytest.mark.usefixtures("listening")
+def test_a_signal_that_the_start_of_ray_swallows_ends_the_command(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swallowed = []
+
+    def init(**_: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            swallowed.append(error)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(session, "_dashboard", None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(Interrupted) as caught:
+        session.join()
+    assert caught.value.exit_code == 130
+    assert [type(error) for error in swallowed] == [Interrupted]
+
+
+@pytest.mark.usefixtures("listening")
+def test_ray_that_takes_a_signal_for_itself_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    monkeypatch.setattr(session, "_dashboard", None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    session.join()
+    with pytest.raises(Interrupted):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -13,9 +14,10 @@ from craft_pipelines.compare import arm_config
 
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError, DataError
+from craft_ray.report.html import write_report
 from craft_ray.run.best import BestValidation
 from craft_ray.run.folder import RunFolder
-from craft_ray.run.metrics import result_lines
+from craft_ray.run.metrics import result_lines, unreached
 from craft_ray.run.mirror import mirrored_folder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import Run, train, training
@@ -117,6 +119,20 @@ def test_patience_ends_a_run_early(digits: Digits, cached: Path, best: RunFolder
     assert (kept["step"], kept["trained_steps"], kept["ended_early"]) == (2, 4, True)
     assert weights(folder) == weights(best)
     assert "training ended early, at step 4" in result_lines(result_of(folder))[0]
+
+
+def test_a_budget_that_the_kept_step_never_had_is_told(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    budget = {"craft.epsilon_start": 0.5, "craft.epsilon_end": 0.1, "craft.epsilon_schedule": "linear"}
+    config = choosing(digits, cached, {**budget, "craft.lambda_lr": 1e-6, "train.patience": 1})
+    result = result_of(trained(config, tmp_path / "run"))
+    assert (result["steps"], result["epsilon"]) == (2, 0.1)
+    assert result["epsilon_at_step"] == pytest.approx(0.5 - 0.4 / 5)  # of six steps the second
+    said = "(ε was 0.42 at the model's last step)"
+    assert any(line.endswith(said) for line in result_lines(result))
+    write_report([RunFolder(tmp_path / "run")], tmp_path / "report", title="", command="")
+    assert said in html.unescape((tmp_path / "report" / "report.html").read_text())
+    for other in ({key: result[key] for key in result if key != "epsilon_at_step"}, {**result, "epsilon": 0.42}):
+        assert unreached(other) == ""
 
 
 def test_a_run_in_an_object_store_keeps_the_same(

@@ -39,7 +39,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def opened(folder: Path, names: Any, **settings: Any) -> tuple[HarnessTasks, HarnessEvalSet]:
+def opened(folder: Path, names: Any, /, **settings: Any) -> tuple[HarnessTasks, HarnessEvalSet]:
     size = settings.pop("batch_size", 3)
     own = {"tasks": names, "include_path": str(folder), "folder": str(folder.parent), **settings}
     found = cast("HarnessEvalSet", make_set(metric="lm_eval", harness=own, batch_size=size))
@@ -185,6 +185,7 @@ def test_the_fingerprint_tells_what_decides_a_score(text: Model, tasks: Path, tm
         ),
         ({"metric": "acc,strict"}, "cups", r"metric is acc,strict, but the task cups has"),
         ({"include_path": "nowhere"}, "cups", r"include_path is .*nowhere, and there is no such folder"),
+        ({"folder": "nowhere"}, "cups", r"harness\.folder is .*nowhere, and there is no such folder"),
     ],
 )
 def test_what_there_is_not_is_one_line(
@@ -194,6 +195,16 @@ def test_what_there_is_not_is_one_line(
     with pytest.raises(ConfigError, match=said) as caught:
         opened(tasks, names, **change)
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*", "b?", "c::d"])
+def test_a_folder_whose_name_is_a_pattern(name: str, tasks: Path, tmp_path: Path) -> None:
+    """The data in `run[1]` would be those in `run1`."""
+    (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    for folder in (name, "link"):
+        with pytest.raises(ConfigError, match=r"harness\.folder is .*, and Hugging Face datasets takes .* rename"):
+            opened(tasks, "cups", folder=str(tmp_path / folder))
 
 
 def _only_below(folder: Path) -> Any:

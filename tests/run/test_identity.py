@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 import torch
 from craft_pipelines.compare import compare
 from craft_pipelines.train import plan_run, resume_run, train_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from craft_ray import interruption
 from craft_ray.config import Experiment, deciding_difference, dump_config, parse_config
 from craft_ray.errors import ConfigError, DataError, Interrupted
+from craft_ray.models.fingerprint import files_fingerprint
 from craft_ray.run import cadence
 from craft_ray.run.claim import claimed, only_process, remove_unstarted
 from craft_ray.run.folder import RunFolder
@@ -75,6 +78,83 @@ def test_task_data_that_were_exchanged_are_refused(config: Experiment, begun: Ru
     config = config.changed({"task.path": str(moved)})
     train(config, begun, OneWorker(), NullObserver())
     assert begun.finished() is not None
+
+
+def other_weights(folder: Path) -> None:
+    """As large as before, and different in one place of many."""
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    state["model.norm.weight"] = state["model.norm.weight"] + 1
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def other_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"normalizer": null', '"normalizer": {"type": "Lowercase"}', 1))
+
+
+@pytest.fixture
+def own_model(config: Experiment, tmp_path: Path) -> Experiment:
+    """The same run from a copy of the model."""
+    folder = shutil.copytree(config.model.path, tmp_path / "model")
+    return config.changed({"model.path": str(folder)})
+
+
+@pytest.mark.parametrize(
+    ("exchange", "until", "said"),
+    [
+        (other_weights, 3, "weight files"),
+        (other_weights, 1, "weights"),  # lost before its first checkpoint: the folder's weights are loaded again
+        (other_tokenizer, 3, "tokenizer, processor and limits"),
+    ],
+)
+def test_a_model_that_was_exchanged_is_refused(
+    exchange: Callable[[Path], None], until: int, said: str, own_model: Experiment
+) -> None:
+    """Without a cache or held-out data, nothing else knows which model it was."""
+    run = plan_run(own_model)
+    Run(own_model, run.folder, OneWorker(), NullObserver()).loop(until=until)
+    folder, kept = Path(own_model.model.path), Path(own_model.output_dir).parent / "kept"
+    shutil.copytree(folder, kept)
+    exchange(folder)
+    recorded = (run.folder.path / RECORD).read_text()
+    with pytest.raises(ConfigError, match=rf"model\.path .*model is not what it was .*: its {said} had the fing") as e:
+        train(own_model, run.folder, OneWorker(), NullObserver())
+    assert "\n" not in e.value.message
+    assert (run.folder.path / RECORD).read_text() == recorded
+    shutil.rmtree(folder)
+    kept.rename(folder)
+    train(own_model, run.folder, OneWorker(), NullObserver())
+    assert json.loads((run.folder.path / RECORD).read_text())["model"] == json.loads(recorded)["model"]
+
+
+def test_what_an_earlier_version_did_not_record_of_a_model_is_not_compared(own_model: Experiment) -> None:
+    run = plan_run(own_model)
+    Run(own_model, run.folder, OneWorker(), NullObserver()).loop(until=3)
+    path = run.folder.path / RECORD
+    tree = json.loads(path.read_text())
+    weights = tree.pop("model")["weights"]
+    path.write_text(json.dumps(tree))
+    other_weights(Path(own_model.model.path))
+    train(own_model, run.folder, OneWorker(), NullObserver())
+    model = json.loads(path.read_text())["model"]
+    assert model.pop("weights") is None, "they were not loaded"
+    assert weights
+    assert all(model.values())
+
+
+def test_a_changed_part_of_a_weight_file_is_another_one(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    assert files_fingerprint(tmp_path) is None
+    numbers = torch.arange(4_000_000, dtype=torch.float32)
+    found = []
+    for state in ({"a": numbers}, {"a": numbers * 1.001}, {"b": numbers}):
+        save_file(state, file)
+        (tmp_path / "README.md").write_text(str(len(found)))  # says nothing about weights
+        found.append(files_fingerprint(tmp_path))
+    save_file({"a": numbers}, file)
+    assert files_fingerprint(tmp_path) == found[0]
+    assert len(set(found)) == 3
 
 
 def test_what_decides_no_number_may_change(config: Experiment, begun: RunFolder, tmp_path: Path) -> None:
@@ -165,6 +245,14 @@ def test_a_comparison_takes_over_only_the_same_finished_runs(config: Experiment,
         compare(config.changed({"train.learning_rate": 0.003}), ["baseline"], [0], tmp_path / "out")
     write_task(Path(config.task.path), "banana")
     with pytest.raises(ConfigError, match=r"task\.path .* is not what it was"):
+        compare(config, ["baseline"], [0], tmp_path / "out")
+
+
+def test_a_comparison_takes_over_no_run_of_another_model(own_model: Experiment, tmp_path: Path) -> None:
+    config = own_model.changed({"train.steps": 1})
+    compare(config, ["baseline"], [0], tmp_path / "out")
+    other_weights(Path(config.model.path))
+    with pytest.raises(ConfigError, match=r"model\.path .* is not what it was when the run .*: its weight files had"):
         compare(config, ["baseline"], [0], tmp_path / "out")
 
 

@@ -12,13 +12,16 @@ import pytest
 from craft_ray.config import EvalSet, ModelConfig
 from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, CraftError, DataError
+from craft_ray.examples.text import byte_tokenizer
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
+from craft_ray.models.capabilities import TokenModel
 from craft_ray.run.judges import judge_of
 from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set
 from craft_ray.workers import OneWorker
 from tests.support.configs import data_config
 from tests.support.configs import eval_set as make_set
+from tests.support.tokenizers import NORMALIZED, chat_model
 
 DATA = {"path": "d.jsonl", "columns": {"response": "response"}}
 
@@ -27,8 +30,8 @@ def verdict(reply: str, response: str, **settings: Any) -> bool | float:
     judge = judge_of(make_set(data=DATA, **settings), "evaluation.old")
     assert judge is not None
     sample = Sample(id="q1", prompt="?", response=response)
-    judge.check(sample)
-    return judge(reply, sample)
+    judge.check(response, sample)
+    return judge(reply, response, sample)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +138,12 @@ def test_a_function_gets_reply_and_response_and_if_it_takes_it_the_row(tmp_path:
     sample = Sample(id="q1", prompt="?", response="ab", choices=("ab", "c"))
     judge = judge_of(own(tmp_path, "def score(reply, response):\n    return len(reply) / len(response)\n"), "old")
     assert judge is not None
-    assert judge("a", sample) == 0.5
+    assert judge("a", "ab", sample) == 0.5
     row = "dict(id='q1', prompt='?', response='ab', choices=('ab', 'c'))"
     code = f"def full(reply, response, row):\n    return row == {row}\n"
     judge = judge_of(own(tmp_path, code, "full", "other_own_module"), "old")
     assert judge is not None
-    assert judge("a", sample) == 1.0
+    assert judge("a", "ab", sample) == 1.0
 
 
 def test_a_module_imports_what_stands_beside_it_and_the_path_stays_as_it_was(tmp_path: Path) -> None:
@@ -149,7 +152,7 @@ def test_a_module_imports_what_stands_beside_it_and_the_path_stays_as_it_was(tmp
     code = "from own_helper_beside import HALF\n\n\ndef score(reply, response):\n    return HALF\n"
     judge = judge_of(own(tmp_path, code), "old")
     assert judge is not None
-    assert judge("a", Sample(id="q", prompt="", response="b")) == 0.5
+    assert judge("a", "b", Sample(id="q", prompt="", response="b")) == 0.5
     assert sys.path == before
 
 
@@ -198,7 +201,7 @@ def test_a_function_that_fails_is_one_line(returned: str, said: str, tmp_path: P
     judge = judge_of(own(tmp_path, f"def score(reply, response):\n    return {returned}\n"), "evaluation.old")
     assert judge is not None
     with pytest.raises(DataError, match=said) as caught:
-        judge("a", Sample(id="q1", prompt="?", response="b"))
+        judge("a", "b", Sample(id="q1", prompt="?", response="b"))
     assert "\n" not in caught.value.message
 
 
@@ -252,6 +255,35 @@ def test_every_metric_judges_the_same_replies(text: Model, tmp_path: Path) -> No
         assert [record[kind] for record in result.records] == (
             [0.25, 1, 0.25] if kind == "score" else [True, False, True]
         )
+
+
+@pytest.mark.parametrize(("normalizer", "response"), NORMALIZED)
+def test_the_responses_own_tokens_are_right_by_every_metric(
+    normalizer: Any, response: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer may give back another text than that of the data, and the model can answer by no other."""
+    pytest.importorskip("rouge_score")
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    model = load_model(ModelConfig(path=str(chat_model(tmp_path / "m", tokenizer))), "fp32")
+    assert isinstance(model, TokenModel)
+    data = f"dict(id='00000000', prompt='Call 0', response={response!r}, choices=None)"
+    code = f"def score(reply, response, row):\n    return reply == response and row == {data}\n"
+    name = f"own_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(code)
+    own, other = (model.response_tokens(Sample("0", "", response=said)) for said in (response, "xyz"))
+    for settings in (
+        {"metric": "exact_match"},
+        {"metric": "contains"},
+        {"metric": "regex", "pattern": "(?s)(.+)"},
+        {"metric": "rouge_l"},
+        {"metric": f"{name}:score", "folder": str(tmp_path)},
+    ):
+        for answer, value in ((own, 1), (other, 0)):
+            monkeypatch.setattr(model, "generate", lambda asked, _, answer=answer: [answer] * len(asked))
+            found = scored(model, tmp_path / "a.jsonl", [response], **settings)
+            assert found.value == value, settings
+            assert found.records[0]["response"] == response.strip()
 
 
 @pytest.mark.parametrize(

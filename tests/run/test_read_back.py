@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from craft_pipelines.interpolate import interpolate
+from craft_pipelines.merge import merge
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,7 +20,7 @@ from craft_ray.errors import ConfigError, ModelError, StorageError
 from craft_ray.models import load_model
 from craft_ray.models.huggingface import HuggingFaceModel
 from craft_ray.run import saving
-from craft_ray.run.checkpoint import check_saved
+from craft_ray.run.checkpoint import check_saved, save_model
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.sharded_checkpoint import _writing, check_exported
@@ -131,6 +134,39 @@ def test_another_adapter_than_the_one_in_memory_ends_the_run(
     with pytest.raises(ModelError, match="what was saved is not what was trained: 1 of"):
         run(digits, tmp_path, [], monkeypatch, LORA)
     assert last_checkpoint(RunFolder(tmp_path / "run").disk / "checkpoints") is None
+
+
+# -- plain folders
+
+
+def test_a_plain_folder_that_is_not_the_model_is_not_left(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(path=str(text_model))
+    model = load_model(config, "fp32")
+    save_model(config, "fp32", model, tmp_path / "right", "merged")
+    assert (tmp_path / "right" / "config.json").exists()
+    changing(monkeypatch, one_bit)
+    with pytest.raises(ModelError) as caught:
+        save_model(config, "fp32", model, tmp_path / "wrong", "merged")
+    assert caught.value.message.startswith("what was saved is not what was merged: 1 of ")
+    assert caught.value.message.endswith(f"; {tmp_path / 'wrong'} was not written")
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]
+
+
+@pytest.mark.parametrize("command", ["merge", "interpolate"])
+def test_what_a_command_saves_is_read_back(
+    command: str, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = digits.experiment(tmp_path, {**LORA, "train.steps": 1})
+    files = RunFolder(tmp_path / "run")
+    files.begin(config, ["test"])
+    train(config, files, OneWorker(), NullObserver())
+    changing(monkeypatch, one_bit)
+    made = {"merge": merge, "interpolate": partial(interpolate, alpha=0.5)}[command]
+    with pytest.raises(ModelError, match=f"what was saved is not what was {command}d: 1 of"):
+        made(files.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # -- sharded runs: the folder of the last step (tests/run/test_sharding.py writes one with two workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,6 +135,14 @@ TURN_ENDS = {
     "t5": "<|im_end|>",
 }  # fmt: skip
 """What the template of each family writes behind an assistant's turn."""
+
+
+NORMALIZED = [
+    (normalizers.NFC(), unicodedata.normalize("NFD", "café")),
+    (normalizers.Lowercase(), "Paris"),
+    (normalizers.Strip(), "  two spaces "),
+]
+"""What a tokenizer does to every text, and a response that is another one afterwards."""
 
 
 def chat_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:

@@ -73,6 +73,11 @@ class Identity(_Frozen):
         return json_fingerprint(facts)
 
     @property
+    def imported(self) -> bool:
+        """Whether the cache was made of earlier shards: its rows cannot be computed again from raw inputs."""
+        return self.inputs == "tensors"
+
+    @property
     def rounding(self) -> str:
         """The coarsest type that the vectors were stored in, which decides how closely they can be reproduced."""
         return self.rounded_to or self.dtype

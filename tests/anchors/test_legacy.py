@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from craft_pipelines.anchors import import_legacy
+from craft_pipelines.anchors import build, import_legacy
+from craft_pipelines.compare import compare
 
 from craft_ray.anchors.build import only_writer
 from craft_ray.anchors.legacy_files import ShardFiles
@@ -25,6 +26,7 @@ from craft_ray.errors import CacheRefused, ConfigError, CraftError, StorageError
 from craft_ray.models.base import IGNORE, Model
 from craft_ray.models.vision_language import VisionLanguageModel
 from craft_ray.retention.constraints import open_mode
+from craft_ray.run.claim import claimed
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train
@@ -157,6 +159,19 @@ def test_an_imported_cache_holds_every_row_and_trains(
     before = [path.read_bytes() for path in shards(folder)]
     imported(config, tmp_path)
     assert [path.read_bytes() for path in shards(folder)] == before
+
+
+def test_a_comparison_runs_on_an_imported_cache(pictures: Experiment, tmp_path: Path) -> None:
+    """As a single run does: nothing is built."""
+    imported(pictures, tmp_path, check=False)
+    # Its first run is held, so that it ends where the runs begin.
+    with (
+        claimed(RunFolder(tmp_path / "out" / "runs" / "digits-hidden-seed0")),
+        pytest.raises(ConfigError, match="another process"),
+    ):
+        compare(pictures, ("hidden",), (0,), tmp_path / "out")
+    with pytest.raises(CacheRefused, match="was imported, not built"):
+        build(pictures)
 
 
 def change(tmp_path: Path, edit: Callable[[dict], Any], name: str = "shard_000.pt") -> None:

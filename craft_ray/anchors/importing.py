@@ -15,7 +15,16 @@ import pyarrow as pa
 from craft_ray.anchors.build import identity_of, manifest_of, write_shard
 from craft_ray.anchors.legacy import LegacyRows, load_rows
 from craft_ray.anchors.legacy_files import ShardFiles
-from craft_ray.anchors.manifest import MANIFEST, SHARDS, Identity, Manifest, Shard, read_manifest, write_manifest
+from craft_ray.anchors.manifest import (
+    MANIFEST,
+    SHARDS,
+    Identity,
+    Manifest,
+    Shard,
+    check_same,
+    read_manifest,
+    write_manifest,
+)
 from craft_ray.anchors.reading import choose_reading, reproduced_positions
 from craft_ray.anchors.schema import COARSENESS, ROW_GROUP, CacheSchema, hidden_column, vectors_array
 from craft_ray.anchors.storage import stored
@@ -138,13 +147,7 @@ def _existing(folder: StoragePath, identity: Identity) -> Manifest:
     manifest = read_manifest(folder)
     found = manifest.identity
     expected = identity.model_copy(update={key: getattr(found, key) for key in ("rows", "pixel_shape", "rounded_to")})
-    if found != expected:
-        ours, theirs = expected.model_dump(), found.model_dump()
-        key = next(k for k in ours if ours[k] != theirs[k])
-        raise CacheRefused(
-            f"{folder} holds a cache with {key} {theirs[key]}, this import makes one with {key} {ours[key]}: choose "
-            f"another craft.anchor_cache_dir, or delete the folder"
-        )
+    check_same(folder, found, expected, "import makes")
     return manifest
 
 

@@ -43,6 +43,7 @@ from craft_ray.anchors.manifest import (
     Identity,
     Manifest,
     Plan,
+    check_same,
     read_manifest,
     read_plan,
     write_plan,
@@ -181,13 +182,7 @@ def _plan(folder: StoragePath, identity: Identity, anchors: AnchorsConfig) -> Pl
         plan = Plan(identity=identity, rows_per_shard=anchors.rows_per_shard)
         write_plan(folder, plan)
         return plan
-    if plan.identity != identity:
-        ours, theirs = identity.model_dump(), plan.identity.model_dump()
-        key = next(k for k in ours if ours[k] != theirs[k])
-        raise CacheRefused(
-            f"{folder} holds a cache with {key} {theirs[key]}, this config builds one with {key} {ours[key]}: choose "
-            f"another craft.anchor_cache_dir, or delete the folder"
-        )
+    check_same(folder, plan.identity, identity, "config builds")
     return plan
 
 

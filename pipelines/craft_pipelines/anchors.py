@@ -48,10 +48,9 @@ from craft_ray.anchors.manifest import (
     read_plan,
     write_plan,
 )
-from craft_ray.anchors.show import logits_in_words
+from craft_ray.anchors.show import logits_in_words, suffix_in_words
 from craft_ray.anchors.verify import check_files
 from craft_ray.config import AnchorsConfig, Experiment, dump_config
-from craft_ray.config.modes import stores
 from craft_ray.data.skills import open_anchor_source
 from craft_ray.data.source import Source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError
@@ -204,8 +203,8 @@ def _announce(say: Any, identity: Identity, expected: Estimate, folder: StorageP
             f"hidden states of layers {list(identity.layers)} at {', '.join(identity.positions)} "
             f"({expected.vectors_per_row:.1f} vectors an anchor)"
         )
-    if stores(identity.modes, "suffix"):
-        what.append(f"up to {identity.max_new_tokens} suffix tokens")
+    if identity.schema.has_suffix:
+        what.append(f"suffix tokens: {suffix_in_words(identity)}")
     if identity.logits is not None:
         what.append(logits_in_words(identity.logits, identity.dtype, expected.tokens_per_row))
     say(f"building the anchor cache in {folder}: {identity.rows} anchors, {'; '.join(what)}")

@@ -112,6 +112,17 @@ def _opened(config: Experiment, anchors: AnchorsConfig, say: Any) -> tuple[Model
     return model, source
 
 
+def _check_every_row(config: Experiment, model: Model, source: Source, identity: Identity, say: Any) -> None:
+    """
+    Raises:
+        DataError: an anchor cannot be used.
+    """
+    assert config.anchors is not None
+    rows = anchor_rows(config.anchors, model, source, identity)
+    with screen() as shown:
+        check_rows(rows, config.train.check_minutes, OneWorker(), say, shown.progress)
+
+
 def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say: Any) -> Built:
     model, source = _opened(config, anchors, say)
     ids = source.ids()
@@ -125,9 +136,7 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
             say(f"anchor cache found in {folder}: {manifest.identity.rows} anchors, no row computed")
             return Built(manifest, 0)
 
-    with screen() as shown:
-        anchored = anchor_rows(anchors, model, source, plan.identity)
-        check_rows(anchored, config.train.check_minutes, OneWorker(), say, shown.progress)
+    _check_every_row(config, model, source, plan.identity, say)
     expected = estimate(model, source, plan.identity.schema, anchors)
     _announce(say, plan.identity, expected, folder)
     if done:
@@ -137,7 +146,7 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
     say(f"forward passes on {passes}")
     clear_leftovers(folder / SHARDS)  # of an earlier build
     reader = without_weights(model) if anchors.readers and config.workers.num_workers else None
-    del model
+    del model  # the teachers load their own, and here it would take the memory of one more
     work = _in_process if config.workers.num_workers == 0 else _on_ray
     written = sum(shard.rows for shard in done.values())
     with BuildMetrics(folder, plan.identity.rows, written) as metrics, screen() as shown:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import resource
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import duckdb
@@ -16,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from craft_pipelines import teachers
-from craft_pipelines.anchors import build
+from craft_pipelines import anchors, teachers
+from craft_pipelines.anchors import _in_process, build
 from PIL import Image
 
 from craft_ray.anchors.build import build_shard, estimate, identity_of, prepare
@@ -29,6 +31,7 @@ from craft_ray.data.images import decode_image
 from craft_ray.data.source import open_source
 from craft_ray.errors import DataError, StorageError
 from craft_ray.models import load_model, vision_language
+from craft_ray.models.base import Model
 from craft_ray.retention.hidden import Hidden
 from tests.support.caches import built, cache_folder, json_lines, prompts, shards, table, teacher, text_experiment
 from tests.support.experiments import ANSWERED, Digits
@@ -116,6 +119,27 @@ def test_only_the_manifest_is_written_where_only_the_manifest_is_missing(text: E
     again = build(text, say=lambda _: None)
     assert again.rows_computed == 0
     assert again.manifest == manifest
+
+
+def test_the_teacher_that_checks_the_rows_is_freed_before_the_others_are_loaded(
+    text: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[bool] = []
+
+    def load(*arguments: Any, **options: Any) -> Model:
+        model = load_model(*arguments, **options)
+        loaded.append(weakref.ref(model.module))
+        return model
+
+    def work(*arguments: Any) -> Iterator[tuple[str, int]]:
+        alive.append(loaded[0]() is not None)
+        return _in_process(*arguments)
+
+    monkeypatch.setattr(anchors, "load_model", load)
+    monkeypatch.setattr(anchors, "_in_process", work)
+    built(text)
+    assert alive == [False]
 
 
 def test_a_second_build_computes_no_row(text: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:

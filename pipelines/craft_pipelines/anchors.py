@@ -96,10 +96,15 @@ def build(config: Experiment, say: Any = print) -> Built:
 
 
 def preview(config: Experiment, say: Any = print) -> None:
-    """Say what a build would store and how large it would be. Nothing is written."""
+    """Say what a build would store and how large it would be, and check the rows as it does. Nothing is written.
+
+    Raises:
+        DataError: an anchor cannot be used.
+    """
     anchors, folder = anchors_section(config)
     model, source = _opened(config, anchors, say)
     identity = identity_of(config, model, source)
+    _check_every_row(config, model, source, identity, say)
     _announce(say, identity, estimate(model, source, identity.schema, anchors), folder)
 
 

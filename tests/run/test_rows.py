@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from craft_pipelines.anchors import build
+from craft_pipelines.anchors import build, preview
 from craft_pipelines.dry_run import dry_run
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -237,6 +237,8 @@ def test_a_bad_anchor_ends_a_build_before_its_first_shard(config: Experiment, tm
     config = config.changed({"anchors.source.path": str(written(tmp_path / "bad.jsonl", {30: LONG, 31: LONG}))})
     with pytest.raises(DataError, match=r"^anchors\.source: .*bad\.jsonl, row 30 has .*; 1 more of 40 rows"):
         build(config, say=lambda _: None)
+    with pytest.raises(DataError, match=r"^anchors\.source: .*bad\.jsonl, row 30 has .*; 1 more of 40 rows"):
+        preview(config, say=lambda _: None)
     assert not list((tmp_path / "cache").rglob("*.parquet"))
     assert build(config.changed({"anchors.source.limit": 30}), say=lambda _: None).rows_computed == 30
 

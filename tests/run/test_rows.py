@@ -243,6 +243,17 @@ def test_a_bad_anchor_ends_a_build_before_its_first_shard(config: Experiment, tm
     assert build(config.changed({"anchors.source.limit": 30}), say=lambda _: None).rows_computed == 30
 
 
+def test_an_anchor_without_a_token_at_a_stored_position_ends_a_build_before_its_first_shard(
+    config: Experiment, tmp_path: Path
+) -> None:
+    """Also where the rows were checked before, for another position."""
+    assert build(config.changed({"anchors.positions": ["last_token"]}), say=lambda _: None).rows_computed == 40
+    other = config.changed({"anchors.positions": ["last_token", "vision_mean"], "craft.anchor_cache_dir": "other"})
+    lacking = r"anchor position 'vision_mean' selects no token of a sequence with \d prompt tokens, 0 image tokens"
+    with pytest.raises(DataError, match=rf"^anchors\.source: \S+task\.jsonl, row 0: {lacking}.*; 39 more of 40 rows"):
+        preview(other, say=lambda _: None)
+
+
 @pytest.mark.parametrize("bad", [LONG, EMPTY])
 def test_an_id_of_any_length_makes_no_long_message(bad: dict[str, str], config: Experiment, tmp_path: Path) -> None:
     path = written(tmp_path / "bad.jsonl", {3: bad | {"id": "i" * 2_000_000}})

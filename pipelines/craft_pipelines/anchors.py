@@ -20,7 +20,7 @@ from craft_pipelines.build_progress import BuildProgress, Telling, heard
 from craft_pipelines.console import screen
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.ray_metrics import BuildMetrics
-from craft_pipelines.session import check_resources, join
+from craft_pipelines.session import check_resources, check_total, join
 from craft_pipelines.storage_check import check_shared
 from craft_pipelines.teachers import AnchorReader, GroupTeacher, GroupWriter, ShardWriter
 from craft_ray import interruption
@@ -250,7 +250,7 @@ def _on_ray(
     lacking = check_resources(actors, each, "anchors.actors")
     if lacking is None and reader is not None:
         total = {"CPU": actors * anchors.cpus_per_actor + anchors.readers}
-        lacking = check_resources(1, total, "anchors.actors and anchors.readers")
+        lacking = check_total(1, total, "anchors.actors and anchors.readers")
     if lacking:
         raise ConfigError(lacking)
     check_shared(folder, "craft.anchor_cache_dir")

@@ -16,6 +16,7 @@ import torch
 from craft_pipelines import cli
 
 from craft_ray.anchors.manifest import check_same, read_manifest
+from craft_ray.anchors.matching import select
 from craft_ray.anchors.verify import check_files
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import CacheRefused, ConfigError, CraftError, DataError
@@ -175,6 +176,22 @@ def test_hidden_requested_from_a_cache_of_tokens(config: Experiment, tmp_path: P
     built(tokens)
     refused(tokens, CacheRefused, 4, "holds mode token_ce", "asks for hidden")
     open_as_student(tokens.changed({"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.1}))
+
+
+def test_suffixes_of_another_origin(config: Experiment, tmp_path: Path) -> None:
+    """Where they are read: hidden states at positions of the prompt do not depend on them."""
+    other = config.changed({"anchors.suffix_from": "response"})
+    tokens = {"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.1}
+    sides = ("was built with anchors.suffix_from teacher", "this run's is response")
+    refused(other.changed(tokens), CacheRefused, 4, *sides)
+    open_as_student(other)
+    folder, found = cache_folder(config), read_manifest(cache_folder(config)).identity
+    at_suffix = found.model_copy(update={"positions": ("suffix", "all")})
+    assert select(folder, at_suffix, other.changed({"craft.positions": ["all"]}))[1] == ("all",)
+    with pytest.raises(CacheRefused, match=sides[0]):
+        select(folder, at_suffix, other)
+    imported = found.model_copy(update={"inputs": "tensors"})
+    select(folder, imported, other.changed(tokens))
 
 
 def test_a_student_with_dropout(config: Experiment) -> None:

@@ -78,6 +78,13 @@ class Identity(_Frozen):
         return self.inputs == "tensors"
 
     @property
+    def renewal(self) -> str:
+        """How the whole cache is made again, for messages."""
+        if self.imported:
+            return "delete its folder and run 'craft-ray anchors import' again"
+        return "build the cache again"
+
+    @property
     def rounding(self) -> str:
         """The coarsest type that the vectors were stored in, which decides how closely they can be reproduced."""
         return self.rounded_to or self.dtype

@@ -26,7 +26,7 @@ def check_model(
     Raises:
         CacheRefused: naming both sides of the first difference.
     """
-    remedy = f"build the cache again for this model, or specify the one that belongs to it (this is {folder})"
+    remedy = f"{found.renewal} for this model, or specify the one that belongs to it (this is {folder})"
     for what, ours, theirs in (
         ("teacher (hash of its weights)", teacher_weights or found.teacher, found.teacher),
         ("kind of model", model.kind, found.kind),

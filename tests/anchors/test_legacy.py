@@ -484,6 +484,24 @@ def test_an_import_that_was_killed_is_started_again(pictures: Experiment, tmp_pa
     assert not half.parent.exists()
 
 
+def test_a_damaged_shard_is_imported_again(pictures: Experiment, tmp_path: Path) -> None:
+    """A build could not write it, and an import that finds a cache changes nothing."""
+    imported(pictures, tmp_path, check=False)
+    folder = cache_folder(pictures)
+    manifest = read_manifest(folder)
+    path = shards(folder)[1]
+    whole = path.read_bytes()
+    for damaged in (bytes([whole[0] ^ 1]) + whole[1:], whole[:-100], None):
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        with pytest.raises(CacheRefused, match=r"delete its folder and run 'craft-ray anchors import' again$"):
+            check_files(folder, manifest)
+    shutil.rmtree(folder)
+    imported(pictures, tmp_path, check=False)
+    check_files(folder, manifest)
+
+
 def test_another_cache_in_the_folder_is_left_alone(pictures: Experiment, tmp_path: Path) -> None:
     imported(pictures, tmp_path)
     manifest = read_manifest(cache_folder(pictures))

@@ -502,6 +502,35 @@ def test_a_damaged_shard_is_imported_again(pictures: Experiment, tmp_path: Path)
     check_files(folder, manifest)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("long", r"has \d+ tokens, model\.max_length is 128"),
+        ("id", "with id 9999, but the model has embeddings for ids 0"),
+    ],
+)
+def test_a_row_that_the_model_does_not_take_is_refused(
+    wrong: str, said: str, prose: Experiment, tmp_path: Path
+) -> None:
+    """Wherever it is: the teacher runs on the first rows of a shard only."""
+
+    def edit(shard: Shard) -> None:
+        shard["input_ids"], shard["attention_mask"], shard["labels"] = (
+            torch.nn.functional.pad(shard[name], (200, 0), value=fill)
+            for name, fill in (("input_ids", 7), ("attention_mask", 0), ("labels", IGNORE))
+        )
+        if wrong == "long":
+            shard["attention_mask"][10, :200] = 1
+        else:
+            shard["input_ids"][10, int(shard["attention_mask"][10].int().argmax())] = 9999
+
+    change(tmp_path, edit, "shard_0.pt")
+    config = prose.changed({"model.max_length": 128})
+    refused(config, tmp_path, CacheRefused, 4, "shard_0.pt, row 10: ", "nothing was imported")
+    with pytest.raises(CacheRefused, match=said):
+        imported(config, tmp_path)
+
+
 def test_another_cache_in_the_folder_is_left_alone(pictures: Experiment, tmp_path: Path) -> None:
     imported(pictures, tmp_path)
     manifest = read_manifest(cache_folder(pictures))

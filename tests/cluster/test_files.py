@@ -220,7 +220,7 @@ def test_the_shell_scripts_have_no_pitfalls(script: Path) -> None:
 
 def test_every_script_is_checked() -> None:
     names = {path.name for path in SCRIPTS}
-    assert {"go_on.sh", "s3.sh", "ray.sbatch"} <= names
+    assert {"resume.sh", "s3.sh", "ray.sbatch"} <= names
     for path in FILES:
         assert not path.read_text().startswith("#!/usr/bin/env bash") or path.name in names
 
@@ -231,7 +231,7 @@ def test_no_file_holds_a_secret() -> None:
         assert not secret.search(path.read_text()), path
 
 
-def test_go_on_starts_a_new_run_and_resumes_a_started_one(tmp_path: Path) -> None:
+def test_resume_sh_starts_a_new_run_and_resumes_a_started_one(tmp_path: Path) -> None:
     """With a `craft-ray` that prints its arguments."""
     script = tmp_path / "bin" / "craft-ray"
     script.parent.mkdir()
@@ -239,33 +239,33 @@ def test_go_on_starts_a_new_run_and_resumes_a_started_one(tmp_path: Path) -> Non
     script.chmod(0o755)
     path = os.pathsep.join([str(script.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
 
-    def go_on(*words: str, **settings: str) -> tuple[int, str]:
+    def resume(*words: str, **settings: str) -> tuple[int, str]:
         done = subprocess.run(
-            ["bash", CLUSTER / "go_on.sh", *words], capture_output=True, text=True, check=False, cwd=tmp_path,
+            ["bash", CLUSTER / "resume.sh", *words], capture_output=True, text=True, check=False, cwd=tmp_path,
             env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **settings},
         )  # fmt: skip
         return done.returncode, (done.stdout + done.stderr).strip()
 
-    assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1")
-    assert go_on("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep run.yaml --space craft --out s")
+    assert resume("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1")
+    assert resume("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep run.yaml --space craft --out s")
     (tmp_path / "runs/a").mkdir(parents=True)
-    assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1"), "no run in an empty folder"
+    assert resume("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1"), "no run in an empty folder"
     (tmp_path / "runs/a/config.yaml").touch()
-    assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train --resume runs/a")
+    assert resume("train", "runs/a", "run.yaml", "seed=1") == (3, "train --resume runs/a")
     for result, code in (('{"feasible": true}', 0), ('{"feasible": false, "multiplier": "adaptive"}', 3)):
         (tmp_path / "runs/a/result.json").write_text(result)
-        ended = (code, "go_on.sh: the run runs/a is finished")
-        assert go_on("train", "runs/a", "run.yaml", "seed=1") == ended, "a finished run has the exit code that it had"
+        ended = (code, "resume.sh: the run runs/a is finished")
+        assert resume("train", "runs/a", "run.yaml", "seed=1") == ended, "a finished run has the exit code that it had"
     (tmp_path / "s").mkdir()
     (tmp_path / "s/sweep.yaml").touch()
-    assert go_on("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep --resume s")
+    assert resume("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep --resume s")
     for wrong in ((), ("train", "runs/a"), ("anchors", "a", "run.yaml")):
-        assert go_on(*wrong) == (2, "usage: go_on.sh train|sweep FOLDER CONFIG [...]")
+        assert resume(*wrong) == (2, "usage: resume.sh train|sweep FOLDER CONFIG [...]")
 
     keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_REGION": "nowhere"}
-    code, said = go_on("train", "s3://bucket/a", "run.yaml", **keys, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    code, said = resume("train", "s3://bucket/a", "run.yaml", **keys, AWS_ENDPOINT_URL="http://127.0.0.1:9")
     assert code == 1, "a store that does not answer does not mean a new run"
-    assert said.startswith("go_on.sh: s3://bucket/a/config.yaml could not be accessed")
+    assert said.startswith("resume.sh: s3://bucket/a/config.yaml could not be accessed")
     assert said.count("\n") == 0
 
 

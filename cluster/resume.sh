@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Start a training run or a sweep, or resume it if it has started, for schedulers that may start a job more than once.
 #
-#   go_on.sh train FOLDER CONFIG [key=value ...]
-#   go_on.sh sweep FOLDER CONFIG --space SPACE [...]
+#   resume.sh train FOLDER CONFIG [key=value ...]
+#   resume.sh sweep FOLDER CONFIG --space SPACE [...]
 #
 # FOLDER is on storage that every node reaches, a mount or s3://. For a run it is OUTPUT_DIR/NAME-ARM-seedSEED with the
 # values of its config.
 set -euo pipefail
 
 if [ "$#" -lt 3 ] || { [ "$1" != train ] && [ "$1" != sweep ]; }; then
-  echo "usage: go_on.sh train|sweep FOLDER CONFIG [...]" >&2
+  echo "usage: resume.sh train|sweep FOLDER CONFIG [...]" >&2
   exit 2
 fi
 stage=$1
@@ -30,13 +30,13 @@ try:
     else:
         print("started" if any((folder / name).exists() for name in ("config.yaml", "sweep.yaml")) else "new")
 except CraftError as error:
-    sys.exit(f"go_on.sh: {error.message}")
+    sys.exit(f"resume.sh: {error.message}")
 PYTHON
 )
 case $state in
   new) ;;
   started) exec craft-ray "$stage" --resume "$folder" ;;
-  *) echo "go_on.sh: the run $folder is finished"; exit "$state" ;;  # with the exit code that it had
+  *) echo "resume.sh: the run $folder is finished"; exit "$state" ;;  # with the exit code that it had
 esac
 if [ "$stage" = sweep ]; then
   set -- "$@" --out "$folder"

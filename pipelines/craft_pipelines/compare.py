@@ -21,7 +21,7 @@ from craft_pipelines.console import QuarterObserver, Together, following, line, 
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.room import Room, room
 from craft_pipelines.session import join
-from craft_pipelines.train import PlannedRun, check_inputs, run_name, run_on_trainer, tracked
+from craft_pipelines.train import PlannedRun, check_inputs, run_on_trainer, tracked
 from craft_ray.anchors.manifest import is_complete, read_manifest
 from craft_ray.config import ARMS, Experiment
 from craft_ray.data.task import open_task
@@ -172,7 +172,7 @@ def _planned(config: Experiment) -> PlannedRun:
     Raises:
         ConfigError: the run in the folder began with another config.
     """
-    folder = RunFolder(storage_path(config.output_dir) / run_name(config))
+    folder = RunFolder(storage_path(config.output_dir) / config.run_name)
     if folder.started:
         check_config(folder, config)
     return PlannedRun(config, folder)

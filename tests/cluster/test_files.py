@@ -246,26 +246,38 @@ def test_resume_sh_starts_a_new_run_and_resumes_a_started_one(tmp_path: Path) ->
         )  # fmt: skip
         return done.returncode, (done.stdout + done.stderr).strip()
 
-    assert resume("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1")
+    task = {"path": "task.jsonl", "columns": {"prompt": "prompt", "response": "response"}}
+    config = {"name": "a", "output_dir": "runs", "model": {"path": "model"}, "task": task, "train": {"steps": 1}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config | {"craft": {"enabled": False}}))
+    anew, lora = ("run.yaml", "seed=1"), ("run.yaml", "adapter.r=4")
     assert resume("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep run.yaml --space craft --out s")
-    (tmp_path / "runs/a").mkdir(parents=True)
-    assert resume("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1"), "no run in an empty folder"
-    (tmp_path / "runs/a/config.yaml").touch()
-    assert resume("train", "runs/a", "run.yaml", "seed=1") == (3, "train --resume runs/a")
+    run, adapted = tmp_path / "runs/a-baseline-seed1", tmp_path / "runs/a-baseline-lora-seed0"
+    run.mkdir(parents=True)
+    assert resume("train", *anew) == (3, "train run.yaml seed=1"), "no run in an empty folder"
+    (run / "config.yaml").touch()
+    assert resume("train", *anew) == (3, f"train --resume {run}")
+    adapted.mkdir()
+    (adapted / "config.yaml").touch()
+    assert resume("train", *lora) == (3, f"train --resume {adapted}")
     for result, code in (('{"feasible": true}', 0), ('{"feasible": false, "multiplier": "adaptive"}', 3)):
-        (tmp_path / "runs/a/result.json").write_text(result)
-        ended = (code, "resume.sh: the run runs/a is finished")
-        assert resume("train", "runs/a", "run.yaml", "seed=1") == ended, "a finished run has the exit code that it had"
+        (run / "result.json").write_text(result)
+        ended = (code, f"resume.sh: the run {run} is finished")
+        assert resume("train", *anew) == ended, "a finished run has the exit code that it had"
     (tmp_path / "s").mkdir()
     (tmp_path / "s/sweep.yaml").touch()
     assert resume("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep --resume s")
-    for wrong in ((), ("train", "runs/a"), ("anchors", "a", "run.yaml")):
-        assert resume(*wrong) == (2, "usage: resume.sh train|sweep FOLDER CONFIG [...]")
+    for wrong in ((), ("train",), ("sweep", "s"), ("anchors", "run.yaml")):
+        usage = "usage: resume.sh train CONFIG [...], or resume.sh sweep FOLDER CONFIG [...]"
+        assert resume(*wrong) == (2, usage)
+    code, said = resume("train", "run.yaml", "seed=x")
+    assert (code, said.count("\n")) == (2, 0)
+    assert said.startswith("resume.sh: ")
 
     keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_REGION": "nowhere"}
-    code, said = resume("train", "s3://bucket/a", "run.yaml", **keys, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    there = ("run.yaml", "output_dir=s3://bucket")
+    code, said = resume("train", *there, **keys, AWS_ENDPOINT_URL="http://127.0.0.1:9")
     assert code == 1, "a store that does not answer does not mean a new run"
-    assert said.startswith("resume.sh: s3://bucket/a/config.yaml could not be accessed")
+    assert said.startswith("resume.sh: s3://bucket/a-baseline-seed0/config.yaml could not be accessed")
     assert said.count("\n") == 0
 
 

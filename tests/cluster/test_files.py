@@ -19,6 +19,8 @@ import ray
 import yaml
 from packaging.specifiers import SpecifierSet
 from pydantic import ValidationError
+from ray._private.services import determine_plasma_store_config
+from ray._private.utils import resolve_object_store_memory
 
 from tests.support.kuberay import ClusterSpec, RayCluster, RayJob
 
@@ -78,6 +80,28 @@ def test_the_manifests_have_the_fields_that_kuberay_needs(s3: bool) -> None:
         assert ("shared" in volumes) is not s3
         from_secret = {variable.name for variable in pod.containers[0].env if variable.valueFrom}
         assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"} <= from_secret
+
+
+def test_the_object_store_stays_in_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By Ray's own reckoning, for the memory that each pod has; a part of it is left for PyTorch's workers."""
+    spec = specs()["cluster"]
+    for group in (spec.headGroupSpec, spec.workerGroupSpecs[0]):
+        pod = group.template.spec
+        memory = pod.containers[0].resources.limits["memory"]
+        shm = next(volume.emptyDir.sizeLimit for volume in pod.volumes if volume.name == "shm" and volume.emptyDir)
+        held, total = (int(str(size).removesuffix("Gi")) * 2**30 for size in (shm, memory))
+        monkeypatch.setattr(ray._private.utils, "get_shared_memory_bytes", lambda held=held: held)
+        monkeypatch.setattr(ray._common.utils, "get_system_memory", lambda *_, total=total: total)
+        asked = group.rayStartParams.get("object-store-memory")
+        store = resolve_object_store_memory(total, None if asked is None else int(asked))
+        assert determine_plasma_store_config(store, str(tmp_path))[0] == "/dev/shm"
+        assert store < 0.75 * held
+
+
+def test_a_cluster_that_stays_needs_no_config() -> None:
+    volumes = {volume.name: volume for volume in specs()["cluster"].headGroupSpec.template.spec.volumes}
+    assert volumes["config"].configMap is not None
+    assert volumes["config"].configMap.optional, "pods would wait for a ConfigMap that only the other manifests use"
 
 
 def test_the_volume_of_the_manifests_is_the_one_of_storage() -> None:

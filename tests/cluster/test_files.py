@@ -242,6 +242,18 @@ def test_the_shell_scripts_have_no_pitfalls(script: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_the_command_that_names_the_registry_takes_one_with_a_path(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^sed .*$", (CLUSTER / "README.md").read_text(), re.MULTILINE)
+    shutil.copytree(CLUSTER, tmp_path / "cluster")
+    command = command.replace("YOUR-REGISTRY", "registry.io:5000/team")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for path in tmp_path.rglob("*.yaml") for line in path.read_text().splitlines()]
+    images = [line for line in lines if "/craft-ray:" in line]
+    assert len(images) >= 6
+    assert all("registry.io:5000/team/craft-ray:" in line for line in images)
+
+
 def test_every_script_is_checked() -> None:
     names = {path.name for path in SCRIPTS}
     assert {"resume.sh", "s3.sh", "ray.sbatch"} <= names

@@ -155,7 +155,7 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
     work = _in_process if config.workers.num_workers == 0 else _on_ray
     written = sum(shard.rows for shard in done.values())
     with BuildMetrics(folder, plan.identity.rows, written) as metrics, screen() as shown:
-        progress = BuildProgress(plan.identity.rows, written, shown.progress)
+        progress = BuildProgress(plan.identity.rows, written, shown.progress, metrics.ran)
         for name, rows in work(config, plan, missing, progress, reader):
             metrics.wrote(rows)
             progress.wrote(name, rows)

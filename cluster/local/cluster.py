@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import itertools
 import json
 import os
 import secrets
@@ -176,6 +177,22 @@ class Node:
     environment: dict[str, str]
 
 
+def devices(options: argparse.Namespace) -> list[str]:
+    """The GPUs that the nodes share: of those that this shell may use, the first ones."""
+    wanted = options.nodes * (options.gpus or 0)
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is None:
+        return [str(index) for index in range(wanted)]
+    named = [name.strip() for name in allowed.split(",")]
+    given = list(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), named))
+    if len(given) < wanted:
+        raise Refused(
+            f"{options.nodes} node(s) with --gpus {options.gpus} need {wanted} GPUs, CUDA_VISIBLE_DEVICES={allowed} "
+            f"allows {len(given)}: lower --gpus or --nodes, or allow more"
+        )
+    return given[:wanted]
+
+
 def planned(options: argparse.Namespace, cluster: dict[str, Any]) -> list[Node]:
     """The head, then the workers."""
     gcs, dashboard = (cluster[key].rpartition(":")[2] for key in ("address", "dashboard"))
@@ -184,6 +201,7 @@ def planned(options: argparse.Namespace, cluster: dict[str, Any]) -> list[Node]:
     common = ["--dashboard-agent-listen-port=0", "--log-color=false"]
     if options.object_store is not None:
         common.append(f"--object-store-memory={options.object_store * 2**20}")
+    given = devices(options)
     nodes = []
     for index in range(options.nodes):
         own_cpus = options.head_cpus if options.head_cpus is not None and index == 0 else cpus
@@ -191,8 +209,8 @@ def planned(options: argparse.Namespace, cluster: dict[str, Any]) -> list[Node]:
         environment = dict(zip(("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"), map(str, metrics), strict=True))
         if options.gpus is not None:
             arguments.append(f"--num-gpus={options.gpus}")
-            own = range(index * options.gpus, (index + 1) * options.gpus)
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
+            own = given[index * options.gpus : (index + 1) * options.gpus]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         elif index:
             arguments.append("--num-gpus=0")  # the first node has the GPUs of this machine
         if index:
@@ -344,6 +362,7 @@ def main() -> int:
     if options.command == "start":
         if options.nodes < 1:
             raise Refused(f"--nodes is {options.nodes}: a cluster needs at least one")
+        devices(options)  # refused before anything is written
         before = time.monotonic()
         with state.locked():
             cluster = start(state, options)

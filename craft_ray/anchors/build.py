@@ -161,13 +161,17 @@ class Estimate:
 
 
 def estimate(model: Model, source: Source, schema: CacheSchema, anchors: AnchorsConfig) -> Estimate:
-    """Bytes of the finished cache, before anything is written. Suffixes are taken at their maximum length."""
+    """Bytes of the finished cache, before anything is written. Suffixes that are yet to be generated are taken at their
+    maximum length."""
     rows = min(ESTIMATE_ROWS, len(source))
     # Spread over the source: data are often sorted, so that the first rows are alike.
     samples = [source[i * len(source) // rows] for i in range(rows)]
-    suffix = [0] * anchors.max_new_tokens if schema.has_suffix else []
+    longest = [0] * anchors.max_new_tokens
     counts, tokens, size = 0, 0, 0
     for sample in samples:
+        own = schema.has_response or (schema.has_suffix and anchors.suffix_from == "response")
+        response = token_model(model).response_tokens(sample) if own else []
+        suffix = response if anchors.suffix_from == "response" else longest
         features = token_model(model).preprocess(sample, suffix) if schema.has_suffix else model.preprocess(sample)
         if schema.has_hidden:
             counts += sum(vector_count(features.layout, position) for position in schema.positions)
@@ -175,7 +179,8 @@ def estimate(model: Model, source: Source, schema: CacheSchema, anchors: Anchors
             tokens += sum(vector_count(features.layout, position) for position in schema.logits.positions)
         prompt, image = stored_input(sample)
         size += len(image or b"") + (len(sample.frame.to_bytes()) if sample.frame else 0)
-        size += len(prompt.encode()) + len(sample.id) + 4 * len(suffix)
+        stored_tokens = len(suffix) * schema.has_suffix + len(response) * schema.has_response
+        size += len(prompt.encode()) + len(sample.id) + 4 * stored_tokens
     size += counts * schema.vector_size * NUMPY[schema.dtype].itemsize
     if schema.logits is not None:
         size += tokens * schema.logits.token_bytes(schema.dtype)

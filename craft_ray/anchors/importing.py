@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,15 +16,25 @@ import pyarrow as pa
 from craft_ray.anchors.build import identity_of, manifest_of, write_shard
 from craft_ray.anchors.legacy import LegacyRows, load_rows
 from craft_ray.anchors.legacy_files import ShardFiles
-from craft_ray.anchors.manifest import MANIFEST, SHARDS, Identity, Manifest, Shard, read_manifest, write_manifest
+from craft_ray.anchors.manifest import (
+    MANIFEST,
+    SHARDS,
+    Identity,
+    Manifest,
+    Shard,
+    check_same,
+    read_manifest,
+    write_manifest,
+)
 from craft_ray.anchors.reading import choose_reading, reproduced_positions
 from craft_ray.anchors.schema import COARSENESS, ROW_GROUP, CacheSchema, hidden_column, vectors_array
 from craft_ray.anchors.storage import stored
 from craft_ray.config import Experiment
 from craft_ray.config.modes import stores
-from craft_ray.errors import CacheRefused, ConfigError
+from craft_ray.errors import CacheRefused, ConfigError, DataError
+from craft_ray.method.pooling import token_positions
 from craft_ray.models.base import Model
-from craft_ray.models.capabilities import tensor_model
+from craft_ray.models.capabilities import TensorModel, tensor_model
 from craft_ray.models.readings import Reading
 from craft_ray.storage.files import checksum, clear_leftovers, new_folder
 from craft_ray.storage.paths import StoragePath
@@ -62,7 +73,7 @@ def import_shards(
 
     Raises:
         ConfigError: a position has more than one vector, or the model takes no tensors.
-        CacheRefused: the shards do not fit the config.
+        CacheRefused: the shards do not fit the config, or the model does not take one of their rows.
     """
     reader = tensor_model(model)
     assert config.anchors is not None
@@ -95,6 +106,7 @@ def import_shards(
         rounded = identity.dtype
         for number, file in enumerate(shards.files):
             legacy = load_rows(file, identity)
+            _check_rows(file, legacy, reading, identity, reader)
             found = None if legacy.pixels is None else tuple(legacy.pixels.shape[1:])
             if shape not in (None, found):
                 raise CacheRefused(f"{file}: its images are {found}, earlier ones are {shape}: import them separately")
@@ -125,6 +137,19 @@ def import_shards(
     return manifest
 
 
+def _check_rows(file: Path, legacy: LegacyRows, reading: Reading, identity: Identity, model: TensorModel) -> None:
+    """Prepare every row of a shard as training will, so that none ends a run at the step that draws it."""
+    for row, prompt in enumerate(legacy.prompts):
+        pixels = None if legacy.pixels is None else legacy.pixels[row].numpy()
+        suffix = None if legacy.suffixes is None else reading.suffix(legacy.suffixes[row])
+        try:
+            layout = model.from_tensors(reading.prompt(prompt), pixels, suffix).layout
+            for position in identity.positions if identity.schema.has_hidden else ():
+                token_positions(layout, position)
+        except DataError as error:
+            raise CacheRefused(f"{file}, row {row}: {error.message}; nothing was imported") from None
+
+
 def _coarseness(dtype: str) -> int:
     return COARSENESS.index(dtype) if dtype in COARSENESS else 0
 
@@ -138,13 +163,7 @@ def _existing(folder: StoragePath, identity: Identity) -> Manifest:
     manifest = read_manifest(folder)
     found = manifest.identity
     expected = identity.model_copy(update={key: getattr(found, key) for key in ("rows", "pixel_shape", "rounded_to")})
-    if found != expected:
-        ours, theirs = expected.model_dump(), found.model_dump()
-        key = next(k for k in ours if ours[k] != theirs[k])
-        raise CacheRefused(
-            f"{folder} holds a cache with {key} {theirs[key]}, this import makes one with {key} {ours[key]}: choose "
-            f"another craft.anchor_cache_dir, or delete the folder"
-        )
+    check_same(folder, found, expected, "import makes")
     return manifest
 
 

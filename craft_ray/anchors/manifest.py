@@ -73,6 +73,18 @@ class Identity(_Frozen):
         return json_fingerprint(facts)
 
     @property
+    def imported(self) -> bool:
+        """Whether the cache was made of earlier shards: its rows cannot be computed again from raw inputs."""
+        return self.inputs == "tensors"
+
+    @property
+    def renewal(self) -> str:
+        """How the whole cache is made again, for messages."""
+        if self.imported:
+            return "delete its folder and run 'craft-ray anchors import' again"
+        return "build the cache again"
+
+    @property
     def rounding(self) -> str:
         """The coarsest type that the vectors were stored in, which decides how closely they can be reproduced."""
         return self.rounded_to or self.dtype
@@ -142,6 +154,29 @@ def read_plan(folder: StoragePath) -> Plan | None:
         return None
     except (ValidationError, ValueError):
         raise CacheRefused(f"{folder / PLAN} is damaged: delete the folder and build the cache again") from None
+
+
+def check_same(folder: StoragePath, found: Identity, wanted: Identity, what: str) -> None:
+    """Check that the cache in a folder is the one that a command is about to write there.
+
+    Args:
+        what: the command and its verb, for the message.
+
+    Raises:
+        CacheRefused: naming both sides of the first difference.
+    """
+    ours, theirs = wanted.model_dump(), found.model_dump()
+    # In the identity's order: a key may be absent on either side.
+    key = next((key for key in Identity.model_fields if ours.get(key) != theirs.get(key)), None)
+    if key is not None:
+        raise CacheRefused(
+            f"{folder} holds a cache {_with(key, theirs)}, this {what} one {_with(key, ours)}: choose another "
+            f"craft.anchor_cache_dir, or delete the folder"
+        )
+
+
+def _with(key: str, facts: dict[str, Any]) -> str:
+    return f"without {key}" if facts.get(key) is None else f"with {key} {facts[key]}"
 
 
 def is_complete(folder: StoragePath) -> bool:

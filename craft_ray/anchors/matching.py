@@ -26,7 +26,7 @@ def check_model(
     Raises:
         CacheRefused: naming both sides of the first difference.
     """
-    remedy = f"build the cache again for this model, or specify the one that belongs to it (this is {folder})"
+    remedy = f"{found.renewal} for this model, or specify the one that belongs to it (this is {folder})"
     for what, ours, theirs in (
         ("teacher (hash of its weights)", teacher_weights or found.teacher, found.teacher),
         ("kind of model", model.kind, found.kind),
@@ -47,6 +47,7 @@ def select(folder: StoragePath, found: Identity, config: Experiment) -> tuple[tu
         CacheRefused: the cache lacks one of them, or this retention mode.
     """
     craft, layers, positions = config.craft, found.layers, found.positions
+    read: Sequence[str] = ()
     _check_contains(folder, "skills", list(config.skills), found.skills or ())
     if not holds(found, craft.retention_mode):
         _check_contains(folder, "mode", [craft.retention_mode], found.modes)
@@ -55,9 +56,22 @@ def select(folder: StoragePath, found: Identity, config: Experiment) -> tuple[tu
         positions = craft.positions or (config.anchors and config.anchors.positions) or positions
         _check_contains(folder, "layers", layers, found.layers)
         _check_contains(folder, "positions", positions, found.positions)
+        read = positions
     if stores([craft.retention_mode], "logits"):
-        positions = _logits_positions(folder, config, found)
+        positions = read = _logits_positions(folder, config, found)
+    if stores([craft.retention_mode], "suffix") or "suffix" in read:
+        _check_suffix(folder, config, found)
     return layers, positions
+
+
+def _check_suffix(folder: StoragePath, config: Experiment, found: Identity) -> None:
+    """Refuse suffix tokens of another origin than the config says. Earlier shards do not say whose theirs are."""
+    if config.anchors is None or found.imported or config.anchors.suffix_from == found.suffix_from:
+        return
+    raise CacheRefused(
+        f"the cache in {folder} was built with anchors.suffix_from {found.suffix_from}, this run's is "
+        f"{config.anchors.suffix_from}: change the config, or build another cache"
+    )
 
 
 def holds(found: Identity, mode: str) -> bool:

@@ -40,8 +40,8 @@ def check_shards(folder: StoragePath, manifest: Manifest) -> None:
         found = checksum(path)
         if found != shard.blake3:
             raise CacheRefused(
-                f"{path} is damaged: its checksum is {found[:12]}, the manifest says {shard.blake3[:12]}; delete it "
-                f"and run 'craft-ray anchors build', which writes this shard again"
+                f"{path} is damaged: its checksum is {found[:12]}, the manifest says {shard.blake3[:12]}; "
+                f"{_rewritten(manifest)}"
             )
 
 
@@ -54,12 +54,17 @@ def check_sizes(folder: StoragePath, manifest: Manifest) -> None:
     for shard in manifest.shards:
         path = folder / SHARDS / shard.name
         if not path.exists():
-            raise CacheRefused(f"{path} is missing, the manifest names it: build the cache again")
+            raise CacheRefused(f"{path} is missing, the manifest names it: {manifest.identity.renewal}")
         size = path.stat().st_size
         if size != shard.bytes:
-            raise CacheRefused(
-                f"{path} has {size} bytes, the manifest says {shard.bytes}: delete it and run 'craft-ray anchors build'"
-            )
+            raise CacheRefused(f"{path} has {size} bytes, the manifest says {shard.bytes}: {_rewritten(manifest)}")
+
+
+def _rewritten(manifest: Manifest) -> str:
+    """How a shard is written again: an import writes all of them, or none."""
+    if manifest.identity.imported:
+        return f"the cache was imported, {manifest.identity.renewal}"
+    return "delete it and run 'craft-ray anchors build', which writes this shard again"
 
 
 INPUTS = {

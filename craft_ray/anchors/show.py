@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from craft_ray.anchors.manifest import MANIFEST, SHARDS, Manifest, Plan, read_manifest, read_plan
+from craft_ray.anchors.manifest import MANIFEST, SHARDS, Identity, Manifest, Plan, read_manifest, read_plan
 from craft_ray.anchors.schema import StoredLogits
 from craft_ray.storage.files import readable_bytes
 from craft_ray.storage.paths import StoragePath
@@ -40,8 +40,7 @@ def _complete(folder: StoragePath, manifest: Manifest) -> list[str]:
     if schema.has_hidden or schema.logits is not None:
         facts["storage"] = identity.dtype
     if schema.has_suffix:
-        whose = {"teacher": "the teacher's own", "response": "the data's responses"}[identity.suffix_from]
-        facts["suffix"] = f"{whose}, up to {identity.max_new_tokens} tokens"
+        facts["suffix"] = suffix_in_words(identity)
     if schema.has_response:
         facts["response"] = "the data's own"
     facts |= {
@@ -53,6 +52,13 @@ def _complete(folder: StoragePath, manifest: Manifest) -> list[str]:
         "written by": ", ".join(f"{name} {version}" for name, version in manifest.written_by.items()),
     }
     return lines + [f"  {name:<13}{value}" for name, value in facts.items()]
+
+
+def suffix_in_words(identity: Identity) -> str:
+    """Whose suffix tokens a cache holds. Only what a build generates ends at `max_new_tokens`."""
+    if identity.suffix_from == "response":
+        return "the data's responses"
+    return "the teacher's own" + ("" if identity.imported else f", up to {identity.max_new_tokens} tokens")
 
 
 def logits_in_words(logits: StoredLogits, dtype: str, tokens_per_row: float | None = None) -> str:

@@ -18,21 +18,20 @@ def check_files(folder: StoragePath, manifest: Manifest) -> None:
     """
     check_shards(folder, manifest)
     seen: dict[str, str] = {}
+    renewal = manifest.identity.renewal
     for shard in manifest.shards:
         ids = pq.read_table(readable(folder / SHARDS / shard.name), columns=["id"])["id"].to_pylist()
         if len(ids) != shard.rows:
             raise CacheRefused(
-                f"{folder / SHARDS / shard.name} has {len(ids)} rows, the manifest says {shard.rows}: "
-                f"build the cache again"
+                f"{folder / SHARDS / shard.name} has {len(ids)} rows, the manifest says {shard.rows}: {renewal}"
             )
         for anchor in ids:
             if anchor in seen:
                 raise CacheRefused(
-                    f"anchor {anchor} is in {seen[anchor]} and again in {shard.name} of {folder}: build the cache again"
+                    f"anchor {anchor} is in {seen[anchor]} and again in {shard.name} of {folder}: {renewal}"
                 )
             seen[anchor] = shard.name
     if len(seen) != manifest.identity.rows:
         raise CacheRefused(
-            f"the shards of {folder} have {len(seen)} anchors, the manifest says {manifest.identity.rows}: build the "
-            f"cache again"
+            f"the shards of {folder} have {len(seen)} anchors, the manifest says {manifest.identity.rows}: {renewal}"
         )

@@ -64,6 +64,12 @@ class Experiment(Section):
         return self.variant or (self.craft.retention_mode if self.craft.enabled else "baseline")
 
     @property
+    def run_name(self) -> str:
+        """The name of the run's folder. What trains an adapter does not share it with what trains all weights."""
+        adapter = "" if self.adapter is None else f"-{self.adapter.kind}"
+        return f"{self.name}-{self.arm}{adapter}-seed{self.seed}"
+
+    @property
     def old_data(self) -> OldData:
         """What training needs of the old skill."""
         if not self.craft.enabled:

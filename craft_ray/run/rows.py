@@ -26,6 +26,7 @@ from craft_ray.config import AnchorsConfig
 from craft_ray.data.place import Place, listed
 from craft_ray.data.source import Source
 from craft_ray.errors import DataError
+from craft_ray.method.pooling import token_positions
 from craft_ray.models.base import Model
 from craft_ray.models.capabilities import token_model
 from craft_ray.models.fingerprint import json_fingerprint
@@ -64,17 +65,26 @@ def anchor_rows(anchors: AnchorsConfig, model: Model, source: Source, identity: 
     """The anchors of a cache, as its teacher reads them. A suffix that the teacher has yet to generate counts as the
     longest that it may be: whether it is that long shows only in the middle of a build."""
     longest = [0] * anchors.max_new_tokens
+    positions = [
+        *(identity.positions if identity.schema.has_hidden else ()),
+        *(identity.logits.positions if identity.logits else ()),
+    ]
 
     def prepare(row: int) -> None:
         sample = source[row]
-        prompt = model.preprocess(sample)
+        prompt = whole = model.preprocess(sample)
         if identity.schema.has_suffix:
             tokens = token_model(model)
             if anchors.suffix_from == "response":
-                tokens.with_suffix(prompt, tokens.response_tokens(sample), sample.where)
+                whole = tokens.with_suffix(prompt, tokens.response_tokens(sample), sample.where)
             else:
                 tokens.check_continued(prompt, anchors.max_new_tokens, f"the prompt of {sample.where}")
-                tokens.with_suffix(prompt, longest, f"{sample.where}, continued by {len(longest)} tokens,")
+                whole = tokens.with_suffix(prompt, longest, f"{sample.where}, continued by {len(longest)} tokens,")
+        for position in positions:
+            try:
+                token_positions(whole.layout, position)
+            except DataError as error:
+                raise DataError(f"{sample.where}: {error.message}") from None
         if identity.schema.has_response:
             tokens = token_model(model)
             tokens.with_suffix(prompt, tokens.response_tokens(sample), sample.where)
@@ -91,6 +101,8 @@ def anchor_rows(anchors: AnchorsConfig, model: Model, source: Source, identity: 
             identity.suffix_from,
             identity.max_new_tokens,
             identity.schema.has_response,
+            positions,
+            identity.skills,
         ],
         model.threaded,
     )

@@ -20,7 +20,7 @@ from craft_pipelines.build_progress import BuildProgress, Telling, heard
 from craft_pipelines.console import screen
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.ray_metrics import BuildMetrics
-from craft_pipelines.session import check_resources, join
+from craft_pipelines.session import check_resources, check_total, join
 from craft_pipelines.storage_check import check_shared
 from craft_pipelines.teachers import AnchorReader, GroupTeacher, GroupWriter, ShardWriter
 from craft_ray import interruption
@@ -43,14 +43,14 @@ from craft_ray.anchors.manifest import (
     Identity,
     Manifest,
     Plan,
+    check_same,
     read_manifest,
     read_plan,
     write_plan,
 )
-from craft_ray.anchors.show import logits_in_words
+from craft_ray.anchors.show import logits_in_words, suffix_in_words
 from craft_ray.anchors.verify import check_files
 from craft_ray.config import AnchorsConfig, Experiment, dump_config
-from craft_ray.config.modes import stores
 from craft_ray.data.skills import open_anchor_source
 from craft_ray.data.source import Source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError
@@ -96,10 +96,15 @@ def build(config: Experiment, say: Any = print) -> Built:
 
 
 def preview(config: Experiment, say: Any = print) -> None:
-    """Say what a build would store and how large it would be. Nothing is written."""
+    """Say what a build would store and how large it would be, and check the rows as it does. Nothing is written.
+
+    Raises:
+        DataError: an anchor cannot be used.
+    """
     anchors, folder = anchors_section(config)
     model, source = _opened(config, anchors, say)
     identity = identity_of(config, model, source)
+    _check_every_row(config, model, source, identity, say)
     _announce(say, identity, estimate(model, source, identity.schema, anchors), folder)
 
 
@@ -110,6 +115,17 @@ def _opened(config: Experiment, anchors: AnchorsConfig, say: Any) -> tuple[Model
     source = open_anchor_source(anchors, config.skills)
     model.check_source(source)
     return model, source
+
+
+def _check_every_row(config: Experiment, model: Model, source: Source, identity: Identity, say: Any) -> None:
+    """
+    Raises:
+        DataError: an anchor cannot be used.
+    """
+    assert config.anchors is not None
+    rows = anchor_rows(config.anchors, model, source, identity)
+    with screen() as shown:
+        check_rows(rows, config.train.check_minutes, OneWorker(), say, shown.progress)
 
 
 def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say: Any) -> Built:
@@ -125,9 +141,7 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
             say(f"anchor cache found in {folder}: {manifest.identity.rows} anchors, no row computed")
             return Built(manifest, 0)
 
-    with screen() as shown:
-        anchored = anchor_rows(anchors, model, source, plan.identity)
-        check_rows(anchored, config.train.check_minutes, OneWorker(), say, shown.progress)
+    _check_every_row(config, model, source, plan.identity, say)
     expected = estimate(model, source, plan.identity.schema, anchors)
     _announce(say, plan.identity, expected, folder)
     if done:
@@ -137,11 +151,11 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
     say(f"forward passes on {passes}")
     clear_leftovers(folder / SHARDS)  # of an earlier build
     reader = without_weights(model) if anchors.readers and config.workers.num_workers else None
-    del model
+    del model  # the teachers load their own, and here it would take the memory of one more
     work = _in_process if config.workers.num_workers == 0 else _on_ray
     written = sum(shard.rows for shard in done.values())
     with BuildMetrics(folder, plan.identity.rows, written) as metrics, screen() as shown:
-        progress = BuildProgress(plan.identity.rows, written, shown.progress)
+        progress = BuildProgress(plan.identity.rows, written, shown.progress, metrics.ran)
         for name, rows in work(config, plan, missing, progress, reader):
             metrics.wrote(rows)
             progress.wrote(name, rows)
@@ -181,13 +195,7 @@ def _plan(folder: StoragePath, identity: Identity, anchors: AnchorsConfig) -> Pl
         plan = Plan(identity=identity, rows_per_shard=anchors.rows_per_shard)
         write_plan(folder, plan)
         return plan
-    if plan.identity != identity:
-        ours, theirs = identity.model_dump(), plan.identity.model_dump()
-        key = next(k for k in ours if ours[k] != theirs[k])
-        raise CacheRefused(
-            f"{folder} holds a cache with {key} {theirs[key]}, this config builds one with {key} {ours[key]}: choose "
-            f"another craft.anchor_cache_dir, or delete the folder"
-        )
+    check_same(folder, plan.identity, identity, "config builds")
     return plan
 
 
@@ -209,8 +217,8 @@ def _announce(say: Any, identity: Identity, expected: Estimate, folder: StorageP
             f"hidden states of layers {list(identity.layers)} at {', '.join(identity.positions)} "
             f"({expected.vectors_per_row:.1f} vectors an anchor)"
         )
-    if stores(identity.modes, "suffix"):
-        what.append(f"up to {identity.max_new_tokens} suffix tokens")
+    if identity.schema.has_suffix:
+        what.append(f"suffix tokens: {suffix_in_words(identity)}")
     if identity.logits is not None:
         what.append(logits_in_words(identity.logits, identity.dtype, expected.tokens_per_row))
     say(f"building the anchor cache in {folder}: {identity.rows} anchors, {'; '.join(what)}")
@@ -242,7 +250,7 @@ def _on_ray(
     lacking = check_resources(actors, each, "anchors.actors")
     if lacking is None and reader is not None:
         total = {"CPU": actors * anchors.cpus_per_actor + anchors.readers}
-        lacking = check_resources(1, total, "anchors.actors and anchors.readers")
+        lacking = check_total(1, total, "anchors.actors and anchors.readers")
     if lacking:
         raise ConfigError(lacking)
     check_shared(folder, "craft.anchor_cache_dir")

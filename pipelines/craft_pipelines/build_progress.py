@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -27,10 +27,11 @@ class BuildProgress:
 
     Args:
         written: rows in shards of earlier builds.
+        ran: receives the rows that are done, those of earlier builds included.
     """
 
-    def __init__(self, rows: int, written: int, report: Report) -> None:
-        self._rows, self._report = rows, report
+    def __init__(self, rows: int, written: int, report: Report, ran: Callable[[float], None] = lambda _: None) -> None:
+        self._rows, self._report, self._ran = rows, report, ran
         self._written: float = written
         self._passed: dict[str, float] = {}
         self._finished: set[str] = set()
@@ -55,6 +56,7 @@ class BuildProgress:
 
     def _reached(self) -> None:
         done = self._written + sum(self._passed.values())
+        self._ran(done)
         if self._pace is None:  # the time before the first rows, in which a teacher starts, tells nothing of the rest
             self._pace = Pace("running the teacher over the anchors", self._rows, self._report, done)
         else:

@@ -75,7 +75,7 @@ def options(
 def anchors_build(
     config: Config,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would store, and its size")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check the rows; say what it would store")] = False,
 ) -> None:
     """Run the teacher over the anchors; resumes an interrupted build."""
     experiment = load_config(config, overrides or [])

@@ -21,8 +21,8 @@ from craft_pipelines.console import QuarterObserver, Together, following, line, 
 from craft_pipelines.outputs import check_kept
 from craft_pipelines.room import Room, room
 from craft_pipelines.session import join
-from craft_pipelines.train import PlannedRun, check_inputs, run_name, run_on_trainer, tracked
-from craft_ray.anchors.manifest import read_manifest
+from craft_pipelines.train import PlannedRun, check_inputs, run_on_trainer, tracked
+from craft_ray.anchors.manifest import is_complete, read_manifest
 from craft_ray.config import ARMS, Experiment
 from craft_ray.data.task import open_task
 from craft_ray.errors import CacheRefused, ConfigError
@@ -66,7 +66,9 @@ def _compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], fold
     open_ones = any(run.folder.finished() is None for run in runs)
     trackers = open_trackers(config.tracking, folder / "runs") if open_ones else []
     if config.craft.anchor_cache_dir is not None and config.anchors is not None:
-        build(config)
+        cache = storage_path(config.craft.anchor_cache_dir)
+        if not (is_complete(cache) and read_manifest(cache).identity.imported):  # there is nothing to build it from
+            build(config)
     for run in runs[:: len(seeds)]:
         check_inputs(run.config)
     _check_finished(runs)
@@ -170,7 +172,7 @@ def _planned(config: Experiment) -> PlannedRun:
     Raises:
         ConfigError: the run in the folder began with another config.
     """
-    folder = RunFolder(storage_path(config.output_dir) / run_name(config))
+    folder = RunFolder(storage_path(config.output_dir) / config.run_name)
     if folder.started:
         check_config(folder, config)
     return PlannedRun(config, folder)

@@ -9,7 +9,7 @@ import torch
 
 from craft_pipelines.console import ConsoleObserver
 from craft_pipelines.session import check_resources, join
-from craft_pipelines.train import check_inputs, check_new, resources, run_name
+from craft_pipelines.train import check_inputs, check_new, resources
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import ConfigError
 from craft_ray.run.cost import cost_line
@@ -67,6 +67,6 @@ def dry_run(config: Experiment) -> None:
     print(cost)
     print(
         f"Plan: {config.train.steps} steps of {config.train.batch_size} samples on {where}, arm {config.arm}, into "
-        f"{storage_path(config.output_dir) / run_name(config)}. "
+        f"{storage_path(config.output_dir) / config.run_name}. "
         f"Nothing of these {min(STEPS, config.train.steps)} steps was kept."
     )

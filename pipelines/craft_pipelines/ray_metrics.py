@@ -165,14 +165,22 @@ class BuildMetrics(RefreshedGauges):
 
     def __init__(self, cache_folder: StoragePath, planned: int, done: int) -> None:
         super().__init__(cache=cache_folder.name)
-        self._before, self._done, self._started = done, done, time.perf_counter()
+        self._done, self._started = done, time.perf_counter()
+        self._before = self._ran = done
         self.set({"craft_anchors_planned": planned, "craft_anchors_done": done})
 
     def wrote(self, rows: int) -> None:
         self._done += rows
-        pace = (self._done - self._before) / (time.perf_counter() - self._started)
-        self.set({"craft_anchors_done": self._done, "craft_anchors_per_second": pace})
-        self.count("craft_anchors", rows, "cache")
+        self.set({"craft_anchors_done": self._done})
+
+    def ran(self, rows: float) -> None:
+        """Teachers have run on so many rows of the cache. They are fewer than before where the shard of a lost one is
+        begun again: an anchor counts once."""
+        whole = int(rows + 1e-6)  # parts of a row are added up in floating point
+        if whole > self._ran:
+            self.count("craft_anchors", whole - self._ran, "cache")
+            self._ran = whole
+            self.set({"craft_anchors_per_second": (whole - self._before) / (time.perf_counter() - self._started)})
 
 
 def gauge_values(records: Sequence[Record]) -> dict[str, float | None]:

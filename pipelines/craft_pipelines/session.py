@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -134,6 +135,20 @@ def quiet_ray() -> None:
 
 def check_resources(count: int, each: dict[str, float], what: str) -> str | None:
     """None if the cluster can hold `count` processes that each need `each`, otherwise a message of what it lacks."""
+    lacking = check_total(count, each, what)
+    if lacking or not any(each.values()) or (possible := capacity(each)) >= count:
+        return lacking
+    # Ray would wait for ever for a node that can hold a process: one is never divided between nodes.
+    held = Counter(_in_words({name: node.get(name, 0.0) for name in each}) for node in _nodes())
+    nodes = ", ".join(f"{number} x ({amounts})" for amounts, number in held.most_common())
+    return (
+        f"{what} need {count} x ({_in_words(each)}), each on one node, and the nodes hold {possible} of them "
+        f"(they have {nodes}): request less for each, or join a cluster with larger nodes (RAY_ADDRESS)"
+    )
+
+
+def check_total(count: int, each: dict[str, float], what: str) -> str | None:
+    """None if all nodes together have `count` times `each`, otherwise a message of what they lack."""
     total = ray.cluster_resources()
     for name, amount in each.items():
         if amount and count * amount > total.get(name, 0.0):
@@ -147,5 +162,13 @@ def check_resources(count: int, each: dict[str, float], what: str) -> str | None
 def capacity(each: dict[str, float]) -> int:
     """How many processes that each need `each` fit on the nodes of the cluster."""
     wanted = {name: amount for name, amount in each.items() if amount}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()) for node in nodes)
+    return sum(min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()) for node in _nodes())
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _in_words(amounts: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount) or "nothing"

@@ -62,12 +62,6 @@ class PlannedRun:
     folder: RunFolder
 
 
-def run_name(config: Experiment) -> str:
-    """The name of a run's folder. What trains an adapter does not share it with what trains all weights."""
-    adapter = "" if config.adapter is None else f"-{config.adapter.kind}"
-    return f"{config.name}-{config.arm}{adapter}-seed{config.seed}"
-
-
 def plan_run(config: Experiment) -> PlannedRun:
     """A new run in the output folder of its config. Nothing is written before the run is claimed.
 
@@ -83,7 +77,7 @@ def check_new(config: Experiment) -> RunFolder:
     Raises:
         ConfigError: the run exists.
     """
-    folder = RunFolder(storage_path(config.output_dir) / run_name(config))
+    folder = RunFolder(storage_path(config.output_dir) / config.run_name)
     check_kept(folder.path, "output_dir")
     if folder.finished() is not None:
         raise ConfigError(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import resource
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import duckdb
@@ -16,20 +18,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from craft_pipelines import teachers
-from craft_pipelines.anchors import build
+from craft_pipelines import anchors, teachers
+from craft_pipelines.anchors import _in_process, build
 from PIL import Image
 
 from craft_ray.anchors.build import build_shard, estimate, identity_of, prepare
 from craft_ray.anchors.reader import open_anchors
+from craft_ray.anchors.show import describe
 from craft_ray.anchors.teacher import Teacher
 from craft_ray.config import Experiment
 from craft_ray.data.images import decode_image
 from craft_ray.data.source import open_source
 from craft_ray.errors import DataError, StorageError
 from craft_ray.models import load_model, vision_language
+from craft_ray.models.base import Model
 from craft_ray.retention.hidden import Hidden
-from tests.support.caches import built, cache_folder, prompts, shards, table, teacher, text_experiment
+from tests.support.caches import built, cache_folder, json_lines, prompts, shards, table, teacher, text_experiment
 from tests.support.experiments import ANSWERED, Digits
 
 LENGTHS = [3, 9, 1, 14, 6, 2, 30, 5, 8, 12, 4, 7, 1, 22, 3, 10, 6, 2, 9, 17]
@@ -117,6 +121,27 @@ def test_only_the_manifest_is_written_where_only_the_manifest_is_missing(text: E
     assert again.manifest == manifest
 
 
+def test_the_teacher_that_checks_the_rows_is_freed_before_the_others_are_loaded(
+    text: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[bool] = []
+
+    def load(*arguments: Any, **options: Any) -> Model:
+        model = load_model(*arguments, **options)
+        loaded.append(weakref.ref(model.module))
+        return model
+
+    def work(*arguments: Any) -> Iterator[tuple[str, int]]:
+        alive.append(loaded[0]() is not None)
+        return _in_process(*arguments)
+
+    monkeypatch.setattr(anchors, "load_model", load)
+    monkeypatch.setattr(anchors, "_in_process", work)
+    built(text)
+    assert alive == [False]
+
+
 def test_a_second_build_computes_no_row(text: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     first = built(text)
     monkeypatch.delattr(teachers, "build_shard")
@@ -148,13 +173,37 @@ def test_paths_and_number_of_workers_are_not_part_of_the_identity(
 def test_estimated_size_is_within_15_percent(digits: Digits, text_model: Path, text_data: Path, tmp_path: Path) -> None:
     digits = digits.experiment(tmp_path / "d", {"anchors.source.limit": 200, "anchors.rows_per_shard": 64})
     prose = text_experiment(text_model, text_data / "anchors.parquet", tmp_path / "t", {"anchors.source.limit": 100})
-    for config in (digits, prose):
+    answers = [{"id": f"a{i}", "prompt": "Q", "response": "word " * (i % 30 + 1)} for i in range(60)]
+    columns = {"id": "id", "prompt": "prompt", "response": "response"}
+    answered = {
+        "anchors.source.columns": columns,
+        "anchors.modes": ["hidden", "replay"],
+        "anchors.positions": ["suffix"],
+        "anchors.suffix_from": "response",
+    }
+    long = text_experiment(text_model, json_lines(tmp_path / "long.jsonl", answers), tmp_path / "r", answered)
+    for config in (digits, prose, long):
         model, manifest = load_model(config.model, "fp32"), built(config)
         assert config.anchors
         source = open_source(config.anchors.source, "anchors.source")
         expected = estimate(model, source, manifest.identity.schema, config.anchors)
         assert expected.bytes == pytest.approx(manifest.bytes, rel=0.15)
         assert expected.vectors_per_row == pytest.approx(manifest.vectors / manifest.identity.rows, rel=0.15)
+
+
+@pytest.mark.parametrize("suffix_from", ["teacher", "response"])
+def test_only_a_generated_suffix_has_a_longest_length(suffix_from: str, text_model: Path, tmp_path: Path) -> None:
+    rows = [{"id": f"a{i}", "prompt": "Q", "response": "a long answer"} for i in range(4)]
+    columns = {"id": "id", "prompt": "prompt", "response": "response"}
+    changes = {"anchors.suffix_from": suffix_from, "anchors.source.columns": columns, "anchors.modes": ["token_ce"]}
+    config = text_experiment(text_model, json_lines(tmp_path / "rows.jsonl", rows), tmp_path, changes)
+    said: list[str] = []
+    build(config, say=said.append)
+    (line,) = (line for line in said if "suffix tokens: " in line)
+    (shown,) = (line for line in describe(cache_folder(config)) if "suffix" in line.split())
+    words = {"teacher": "the teacher's own, up to 3 tokens", "response": "the data's responses"}[suffix_from]
+    assert line.endswith(words)
+    assert shown.endswith(words)
 
 
 def hidden_bytes(folder: Path) -> int:

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from craft_pipelines.anchors import import_legacy
+from craft_pipelines.anchors import build, import_legacy
+from craft_pipelines.compare import compare
 
 from craft_ray.anchors.build import only_writer
 from craft_ray.anchors.legacy_files import ShardFiles
@@ -25,6 +26,7 @@ from craft_ray.errors import CacheRefused, ConfigError, CraftError, StorageError
 from craft_ray.models.base import IGNORE, Model
 from craft_ray.models.vision_language import VisionLanguageModel
 from craft_ray.retention.constraints import open_mode
+from craft_ray.run.claim import claimed
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train
@@ -157,6 +159,19 @@ def test_an_imported_cache_holds_every_row_and_trains(
     before = [path.read_bytes() for path in shards(folder)]
     imported(config, tmp_path)
     assert [path.read_bytes() for path in shards(folder)] == before
+
+
+def test_a_comparison_runs_on_an_imported_cache(pictures: Experiment, tmp_path: Path) -> None:
+    """As a single run does: nothing is built."""
+    imported(pictures, tmp_path, check=False)
+    # Its first run is held, so that it ends where the runs begin.
+    with (
+        claimed(RunFolder(tmp_path / "out" / "runs" / "digits-hidden-seed0")),
+        pytest.raises(ConfigError, match="another process"),
+    ):
+        compare(pictures, ("hidden",), (0,), tmp_path / "out")
+    with pytest.raises(CacheRefused, match="was imported, not built"):
+        build(pictures)
 
 
 def change(tmp_path: Path, edit: Callable[[dict], Any], name: str = "shard_000.pt") -> None:
@@ -467,6 +482,53 @@ def test_an_import_that_was_killed_is_started_again(pictures: Experiment, tmp_pa
     imported(pictures, tmp_path)
     assert len(table(cache_folder(pictures))) == ROWS
     assert not half.parent.exists()
+
+
+def test_a_damaged_shard_is_imported_again(pictures: Experiment, tmp_path: Path) -> None:
+    """A build could not write it, and an import that finds a cache changes nothing."""
+    imported(pictures, tmp_path, check=False)
+    folder = cache_folder(pictures)
+    manifest = read_manifest(folder)
+    path = shards(folder)[1]
+    whole = path.read_bytes()
+    for damaged in (bytes([whole[0] ^ 1]) + whole[1:], whole[:-100], None):
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        with pytest.raises(CacheRefused, match=r"delete its folder and run 'craft-ray anchors import' again$"):
+            check_files(folder, manifest)
+    shutil.rmtree(folder)
+    imported(pictures, tmp_path, check=False)
+    check_files(folder, manifest)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("long", r"has \d+ tokens, model\.max_length is 128"),
+        ("id", "with id 9999, but the model has embeddings for ids 0"),
+    ],
+)
+def test_a_row_that_the_model_does_not_take_is_refused(
+    wrong: str, said: str, prose: Experiment, tmp_path: Path
+) -> None:
+    """Wherever it is: the teacher runs on the first rows of a shard only."""
+
+    def edit(shard: Shard) -> None:
+        shard["input_ids"], shard["attention_mask"], shard["labels"] = (
+            torch.nn.functional.pad(shard[name], (200, 0), value=fill)
+            for name, fill in (("input_ids", 7), ("attention_mask", 0), ("labels", IGNORE))
+        )
+        if wrong == "long":
+            shard["attention_mask"][10, :200] = 1
+        else:
+            shard["input_ids"][10, int(shard["attention_mask"][10].int().argmax())] = 9999
+
+    change(tmp_path, edit, "shard_0.pt")
+    config = prose.changed({"model.max_length": 128})
+    refused(config, tmp_path, CacheRefused, 4, "shard_0.pt, row 10: ", "nothing was imported")
+    with pytest.raises(CacheRefused, match=said):
+        imported(config, tmp_path)
 
 
 def test_another_cache_in_the_folder_is_left_alone(pictures: Experiment, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from craft_pipelines import cli
 
-from craft_ray.anchors.manifest import read_manifest
+from craft_ray.anchors.manifest import check_same, read_manifest
+from craft_ray.anchors.matching import select
 from craft_ray.anchors.verify import check_files
 from craft_ray.config import Experiment, dump_config
 from craft_ray.errors import CacheRefused, ConfigError, CraftError, DataError
@@ -177,6 +178,22 @@ def test_hidden_requested_from_a_cache_of_tokens(config: Experiment, tmp_path: P
     open_as_student(tokens.changed({"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.1}))
 
 
+def test_suffixes_of_another_origin(config: Experiment, tmp_path: Path) -> None:
+    """Where they are read: hidden states at positions of the prompt do not depend on them."""
+    other = config.changed({"anchors.suffix_from": "response"})
+    tokens = {"craft.retention_mode": "token_ce", "craft.epsilon_start": 0.1}
+    sides = ("was built with anchors.suffix_from teacher", "this run's is response")
+    refused(other.changed(tokens), CacheRefused, 4, *sides)
+    open_as_student(other)
+    folder, found = cache_folder(config), read_manifest(cache_folder(config)).identity
+    at_suffix = found.model_copy(update={"positions": ("suffix", "all")})
+    assert select(folder, at_suffix, other.changed({"craft.positions": ["all"]}))[1] == ("all",)
+    with pytest.raises(CacheRefused, match=sides[0]):
+        select(folder, at_suffix, other)
+    imported = found.model_copy(update={"inputs": "tensors"})
+    select(folder, imported, other.changed(tokens))
+
+
 def test_a_student_with_dropout(config: Experiment) -> None:
     model = teacher(config)
     for layer in model.module.model.layers:
@@ -239,6 +256,22 @@ def test_an_anchor_that_is_too_long(config: Experiment, tmp_path: Path) -> None:
 def test_packing_requested_for_a_model_with_images(digits: Digits, tmp_path: Path) -> None:
     config = digits.experiment(tmp_path, {"anchors.pack_tokens": 512})
     failing(config, ConfigError, 2, "anchors.pack_tokens is 512", "vision_language cannot be packed")
+
+
+def test_a_fact_that_only_one_of_two_caches_has(config: Experiment) -> None:
+    """Names of skills are absent from the identity of a cache without them."""
+    assert config.anchors
+    source = config.anchors.source.model_dump()  # type: ignore[union-attr]
+    named = config.changed({"anchors.source": None, "skills": {"walking": {"anchors": source}}})
+    with pytest.raises(CacheRefused) as caught:
+        built(named)
+    sides = ("holds a cache without skills", "this config builds one with skills ('walking',)", "delete the folder")
+    check_error(caught.value, 4, *sides)
+    folder = cache_folder(config)
+    found = read_manifest(folder).identity
+    check_same(folder, found, found, "config builds")
+    with pytest.raises(CacheRefused, match=r"with skills \('walking',\), this import makes one without skills"):
+        check_same(folder, found.model_copy(update={"skills": ("walking",)}), found, "import makes")
 
 
 def test_layers_that_the_model_lacks(config: Experiment, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_what_sbatch_runs(sbatch: Any, digits: Digits, tmp_path: Path) -> None:
         assert code == 0, log
         assert (tmp_path / "anchors" / "manifest.json").exists()
         run = tmp_path / "runs" / "run-hidden-seed0"
-        code, log = sbatch("bash", CLUSTER / "go_on.sh", "train", run, config)
+        code, log = sbatch("bash", CLUSTER / "resume.sh", "train", config)
         assert code == 3, log
         assert "2 worker(s)" in log
         assert not json.loads((run / "result.json").read_text())["feasible"]

@@ -19,6 +19,8 @@ import ray
 import yaml
 from packaging.specifiers import SpecifierSet
 from pydantic import ValidationError
+from ray._private.services import determine_plasma_store_config
+from ray._private.utils import resolve_object_store_memory
 
 from tests.support.kuberay import ClusterSpec, RayCluster, RayJob
 
@@ -78,6 +80,28 @@ def test_the_manifests_have_the_fields_that_kuberay_needs(s3: bool) -> None:
         assert ("shared" in volumes) is not s3
         from_secret = {variable.name for variable in pod.containers[0].env if variable.valueFrom}
         assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"} <= from_secret
+
+
+def test_the_object_store_stays_in_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By Ray's own reckoning, for the memory that each pod has; a part of it is left for PyTorch's workers."""
+    spec = specs()["cluster"]
+    for group in (spec.headGroupSpec, spec.workerGroupSpecs[0]):
+        pod = group.template.spec
+        memory = pod.containers[0].resources.limits["memory"]
+        shm = next(volume.emptyDir.sizeLimit for volume in pod.volumes if volume.name == "shm" and volume.emptyDir)
+        held, total = (int(str(size).removesuffix("Gi")) * 2**30 for size in (shm, memory))
+        monkeypatch.setattr(ray._private.utils, "get_shared_memory_bytes", lambda held=held: held)
+        monkeypatch.setattr(ray._common.utils, "get_system_memory", lambda *_, total=total: total)
+        asked = group.rayStartParams.get("object-store-memory")
+        store = resolve_object_store_memory(total, None if asked is None else int(asked))
+        assert determine_plasma_store_config(store, str(tmp_path))[0] == "/dev/shm"
+        assert store < 0.75 * held
+
+
+def test_a_cluster_that_stays_needs_no_config() -> None:
+    volumes = {volume.name: volume for volume in specs()["cluster"].headGroupSpec.template.spec.volumes}
+    assert volumes["config"].configMap is not None
+    assert volumes["config"].configMap.optional, "pods would wait for a ConfigMap that only the other manifests use"
 
 
 def test_the_volume_of_the_manifests_is_the_one_of_storage() -> None:
@@ -218,9 +242,21 @@ def test_the_shell_scripts_have_no_pitfalls(script: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_the_command_that_names_the_registry_takes_one_with_a_path(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^sed .*$", (CLUSTER / "README.md").read_text(), re.MULTILINE)
+    shutil.copytree(CLUSTER, tmp_path / "cluster")
+    command = command.replace("YOUR-REGISTRY", "registry.io:5000/team")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for path in tmp_path.rglob("*.yaml") for line in path.read_text().splitlines()]
+    images = [line for line in lines if "/craft-ray:" in line]
+    assert len(images) >= 6
+    assert all("registry.io:5000/team/craft-ray:" in line for line in images)
+
+
 def test_every_script_is_checked() -> None:
     names = {path.name for path in SCRIPTS}
-    assert {"go_on.sh", "s3.sh", "ray.sbatch"} <= names
+    assert {"resume.sh", "s3.sh", "ray.sbatch"} <= names
     for path in FILES:
         assert not path.read_text().startswith("#!/usr/bin/env bash") or path.name in names
 
@@ -231,7 +267,7 @@ def test_no_file_holds_a_secret() -> None:
         assert not secret.search(path.read_text()), path
 
 
-def test_go_on_starts_a_new_run_and_resumes_a_started_one(tmp_path: Path) -> None:
+def test_resume_sh_starts_a_new_run_and_resumes_a_started_one(tmp_path: Path) -> None:
     """With a `craft-ray` that prints its arguments."""
     script = tmp_path / "bin" / "craft-ray"
     script.parent.mkdir()
@@ -239,33 +275,45 @@ def test_go_on_starts_a_new_run_and_resumes_a_started_one(tmp_path: Path) -> Non
     script.chmod(0o755)
     path = os.pathsep.join([str(script.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
 
-    def go_on(*words: str, **settings: str) -> tuple[int, str]:
+    def resume(*words: str, **settings: str) -> tuple[int, str]:
         done = subprocess.run(
-            ["bash", CLUSTER / "go_on.sh", *words], capture_output=True, text=True, check=False, cwd=tmp_path,
+            ["bash", CLUSTER / "resume.sh", *words], capture_output=True, text=True, check=False, cwd=tmp_path,
             env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **settings},
         )  # fmt: skip
         return done.returncode, (done.stdout + done.stderr).strip()
 
-    assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1")
-    assert go_on("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep run.yaml --space craft --out s")
-    (tmp_path / "runs/a").mkdir(parents=True)
-    assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train run.yaml seed=1"), "no run in an empty folder"
-    (tmp_path / "runs/a/config.yaml").touch()
-    assert go_on("train", "runs/a", "run.yaml", "seed=1") == (3, "train --resume runs/a")
+    task = {"path": "task.jsonl", "columns": {"prompt": "prompt", "response": "response"}}
+    config = {"name": "a", "output_dir": "runs", "model": {"path": "model"}, "task": task, "train": {"steps": 1}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config | {"craft": {"enabled": False}}))
+    anew, lora = ("run.yaml", "seed=1"), ("run.yaml", "adapter.r=4")
+    assert resume("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep run.yaml --space craft --out s")
+    run, adapted = tmp_path / "runs/a-baseline-seed1", tmp_path / "runs/a-baseline-lora-seed0"
+    run.mkdir(parents=True)
+    assert resume("train", *anew) == (3, "train run.yaml seed=1"), "no run in an empty folder"
+    (run / "config.yaml").touch()
+    assert resume("train", *anew) == (3, f"train --resume {run}")
+    adapted.mkdir()
+    (adapted / "config.yaml").touch()
+    assert resume("train", *lora) == (3, f"train --resume {adapted}")
     for result, code in (('{"feasible": true}', 0), ('{"feasible": false, "multiplier": "adaptive"}', 3)):
-        (tmp_path / "runs/a/result.json").write_text(result)
-        ended = (code, "go_on.sh: the run runs/a is finished")
-        assert go_on("train", "runs/a", "run.yaml", "seed=1") == ended, "a finished run has the exit code that it had"
+        (run / "result.json").write_text(result)
+        ended = (code, f"resume.sh: the run {run} is finished")
+        assert resume("train", *anew) == ended, "a finished run has the exit code that it had"
     (tmp_path / "s").mkdir()
     (tmp_path / "s/sweep.yaml").touch()
-    assert go_on("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep --resume s")
-    for wrong in ((), ("train", "runs/a"), ("anchors", "a", "run.yaml")):
-        assert go_on(*wrong) == (2, "usage: go_on.sh train|sweep FOLDER CONFIG [...]")
+    assert resume("sweep", "s", "run.yaml", "--space", "craft") == (3, "sweep --resume s")
+    for wrong in ((), ("train",), ("sweep", "s"), ("anchors", "run.yaml")):
+        usage = "usage: resume.sh train CONFIG [...], or resume.sh sweep FOLDER CONFIG [...]"
+        assert resume(*wrong) == (2, usage)
+    code, said = resume("train", "run.yaml", "seed=x")
+    assert (code, said.count("\n")) == (2, 0)
+    assert said.startswith("resume.sh: ")
 
     keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_REGION": "nowhere"}
-    code, said = go_on("train", "s3://bucket/a", "run.yaml", **keys, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    there = ("run.yaml", "output_dir=s3://bucket")
+    code, said = resume("train", *there, **keys, AWS_ENDPOINT_URL="http://127.0.0.1:9")
     assert code == 1, "a store that does not answer does not mean a new run"
-    assert said.startswith("go_on.sh: s3://bucket/a/config.yaml could not be accessed")
+    assert said.startswith("resume.sh: s3://bucket/a-baseline-seed0/config.yaml could not be accessed")
     assert said.count("\n") == 0
 
 

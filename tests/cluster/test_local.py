@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.local_cluster import exported, local, marked
+from tests.support.local_cluster import SCRIPT, exported, local, marked
 
 
 @pytest.fixture
@@ -38,6 +40,35 @@ def test_nothing_runs_yet(state: Path) -> None:
     code, _, err = local(state, "start", "--nodes", "0")
     assert code == 1
     assert err == "cluster: --nodes is 0: a cluster needs at least one\n"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "given"),
+    [
+        (None, ["0,1", "2,3"]),
+        ("4,7,5,6,1", ["4,7", "5,6"]),
+        ("GPU-a,GPU-b,GPU-c,GPU-d", ["GPU-a,GPU-b", "GPU-c,GPU-d"]),
+        ("3,2,1", "CUDA_VISIBLE_DEVICES=3,2,1 allows 3"),
+        ("3,2,-1,0,1", "CUDA_VISIBLE_DEVICES=3,2,-1,0,1 allows 2"),  # CUDA stops there
+        ("", "CUDA_VISIBLE_DEVICES= allows 0"),
+    ],
+)
+def test_nodes_share_the_gpus_that_the_shell_allows(
+    allowed: str | None, given: list[str] | str, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    if isinstance(given, str):
+        code, out, err = local(state, "start", "--nodes", "2", "--gpus", "2")
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith("cluster: 2 node(s) with --gpus 2 need 4 GPUs")
+        assert given in err
+        assert not state.exists()
+        return
+    options = Namespace(nodes=2, gpus=2, cpus=1, head_cpus=None, object_store=None)
+    nodes = runpy.run_path(str(SCRIPT))["planned"](options, {"address": "a:1", "dashboard": "b:2", "temp": "t"})
+    assert [node.environment["CUDA_VISIBLE_DEVICES"] for node in nodes] == given
 
 
 def test_another_process_with_an_old_pid_is_not_touched(state: Path, tmp_path: Path) -> None:

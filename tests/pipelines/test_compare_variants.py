@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from craft_pipelines.compare import arm_config, compare, preferred
-from craft_pipelines.train import run_name
 
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused, ConfigError, StorageError
@@ -42,9 +41,9 @@ def test_a_variant_is_the_config_with_its_own_settings(digits: Digits, tmp_path:
     config = experiment(digits, tmp_path, nats)
     runs = {arm: arm_config(config, arm, 3, tmp_path, config.compare.chosen) for arm in config.compare.chosen}
     assert list(runs) == ["baseline", "token_ce", "hidden", "prefix", "last"]
-    assert [run_name(run) for run in runs.values()] == [f"digits-{arm}-seed3" for arm in runs]
+    assert [run.run_name for run in runs.values()] == [f"digits-{arm}-seed3" for arm in runs]
     adapted = [run.changed({"adapter.r": 2}) for run in runs.values()]
-    assert [run_name(run) for run in adapted] == [f"digits-{arm}-lora-seed3" for arm in runs]
+    assert [run.run_name for run in adapted] == [f"digits-{arm}-lora-seed3" for arm in runs]
     assert [run.arm for run in runs.values()] == list(runs)
     default = {"epsilon_start": 0.05, "epsilon_unit": "relative_mse"}  # a budget in nats is none of hidden states
     assert runs["prefix"].craft == config.craft.model_copy(update={**default, **PREFIX, "positions": ("text_last",)})

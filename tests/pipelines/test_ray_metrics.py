@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import ray
 from craft_pipelines.anchors import build
-from craft_pipelines.ray_metrics import COUNTERS, GAUGES, RayMetrics, gauge_values, run_tag
+from craft_pipelines.build_progress import BuildProgress
+from craft_pipelines.ray_metrics import COUNTERS, GAUGES, BuildMetrics, RayMetrics, gauge_values, run_tag
 from craft_pipelines.train import plan_run, train_run
 
 from craft_ray.run.observers import NullObserver
+from craft_ray.run.pace import unreported
 from tests.support.experiments import ANSWERED, Digits
 
 GRAFANA = Path(__file__).parents[2] / "cluster" / "grafana"
@@ -76,6 +78,24 @@ def test_without_ray_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
         metrics.validated({"step": 2, "old/score": 0.5})
         assert threading.active_count() == before
     assert counts == [2]
+
+
+def test_an_anchor_counts_once_as_soon_as_a_teacher_has_run_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(BuildMetrics, "count", lambda *what: counted.append(what[2]))
+    with BuildMetrics(Path("/x/anchors"), 100, 20) as metrics:
+        progress = BuildProgress(100, 20, unreported, metrics.ran)
+        for name, rows, whole in (("a", 5.0, 5), ("a", 12.5, 12), ("b/8", 2.0, 14)):
+            progress.passed(name, rows)
+            assert sum(counted) == whole
+        progress.passed("a", 3.0)  # its teacher was lost, and another one begins again
+        progress.passed("a", 14.0)
+        assert sum(counted) == 16
+        progress.wrote("a", 30)
+        progress.passed("a", 29.0)
+        assert sum(counted) == 32
+        progress.wrote("b", 50)
+    assert sum(counted) == 80, "the rows of this build"
 
 
 def expressions(panel: dict[str, Any]) -> list[str]:

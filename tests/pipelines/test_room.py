@@ -12,6 +12,7 @@ import torch
 from craft_pipelines import room as module
 from craft_pipelines.nodes import Node
 from craft_pipelines.room import PROCESS, room, worker_memory
+from craft_pipelines.session import check_resources, check_total
 from safetensors.torch import save_file
 
 from craft_ray.config import Experiment, parse_config
@@ -151,3 +152,24 @@ def test_what_cannot_be_estimated_refuses_nothing(
     count, memory, line = asked(config.changed({"model.path": str(tmp_path / "adapter")}))
     assert (count, memory) == (4, None)
     assert line.startswith("up to 4 run(s) at a time; the memory that one takes is not estimated (model.path ")
+
+
+def test_a_process_has_to_fit_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would wait for ever: processors and GPUs of several nodes do not add up for it."""
+    nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 4.0}]
+    total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    monkeypatch.setattr("craft_pipelines.session.ray.nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes])
+    monkeypatch.setattr("craft_pipelines.session.ray.cluster_resources", lambda: total)
+
+    def lacking(count: int, cpus: float, gpus: float = 0.0) -> str | None:
+        return check_resources(count, {"CPU": cpus, "GPU": gpus}, "anchors.actors")
+
+    for fitting in ((2, 8.0, 1.0), (5, 4.0), (4, 2.0, 0.5), (0, 10.0)):
+        assert lacking(*fitting) is None
+    assert lacking(1, 1, 2) == (
+        "anchors.actors need 1 x (1 CPU, 2 GPU), each on one node, and the nodes hold 0 of them (they have 2 x (8 CPU, "
+        "1 GPU), 1 x (4 CPU)): request less for each, or join a cluster with larger nodes (RAY_ADDRESS)"
+    )
+    assert "3 x (6 CPU), each on one node, and the nodes hold 2 of them" in str(lacking(3, 6))
+    assert "need 3 x 8 CPU, the cluster has 20" in str(lacking(3, 8))
+    assert check_total(1, {"CPU": 20}, "anchors.actors and anchors.readers") is None

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from craft_pipelines.anchors import build
+from craft_pipelines.anchors import build, preview
 from craft_pipelines.dry_run import dry_run
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -239,8 +239,21 @@ def test_a_bad_anchor_ends_a_build_before_its_first_shard(config: Experiment, tm
     config = config.changed({"anchors.source.path": str(written(tmp_path / "bad.jsonl", {30: LONG, 31: LONG}))})
     with pytest.raises(DataError, match=r"^anchors\.source: .*bad\.jsonl, row 30 has .*; 1 more of 40 rows"):
         build(config, say=lambda _: None)
+    with pytest.raises(DataError, match=r"^anchors\.source: .*bad\.jsonl, row 30 has .*; 1 more of 40 rows"):
+        preview(config, say=lambda _: None)
     assert not list((tmp_path / "cache").rglob("*.parquet"))
     assert build(config.changed({"anchors.source.limit": 30}), say=lambda _: None).rows_computed == 30
+
+
+def test_an_anchor_without_a_token_at_a_stored_position_ends_a_build_before_its_first_shard(
+    config: Experiment, tmp_path: Path
+) -> None:
+    """Also where the rows were checked before, for another position."""
+    assert build(config.changed({"anchors.positions": ["last_token"]}), say=lambda _: None).rows_computed == 40
+    other = config.changed({"anchors.positions": ["last_token", "vision_mean"], "craft.anchor_cache_dir": "other"})
+    lacking = r"anchor position 'vision_mean' selects no token of a sequence with \d prompt tokens, 0 image tokens"
+    with pytest.raises(DataError, match=rf"^anchors\.source: \S+task\.jsonl, row 0: {lacking}.*; 39 more of 40 rows"):
+        preview(other, say=lambda _: None)
 
 
 @pytest.mark.parametrize("bad", [LONG, EMPTY])

@@ -82,6 +82,7 @@ class EmptyDir(Strict):
 
 class ConfigMap(Strict):
     name: Dns
+    optional: bool = False
 
 
 class Claim(Strict):

@@ -31,7 +31,7 @@ from craft_pipelines.session import capacity, join
 from craft_pipelines.sweep.driver import plan_sweep, resume_sweep, search, sweep
 from craft_pipelines.sweep.runs import RunTrial, on_trainer
 from craft_pipelines.sweep.tracking import SweepTracking
-from craft_pipelines.train import plan_run, run_name, train_run
+from craft_pipelines.train import plan_run, train_run
 
 from craft_ray.config import Experiment, dump_config, load_config
 from craft_ray.errors import ConfigError, CraftError
@@ -230,7 +230,7 @@ def test_the_best_config_trains_to_the_numbers_of_its_trial(plain: Swept, tmp_pa
     config = load_config(plain.folder.path / "best.yaml")
     config = config.changed({"output_dir": str(tmp_path), "workers.num_workers": 0})
     train_run(plan_run(config))
-    again = tmp_path / run_name(config) / "validation.jsonl"
+    again = tmp_path / config.run_name / "validation.jsonl"
     assert again.read_text() == (plain.trial(best).path / "seed0" / "validation.jsonl").read_text()
 
 

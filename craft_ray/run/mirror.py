@@ -18,8 +18,8 @@ from typing import Any
 from craft_ray.background import in_background
 from craft_ray.errors import StorageError
 from craft_ray.run.checkpoint import checkpoint_step
-from craft_ray.run.claim import CLAIM, LOCK
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.locks import COMMAND_LOCK, PROCESS_LOCK
 from craft_ray.storage.files import is_temporary
 from craft_ray.storage.last import last_checkpoint, point_last
 from craft_ray.storage.paths import ObjectPath, copy_tree, remove_tree
@@ -29,7 +29,7 @@ PUSH_S = 2.0
 """Shortest time between two pushes of files that grow."""
 SHARE = 0.05
 """Largest share of the time that is spent on pushing."""
-NOT_PULLED = ("checkpoints", "tensorboard", CLAIM, LOCK)
+NOT_PULLED = ("checkpoints", "tensorboard", COMMAND_LOCK, PROCESS_LOCK)
 """Entries of a run's folder that are not pulled whole: of the checkpoints only the last one is."""
 
 

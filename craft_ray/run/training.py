@@ -28,11 +28,11 @@ from craft_ray.retention.constraints import open_constraints
 from craft_ray.retention.mode import Terms
 from craft_ray.run.best import BestValidation
 from craft_ray.run.checkpoint import TrainingState
-from craft_ray.run.claim import only_process
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.held_out import HeldOut, eval_sets
 from craft_ray.run.identity import check_same, model_identity, record
 from craft_ray.run.judgement import judged
+from craft_ray.run.locks import only_process
 from craft_ray.run.metrics import HostSide, MetricsBuffer, Record
 from craft_ray.run.observers import Observer
 from craft_ray.run.optimization import make_optimization, seed_step

@@ -27,10 +27,10 @@ from craft_ray.config import ARMS, Experiment
 from craft_ray.data.task import open_task
 from craft_ray.errors import CacheRefused, ConfigError
 from craft_ray.report.html import write_report
-from craft_ray.run.claim import claimed
 from craft_ray.run.folder import RunFolder, command_line
 from craft_ray.run.identity import ModelIdentity, check_config, check_model, check_task, model_files, record
 from craft_ray.run.interpolation import interpolated
+from craft_ray.run.locks import only_command
 from craft_ray.run.mirror import mirrored_folder
 from craft_ray.storage.lock import exclusive_lock
 from craft_ray.storage.paths import StoragePath, is_object, storage_path
@@ -41,8 +41,8 @@ from craft_ray.workers import OneWorker
 
 CONSTRAINED_COST = 2.0
 """Expected time of a constrained run relative to plain fine-tuning; only used to balance the groups."""
-CLAIMED_AT_ONCE = 16
-"""In an object store a claim takes over a second."""
+LOCKED_AT_ONCE = 16
+"""In an object store taking a lock takes over a second."""
 
 
 def compare(config: Experiment, arms: Sequence[str], seeds: Sequence[int], folder: StoragePath) -> dict[str, Any]:
@@ -212,8 +212,8 @@ def _train_groups(runs: Sequence[PlannedRun], trackers: Sequence[Tracker]) -> No
     groups = balance(runs, found.count)
     with ExitStack() as stack:
         together = Together(stack.enter_context(screen()), len(runs), sum(run.config.train.steps for run in runs))
-        with ThreadPoolExecutor(CLAIMED_AT_ONCE) as pool:
-            list(pool.map(lambda run: stack.enter_context(claimed(run.folder)), runs))
+        with ThreadPoolExecutor(LOCKED_AT_ONCE) as pool:
+            list(pool.map(lambda run: stack.enter_context(only_command(run.folder)), runs))
         for run in runs:
             label = f"{run.config.arm} seed {run.config.seed}"
             observer = QuarterObserver(label, run.config.train.steps, run.config.arm, together)

@@ -38,9 +38,9 @@ from craft_ray.config import Experiment, WorkersConfig, dump_config, parse_confi
 from craft_ray.errors import ConfigError, CraftError, Interrupted, StorageError, first_line
 from craft_ray.quiet import quiet_libraries
 from craft_ray.run.checkpoint import checkpoint_step
-from craft_ray.run.claim import claimed, remove_unstarted
 from craft_ray.run.folder import RunFolder, command_line
 from craft_ray.run.identity import check_config
+from craft_ray.run.locks import only_command, remove_unstarted
 from craft_ray.run.mirror import mirrored_folder
 from craft_ray.run.training import training
 from craft_ray.storage.files import write_atomically
@@ -63,7 +63,7 @@ class PlannedRun:
 
 
 def plan_run(config: Experiment) -> PlannedRun:
-    """A new run in the output folder of its config. Nothing is written before the run is claimed.
+    """A new run in the output folder of its config. Nothing is written before the run is locked.
 
     Raises:
         ConfigError: a run of that name exists.
@@ -129,7 +129,7 @@ def train_run(run: PlannedRun) -> dict[str, Any]:
     Raises:
         ConfigError: another command is training it.
     """
-    with claimed(run.folder):
+    with only_command(run.folder):
         if not run.folder.started:
             run.folder.write_environment(command_line())
         observer = ConsoleObserver(run.config.train.steps, run.config.arm)

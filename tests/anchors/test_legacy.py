@@ -26,8 +26,8 @@ from craft_ray.errors import CacheRefused, ConfigError, CraftError, StorageError
 from craft_ray.models.base import IGNORE, Model
 from craft_ray.models.vision_language import VisionLanguageModel
 from craft_ray.retention.constraints import open_mode
-from craft_ray.run.claim import claimed
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.locks import only_command
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train
 from craft_ray.workers import OneWorker
@@ -166,7 +166,7 @@ def test_a_comparison_runs_on_an_imported_cache(pictures: Experiment, tmp_path: 
     imported(pictures, tmp_path, check=False)
     # Its first run is held, so that it ends where the runs begin.
     with (
-        claimed(RunFolder(tmp_path / "out" / "runs" / "digits-hidden-seed0")),
+        only_command(RunFolder(tmp_path / "out" / "runs" / "digits-hidden-seed0")),
         pytest.raises(ConfigError, match="another process"),
     ):
         compare(pictures, ("hidden",), (0,), tmp_path / "out")

@@ -13,8 +13,8 @@ from craft_pipelines.compare import arm_config, compare, preferred
 from craft_ray.config import Experiment
 from craft_ray.errors import CacheRefused, ConfigError, StorageError
 from craft_ray.report.html import write_report
-from craft_ray.run.claim import claimed
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.locks import only_command
 from tests.support.experiments import Digits
 
 PREFIX = {"retention_mode": "hidden", "positions": ["text_last"], "epsilon_start": 11.0}
@@ -135,14 +135,17 @@ class Page:
         self.book.ended[self.id] = status
 
 
-def test_each_run_of_a_comparison_is_tracked_and_claimed(
+def test_each_run_of_a_comparison_is_tracked_and_locked(
     digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     book = Book()
     monkeypatch.setattr("craft_pipelines.compare.open_trackers", lambda *_: [book])
     config = experiment(digits, tmp_path, {"compare.variants": {"prefix": PREFIX}})
     runs = [f"digits-{arm}-seed0" for arm in ("baseline", "prefix")]
-    with claimed(RunFolder(tmp_path / "out" / "runs" / runs[1])), pytest.raises(ConfigError, match="another process"):
+    with (
+        only_command(RunFolder(tmp_path / "out" / "runs" / runs[1])),
+        pytest.raises(ConfigError, match="another process"),
+    ):
         compare(config, ("baseline", "prefix"), (0,), tmp_path / "out")
     book.ended.clear()
     compare(config, ("baseline", "prefix"), (0,), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A run is the config and the task data that it began with: how it is recorded, compared, and claimed."""
+"""A run is the config and the task data that it began with: how it is recorded, compared, and locked."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from craft_ray.config import Experiment, deciding_difference, dump_config, parse
 from craft_ray.errors import ConfigError, DataError, Interrupted
 from craft_ray.models.fingerprint import files_fingerprint
 from craft_ray.run import cadence
-from craft_ray.run.claim import claimed, only_process, remove_unstarted
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.identity import RECORD
+from craft_ray.run.locks import only_command, only_process, remove_unstarted
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import Run, train
 from craft_ray.storage.last import last_checkpoint
@@ -216,7 +216,7 @@ def test_before_its_first_step_a_run_may_become_another(config: Experiment, tmp_
 
 def test_a_second_start_is_refused_and_leaves_everything_as_it_is(config: Experiment) -> None:
     run = plan_run(config)
-    with claimed(run.folder):
+    with only_command(run.folder):
         Run(config, run.folder, OneWorker(), NullObserver())
         other = config.changed({"train.learning_rate": 0.5})
         with pytest.raises(ConfigError, match="another process is training the run"):
@@ -230,7 +230,7 @@ def test_a_worker_of_a_lost_command_keeps_its_folder(config: Experiment, tmp_pat
     folder = RunFolder(tmp_path / "run")
     folder.write_config(config)
     with only_process(folder, OneWorker()), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("craft_ray.run.claim.REMOVAL_WAIT_S", 0)
+        patch.setattr("craft_ray.run.locks.REMOVAL_WAIT_S", 0)
         remove_unstarted(folder)
         assert folder.config() == config
     remove_unstarted(folder)

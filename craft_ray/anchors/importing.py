@@ -69,7 +69,7 @@ def import_shards(
 
     Args:
         check: is called with the new cache before it is moved; raises CacheRefused if it is not the model's.
-        say: is told what was converted.
+        say: receives what was converted, a line each.
 
     Raises:
         ConfigError: a position has more than one vector, or the model takes no tensors.

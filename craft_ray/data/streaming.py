@@ -147,7 +147,7 @@ class StreamedSource(TableSource):
         self._classes_of = classes_of(features.to_dict(), named_columns(config.columns))
         self._rows = rows.select_columns(present).with_format("arrow")
         self._names, self._buffer = names, config.shuffle_buffer
-        self._told = f"{key}: {config.path}"
+        self._where = f"{key}: {config.path}"
         super().__init__(config.path, self._table_in(None), config.columns, folder, content)
 
     @property
@@ -177,7 +177,7 @@ class StreamedSource(TableSource):
         return self._table.stream.head()
 
     def _table_in(self, key: tuple[int, ...] | None) -> StreamTable:
-        stream = Stream(self._rows, self._buffer, key, self._told)
+        stream = Stream(self._rows, self._buffer, key, self._where)
         return StreamTable(stream, self._names, self._classes_of)
 
 

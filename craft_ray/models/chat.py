@@ -71,7 +71,7 @@ class ChatTemplate:
             except Exception:
                 raise ConfigError(
                     f"model.chat_template is true, but the template of {self._path} writes no question with an answer "
-                    f"({first_line(without)}): set it to false, or mend the template"
+                    f"({first_line(without)}): set it to false, or correct the template"
                 ) from None
         behind = text.rpartition(PROBE)[2]
         own = self._tokenizer.added_tokens_decoder
@@ -166,7 +166,7 @@ class ChatTemplate:
         if not spans:
             raise DataError(
                 f"{where}: the chat template of {self._path} marks nothing of it with {{% generation %}}, so there is "
-                f"nothing to learn: mend the template, or remove the row"
+                f"nothing to learn: correct the template, or remove the row"
             )
         return Rendered(text, spans)
 

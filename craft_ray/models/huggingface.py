@@ -236,7 +236,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         length = features.layout.length
         learnt += tuple(range(length - len(end), length))
         if not learnt:
-            raise DataError(f"{sample.where}: the chat template writes nothing of the assistant's turns: mend it")
+            raise DataError(f"{sample.where}: the chat template writes nothing of the assistant's turns: correct it")
         return replace(features, layout=replace(features.layout, prompt_length=learnt[0], learnt=learnt))
 
     def response_tokens(self, sample: Sample) -> list[int]:

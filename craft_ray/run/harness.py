@@ -206,7 +206,7 @@ class HarnessTasks:
         except Exception as error:
             raise DataError(
                 f"{self._key}: the task {name} makes no requests of its documents "
-                f"({type(error).__name__}: {cut(first_line(error))}): mend the task file"
+                f"({type(error).__name__}: {cut(first_line(error))}): correct the task file"
             ) from None
         of: dict[int, list[Any]] = {}
         for request in task.instances:
@@ -293,7 +293,7 @@ def _chat_template(model: CausalLM, name: str) -> Any:
         except Exception as error:
             raise DataError(
                 f"the chat template of {model.config.path} does not write a prompt of the task {name} "
-                f"({cut(first_line(error))}): set model.chat_template=false, or mend one of them"
+                f"({cut(first_line(error))}): set model.chat_template=false, or correct one of them"
             ) from None
 
     return written

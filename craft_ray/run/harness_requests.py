@@ -84,7 +84,7 @@ def log_likelihoods(
     for one in asked:
         context, continuation = _tokens(model, one)
         if not continuation:
-            raise DataError(f"{one.name}: an answer of the task has no token: mend the task file")
+            raise DataError(f"{one.name}: an answer of the task has no token: correct the task file")
         features.append(model.from_tokens(context, continuation, f"sample {one.name}"))
     found = [(0.0, False)] * len(asked)
     filler = model.from_tokens(_prefix(model), _prefix(model), "filler")

@@ -776,7 +776,7 @@ def test_a_config_from_before_budgets_had_a_unit_loads(minimal: Path) -> None:
     assert parse_config(tree, "old") == config
 
 
-def test_earlier_names_of_positions_are_accepted_and_told(minimal: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_earlier_names_of_positions_are_accepted_and_reported(minimal: Path, caplog: pytest.LogCaptureFixture) -> None:
     overrides = [
         "anchors.source.path=org/data",
         "anchors.positions=[vision_token_mean, text_token_last, mean_masked, suffix]",

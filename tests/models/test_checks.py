@@ -297,7 +297,7 @@ def test_weights_of_a_part_that_does_not_use_them_are_refused(folder: Path) -> N
     assert "1 of its weights belong to parts of a LlamaForCausalLM that do not use them" in message
 
 
-def test_weights_of_another_head_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_of_another_head_are_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And the masks of older versions of transformers, beside the weights that an attention layer's parts have."""
     extra = {"value_head.weight": torch.ones(1, 2), "model.layers.0.self_attn.masked_bias": torch.tensor(-1e4)}
     weights = load_file(folder / "model.safetensors") | extra

@@ -38,7 +38,7 @@ def changed(run: RunFolder, config: Mapping[str, Any], **result: Any) -> RunFold
     return run
 
 
-def test_names_on_the_hub_are_told_and_all_else_by_its_last_part(tmp_path: Path) -> None:
+def test_names_on_the_hub_are_given_and_all_else_by_its_last_part(tmp_path: Path) -> None:
     run = changed(write_run(tmp_path / "very" / "private", "hidden", 0), HUB)
     card = card_of(run, CardFields("other", "My licence", "https://example.org/licence"))
     assert (card.data.base_model, card.data.datasets) == ("org/teacher", ["org/new"])

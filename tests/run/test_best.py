@@ -121,7 +121,7 @@ def test_patience_ends_a_run_early(digits: Digits, cached: Path, best: RunFolder
     assert "training ended early, at step 4" in result_lines(result_of(folder))[0]
 
 
-def test_a_budget_that_the_kept_step_never_had_is_told(digits: Digits, cached: Path, tmp_path: Path) -> None:
+def test_a_budget_that_the_kept_step_never_had_is_reported(digits: Digits, cached: Path, tmp_path: Path) -> None:
     budget = {"craft.epsilon_start": 0.5, "craft.epsilon_end": 0.1, "craft.epsilon_schedule": "linear"}
     config = choosing(digits, cached, {**budget, "craft.lambda_lr": 1e-6, "train.patience": 1})
     result = result_of(trained(config, tmp_path / "run"))

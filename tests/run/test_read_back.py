@@ -190,8 +190,8 @@ def test_a_folder_of_a_sharded_run_is_compared_with_what_was_trained(text_model:
 
 
 def test_a_full_disk_under_the_model_of_a_sharded_run_is_one_line(tmp_path: Path) -> None:
-    told = r"could not be written \(No space left.*earlier checkpoints are untouched"
-    with pytest.raises(StorageError, match=told), _writing(tmp_path):
+    message = r"could not be written \(No space left.*earlier checkpoints are untouched"
+    with pytest.raises(StorageError, match=message), _writing(tmp_path):
         raise SafetensorError("No space left on device")
 
 

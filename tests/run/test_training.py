@@ -506,7 +506,7 @@ def test_runs_of_one_process_share_preprocessed_samples(
     assert len(made) > before, "another way to read the same data has other features"
 
 
-def test_a_budget_that_the_run_does_not_reach_is_told_and_the_reached_one_is_certified(
+def test_a_budget_that_the_run_does_not_reach_is_reported_and_the_reached_one_is_certified(
     digits: Digits, cached: Path, tmp_path: Path
 ) -> None:
     class Notes(NullObserver):

@@ -60,7 +60,7 @@ class OwnFunction:
         try:
             value = self._function(reply, expected, *([row] if self._with_row else []))
         except Exception as error:
-            raise DataError(f"metric {self._name} failed on {sample.where} ({_described(error)}): correct it") from None
+            raise DataError(f"metric {self._name} failed on {sample.where} ({_located(error)}): correct it") from None
         if not isinstance(value, Real) or not 0 <= float(value) <= 1:
             raise DataError(
                 f"metric {self._name} returned {shown(value)} for {sample.where}: it must return a number from 0 to 1"
@@ -73,16 +73,14 @@ class OwnFunction:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # an import inside the module fails
                 raise ConfigError(
-                    f"{self._key}, but the module does not import ({_described(error)}): correct it"
+                    f"{self._key}, but the module does not import ({_located(error)}): correct it"
                 ) from None
             raise ConfigError(
                 f"{self._key}, but there is no module {name} in {folder}, and none is installed: correct the name, or "
                 f"set the folder"
             ) from None
         except Exception as error:
-            raise ConfigError(
-                f"{self._key}, but the module does not import ({_described(error)}): correct it"
-            ) from None
+            raise ConfigError(f"{self._key}, but the module does not import ({_located(error)}): correct it") from None
 
     def _takes(self, count: int) -> bool:
         try:
@@ -104,7 +102,7 @@ def _first_on_path(folder: str) -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def _described(error: Exception) -> str:
+def _located(error: Exception) -> str:
     """An error of the user's code with the line that it comes from."""
     frames = traceback.extract_tb(error.__traceback__)
     where = next((f" at {frame.filename}:{frame.lineno}" for frame in reversed(frames) if frame.line), "")

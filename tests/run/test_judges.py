@@ -194,7 +194,7 @@ def test_a_module_that_is_not_there(tmp_path: Path) -> None:
         ("1.5", "returned 1.5 for sample q1"),
         ("float('nan')", "returned nan for sample q1"),
         ("None", "returned None for sample q1"),
-        ("row", r"failed on sample q1 \(NameError: name 'row' is not defined at .*py:2\): mend it"),
+        ("row", r"failed on sample q1 \(NameError: name 'row' is not defined at .*py:2\): correct it"),
     ],
 )
 def test_a_function_that_fails_is_one_line(returned: str, said: str, tmp_path: Path) -> None:

@@ -303,10 +303,16 @@ class Experiment(Section):
                     "runs are written beside training; leave it out, or set workers.sharding=full"
                 )
             return
-        if self.adapter is not None:
+        for key in ("use_dora", "modules_to_save") if self.adapter is not None else ():
+            if getattr(self.adapter, key):
+                raise ValueError(
+                    f"{sharding}, but adapter.{key} reads whole weights of the frozen model, which are shared out: "
+                    f"leave it out, or set workers.sharding=none"
+                )
+        if self.adapter is not None and self.train.checkpoint_async:
             raise ValueError(
-                f"{sharding}, but there is an adapter: its frozen model would be gathered for every micro-batch, and "
-                f"what it trains is small; set workers.sharding=none"
+                "train.checkpoint_async is true, but there is an adapter, whose checkpoints are small and written by "
+                "one worker: leave it out"
             )
         if self.train.optimizer == "adamw_8bit" or self.model.compile:
             what = "model.compile is true" if self.model.compile else "train.optimizer is adamw_8bit"

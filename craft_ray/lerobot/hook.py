@@ -166,7 +166,7 @@ class CraftUpdate:
             constraints.load_state_dicts(resumed.constraints)
         for line in constraints.described() if workers.rank == 0 else ():
             logger.info(line)  # LeRobot's loop prints what is logged
-        gradients = constraints.gradient_pair(policy)
+        gradients = constraints.gradient_pair(model)
         if resumed is not None:
             gradients.restore_reached(resumed.reached)
         return _Opened(workers, model, constraints, gradients)

@@ -23,6 +23,7 @@ from torch import nn
 from craft_ray.errors import ConfigError, ModelError, first_line
 from craft_ray.extras import install, missing
 from craft_ray.models.adapter_modules import adapted_modules, check_untied, whole_modules
+from craft_ray.models.sharding import whole_shapes
 
 if TYPE_CHECKING:  # loading a model needs no pydantic
     from craft_ray.config import AdapterConfig, ModelConfig
@@ -224,7 +225,7 @@ def _injected(model: Model, config: Any, base: str, where: str) -> Adapter:
     module = model.module
     trained = frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad)
     try:
-        with _quiet():
+        with _quiet(), whole_shapes(module):
             tuner = LoraModel(module, config, NAME)
     except (ValueError, NotImplementedError) as error:
         # "Target module Gate(\n  (proj): ...\n) is not supported. Currently, ..."

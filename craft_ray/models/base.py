@@ -94,7 +94,7 @@ class Model(ABC):
     """Number of hidden states: the embeddings and the output of every block."""
     sharded: bool = False
     """Whether each worker holds a part of the weights (craft_ray/models/sharding.py), so that all of them must make
-    the same passes. `save` then gathers them, and rank 0 writes."""
+    the same passes. `save` then gathers them, and rank 0 writes; but each worker has all of an adapter."""
     adapter: Adapter | None = None
     """What is trained in place of the model's own weights (craft_ray/models/adapters.py)."""
     merged_adapter: Path | None = None
@@ -104,6 +104,11 @@ class Model(ABC):
     interpreter's lock."""
     default_positions: tuple[str, ...]
     """The anchor positions with the best measurements for this kind of model (docs/anchors.md)."""
+
+    @property
+    def trains_shards(self) -> bool:
+        """Whether what is trained is shared out: a sharded model, unless it is the frozen base of an adapter."""
+        return self.sharded and self.adapter is None
 
     @property
     @abstractmethod

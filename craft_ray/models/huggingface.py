@@ -45,7 +45,7 @@ from craft_ray.models.fingerprint import (
 )
 from craft_ray.models.limits import Limits
 from craft_ray.models.loading import empty_module, load_module, load_processor
-from craft_ray.models.sharding import base_forward, load_sharded, whole_state
+from craft_ray.models.sharding import base_forward, load_sharded, save_whole
 from craft_ray.models.text import Cut, TextEncoder
 from craft_ray.models.tokens import clip_suffix, listed, targets, token_log_probs, token_loss
 
@@ -385,14 +385,14 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         return None
 
     def save(self, folder: Path, final: Path | None = None) -> None:
-        if self.sharded:
-            state = whole_state(self.module, keep=dist.get_rank() == 0)
-            if dist.get_rank() != 0:
-                return
-            self.module.save_pretrained(folder, state_dict=state)
+        if self.adapter is not None:
+            self.adapter.save(folder)
+        elif self.sharded:
+            save_whole(self.module, folder)
         else:
-            (self.module.save_pretrained if self.adapter is None else self.adapter.save)(folder)
-        self.processor.save_pretrained(folder)
+            self.module.save_pretrained(folder)
+        if not self.trains_shards or dist.get_rank() == 0:
+            self.processor.save_pretrained(folder)
 
 
 def _opened(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:

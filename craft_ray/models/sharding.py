@@ -9,6 +9,8 @@ data and receive one weight at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,6 +184,34 @@ def whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
         if keep:
             found[name] = known[id(tensor)]
     return found
+
+
+@contextmanager
+def whole_shapes(module: nn.Module) -> Iterator[None]:
+    """While open, each sharded weight has the shape of the whole one, without its values and without memory, for code
+    that takes the shard's shape for the layer's. What it says about `requires_grad` stays."""
+    held = [
+        (part, name, parameter)
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    for part, name, parameter in held:
+        like = torch.empty((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+        setattr(part, name, nn.Parameter(like, requires_grad=parameter.requires_grad))
+    try:
+        yield
+    finally:
+        for part, name, parameter in held:
+            parameter.requires_grad_(getattr(part, name).requires_grad)
+            setattr(part, name, parameter)
+
+
+def save_whole(module: Any, folder: Path) -> None:
+    """Save a sharded module as transformers does. Every worker must ask for it; rank 0 writes."""
+    state = whole_state(module, keep=dist.get_rank() == 0)
+    if dist.get_rank() == 0:
+        module.save_pretrained(folder, state_dict=state)
 
 
 def class_name(module: nn.Module) -> str:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.optim import Optimizer
 
 from craft_ray.anchors.manifest import read_manifest
@@ -125,13 +124,14 @@ class Constraints:
         """Whether a step needs the two gradients apart."""
         return bool(self.held) and compares_gradients(self.craft)
 
-    def gradient_pair(self, module: nn.Module) -> GradientPair:
-        """Memory for the gradients of a module's trainable weights, as the constraints need it."""
+    def gradient_pair(self, model: Model) -> GradientPair:
+        """Memory for the gradients of a model's trainable weights, as the constraints need it."""
+        module: Any = model.module
         return GradientPair(
             module.named_parameters(),
             with_retention=self.compares_gradients,
             short_retention=self.craft.retention_grad_dtype == "bfloat16",
-            sharded=module if isinstance(module, FSDPModule) else None,
+            sharded=module if model.trains_shards else None,
         )
 
     def check_untouched(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.errors import CraftError, ModelError, StorageError, first_line
@@ -130,6 +131,9 @@ def check_read_back(
     except CraftError as error:
         raise ModelError(f"what was saved does not load: {error.message}; {left}") from error
     trained = model.module.state_dict()
+    if model.sharded:  # a frozen base, of which this worker has a part
+        frozen = {name for name, tensor in trained.items() if isinstance(tensor, DTensor)}
+        trained, loaded = ({name: of[name] for name in of.keys() - frozen} for of in (trained, loaded))
     different = [
         name
         for name in sorted(trained.keys() | loaded.keys())

@@ -63,7 +63,7 @@ class CheckpointWriter:
             return
         started = time.monotonic()
         self.wait()
-        if model.sharded:
+        if model.trains_shards:
             self._write_sharded(model, state, gradients, optimizer)
         elif self._workers.rank == 0:
             check = None if self._read_back else lambda folder: self._check(model, folder)

@@ -118,7 +118,7 @@ class Run:
             check_same(folder, config, self.task.source.fingerprint, untouched)
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features, observer.progress)
         self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
-        self.gradients = self.constraints.gradient_pair(self.model.module)
+        self.gradients = self.constraints.gradient_pair(self.model)
         self.optimization = make_optimization(self.model, self.gradients.parameters, config.train)
         self.optimizer = self.optimization.optimizer
         self.checkpoints = CheckpointWriter(config, folder, workers, observer, self.best)

@@ -391,8 +391,8 @@ def test_a_threshold_of_the_dot_product_has_any_size(minimal: Path) -> None:
         (["workers.shards=2"], "workers: shards 2 is for sharding hybrid, it is none"),
         (["train.checkpoint_async=true"], "train.checkpoint_async is true, but workers.sharding is none"),
         (
-            ["workers.sharding=full", "workers.num_workers=2", "adapter={}"],
-            "workers.sharding is full, but there is an adapter",
+            ["workers.sharding=full", "workers.num_workers=2", "adapter={use_dora: true}"],
+            "workers.sharding is full, but adapter.use_dora reads whole weights",
         ),
         (
             ["workers.sharding=full", "workers.num_workers=2", "train.optimizer=adamw_8bit"],

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from craft_ray.config import Experiment, parse_config
+from craft_ray.config import Experiment, load_config, parse_config
 from craft_ray.errors import ConfigError, CraftError, StorageError
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.mirror import mirrored_folder
@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model.gradient_checkpointing": True,
     },
     "baseline": {"craft.enabled": False},
+    "lora": {"adapter": {"r": 4, "alpha": 8}, "train.learning_rate": 1e-2},
 }
 
 
@@ -133,7 +134,8 @@ def world(text_model: Path, text_data: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def weights(path: Path, name: str = "last") -> dict[str, Tensor]:
-    return load_file(path / "checkpoints" / name / "model" / "model.safetensors")
+    (file,) = (path / "checkpoints" / name / "model").glob("*.safetensors")
+    return load_file(file)
 
 
 def measured(path: Path) -> list[dict[str, Any]]:
@@ -199,6 +201,8 @@ def resuming(workers: Workers, folder: Path, config: Experiment) -> list[str]:
     """With as many workers as before, after one worker, and from checkpoints that were damaged."""
     resumed(workers, folder / "again", folder / "two" / "hidden", config)
     resumed(workers, folder / "two of one", folder / "one" / "hidden", config)
+    adapted = load_config(folder / "two" / "lora" / "config.yaml")
+    resumed(workers, folder / "again lora", folder / "two" / "lora", adapted)
     beside = config.changed({"train.checkpoint_async": True})
     run_of(workers, beside, folder / "beside")
     resumed(workers, folder / "again beside", folder / "beside", beside)
@@ -218,10 +222,12 @@ def resuming(workers: Workers, folder: Path, config: Experiment) -> list[str]:
     return messages
 
 
-@pytest.mark.parametrize("name", ["again", "beside", "again beside"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, world: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "whole"), [("again", "hidden"), ("beside", "hidden"), ("again beside", "hidden"), ("again lora", "lora")]
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, whole: str, world: Path) -> None:
     """Also with checkpoints that are written while the next steps change the weights."""
-    again, once = world / name, world / "two" / "hidden"
+    again, once = world / name, world / "two" / whole
     assert measured(again) == measured(once)
     for name, tensor in weights(once).items():
         assert torch.equal(weights(again)[name], tensor), name

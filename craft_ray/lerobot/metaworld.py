@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from craft_ray.data.frame import Frame
-from craft_ray.errors import ConfigError
+from craft_ray.errors import ConfigError, first_line
 from craft_ray.extras import install
 
 os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "")  # read when mujoco is imported
@@ -91,7 +91,7 @@ class Renderer:
         except Exception as error:  # the driver raises many types of errors
             raise ConfigError(
                 f"no picture can be rendered with MUJOCO_GL={os.environ['MUJOCO_GL']} ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]}): {NO_RENDERER}"
+                f"{first_line(error)}): {NO_RENDERER}"
             ) from None
         self._thread = threading.get_ident()
         self._freed = False

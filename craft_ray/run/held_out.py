@@ -13,10 +13,10 @@ from craft_ray.errors import ConfigError, DataError
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.models.fingerprint import json_fingerprint
+from craft_ray.pace import Pace, Report, unreported
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.kept import Certificate, agreement, kept_bounds
 from craft_ray.run.metrics import Record
-from craft_ray.run.pace import Pace, Report, unreported
 from craft_ray.run.rows import Rows
 from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, ratio
 from craft_ray.storage.files import write_atomically

@@ -113,11 +113,11 @@ class Run:
             torch.manual_seed(config.seed)  # the adapter's first values do not depend on how the model was loaded
             attach(self.model, config.adapter, config.model, teacher_weights)
         teacher = teacher_of(config, self.model, teacher_weights is not None)
-        self.task = TaskData(config, self.model, workers, features, teacher)
+        self.task = TaskData(config, self.model, workers, features, teacher, observer.progress)
         if self.main:
             check_same(folder, config, self.task.source.fingerprint)
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features, observer.progress)
-        self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
+        self.constraints = open_constraints(config, self.model, teacher_weights, workers, features, observer.progress)
         self.gradients = self.constraints.gradient_pair(self.model.module)
         self.optimization = make_optimization(self.model, self.gradients.parameters, config.train)
         self.optimizer = self.optimization.optimizer

@@ -20,11 +20,11 @@ from craft_ray.models import load_model
 from craft_ray.models.adapters import CONFIG as ADAPTER
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
+from craft_ray.pace import Pace, Report
 from craft_ray.report.wording import probability
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.harness import HarnessTasks
 from craft_ray.run.held_out import eval_sets, key_of
-from craft_ray.run.pace import Pace, Report
 from craft_ray.run.scoring import GRADED, OF_TEXT, Episodes, EvalData, Score, open_eval_set, outcome
 from craft_ray.run.scoring import evaluate as score
 from craft_ray.run.sharded_checkpoint import SHARDS

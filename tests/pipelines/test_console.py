@@ -16,10 +16,10 @@ from ray import cloudpickle
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from craft_ray import pace
 from craft_ray.config import parse_config
-from craft_ray.run import pace
+from craft_ray.pace import Pace
 from craft_ray.run.observers import NullObserver
-from craft_ray.run.pace import Pace
 from craft_ray.sweep.space import parse_space
 from craft_ray.sweep.trials import Plan, SweepFolder
 

@@ -79,6 +79,29 @@ def test_ewc_weighs_the_distance_by_the_fisher_information_of_drawn_tokens(text_
     assert mode.loss(mode.batch([0])).item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_pass_for_the_fisher_information_reports_how_far_it_is(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("craft_ray.pace.SAY_S", 0.0)
+    config = experiment(text_model, tmp_path, "ewc", **{"anchors.max_new_tokens": 2})
+    built(config)
+    reached: list[tuple[str, float, int]] = []
+
+    class Bars(NullObserver):
+        def progress(self, what: str, done: float, total: int, left_s: float) -> None:
+            reached.append((what, done, total))
+
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    run = Run(config, folder, OneWorker(), Bars())
+    run.close()
+    count = len(run.constraints.each[0].train_rows)
+    assert count > 2
+    assert reached == [
+        ("measuring the Fisher information on the anchors", done, count) for done in [*range(1, count + 1), count]
+    ]
+
+
 def test_the_information_is_that_of_the_teachers_distribution(text_model: Path, tmp_path: Path) -> None:
     """For the weight of the last norm the expectation over the drawn tokens can be written out: the sum over all tokens
     v of p_v (d log p_v / d theta)^2. Over all its entries and many places the draws average out."""

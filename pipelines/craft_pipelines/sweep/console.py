@@ -16,8 +16,8 @@ from ray.tune.experiment import Trial
 from craft_pipelines.failures import node_was_lost
 from craft_pipelines.sweep.following import RunningTrials
 from craft_pipelines.sweep.tracking import SweepTracking
-from craft_ray.run.pace import Pace
-from craft_ray.run.pace import Report as ProgressReport
+from craft_ray.pace import Pace
+from craft_ray.pace import Report as ProgressReport
 from craft_ray.sweep.results import SweepResult
 from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder
 from craft_ray.sweep.wording import shown

@@ -248,7 +248,9 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         return ids
 
     def boundary_merges(self, sample: Sample) -> bool:
-        return self.cut(sample).merged
+        if sample.conversation is None or self.chat is None or self.suffix_type:
+            return self.cut(sample).merged
+        return self.text.learnt(self.chat.learnt(sample)).merged  # over the boundaries of any turn
 
     def _written(self, sample: Sample) -> Cut:
         """What the chat template writes for prompt and response, cut where the response begins."""

@@ -21,6 +21,7 @@ from craft_ray.models import load_model
 from craft_ray.models.image_batches import ImageBatches, Pictures
 from craft_ray.models.vision_language import VisionLanguageModel
 from tests.support.tiling import BUILDERS, build, png, without_videos
+from tests.support.tokenizers import TOKENIZERS
 
 FAMILIES = tuple(BUILDERS)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -191,6 +192,32 @@ def test_every_turn_behind_images_is_learnt(family: str, load: Callable[..., Vis
     alone = [model.collate([one]) for one in (features, model.preprocess_task(SAMPLES[0]))]
     expected = sum(model.task_loss(batch).item() * batch.tokens for batch in alone) / both.tokens
     assert model.task_loss(both).item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("written", ["gpt2", "llama", "gemma"])
+def test_prompt_and_response_are_one_text_behind_images(
+    written: str, tmp_path: Path, load: Callable[..., VisionLanguageModel]
+) -> None:
+    """As for a model without images: what would extend over the boundary is told, and split."""
+    path = build("llava_next", tmp_path / written, TOKENIZERS[written]())
+    model = load("llava_next", path=str(path))
+    for response in (" One primary color is red.", "Paris"):
+        sample = question("a", "<image>\nName a primary color:", SQUARE, response=response)
+        ids = model.preprocess_task(sample).tokens["input_ids"].tolist()
+        own = model.processor(images=[opened(sample)], text=[sample.prompt + response])["input_ids"][0]
+        assert ids == [*own, model.tokenizer.eos_token_id]
+        assert not model.boundary_merges(sample)
+    sample = question("a", "<image>\nName a prim", SQUARE, response="ary color")
+    whole = model.processor(images=[opened(sample)], text=["<image>\nName a primary color"])["input_ids"][0]
+    prompt = model.preprocess(sample).tokens["input_ids"].tolist()
+    assert model.boundary_merges(sample) == (whole[: len(prompt)] != prompt)
+    ids = model.preprocess_task(sample).tokens["input_ids"].tolist()
+    assert ids[: len(prompt)] == prompt
+    assert model.tokenizer.decode(ids, skip_special_tokens=True).endswith("Name a primary color")
+    assert model.text.leads == (written == "llama")  # its answers had a space in front, when they were taken alone
+    before = model.preprocessor_fingerprint()
+    model.text.leads = not model.text.leads
+    assert model.preprocessor_fingerprint() != before
 
 
 # --- refusals -------------------------------------------------------------------------------------------------

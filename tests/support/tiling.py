@@ -60,6 +60,14 @@ TEMPLATE = (
     "{% if part['type'] == 'image' %}MARK{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and LEARNT %}"
+    "{% generation %}{{ m['content'][0]['text'] }}<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}"
+    "{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}MARK{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{{ '\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The same text, with the marks of what is learnt."""
 
 
 class NoVideos(VideoProcessorMixin):

@@ -66,7 +66,8 @@ def paired(runs: Sequence[FinishedRun]) -> list[Paired]:
 
 def _pair(run: FinishedRun, skill: str, against: str, other: FinishedRun, when: str) -> Paired | None:
     theirs, ours = _records(other, skill, when), _records(run, skill, "after")
-    of_tokens = (run.result.get(skill) or {}).get("metric") == "token_accuracy"
+    score = (run.result.get("skills") or {}).get(skill) or run.result.get(skill) or {}
+    of_tokens = score.get("metric") == "token_accuracy"
     outcome = "hits" if of_tokens else "correct"
     if not ours or theirs.keys() != ours.keys() or not all(outcome in record for record in ours.values()):
         return None

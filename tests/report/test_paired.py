@@ -69,6 +69,15 @@ def test_token_accuracy_has_a_sign_test_over_its_samples(tmp_path: Path) -> None
     assert found["hidden", "old", "Plain fine-tuning"].p == pytest.approx(2 * (1 + 10) / 2**10)
     assert found["hidden", "old", "Plain fine-tuning"].agreeing is None
     assert "Plain fine-tuning 10 1 9 0.021 –" in Page(report(made, tmp_path)[1]).text
+    skills = {"skills.walking.anchors": {"path": "walking.jsonl"}, "evaluation.old": None}
+    for run in made:
+        run.write_config(run.config().changed(skills))
+        result = run.finished() or {}
+        run.write_result({**result, "skills": {"walking": result["old"]}})
+        for when in ("before", "after"):
+            run.write_predictions(f"walking_{when}", run.read_predictions(f"old_{when}"))
+    counted = {(pair.run.arm, pair.skill): (pair.lost, pair.gained) for pair in paired(read_runs(made))}
+    assert counted["hidden", "walking"] == (1, 9), "one of several skills"
 
 
 def test_a_single_run_has_intervals_over_its_samples(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_vision_language_model_trains_on_its_first_config(digits: Digits, tmp_
 def test_running_text_goes_on_at_every_token(text_model: Path, tmp_path: Path) -> None:
     (tmp_path / "prose.txt").write_text("It was a dark and stormy night.\n" * 300)
     prose = str(tmp_path / "prose.txt")
-    config = read(draft(Asked(str(text_model), prose, prose), LAPTOP))
+    config = read(draft(Asked(str(text_model), prose, prose, new=prose), LAPTOP))
     assert config.task.columns == Columns(prompt=None, response="text")  # type: ignore[union-attr]
     assert config.anchors is not None
     assert config.anchors.source is not None

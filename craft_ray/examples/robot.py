@@ -36,8 +36,8 @@ from craft_ray.lerobot.tokenizers import (
     write_action_tokenizer,
     write_text_tokenizer,
 )
+from craft_ray.pace import Pace, Report, unreported
 from craft_ray.quiet import without_prints
-from craft_ray.run.pace import Pace, Report, unreported
 
 # -- what `craft-ray demo --preset robot` makes
 

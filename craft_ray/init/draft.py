@@ -20,6 +20,9 @@ HELD_OUT = 10
 FEWEST_HELD_OUT = 20
 """With fewer rows than this in that tenth, nothing is held out."""
 
+REPLIES = 8
+"""Answers that the report shows beside a perplexity, before and after."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -208,17 +211,17 @@ def _evaluation(
 
 
 def _scored(facts: DataFacts, section: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """How a set is scored: by choice where it has choices, by equality where answers are short, or by perplexity."""
+    """How a set is scored: by choice where it has choices, by equality where answers are short, or by perplexity, with
+    a few replies to read where there is something to reply to."""
     assert facts.columns is not None
+    new_tokens = max(1, min(facts.response_tokens, sizes.new_tokens))
     if facts.columns.choices is not None:
         return {"metric": "choice", "data": section}
     if facts.answer_tokens <= SHORT_ANSWER and not facts.running_text:
-        return {
-            "metric": "exact_match",
-            "data": section,
-            "max_new_tokens": min(facts.response_tokens, sizes.new_tokens),
-        }
-    return {"metric": "perplexity", "data": section}
+        return {"metric": "exact_match", "data": section, "max_new_tokens": new_tokens}
+    if facts.running_text:
+        return {"metric": "perplexity", "data": section}
+    return {"metric": "perplexity", "data": section, "replies": REPLIES, "max_new_tokens": new_tokens}
 
 
 def _workers(hardware: Hardware, parameters: int) -> list[str]:

@@ -36,8 +36,7 @@ class CausalLM(HuggingFaceModel, PackingModel):
 
     def encode_learnt(self, sample: Sample) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         assert self.chat is not None
-        rendered = self.chat.learnt(sample)
-        cut = self.text.cut(rendered.text, [at for span in rendered.spans for at in span], self.text.written)
+        cut = self.text.learnt(self.chat.learnt(sample))
         return _one(cut.ids), cut.inside()
 
     def cut(self, sample: Sample) -> Cut:

@@ -56,24 +56,28 @@ class ChatTemplate:
                 f"model.chat_template is true, but {path} has no chat template: set it to false, or specify a model "
                 f"that was trained on conversations"
             )
+        self.example = self._example()
+        """What it writes for a question with an answer."""
         self.end, self.end_id = self._end_of_turn()
 
     # -- how a turn ends
 
-    def _end_of_turn(self) -> tuple[str | None, int | None]:
-        """The first token of its own that the template writes behind an assistant's turn, as text and as a number."""
+    def _example(self) -> str:
         asked: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
         try:
-            text = self._written_by(asked, None, False, "")
+            return self._written_by(asked, None, False, "")
         except Exception as without:  # some templates want a system turn; others are broken
             try:
-                text = self._written_by([{"role": "system", "content": "?"}, *asked], None, False, "")
+                return self._written_by([{"role": "system", "content": "?"}, *asked], None, False, "")
             except Exception:
                 raise ConfigError(
                     f"model.chat_template is true, but the template of {self._path} writes no question with an answer "
                     f"({first_line(without)}): set it to false, or correct the template"
                 ) from None
-        behind = text.rpartition(PROBE)[2]
+
+    def _end_of_turn(self) -> tuple[str | None, int | None]:
+        """The first token of its own that the template writes behind an assistant's turn, as text and as a number."""
+        behind = self.example.rpartition(PROBE)[2]
         own = self._tokenizer.added_tokens_decoder
         ids: list[int] = self._tokenizer(behind, add_special_tokens=False)["input_ids"]
         for token in ids:

@@ -31,11 +31,7 @@ from craft_ray.method.pooling import Layout, Pooling
 from craft_ray.models.base import Batch, Features, evaluating
 from craft_ray.models.capabilities import LogitsModel, TensorModel
 from craft_ray.models.chat import ChatTemplate
-from craft_ray.models.checks import (
-    check_decoder,
-    check_states,
-    generates_in_padded_batches,
-)
+from craft_ray.models.checks import check_decoder, check_states, generates_in_padded_batches
 from craft_ray.models.compiling import compile_blocks
 from craft_ray.models.dropout import disable_dropout
 from craft_ray.models.fingerprint import (
@@ -251,7 +247,9 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         return ids
 
     def boundary_merges(self, sample: Sample) -> bool:
-        return self.cut(sample).merged
+        if sample.conversation is None or self.chat is None or self.suffix_type:
+            return self.cut(sample).merged
+        return self.text.learnt(self.chat.learnt(sample)).merged  # over the boundaries of any turn
 
     def _written(self, sample: Sample) -> Cut:
         """What the chat template writes for prompt and response, cut where the response begins."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from craft_ray.models.chat import LITERAL, special_tokens
+from craft_ray.models.chat import LITERAL, Rendered, special_tokens
 
 Encode = Callable[[str], list[int]]
 
@@ -36,6 +36,8 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._prefix, self.appended = self._ends()
         self._special = special_tokens(tokenizer)
+        self.leads = self.following("", "a") != self._bare("a")
+        """Whether a text that stands alone gets something in front that it does not get behind another."""
 
     def plain(self, text: str) -> list[int]:
         """The tokens of a text with the special tokens that the tokenizer puts in front of it."""
@@ -79,6 +81,10 @@ class TextEncoder:
                 ids += self.following("" if number else text[:start], piece)
             places.append(len(ids))
         return Cut(ids, places[:-1], True)
+
+    def learnt(self, rendered: Rendered) -> Cut:
+        """What a chat template wrote, cut where each turn that is learnt begins and ends."""
+        return self.cut(rendered.text, [at for span in rendered.spans for at in span], self.written)
 
     def without_appended(self, ids: Sequence[int]) -> list[int]:
         """Tokens without those that the tokenizer appended to them."""

@@ -50,12 +50,17 @@ class VisionLanguageModel(HuggingFaceModel):
             self._check_marks(sample)
         if self.chat is not None:
             return self._encode(self.chat.prompt(sample), _images(sample), sample)
-        mark, images = self.processor.image_token, _images(sample)
-        text = sample.prompt if mark == IMAGE_MARK else sample.prompt.replace(IMAGE_MARK, self._written_image)
-        if mark not in text:
-            text = (mark if sample.images is None else self._written_image * len(images)) + text
+        text, images = self._marked(sample), _images(sample)
         self._check_images(text, images, sample)
         return self._apart(self._processed(text, images), sample)
+
+    def _marked(self, sample: Sample) -> str:
+        """A prompt, without a template, with the model's marks for its images."""
+        mark = self.processor.image_token
+        text = sample.prompt if mark == IMAGE_MARK else sample.prompt.replace(IMAGE_MARK, self._written_image)
+        if mark in text:
+            return text
+        return (mark if sample.images is None else self._written_image * len(sample.images)) + text
 
     @cached_property
     def _written_image(self) -> str:
@@ -138,7 +143,7 @@ class VisionLanguageModel(HuggingFaceModel):
         assert self.chat is not None
         rendered, images = self.chat.learnt(sample), _images(sample)
         ends = [at for span in rendered.spans for at in span]
-        cut = self.text.cut(rendered.text, ends, self.text.written)
+        cut = self.text.learnt(rendered)
         encoded = self._encode(rendered.text, images, sample)
         places = []
         for end, place in zip(ends, cut.places, strict=True):
@@ -159,7 +164,11 @@ class VisionLanguageModel(HuggingFaceModel):
     def cut(self, sample: Sample) -> Cut:
         if self.chat is not None:
             return self._written(sample)
-        return Cut(self.tokenizer(sample.answer(), add_special_tokens=False)["input_ids"], [0], False)
+        answer = sample.answer()
+        if self.suffix_type:  # PaliGemma's processor tokenises prefix and suffix apart
+            return Cut(self.tokenizer(answer, add_special_tokens=False)["input_ids"], [0], False)
+        prompt = self._marked(sample)
+        return self.text.cut(prompt + answer, [len(prompt)], self.text.plain)
 
     def _encode(self, text: str, images: Sequence[Image.Image], sample: Sample) -> dict[str, Tensor]:
         """What a chat template wrote, as the processor's own `apply_chat_template` encodes it."""
@@ -261,7 +270,9 @@ class VisionLanguageModel(HuggingFaceModel):
         settings = without_locations(self.processor.to_dict())
         settings["image_processor"] = without_locations(images.to_dict())
         own = self.config.image_processor
-        return [type(images).__name__, settings, *([dict(own)] if own else [])]
+        # Behind a prompt an answer has other tokens than alone: it was tokenised alone before.
+        joined = [["answers behind prompts"]] if self.chat is None and not self.suffix_type and self.text.leads else []
+        return [type(images).__name__, settings, *([dict(own)] if own else []), *joined]
 
 
 def _images(sample: Sample) -> list[Image.Image]:

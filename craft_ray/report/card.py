@@ -144,10 +144,19 @@ def _body(run: FinishedRun, name: str, fields: CardFields, arms: Table | None) -
     yield f"```python\n{_loading(config)}\n```"
     yield "## How it was trained"
     if run.environment is not None:
-        yield f"```\n{public_command(run.environment['command'])}\n```"
+        yield "```\n" + "\n".join(map(public_command, _commands(config, run.environment["command"]))) + "\n```"
     yield f"Settings that are not the default:\n\n```yaml\n{_settings(config)}```"
     if run.environment is not None:
         yield _environment(run.environment)
+
+
+def _commands(config: Experiment, own: Sequence[str]) -> list[Sequence[str]]:
+    """The command of a run, behind the one that builds its cache. A comparison and a sweep build theirs themselves, and
+    a resumed run's command names no config to build from."""
+    builds = config.anchors is not None and config.craft.anchor_cache_dir is not None
+    if not builds or list(own[:2]) != ["craft-ray", "train"] or any(word.startswith("--") for word in own):
+        return [own]
+    return [["craft-ray", "anchors", "build", *own[2:]], own]
 
 
 def _trained(config: Experiment) -> str:

@@ -31,7 +31,7 @@ class Paired:
     against: str
     samples: int
     lost: int
-    """Samples that the other model got right and the run wrong."""
+    """Samples that the other model got right and the run wrong; of `token_accuracy`, those with fewer right tokens."""
     gained: int
     agreeing: int | None
     """Samples with the same answer, whatever the right one is; None for episodes."""
@@ -43,13 +43,15 @@ class Paired:
 
     @property
     def p(self) -> float:
-        """P of at least so uneven a split of the differences, if each went either way with equal chance."""
+        """P of at least so uneven a split of the differences, if each went either way with equal chance: McNemar's
+        test; of `token_accuracy` the sign test, which is the same binomial."""
         return mcnemar(self.lost, self.gained)
 
 
 def paired(runs: Sequence[FinishedRun]) -> list[Paired]:
     """Each run against the teacher on the old skill, and each other arm against plain fine-tuning on both, and on which
-    of the two answers as the teacher does; of metrics whose samples are right or wrong."""
+    of the two answers as the teacher does; of metrics whose samples are right or wrong, and of `token_accuracy`, by
+    each sample's number of right tokens."""
     plain = {run.seed: run for run in runs if run.arm == "baseline"}
     found = []
     for run in runs:
@@ -64,15 +66,17 @@ def paired(runs: Sequence[FinishedRun]) -> list[Paired]:
 
 def _pair(run: FinishedRun, skill: str, against: str, other: FinishedRun, when: str) -> Paired | None:
     theirs, ours = _records(other, skill, when), _records(run, skill, "after")
-    if not ours or theirs.keys() != ours.keys() or not all("correct" in record for record in ours.values()):
+    score = (run.result.get("skills") or {}).get(skill) or run.result.get(skill) or {}
+    of_tokens = score.get("metric") == "token_accuracy"
+    outcome = "hits" if of_tokens else "correct"
+    if not ours or theirs.keys() != ours.keys() or not all(outcome in record for record in ours.values()):
         return None
-    answers = [(theirs[id_]["correct"], record["correct"]) for id_, record in ours.items()]
-    lost = sum(before and not after for before, after in answers)
-    gained = sum(after and not before for before, after in answers)
+    gains = [int(record[outcome]) - int(theirs[id_][outcome]) for id_, record in ours.items()]
+    lost, gained = sum(gain < 0 for gain in gains), sum(gain > 0 for gain in gains)
     agreeing = None
-    if all("prediction" in record for record in (*theirs.values(), *ours.values())):
+    if not of_tokens and all("prediction" in record for record in (*theirs.values(), *ours.values())):
         agreeing = sum(theirs[id_]["prediction"] == record["prediction"] for id_, record in ours.items())
-    return Paired(run, skill, against, len(answers), lost, gained, agreeing)
+    return Paired(run, skill, against, len(gains), lost, gained, agreeing)
 
 
 def _agreement_pair(run: FinishedRun, skill: str, against: str, other: FinishedRun) -> Paired | None:

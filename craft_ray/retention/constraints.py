@@ -25,6 +25,7 @@ from craft_ray.method.surgery import merged_norm
 from craft_ray.models import teacher_of
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
+from craft_ray.pace import Report, unreported
 from craft_ray.retention import mode_named
 from craft_ray.retention.constraint import ANCHOR_STREAM, Constraint
 from craft_ray.retention.mixture import Mixture
@@ -39,6 +40,7 @@ def open_constraints(
     teacher_weights: str | None,
     workers: Workers,
     features: FeatureCache | None = None,
+    report: Report = unreported,
 ) -> Constraints:
     """The constraints that a run enforces or only measures; none where its config names no anchor cache.
 
@@ -46,6 +48,7 @@ def open_constraints(
         teacher_weights: hash of the untouched student's weights; None on resume, where the student is no longer the
             teacher and the checkpoint names the cache instead.
         features: preprocessed anchors of earlier runs in this process.
+        report: receives how far a mode is that has to see all anchors before the first step.
 
     Raises:
         ConfigError: CRaFT is enabled and there is no cache to hold the student to, or the model or the retention mode
@@ -60,7 +63,7 @@ def open_constraints(
             "craft is enabled, but craft.anchor_cache_dir names no cache: build one with 'craft-ray anchors build', or "
             "set craft.enabled=false for plain fine-tuning"
         )
-    mode = open_mode(config, model, teacher_weights, features)
+    mode = open_mode(config, model, teacher_weights, features, report if workers.rank == 0 else unreported)
     if not config.skills:
         return Constraints(config, [Constraint(config, mode, workers)], workers)
     if not isinstance(mode, SampleMode):
@@ -70,7 +73,11 @@ def open_constraints(
 
 
 def open_mode(
-    config: Experiment, model: Model, teacher_weights: str | None, features: FeatureCache | None = None
+    config: Experiment,
+    model: Model,
+    teacher_weights: str | None,
+    features: FeatureCache | None = None,
+    report: Report = unreported,
 ) -> RetentionMode[Any]:
     """The retention mode of a run on its cache, after every check that the cache's identity allows.
 
@@ -78,6 +85,7 @@ def open_mode(
         teacher_weights: hash of the untouched student's weights; None on resume, where the student is no longer the
             teacher and the checkpoint names the cache instead.
         features: preprocessed anchors of earlier runs in this process.
+        report: as in `open_constraints`.
 
     Raises:
         CacheRefused: the cache belongs to another teacher or preprocessor, or lacks what the config asks for.
@@ -86,7 +94,7 @@ def open_mode(
     craft, features = config.craft, features or FeatureCache()
     teacher = teacher_of(config, model, teacher_weights is not None)
     if not RETENTION_MODES[craft.retention_mode].stores:
-        return mode_named(craft.retention_mode).open(Opening(craft, model, None, (), (), features, teacher))
+        return mode_named(craft.retention_mode).open(Opening(craft, model, None, (), (), features, teacher, report))
     assert craft.anchor_cache_dir is not None
     folder = storage_path(craft.anchor_cache_dir)
     manifest = read_manifest(folder)
@@ -95,7 +103,7 @@ def open_mode(
     if craft.enabled:
         model.check_anchors([craft.retention_mode], positions)
     anchors = open_anchors(folder, manifest)
-    run = Opening(craft, model, anchors, layers, positions, features, teacher)
+    run = Opening(craft, model, anchors, layers, positions, features, teacher, report)
     return mode_named(craft.retention_mode).open(run)
 
 

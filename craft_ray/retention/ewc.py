@@ -12,10 +12,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from craft_ray import interruption
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.method.fisher import diagonal_fisher
 from craft_ray.models.base import IGNORE, Model, evaluating
 from craft_ray.models.capabilities import logits_model
+from craft_ray.pace import Pace, Report, unreported
 from craft_ray.retention.inputs import AnchorInputs
 from craft_ray.retention.mode import Opening
 from craft_ray.retention.weights import WeightDistance, WholeModel
@@ -50,20 +52,26 @@ class EWC(WeightDistance):
         trained = [name for name, p in run.model.module.named_parameters() if p.requires_grad]
         parameters = dict(teacher.module.named_parameters())
         with evaluating(teacher.module):
-            fisher = diagonal_fisher([parameters[name] for name in trained], drawn(teacher, inputs, train))
+            fisher = diagonal_fisher([parameters[name] for name in trained], drawn(teacher, inputs, train, run.report))
         return cls(run.model, teacher, fisher, anchors.fingerprint)
 
     def loss(self, batch: WholeModel) -> Tensor:
         return self.distance(self.fisher)
 
 
-def drawn(teacher: Model, inputs: AnchorInputs, rows: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
+def drawn(
+    teacher: Model, inputs: AnchorInputs, rows: Sequence[int], report: Report = unreported
+) -> Iterator[tuple[Tensor, int]]:
     """For each anchor the log-likelihood of tokens that are drawn from the teacher at each place of its cached suffix,
     and their number."""
     generator = torch.Generator().manual_seed(DRAWS_SEED)
     model = logits_model(teacher)
-    for row in rows:
+    pace = Pace("measuring the Fisher information on the anchors", len(rows), report)
+    for done, row in enumerate(rows, 1):
+        interruption.check()
         batch = inputs.batch([row]).to(teacher.device)
         log_probs_TV = model.logits(batch)[batch.targets_BP != IGNORE].float().log_softmax(-1)
         draws_T1 = torch.multinomial(log_probs_TV.detach().exp().cpu(), 1, generator=generator).to(teacher.device)
         yield log_probs_TV.gather(1, draws_T1).sum(), len(draws_T1)
+        pace.reached(done)
+    pace.end()

@@ -15,6 +15,7 @@ from craft_ray.config import CraftConfig
 from craft_ray.config.modes import Unit
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
+from craft_ray.pace import Report, unreported
 
 
 class Terms(Protocol):
@@ -47,6 +48,8 @@ class Opening:
     teacher: Callable[[], Model]
     """The model before fine-tuning: the student itself before its first step, and in a resumed run one that is loaded
     for it."""
+    report: Report = unreported
+    """Receives how far a pass over the anchors is."""
 
     @property
     def anchors(self) -> AnchorSet:

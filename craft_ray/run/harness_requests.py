@@ -3,7 +3,8 @@ greedy replies up to a stop string.
 
 Texts become tokens as in the harness's own adapter for transformers (lm_eval/models/huggingface.py): context and
 continuation are tokenised together and cut behind the context's tokens, and spaces at the end of the context belong to
-the continuation. A context that is too long is an error here, where the harness cuts off its beginning.
+the continuation. The tokenizer puts its BOS in front, also of what a chat template wrote, unless the text begins with
+one. A context that is too long is an error here, where the harness cuts off its beginning.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from craft_ray.errors import DataError
+from craft_ray.models.base import Model
 from craft_ray.models.causal_lm import CausalLM
 from craft_ray.run.likelihood import likelihoods, passes
 from craft_ray.workers import Workers
@@ -104,7 +106,7 @@ def replies(model: CausalLM, asked: Sequence[Prompt], size: int, workers: Worker
     for one in asked:
         one.check()
     features = [
-        model.from_tokens(_encoded(model, one.context) or _prefix(model), (), f"sample {one.name}") for one in asked
+        model.from_tokens(model.text.plain(one.context) or _prefix(model), (), f"sample {one.name}") for one in asked
     ]
     found = [""] * len(asked)
     filler = model.from_tokens(_prefix(model), (), "filler")
@@ -121,18 +123,22 @@ def replies(model: CausalLM, asked: Sequence[Prompt], size: int, workers: Worker
     return found
 
 
+def asked_otherwise(model: Model) -> list[str]:
+    """For the key of a score: that the prompts of a chat model have a BOS that they did not have before."""
+    if not isinstance(model, CausalLM) or model.chat is None:
+        return []
+    text, example = model.text, model.chat.example
+    return ["BOS in front of chat prompts"] if text.plain(example) != text.written(example) else []
+
+
 def _tokens(model: CausalLM, one: Continuation) -> tuple[list[int], list[int]]:
     if not one.context:
         ids, prefix = list(model.tokenizer(one.text, add_special_tokens=False)["input_ids"]), _prefix(model)
         return (ids[:1], ids[1:]) if ids[:1] == prefix else (prefix, ids)
     context = one.context.rstrip()
     text = one.context[len(context) :] + one.text
-    start = _encoded(model, context)
-    return start or _prefix(model), _encoded(model, context + text)[len(start) :]
-
-
-def _encoded(model: CausalLM, text: str) -> list[int]:
-    return model.text.plain(text) if model.chat is None else model.text.written(text)
+    start = model.text.plain(context)
+    return start or _prefix(model), model.text.plain(context + text)[len(start) :]
 
 
 def _prefix(model: CausalLM) -> list[int]:

@@ -8,15 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from craft_ray.config import EvalSet, EvaluationConfig, Experiment, SampleEvalSet, ValidationConfig, scores_of
+from craft_ray.config import (
+    EvalSet,
+    EvaluationConfig,
+    Experiment,
+    HarnessEvalSet,
+    SampleEvalSet,
+    ValidationConfig,
+    scores_of,
+)
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.models.fingerprint import json_fingerprint
+from craft_ray.pace import Pace, Report, unreported
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.harness_requests import asked_otherwise
 from craft_ray.run.kept import Certificate, agreement, kept_bounds
 from craft_ray.run.metrics import Record
-from craft_ray.run.pace import Pace, Report, unreported
 from craft_ray.run.rows import Rows
 from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set, ratio
 from craft_ray.storage.files import write_atomically
@@ -215,6 +224,8 @@ class HeldOut:
         how = [self._model.preprocessor_fingerprint(), self._config.train.precision]
         if data.judge is not None and data.judge.identity:
             how.append(data.judge.identity)
+        if isinstance(eval_set, HarnessEvalSet):
+            how += asked_otherwise(self._model)
         key = json_fingerprint([teacher, data.of.fingerprint, eval_set.decisive, how])
         own = self._own_teacher_score(section, skill)
         shared = self._folder.shared / f".teacher-score-{key[:16]}.json"

@@ -30,7 +30,7 @@ from craft_ray.method.pooling import token_positions
 from craft_ray.models.base import Model
 from craft_ray.models.capabilities import token_model
 from craft_ray.models.fingerprint import json_fingerprint
-from craft_ray.run.pace import Pace, Report, unreported
+from craft_ray.pace import Pace, Report, unreported
 from craft_ray.storage.files import write_atomically
 from craft_ray.storage.node_cache import node_cache
 from craft_ray.workers import Workers

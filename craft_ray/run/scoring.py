@@ -21,10 +21,10 @@ from craft_ray.extras import require_lerobot
 from craft_ray.models.base import Features, Model, evaluating
 from craft_ray.models.capabilities import token_model
 from craft_ray.models.features import FeatureCache
+from craft_ray.pace import Pace
 from craft_ray.run.harness import HarnessTasks
 from craft_ray.run.judges import judge_of
 from craft_ray.run.likelihood import likelihoods, passes
-from craft_ray.run.pace import Pace
 from craft_ray.workers import Workers
 
 HIGHER_IS_BETTER = {

@@ -15,6 +15,7 @@ import torch
 from craft_ray import interruption
 from craft_ray.models.base import IGNORE, Features, Model, evaluating
 from craft_ray.models.capabilities import token_model
+from craft_ray.pace import Pace, Report, unreported
 from craft_ray.workers import Workers
 
 
@@ -25,6 +26,7 @@ class TokenMask:
         features: a sample with its response, by row.
         rows: their number.
         threshold: loss in nats above which the teacher's likelihood masks a token.
+        report: receives how far the teacher's pass over them is.
     """
 
     def __init__(
@@ -35,14 +37,18 @@ class TokenMask:
         threshold: float,
         batch_size: int,
         workers: Workers,
+        report: Report = unreported,
     ) -> None:
         self.threshold = threshold
         found: list[tuple[tuple[int, ...], int]] = []
         mine = range(workers.rank, rows, workers.world_size)
+        pace = Pace("masking tokens by the teacher's loss", rows, report if workers.rank == 0 else unreported)
         with torch.inference_mode(), evaluating(teacher.module):
             for start in range(0, len(mine), batch_size):
                 interruption.check()
                 found += _learnt(teacher, [features(row) for row in mine[start : start + batch_size]], threshold)
+                pace.reached(len(found) * workers.world_size)
+        pace.end()
         shares = workers.gather(found)
         size = workers.world_size
         both = [shares[row % size][row // size] for row in range(rows)]

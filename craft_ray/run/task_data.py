@@ -13,6 +13,7 @@ from craft_ray.errors import ConfigError
 from craft_ray.models.base import Batch, Features, Model
 from craft_ray.models.capabilities import TokenModel, packing_model
 from craft_ray.models.features import FeatureCache
+from craft_ray.pace import Report, unreported
 from craft_ray.retention.mode import split
 from craft_ray.run.rows import Rows
 from craft_ray.run.scoring import source_identity
@@ -31,6 +32,7 @@ class TaskData:
     Args:
         features: preprocessed samples of earlier runs in this process.
         teacher: the model before fine-tuning, for `train.mask_loss_above`.
+        report: receives how far its pass over the samples is.
 
     Raises:
         ConfigError: the model cannot read the data, or there are no responses to learn.
@@ -43,6 +45,7 @@ class TaskData:
         workers: Workers,
         features: FeatureCache,
         teacher: Callable[[], Model],
+        report: Report = unreported,
     ) -> None:
         self.source = open_task(config.task)
         self._streamed = isinstance(self.source, StreamedSource)
@@ -70,7 +73,7 @@ class TaskData:
             )
         if threshold is not None:
             size = config.train.batch_size
-            self.mask = TokenMask(teacher(), self._features, len(self.source), threshold, size, workers)
+            self.mask = TokenMask(teacher(), self._features, len(self.source), threshold, size, workers, report)
 
     @property
     def count(self) -> int | None:

@@ -112,12 +112,13 @@ class Run:
         if config.adapter is not None and teacher_weights is not None:
             torch.manual_seed(config.seed)  # the adapter's first values do not depend on how the model was loaded
             attach(self.model, config.adapter, config.model, teacher_weights)
-        self.task = TaskData(config, self.model, workers, features, teacher_of(config, self.model, checkpoint is None))
+        teacher = teacher_of(config, self.model, checkpoint is None)
+        self.task = TaskData(config, self.model, workers, features, teacher, observer.progress)
         if self.main:
             untouched = model_identity(config, self.model, teacher_weights)
             check_same(folder, config, self.task.source.fingerprint, untouched)
         self.held_out = HeldOut(config, self.model, teacher_weights, folder, workers, features, observer.progress)
-        self.constraints = open_constraints(config, self.model, teacher_weights, workers, features)
+        self.constraints = open_constraints(config, self.model, teacher_weights, workers, features, observer.progress)
         self.gradients = self.constraints.gradient_pair(self.model)
         self.optimization = make_optimization(self.model, self.gradients.parameters, config.train)
         self.optimizer = self.optimization.optimizer
@@ -175,10 +176,9 @@ class Run:
         return prefetch(self._step_data, self.step, stop, self.config.train.prefetch)
 
     def _step_data(self, step: int) -> StepData:
-        device = self.workers.device
-        task = [part.to(device) for part in self.task.batches(step)]
+        task = [part.to(self.workers.device) for part in self.task.batches(step)]
         anchors = self.constraints.batches(step)
-        return StepData(task, None if anchors is None else [part.to(device) for part in anchors])
+        return StepData(task, None if anchors is None else [part.to(self.workers.device) for part in anchors])
 
     # -- the loop
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from ray.experimental import internal_kv
 
 from craft_ray.background import in_background
-from craft_ray.run.pace import Pace, Report
+from craft_ray.pace import Pace, Report
 
 NAMESPACE = "craft-ray"
 POLL_S = 1.0

@@ -10,7 +10,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,11 +124,29 @@ class ConsoleObserver:
         self._open.close()
 
 
+class Notes:
+    """What several runs note: each text once, under the name of the run that says it first. Runs of one config on the
+    same data note mostly the same."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._said: set[str] = set()
+        self._lock = threading.Lock()
+
+    def add(self, label: str, text: str) -> None:
+        with self._lock:
+            if text in self._said:
+                return
+            self._said.add(text)
+        self._say(f"[{label}] {text}")
+
+
 class Together:
-    """The steps of several runs as one bar; each run reports from its own thread."""
+    """The steps of several runs as one bar, and their notes; each run reports from its own thread."""
 
     def __init__(self, screen: Screen, runs: int, steps: int) -> None:
         self.screen = screen
+        self.notes = Notes(screen.line)
         self._what, self._steps, self._done = f"{runs} runs, steps", steps, 0
         self._lock = threading.Lock()
         screen.bar(self._what, 0, steps)
@@ -140,7 +158,7 @@ class Together:
 
 
 class QuarterObserver:
-    """Prints one run among several: a line after each quarter of its steps, and one at the end."""
+    """Prints one run among several: its notes, a line after each quarter of its steps, and one at the end."""
 
     def __init__(self, label: str, steps: int, mode: str, together: Together) -> None:
         self.label = label
@@ -151,7 +169,7 @@ class QuarterObserver:
         self._screen = together.screen
 
     def note(self, text: str) -> None:
-        pass
+        self._together.notes.add(self.label, text)
 
     def progress(self, what: str, done: float, total: int, left_s: float) -> None:
         self._screen.progress(f"[{self.label}] {what}", done, total, left_s)
@@ -196,43 +214,60 @@ class FileObserver:
         append_text(self.path, json.dumps(message) + "\n")
 
 
+class Messages:
+    """What a `FileObserver` in another process writes into a file, as it grows."""
+
+    def __init__(self, path: StoragePath) -> None:
+        """Forget what an earlier process has written."""
+        self.path = path
+        self.poll_s = STORE_POLL_S if isinstance(path, ObjectPath) else POLL_S
+        self._position = 0
+        path.unlink(missing_ok=True)
+
+    def pass_to(self, observer: Observer) -> None:
+        """Pass on what has come since the last look."""
+        try:
+            if not self.path.exists():
+                return
+            with self.path.open("rb") if isinstance(self.path, Path) else self.path.open_input() as file:
+                file.seek(self._position)
+                *lines, rest = file.read().split(b"\n")
+                self._position = file.tell() - len(rest)
+        except (OSError, StorageError):  # the next look may succeed
+            return
+        for line in lines:
+            message = json.loads(line)
+            if "note" in message:
+                observer.note(message["note"])
+            elif "progress" in message:
+                observer.progress(*message["progress"])
+            elif "validated" in message:
+                observer.validated(message["validated"])
+            elif "done" in message:
+                observer.done(message["done"])
+            else:
+                observer.steps(message["steps"])
+
+    def end(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
 @contextmanager
 def following(path: StoragePath, observer: Observer) -> Iterator[None]:
     """Pass to `observer` what a `FileObserver` in another process writes into `path`, while the body runs."""
-    path.unlink(missing_ok=True)
+    messages = Messages(path)
 
     def follow(done: threading.Event) -> None:
-        position, ended = 0, False
-        poll_s = STORE_POLL_S if isinstance(path, ObjectPath) else POLL_S
+        ended = False
         while not ended:
-            ended = done.wait(poll_s)  # the file is read once more after the end
-            try:
-                if not path.exists():
-                    continue
-                with path.open("rb") if isinstance(path, Path) else path.open_input() as file:
-                    file.seek(position)
-                    *lines, rest = file.read().split(b"\n")
-                    position = file.tell() - len(rest)
-            except (OSError, StorageError):  # the next look may succeed
-                continue
-            for line in lines:
-                message = json.loads(line)
-                if "note" in message:
-                    observer.note(message["note"])
-                elif "progress" in message:
-                    observer.progress(*message["progress"])
-                elif "validated" in message:
-                    observer.validated(message["validated"])
-                elif "done" in message:
-                    observer.done(message["done"])
-                else:
-                    observer.steps(message["steps"])
+            ended = done.wait(messages.poll_s)
+            messages.pass_to(observer)  # once more after the end
 
     try:
         with in_background(follow):
             yield
     finally:
-        path.unlink(missing_ok=True)
+        messages.end()
 
 
 def line(text: str) -> None:

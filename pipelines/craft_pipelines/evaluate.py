@@ -20,13 +20,13 @@ from craft_ray.models import load_model
 from craft_ray.models.adapters import CONFIG as ADAPTER
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
+from craft_ray.pace import Pace
 from craft_ray.report.wording import probability
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.harness import HarnessTasks
 from craft_ray.run.held_out import eval_sets, key_of, rows_of
-from craft_ray.run.pace import Pace
 from craft_ray.run.rows import check_rows
-from craft_ray.run.scoring import GRADED, OF_TEXT, Episodes, EvalData, Score, open_eval_set, outcome
+from craft_ray.run.scoring import GRADED, Episodes, EvalData, Score, open_eval_set, outcome
 from craft_ray.run.scoring import evaluate as score
 from craft_ray.run.sharded_checkpoint import SHARDS
 from craft_ray.statistics import mcnemar
@@ -228,6 +228,9 @@ def lines(done: Sequence[Scored]) -> Iterator[str]:
         )
         if done[0].scores[skill].metric in GRADED:
             changed = f"{lost} samples score lower, {won} higher"
+        elif done[0].scores[skill].metric == "token_accuracy":
+            chance = probability(mcnemar(lost, won))
+            changed = f"{lost} samples with fewer right tokens, {won} with more (sign test's P {chance})"
         yield f"{skill}, {done[0].label} -> {done[1].label}: {changed}"
 
 
@@ -238,18 +241,24 @@ def _cell(found: Score) -> str:
 
 def changes(done: Sequence[Scored]) -> dict[str, tuple[int, int]]:
     """By skill: how many samples the first of two models got right and the second wrong, or scored higher, and the
-    reverse. Empty unless there are two models; without skills whose texts are neither (perplexity, token accuracy)."""
+    reverse; of token accuracy by each sample's number of right tokens. Empty unless there are two models; without
+    skills whose texts have neither (perplexity)."""
     if len(done) != 2:
         return {}
     before, after = done
     found = {}
     for skill, first in before.scores.items():
-        if first.metric in OF_TEXT:
+        if first.metric == "perplexity":
             continue
         records = zip(first.records, after.scores[skill].records, strict=True)
-        gains = [outcome(two) - outcome(one) for one, two in records]
+        score = _hits if first.metric == "token_accuracy" else outcome
+        gains = [score(two) - score(one) for one, two in records]
         found[skill] = (sum(gain < 0 for gain in gains), sum(gain > 0 for gain in gains))
     return found
+
+
+def _hits(record: Mapping[str, Any]) -> float:
+    return float(record["hits"])
 
 
 def _write(done: Sequence[Scored], sources: Mapping[str, Source | Episodes | HarnessTasks], out: StoragePath) -> None:
@@ -267,6 +276,8 @@ def _write(done: Sequence[Scored], sources: Mapping[str, Source | Episodes | Har
     for skill, (lost, won) in changes(done).items():
         if result[skill]["metric"] in GRADED:
             result[skill] |= {"lower": lost, "higher": won}
+        elif result[skill]["metric"] == "token_accuracy":
+            result[skill] |= {"lower": lost, "higher": won, "sign_test_p": mcnemar(lost, won)}
         else:
             result[skill] |= {"right_to_wrong": lost, "wrong_to_right": won, "mcnemar_p": mcnemar(lost, won)}
     records = [

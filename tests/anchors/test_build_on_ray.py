@@ -120,7 +120,7 @@ def test_readers_beyond_the_cluster_are_one_line(digits: Digits, tmp_path: Path)
 
 def test_teachers_tell_how_far_their_shards_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_progress, "POLL_S", 0.1)
-    monkeypatch.setattr("craft_ray.run.pace.SAY_S", 0.0)
+    monkeypatch.setattr("craft_ray.pace.SAY_S", 0.0)
     join()
     reports: list[tuple[float, int]] = []
     progress = BuildProgress(100, 20, lambda *report: reports.append(report[1:3]))

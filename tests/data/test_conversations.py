@@ -149,7 +149,7 @@ def test_tools_and_calls_are_handed_on(tmp_path: Path) -> None:
     assert found.messages == (QUESTION, call | {"content": ""}, turns[2])
 
 
-def calling(name: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def calling(name: str, arguments: Any) -> list[dict[str, Any]]:
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
 
@@ -158,6 +158,20 @@ def schema(name: str, properties: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
     ]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_arguments_as_json_text_are_the_mapping(flat: bool, tmp_path: Path) -> None:
+    """OpenAI's data have text there, which a template with `arguments | tojson` would encode a second time."""
+    found = []
+    for arguments in ({"city": "Zürich", "days": [1, None]}, '{"city": "Z\\u00fcrich", "days": [1, null]}'):
+        call: dict[str, Any] = {"name": "weather", "arguments": arguments}
+        call = call if flat else {"id": "7", "type": "function", "function": call}
+        found.append(one(tmp_path, {"messages": [QUESTION, {"role": "assistant", "tool_calls": [call]}]}).answer)
+    assert found[0] == found[1]
+    assert found[0] is not None
+    calls = found[0]["tool_calls"]
+    assert (calls[0] if flat else calls[0]["function"])["arguments"] == {"city": "Zürich", "days": [1, None]}
 
 
 def test_calls_and_tools_are_the_same_in_arrows_layout(tmp_path: Path) -> None:
@@ -241,6 +255,20 @@ IMAGED = {"messages": "messages", "image": "images"}
             "turn 2 \\(assistant\\) has the tool calls '.*'; a list is expected",
         ),
         ({"messages": [QUESTION, {"role": "assistant", "tool_calls": ["clock"]}]}, {}, "has the tool calls \\['clock'"),
+        *(
+            (
+                {"messages": calling("weather", arguments)},
+                {},
+                rf"turn 2 \(assistant\) has the call .*, whose arguments are {expected}",
+            )
+            for arguments, expected in (
+                ('{"city":', "no JSON .*char 8"),
+                ("", "no JSON"),
+                ("[1]", r"\[1\]; an object, or one as JSON text, is expected"),
+                ([1], r"\[1\]; an object"),
+                (7, "7; an object"),
+            )
+        ),
         ({"messages": [TURNS[-1]]}, {}, "a single turn of the assistant"),
         *(
             ({"conversations": [SHAREGPT[1], {"from": "function_call", "value": value}]}, {}, expected)

@@ -11,6 +11,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.data_files import DataFilesDict, DataFilesList
 
 from craft_ray.config import HuggingFaceData, TaskConfig
 from craft_ray.data import streaming
@@ -194,6 +195,43 @@ def test_a_file_that_breaks_off_names_the_place(tmp_path: Path) -> None:
     with pytest.raises(CraftError, match=r"cannot be read beyond \d+ rows \(.*\): fix that, and resume") as caught:
         ids(source, 0, ROWS)
     assert "\n" not in caught.value.message
+
+
+class Hub:
+    """What the hub has under the name org/words, at a commit of each revision; the library streams it from a folder."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.commits = {None: "0a", "v1": "0a", "v2": "0b"}
+        self.asked: list[str | None] = []
+        builder_of, load = datasets.load_dataset_builder, datasets.load_dataset
+
+        def builder(path: str, revision: str | None) -> Any:
+            self.asked.append(revision)
+            found = builder_of(str(folder))
+            commit = self.commits[revision]
+            files = [f"hf://datasets/{path}@{commit}/train-{number}.parquet" for number in range(FILES)]
+            there = DataFilesList(files, [(path, commit)] * FILES)
+            found.config.data_files = DataFilesDict({"train": there})
+            return found
+
+        def rows(path: str, split: str, revision: str | None, streaming: bool) -> Any:
+            self.asked.append(revision)
+            return load(str(folder), split=split, streaming=streaming)
+
+        patch.setattr(datasets, "load_dataset_builder", builder)
+        patch.setattr(datasets, "load_dataset", rows)
+
+
+def test_a_data_set_of_the_hub_is_known_by_its_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, here = Hub(folder, monkeypatch), Path("org/words")
+    first, tagged, later = (opened(here, revision=name) for name in (None, "v1", "v2"))
+    assert hub.asked == [None, None, "v1", "v1", "v2", "v2"]
+    assert first.name == "org/words"
+    assert set(ids(first, 0, ROWS)) == {f"r{n:02d}" for n in range(ROWS)}
+    assert first.fingerprint == tagged.fingerprint, "a name of the same commit"
+    assert first.fingerprint != later.fingerprint
+    hub.commits[None] = "0c"
+    assert opened(here).fingerprint not in (first.fingerprint, later.fingerprint), "the main branch has moved"
 
 
 @pytest.mark.parametrize("listed", [False, True])

@@ -179,10 +179,12 @@ def test_quotes_newlines_and_marks_of_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"prompt,response\na,b\nc\n", "a.csv, line 3: 1 values, but the header has 2"),
-        (b'prompt,response\n"a\nb",c\nd,e,f\n', "a.csv, line 4: 3 values, but the header has 2"),
-        (b'prompt,response\na,"b"c\n', "a.csv, line 2: "),
-        (b'prompt,response\na,"b\nc\n', "a.csv, line 3: unexpected end of data"),
+        (b"prompt,response\na,b\nc\n", "a.csv, row 1 (line 3): 1 values, but the header has 2"),
+        (b'prompt,response\n"a\nb",c\nd,e,f\n', "a.csv, row 1 (line 4): 3 values, but the header has 2"),
+        (b'prompt,response\na,b\n\n"d\ne",e,f\n', "a.csv, row 1 (line 4): 3 values, but the header has 2"),
+        (b'prompt,response\na,"b"c\n', "a.csv, row 0 (line 2): "),
+        (b'prompt,response\na,b\nd,"e\nc\n', "a.csv, row 1 (line 3): unexpected end of data"),
+        (b'prompt,"response\na,b\n', "a.csv, its header (line 1): unexpected end of data"),
         (b"prompt,response\na,b\n\xff\xfe,c\n", "is not UTF-8"),
         ("prompt,response\na,b\n".encode("utf-16"), "a.csv, after line 0: it is not UTF-8"),
         (b"prompt,response,prompt\na,b,c\n", "its header has 'prompt' twice"),

@@ -17,6 +17,7 @@ from craft_ray.init.data import DataFacts
 from craft_ray.init.draft import Asked, draft
 from craft_ray.init.model import ModelFacts
 from craft_ray.init.sizes import Hardware, choose
+from craft_ray.run.folder import RunFolder
 from tests.support.commands import Command, one_line
 from tests.support.experiments import Digits
 from tests.support.runs import trained
@@ -88,7 +89,7 @@ def test_a_vision_language_model_trains_on_its_first_config(digits: Digits, tmp_
 def test_running_text_goes_on_at_every_token(text_model: Path, tmp_path: Path) -> None:
     (tmp_path / "prose.txt").write_text("It was a dark and stormy night.\n" * 300)
     prose = str(tmp_path / "prose.txt")
-    config = read(draft(Asked(str(text_model), prose, prose), LAPTOP))
+    config = read(draft(Asked(str(text_model), prose, prose, new=prose), LAPTOP))
     assert config.task.columns == Columns(prompt=None, response="text")  # type: ignore[union-attr]
     assert config.anchors is not None
     assert config.anchors.source is not None
@@ -96,6 +97,8 @@ def test_running_text_goes_on_at_every_token(text_model: Path, tmp_path: Path) -
     assert config.anchors.positions == ("all",)
     assert not config.model.append_eos
     assert config.evaluation.old is None
+    assert config.evaluation.new is not None
+    assert (config.evaluation.new.metric, config.evaluation.new.replies) == ("perplexity", 0)  # no question to reply to
 
 
 TURNS = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
@@ -115,6 +118,9 @@ def test_conversations_are_written_by_the_models_template(text_model: Path, tmp_
     assert config.evaluation.new is not None
     assert config.evaluation.new.metric == "perplexity"  # 42 tokens are no answer to compare as a whole
     assert {"old", "new"} <= trains(config, tmp_path).keys()
+    for when in ("before", "after"):
+        found = RunFolder(tmp_path / "runs" / "one").read_predictions(f"new_{when}")
+        assert ["prediction" in record for record in found] == [True] * 8, "answers to read"
 
 
 @pytest.mark.parametrize(
@@ -207,6 +213,35 @@ def test_the_command_writes_the_file(text_model: Path, tmp_path: Path, command: 
     config = read(out.read_text())
     assert config.adapter is not None
     assert config.evaluation.new is None  # a tenth of 30 rows would measure nothing
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_path_of_a_newcomer(
+    text_model: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """init, anchors build, train --dry-run, train and report, on the file as it was written. A teacher with random
+    weights need not keep within the budget, which is exit code 3."""
+    monkeypatch.chdir(tmp_path)
+    task, anchors = sums(tmp_path / "sums.jsonl", 300), sums(tmp_path / "old.jsonl", 60, question="prompt")
+    options = ("--model", text_model, "--task", task, "--anchors", anchors, "--old", anchors, "--preset", "full")
+    said = []
+    for arguments in (
+        ("init", *options, "--out", "first.yaml"),
+        ("anchors", "build", "first.yaml"),
+        ("train", "first.yaml", "--dry-run"),
+        ("train", "first.yaml"),
+        ("report", "runs/sums-hidden-seed0"),
+    ):
+        code, out, err = command(*arguments)
+        assert code in ((0, 3) if arguments == ("train", "first.yaml") else (0,)), (arguments, err)
+        said.append(out)
+    config, result = read(Path("first.yaml").read_text()), RunFolder(Path("runs/sums-hidden-seed0")).finished()
+    assert config.adapter is None
+    assert "task, sample" in said[2]
+    assert result is not None
+    assert result["steps"] == config.train.steps
+    assert "sums" in Path("report.html").read_text()
 
 
 @pytest.mark.parametrize("cell", [["a.png", "b.png"], [{"bytes": b"x", "path": None}], b"x"])

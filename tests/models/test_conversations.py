@@ -122,6 +122,14 @@ def test_a_token_that_would_extend_over_the_start_of_a_turn_is_split(load: Calla
     assert model.tokenizer.decode(learnt(model, features)) == f"{TURNS[1]['content']}{end}{TURNS[3]['content']}{end}"
 
 
+def test_a_merge_at_an_earlier_turn_is_told(load: Callable[..., CausalLM]) -> None:
+    """The last answer begins with a line break, which no space joins."""
+    model = load("gpt2")
+    talk = sample([*TURNS[:3], {"role": "assistant", "content": "\nRome."}])
+    assert not model.cut(talk).merged
+    assert model.boundary_merges(talk)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_end_of_a_turn_is_a_stop(family: str, load: Callable[..., CausalLM]) -> None:
     model = load(family)

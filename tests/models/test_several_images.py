@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from craft_ray.errors import ConfigError, DataError, ModelError
 from craft_ray.models import load_model
 from craft_ray.models.image_batches import ImageBatches, Pictures
 from craft_ray.models.vision_language import VisionLanguageModel
-from tests.support.tiling import BUILDERS, build, png, without_videos
+from tests.support.tiling import AROUND, BUILDERS, MARKED, build, png, without_videos
+from tests.support.tokenizers import TOKENIZERS
 
 FAMILIES = tuple(BUILDERS)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -173,24 +175,69 @@ def test_a_chat_template_places_the_images(family: str, load: Callable[..., Visi
     assert model.tokenizer.decode(before).endswith("which?<|im_end|>\n<|im_start|>assistant\n")
 
 
+IMAGE: dict[str, Any] = {"type": "image"}
+TURNS: list[dict[str, Any]] = [
+    {"role": "user", "content": [IMAGE, {"type": "text", "text": "tall?"}]},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": [IMAGE, {"type": "text", "text": " or "}, IMAGE]},
+    {"role": "assistant", "content": "No."},
+]
+TALK = Sample("talk", "", response="No.", conversation=Conversation(tuple(TURNS[:3]), TURNS[3], (TALL, WIDE, LARGE)))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_turn_behind_images_is_learnt(family: str, load: Callable[..., VisionLanguageModel]) -> None:
-    model, image = load(family, chat_template=True), {"type": "image"}
-    turns = [
-        {"role": "user", "content": [image, {"type": "text", "text": "tall?"}]},
-        {"role": "assistant", "content": "Yes."},
-        {"role": "user", "content": [image, {"type": "text", "text": " or "}, image]},
-        {"role": "assistant", "content": "No."},
-    ]
-    conversation = Conversation(tuple(turns[:3]), turns[3], (TALL, WIDE, LARGE))
-    talk = Sample("talk", "", response="No.", conversation=conversation)
-    features = model.preprocess_task(talk)
+    model = load(family, chat_template=True)
+    features = model.preprocess_task(TALK)
     learnt = [int(features.tokens["input_ids"][at]) for at in features.layout.predicted]
     assert model.tokenizer.decode(learnt) == "Yes.<|im_end|>No.<|im_end|>"
     both = model.collate([features, model.preprocess_task(SAMPLES[0])])
     alone = [model.collate([one]) for one in (features, model.preprocess_task(SAMPLES[0]))]
     expected = sum(model.task_loss(batch).item() * batch.tokens for batch in alone) / both.tokens
     assert model.task_loss(both).item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("learnt", "said"), [("true", "Yes.<|im_end|>No.<|im_end|>"), ("loop.last", "No.<|im_end|>")])
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_vl", "internvl"])
+def test_a_templates_own_marks_decide_behind_images(
+    family: str, learnt: str, said: str, tmp_path: Path, load: Callable[..., VisionLanguageModel]
+) -> None:
+    plain = load(family, chat_template=True)
+    folder = Path(shutil.copytree(plain.config.path, tmp_path / family))
+    mark = AROUND.get(family, "{}").format(plain.processor.image_token)
+    (folder / "chat_template.jinja").write_text(MARKED.replace("MARK", mark).replace("LEARNT", learnt))
+    features = load(family, chat_template=True, path=str(folder)).preprocess_task(TALK)
+    ids = features.tokens["input_ids"]
+    assert torch.equal(ids, plain.preprocess_task(TALK).tokens["input_ids"])
+    assert plain.tokenizer.decode([int(ids[at]) for at in features.layout.predicted]) == said
+    if learnt == "true":
+        assert features.layout == plain.preprocess_task(TALK).layout
+
+
+@pytest.mark.parametrize("written", ["gpt2", "llama", "gemma"])
+def test_prompt_and_response_are_one_text_behind_images(
+    written: str, tmp_path: Path, load: Callable[..., VisionLanguageModel]
+) -> None:
+    """As for a model without images: what would extend over the boundary is told, and split."""
+    path = build("llava_next", tmp_path / written, TOKENIZERS[written]())
+    model = load("llava_next", path=str(path))
+    for response in (" One primary color is red.", "Paris"):
+        sample = question("a", "<image>\nName a primary color:", SQUARE, response=response)
+        ids = model.preprocess_task(sample).tokens["input_ids"].tolist()
+        own = model.processor(images=[opened(sample)], text=[sample.prompt + response])["input_ids"][0]
+        assert ids == [*own, model.tokenizer.eos_token_id]
+        assert not model.boundary_merges(sample)
+    sample = question("a", "<image>\nName a prim", SQUARE, response="ary color")
+    whole = model.processor(images=[opened(sample)], text=["<image>\nName a primary color"])["input_ids"][0]
+    prompt = model.preprocess(sample).tokens["input_ids"].tolist()
+    assert model.boundary_merges(sample) == (whole[: len(prompt)] != prompt)
+    ids = model.preprocess_task(sample).tokens["input_ids"].tolist()
+    assert ids[: len(prompt)] == prompt
+    assert model.tokenizer.decode(ids, skip_special_tokens=True).endswith("Name a primary color")
+    assert model.text.leads == (written == "llama")  # its answers had a space in front, when they were taken alone
+    before = model.preprocessor_fingerprint()
+    model.text.leads = not model.text.leads
+    assert model.preprocessor_fingerprint() != before
 
 
 # --- refusals -------------------------------------------------------------------------------------------------

@@ -87,7 +87,9 @@ def test_a_variant_can_be_added_to_a_finished_comparison(
     first = experiment(digits, tmp_path, {"compare.variants": {"prefix": PREFIX}})
     result = compare(first, ("baseline", "prefix"), (0,), tmp_path / "out")
     assert [run["arm"] for run in result["runs"]] == ["baseline", "prefix"]
-    assert "[prefix seed 0] Step 6/6" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "[prefix seed 0] Step 6/6" in printed
+    assert printed.count("M trainable parameters") == 1, "both runs note it"
 
     more = experiment(digits, tmp_path)
     result = compare(more, ("baseline", "prefix", "last"), (0,), tmp_path / "out")

@@ -9,12 +9,23 @@ from pathlib import Path
 import pytest
 from craft_pipelines import console
 from craft_pipelines.console import FileObserver, QuarterObserver, Screen, Together, following, readable_seconds
+from craft_pipelines.sweep.console import TrialLog
+from craft_pipelines.sweep.following import RunningTrials
+from craft_pipelines.sweep.tracking import SweepTracking
+from ray import cloudpickle
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from craft_ray.run import pace
+from craft_ray import pace
+from craft_ray.config import parse_config
+from craft_ray.pace import Pace
 from craft_ray.run.observers import NullObserver
-from craft_ray.run.pace import Pace
+from craft_ray.sweep.space import parse_space
+from craft_ray.sweep.trials import Plan, SweepFolder
+
+SMALLEST = {
+    "name": "a", "model": {"kind": "causal_lm", "path": "m"}, "task": {"path": "t.jsonl"}, "train": {"steps": 10},
+}  # fmt: skip
 
 
 def test_lines_are_sparse_and_say_how_long_it_takes(
@@ -112,6 +123,51 @@ def test_work_that_takes_no_time_says_nothing(monkeypatch: pytest.MonkeyPatch) -
     work.reached(1)
     work.end()
     assert not events.seen
+
+
+def test_what_several_runs_note_is_printed_once_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    together = Together(Screen(None), 2, 16)
+    merges = "in 3 of 64 samples of the new skill a token would extend over the boundary of prompt and response"
+    for label, other in (("hidden seed 0", "Retention mode: hidden"), ("token_ce seed 0", "Retention mode: token_ce")):
+        path = tmp_path / label
+        with following(path, QuarterObserver(label, 8, "hidden", together)):
+            FileObserver(path).note(merges)
+            FileObserver(path).note(other)
+    assert capsys.readouterr().out.splitlines() == [
+        f"[hidden seed 0] {merges}",
+        "[hidden seed 0] Retention mode: hidden",
+        "[token_ce seed 0] Retention mode: token_ce",
+    ]
+
+
+def test_a_trial_shows_its_notes_and_its_steps_before_its_first_validation(tmp_path: Path) -> None:
+    config = parse_config(SMALLEST, "test").changed({"sweep.repeat": 2})
+    plan = Plan(config, parse_space({"seed": {"grid": [0]}}, "s"), [])
+    folder, said, parts = SweepFolder(tmp_path / "sweep"), list[str](), list[tuple[int, float]]()
+    running = RunningTrials(folder, plan, Screen(None), said.append)
+    for number in (0, 1):
+        trial = folder.trial(number)
+        trial.begin({"train.steps": 20} if number else {})
+        for seed in (0, 1):
+            trial.run(seed).path.mkdir(parents=True)
+            FileObserver(trial.run(seed).progress).note("left by an interrupted sweep")
+        running.add(trial, lambda number, part: parts.append((number, part)))
+        for seed in (0, 1):
+            observer = FileObserver(trial.run(seed).progress)
+            observer.note("the new skill is a stream")
+            observer.steps([{"step": 4}, {"step": 5}])
+        running.remove(trial)
+        assert not list(trial.path.rglob("progress.jsonl"))
+    assert said == ["[trial 0] the new skill is a stream"]
+    assert parts == [(0, 0.25), (0, 0.75), (1, 0.125), (1, 0.625)]
+
+
+def test_tune_can_save_the_log_of_a_sweep_on_a_terminal(tmp_path: Path) -> None:
+    """It saves its callbacks when a sweep starts, and a bar has locks."""
+    folder, shown = SweepFolder(tmp_path / "sweep"), Screen(Progress())
+    plan = Plan(parse_config(SMALLEST, "test"), parse_space({"seed": {"grid": [0]}}, "s"), [])
+    tracking, running = SweepTracking(folder, plan, print), RunningTrials(folder, plan, shown, print)
+    cloudpickle.dumps(TrialLog(folder, plan, 1, tracking, print, running, shown.progress))
 
 
 def test_several_runs_share_one_bar_and_a_log_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from craft_pipelines import cli
-from craft_pipelines.evaluate import labelled, model_folder
+from craft_pipelines.evaluate import Scored, changes, labelled, lines, model_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from craft_ray.config import dump_config
 from craft_ray.models.base import Model
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.scoring import Score
 from craft_ray.statistics import mcnemar
 from tests.support.commands import Command, one_line
 from tests.support.experiments import ANSWERED, Digits
@@ -123,6 +124,18 @@ def test_a_model_and_its_checkpoint_are_shown_side_by_side(command: Command, wor
     changed = f"{lost} from right to wrong, {won} from wrong to right (McNemar's P "
     assert flips.startswith(f"old, teacher -> {label}: {changed}")
     assert result["old"]["mcnemar_p"] == mcnemar(lost, won)
+
+
+def test_token_accuracy_is_compared_by_each_samples_right_tokens() -> None:
+    def scored(label: str, *hits: int) -> Scored:
+        records = [{"id": str(row), "tokens": 9, "hits": each, "nll": 1.0} for row, each in enumerate(hits)]
+        return Scored(label, label, "0", {"old": Score("token_accuracy", sum(hits) / 36, 4, records)})
+
+    both = [scored("teacher", 9, 9, 9, 3), scored("student", 8, 9, 2, 5)]
+    assert changes(both) == {"old": (2, 1)}
+    assert list(lines(both))[-1] == (
+        "old, teacher -> student: 2 samples with fewer right tokens, 1 with more (sign test's P 1)"
+    )
 
 
 def test_two_checkpoints_beside_the_teacher(command: Command, world: Path) -> None:

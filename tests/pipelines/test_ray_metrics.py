@@ -19,8 +19,8 @@ from craft_pipelines.build_progress import BuildProgress
 from craft_pipelines.ray_metrics import COUNTERS, GAUGES, BuildMetrics, RayMetrics, gauge_values, run_tag
 from craft_pipelines.train import plan_run, train_run
 
+from craft_ray.pace import unreported
 from craft_ray.run.observers import NullObserver
-from craft_ray.run.pace import unreported
 from tests.support.experiments import ANSWERED, Digits
 
 GRAFANA = Path(__file__).parents[2] / "cluster" / "grafana"

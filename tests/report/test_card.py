@@ -95,6 +95,25 @@ def test_each_kind_of_model_says_how_it_loads(
     assert words in code
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (
+            "craft-ray train /home/me/run.yaml seed=1",
+            "```\ncraft-ray anchors build run.yaml seed=1\ncraft-ray train run.yaml seed=1\n```",
+        ),
+        ("craft-ray train --resume /home/me/runs/a", "```\ncraft-ray train --resume a\n```"),
+        ("craft-ray compare run.yaml", "```\ncraft-ray compare run.yaml\n```"),
+    ],
+)
+def test_the_command_stands_behind_the_one_that_builds_its_cache(command: str, told: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path, "hidden", 0)
+    environment = json.loads((run.path / "env.json").read_text())
+    (run.path / "env.json").write_text(json.dumps(environment | {"command": command.split()}))
+    assert "anchors build" not in card_of(run).text, "its config has no anchors: the cache is another's"
+    assert told in card_of(changed(run, {"anchors": {"source": {"path": "org/old"}}})).text
+
+
 def test_each_use_of_data_is_listed(tmp_path: Path) -> None:
     scored = {"metric": "choice", "data": {"path": "org/scored", "columns": {"choices": "c", "answer_index": "a"}}}
     skill = {"anchors": {"path": "/data/anchors.parquet"}, "evaluation": scored}

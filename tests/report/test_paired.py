@@ -49,6 +49,37 @@ def test_flips_are_counted_against_the_teacher_and_against_plain_fine_tuning(tmp
     assert "Plain fine-tuning 20 0 2 0.5 18 of 20 [69.9, 97.2] %" in text, "the same mistakes are the same answer"
 
 
+def test_token_accuracy_has_a_sign_test_over_its_samples(tmp_path: Path) -> None:
+    data_file(tmp_path)
+    made = [write_run(tmp_path, arm, 0, metric="token_accuracy") for arm in ("baseline", "hidden")]
+
+    def texts(hits: list[int]) -> list[Record]:
+        return [{"id": f"s{row}", "nll": 9.0, "tokens": 30, "hits": each} for row, each in enumerate(hits)]
+
+    for run, hits in zip(made, ([3, 9, 9, 9, 9, 9, 9, 9, 9, 12], [9, 10, 10, 10, 10, 10, 10, 10, 10, 10]), strict=True):
+        run.write_predictions("old_before", texts([10] * 10))
+        run.write_predictions("old_after", texts(hits))
+    found = {(pair.run.arm, pair.skill, pair.against): pair for pair in paired(read_runs(made))}
+    counts = {key: (pair.lost, pair.gained) for key, pair in found.items() if key[1].startswith("old")}
+    assert counts == {
+        ("baseline", "old", "the teacher"): (9, 1),
+        ("hidden", "old", "the teacher"): (1, 0),
+        ("hidden", "old", "Plain fine-tuning"): (1, 9),
+    }
+    assert found["hidden", "old", "Plain fine-tuning"].p == pytest.approx(2 * (1 + 10) / 2**10)
+    assert found["hidden", "old", "Plain fine-tuning"].agreeing is None
+    assert "Plain fine-tuning 10 1 9 0.021 –" in Page(report(made, tmp_path)[1]).text
+    skills = {"skills.walking.anchors": {"path": "walking.jsonl"}, "evaluation.old": None}
+    for run in made:
+        run.write_config(run.config().changed(skills))
+        result = run.finished() or {}
+        run.write_result({**result, "skills": {"walking": result["old"]}})
+        for when in ("before", "after"):
+            run.write_predictions(f"walking_{when}", run.read_predictions(f"old_{when}"))
+    counted = {(pair.run.arm, pair.skill): (pair.lost, pair.gained) for pair in paired(read_runs(made))}
+    assert counted["hidden", "walking"] == (1, 9), "one of several skills"
+
+
 def test_a_single_run_has_intervals_over_its_samples(tmp_path: Path) -> None:
     data_file(tmp_path)
     (run,) = read_runs([write_run(tmp_path, "hidden", 0, old=(1.0, 1.0))])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from craft_ray.anchors.reader import open_anchors
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError
 from craft_ray.models import load_model
@@ -77,6 +78,26 @@ def test_ewc_weighs_the_distance_by_the_fisher_information_of_drawn_tokens(text_
             parameter.add_(0.1)
     expected = sum(0.5 * 0.01 * float(diagonal.double().sum()) for diagonal in mode.fisher)
     assert mode.loss(mode.batch([0])).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_pass_for_the_fisher_information_reports_how_far_it_is(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("craft_ray.pace.SAY_S", 0.0)
+    config = experiment(text_model, tmp_path, "ewc", **{"anchors.max_new_tokens": 2})
+    built(config)
+    reached: list[tuple[str, float, int]] = []
+
+    class Bars(NullObserver):
+        def progress(self, what: str, done: float, total: int, left_s: float) -> None:
+            reached.append((what, done, total))
+
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    Run(config, folder, OneWorker(), Bars()).close()
+    count = len(open_anchors(tmp_path / "anchors").split(config.craft.anchor_holdout)[0])
+    assert count > 2
+    assert reached == [("measuring the Fisher information on the anchors", done, count) for done in range(1, count + 1)]
 
 
 def test_the_information_is_that_of_the_teachers_distribution(text_model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ checkpoint."""
 
 from __future__ import annotations
 
+import base64
 import csv
 import math
 import re
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,7 +29,9 @@ from craft_ray.run.folder import RunFolder
 from craft_ray.run.judges import last_number
 from tests.support.caches import json_lines
 from tests.support.runs import trained
-from tests.support.tokenizers import TOKENIZERS, chat_model
+from tests.support.tiling import build as build_tiling
+from tests.support.tiling import png
+from tests.support.tokenizers import CHATML, TOKENIZERS, chat_model
 
 ROWS = [(f"What is {n}?", f"Certainly {n}.") for n in range(8)]
 TEXT = "One primary color is red. The quick brown fox jumps over the lazy dog. "
@@ -181,6 +185,92 @@ def test_plain_text_through_every_stage(folder: Path, model: TokenModel, tmp_pat
     build(config, say=lambda _: None)
     assert [open_anchors(tmp_path / "anchors").sample(row).prompt for row in range(4)] == [TEXT] * 4
     assert {seen(model, sample)[1] for sample in open_task(config.task)} == {TEXT}
+    check_scores(config, trained(config, tmp_path / "run"))
+
+
+def test_a_mixture_through_every_stage(folder: Path, model: TokenModel, tmp_path: Path) -> None:
+    half, rest = (
+        str(json_lines(tmp_path / f"{name}.jsonl", [plain(*pair) for pair in pairs]))
+        for name, pairs in (("half", ROWS[:4]), ("rest", ROWS[4:]))
+    )
+    source = {"path": half, "columns": PLAIN}
+    task = {"mix": [{**source, "weight": 3}, {"path": rest, "columns": PLAIN, "weight": 1}]}
+    config = experiment(folder, tmp_path, task, source, {"data": source, "metric": "perplexity"})
+    assert [seen(model, sample)[1] for sample in open_task(config.task)] == [answer for _, answer in ROWS]
+    build(config, say=lambda _: None)
+    check_scores(config, trained(config, tmp_path / "run"))
+
+
+def test_a_stream_through_every_stage(
+    folder: Path, model: TokenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist([plain(*pair) for pair in ROWS]), tmp_path / "data" / "train.parquet")
+    stored = {"path": str(tmp_path / "data"), "columns": PLAIN, "format": "dataset"}
+    task = stored | {"streaming": True, "shuffle_buffer": 4}
+    config = experiment(folder, tmp_path, task, stored, {"data": stored, "metric": "perplexity"})
+    source = open_task(config.task)
+    assert {seen(model, source[row])[1] for row in range(len(ROWS))} == {answer for _, answer in ROWS}
+    build(config, say=lambda _: None)
+    check_scores(config, trained(config, tmp_path / "run"))
+
+
+CALLS = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+CALLING = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + CHATML.replace(
+    "{{ m['content'] }}", "{{ m['content'] }}" + CALLS
+)
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def with_tools(question: str, answer: str) -> dict[str, Any]:
+    """A call as OpenAI's data have it, with its arguments as text."""
+    call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "CET"}'}}
+    asked, answered = turns(question, answer)
+    system = {"role": "system", "content": "Be brief!"}
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return {"messages": [system, asked, said, {"role": "tool", "content": "12"}, answered], "tools": TOOLS}
+
+
+def several(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [*turns("Hello there", "Hello."), *turns(question, answer)]}
+
+
+@pytest.mark.parametrize("form", ["several turns", "system, tools and calls"])
+def test_longer_conversations_through_every_stage(form: str, tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS["qwen"]()
+    tokenizer.chat_template = CALLING
+    folder = chat_model(tmp_path / "model", tokenizer)
+    tools = form != "several turns"
+    source = lines(with_tools if tools else several, tmp_path)
+    source["columns"] = {"messages": "messages", **({"tools": "tools"} if tools else {})}
+    config = experiment(folder, tmp_path, source, source, {"data": source, "metric": "perplexity"})
+    config = config.changed({"model.max_length": 256})
+    model = token_model(load_model(config.model, "fp32"))
+    first = '{"name": "clock", "arguments": {"zone": "CET"}}' if tools else "Hello."
+    assert [seen(model, sample)[1] for sample in open_task(config.task)] == [f"{first}{answer}" for _, answer in ROWS]
+    build(config, say=lambda _: None)
+    found = open_anchors(tmp_path / "anchors").sample(0).conversation
+    assert found is not None
+    assert len(found.messages) == (4 if tools else 3)
+    assert (found.tools is not None) == tools
+    check_scores(config, trained(config, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("form", ["lists of images", "conversations with images"])
+def test_images_through_every_stage(form: str, tmp_path: Path) -> None:
+    uris = ["data:image/png;base64," + base64.b64encode(png(8, 8 + 8 * n, n)).decode() for n in range(3)]
+    cells: list[dict[str, Any]] = [{"image": uris[: 1 + n % 3], "n": n} for n in range(len(ROWS))]
+    for cell, (question, answer) in zip(cells, ROWS, strict=True):
+        asked = "<image>" * len(cell["image"]) + question
+        cell |= plain(asked, answer) if form == "lists of images" else {"messages": turns(asked, answer)}
+    source: dict[str, Any] = {"path": str(json_lines(tmp_path / "rows.jsonl", cells))}
+    source["columns"] = {"image": "image", **(PLAIN if form == "lists of images" else {"messages": "messages"})}
+    model = build_tiling("idefics3", tmp_path / "model")
+    config = experiment(model, tmp_path, source, source, {"data": source, "metric": "token_accuracy"})
+    config = config.changed({"model.kind": "vision_language", "model.max_length": 512})
+    build(config, say=lambda _: None)
+    assert [len(open_anchors(tmp_path / "anchors").sample(row).pictures or ()) for row in range(4)] == [1, 2, 3, 1]
     check_scores(config, trained(config, tmp_path / "run"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from craft_ray.errors import ConfigError, CraftError, DataError
 from craft_ray.models import load_model
 from craft_ray.models.base import Model
 from craft_ray.run.harness import HarnessTasks
+from craft_ray.run.harness_requests import asked_otherwise
 from craft_ray.run.scoring import EvalData, Score, evaluate, open_eval_set
 from craft_ray.workers import OneWorker
 from tests.support.configs import eval_set as make_set
@@ -23,6 +25,11 @@ from tests.support.weights import spread
 from tests.support.workers import Share
 
 pytest.importorskip("lm_eval")
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +97,54 @@ def test_scores_prompts_and_answers_are_those_of_the_harness(
         assert own.value == pytest.approx(expected["results"]["cups"][f"{metric},none"])
         assert [record["score"] for record in own.records] == [each[metric] for each in expected["samples"]["cups"]]
     assert 0 < means["cups"] < 1
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+@pytest.mark.parametrize("start", ["", "{{ bos_token }}"])
+def test_prompts_of_a_chat_model_are_those_of_the_harness(
+    start: str, shots: int, text: Model, text_model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer puts a BOS in front of a text that does not begin with one, whatever the template writes."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    folder = Path(shutil.copytree(text_model, tmp_path / "chat"))
+    (folder / "chat_template.jinja").write_text(start + CHAT)
+    model = load_model(ModelConfig(path=str(folder), chat_template=True, max_length=512), "fp32")
+    model.module.load_state_dict(text.module.state_dict())
+    encoded: list[list[int]] = []
+    passed = HFLM._loglikelihood_tokens
+
+    def kept(self: Any, requests: Any, **how: Any) -> Any:
+        encoded.extend([*context, *continuation] for _, context, continuation in requests)
+        return passed(self, requests, **how)
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", kept)
+    monkeypatch.chdir(tasks.parent)
+    expected = simple_evaluate(
+        HFLM(pretrained=model.module, tokenizer=model.tokenizer, batch_size=1),  # type: ignore[attr-defined]
+        tasks=["cups", "sums"], task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        num_fewshot=shots, apply_chat_template=True, fewshot_as_multiturn=True,
+    )  # fmt: skip
+    own: list[list[int]] = []
+    prepared = type(model).from_tokens
+
+    def read(self: Any, prompt: Any, suffix: Any, where: str) -> Any:
+        own.extend([[*prompt, *suffix]] if "cups" in where else [])
+        return prepared(self, prompt, suffix, where)
+
+    monkeypatch.setattr(type(model), "from_tokens", read)
+    result = score(model, opened(tasks, ["cups", "sums"], num_fewshot=shots))
+    assert sorted(own) == sorted(encoded)
+    samples = [*expected["samples"]["cups"], *expected["samples"]["sums"]]
+    assert [record["prompt"] for record in result.records] == [each["arguments"][0][0] for each in samples]
+    assert [record["prediction"] for record in result.records[5:]] == [
+        each["filtered_resps"][0].strip() for each in expected["samples"]["sums"]
+    ]
+    means = {task: expected["results"][task][key] for task, key in (("cups", "acc,none"), ("sums", "exact_match,none"))}
+    assert result.details == pytest.approx(means)
+    assert bool(asked_otherwise(model)) == (not start), "scores from before are others"
 
 
 @pytest.mark.parametrize("size", [1, 4, 64])

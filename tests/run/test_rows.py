@@ -70,7 +70,7 @@ def test_threads_prepare_rows_at_the_same_time_after_the_first(monkeypatch: pyte
 
 
 def test_progress_is_reported_with_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("craft_ray.run.pace.SAY_S", 0.0)
+    monkeypatch.setattr("craft_ray.pace.SAY_S", 0.0)
     reports: list[tuple[str, float, int, float]] = []
     check_rows(rows(9, lambda _: None), MINUTES, OneWorker(), print, lambda *report: reports.append(report))
     assert [done for _, done, _, _ in reports] == [*range(1, 10)]

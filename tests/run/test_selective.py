@@ -66,6 +66,23 @@ def test_tokens_above_the_threshold_are_masked_but_never_all_of_a_response(text_
     assert [len(nothing(row, one).layout.predicted) for row, one in enumerate(features)] == [1] * len(features)
 
 
+def test_the_teachers_pass_over_the_task_reports_how_far_it_is(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("craft_ray.pace.SAY_S", 0.0)
+    reached: list[tuple[str, float, int]] = []
+
+    class Bars(NullObserver):
+        def progress(self, what: str, done: float, total: int, left_s: float) -> None:
+            reached.append((what, done, total))
+
+    config = experiment(text_model, tmp_path, 1.0).changed({"train.batch_size": 3})
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config, ["test"])
+    Run(config, folder, OneWorker(), Bars()).close()
+    assert reached == [("masking tokens by the teacher's loss", done, 8) for done in (3, 6, 8)]
+
+
 def test_a_run_learns_the_other_tokens_alone_and_resumes_with_the_same_mask(text_model: Path, tmp_path: Path) -> None:
     losses = losses_of(experiment(text_model, tmp_path, None))
     every = [loss for row in losses for _, loss in row]

@@ -60,6 +60,14 @@ TEMPLATE = (
     "{% if part['type'] == 'image' %}MARK{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and LEARNT %}"
+    "{% generation %}{{ m['content'][0]['text'] }}<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}"
+    "{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}MARK{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{{ '\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The same text, with the marks of what is learnt."""
 
 
 class NoVideos(VideoProcessorMixin):
@@ -135,9 +143,17 @@ def smolvlm() -> tuple[Any, Any]:
     return _splitting(SmolVLMConfig, SmolVLMProcessor, SmolVLMImageProcessorPil, video_processor=NoVideos())
 
 
-def llava_next() -> tuple[Any, Any]:
-    """[images, tiles, ...], as many tiles as the image with the most; `image_sizes` tell which are real."""
-    tokenizer, grid = _tokenizer("<image>"), [[8, 16], [16, 8], [16, 16]]
+def llava_next(tokenizer: PreTrainedTokenizerFast | None = None) -> tuple[Any, Any]:
+    """[images, tiles, ...], as many tiles as the image with the most; `image_sizes` tell which are real.
+
+    Args:
+        tokenizer: one that merges bytes.
+    """
+    if tokenizer is None:
+        tokenizer = _tokenizer("<image>")
+    else:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    grid = [[8, 16], [16, 8], [16, 16]]
     pictures = LlavaNextImageProcessorPil(
         size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, image_grid_pinpoints=grid
     )
@@ -216,7 +232,7 @@ def internvl() -> tuple[Any, Any]:
     return config, processor
 
 
-BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
+BUILDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "idefics3": idefics3, "smolvlm": smolvlm, "llava_next": llava_next, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl,
     "gemma3": gemma3, "internvl": internvl,
 }  # fmt: skip
@@ -224,9 +240,9 @@ AROUND = {"qwen2_vl": "<|vision_start|>{}<|vision_end|>", "qwen2_5_vl": "<|visio
 """What the template of a family writes for an image, around its mark."""
 
 
-def build(family: str, folder: Path) -> Path:
-    """Write the folder of a family's tiny model."""
-    config, processor = BUILDERS[family]()
+def build(family: str, folder: Path, *made: PreTrainedTokenizerFast) -> Path:
+    """Write the folder of a family's tiny model; LLaVA's may have another tokenizer."""
+    config, processor = BUILDERS[family](*made)
     mark = AROUND.get(family, "{}").format(processor.image_token)
     processor.chat_template = TEMPLATE.replace("MARK", mark)
     torch.manual_seed(0)

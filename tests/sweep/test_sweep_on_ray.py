@@ -214,6 +214,14 @@ def test_every_trial_is_a_row_and_none_holds_a_copy_of_the_anchors(plain: Swept)
     assert not plain.folder.scratch.exists()
 
 
+def test_what_the_trials_note_is_said_once_and_leaves_no_file(plain: Swept) -> None:
+    said = [line for line in plain.said if "of the new skill" in line]
+    assert len(said) == 1, plain.said
+    assert said[0].startswith("[trial ")
+    assert "M trainable parameters" in said[0]
+    assert not list(plain.folder.path.rglob("progress.jsonl"))
+
+
 def test_a_setting_that_breaks_the_bound_does_not_win_by_its_metric(plain: Swept) -> None:
     rows = {row["rank"]: row for row in table(plain.folder)}
     assert rows[1]["feasible"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shlex
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from craft_pipelines.failures import node_was_lost
+from craft_pipelines.sweep.following import RunningTrials
 from craft_pipelines.sweep.tracking import SweepTracking
-from craft_ray.run.pace import Pace, unreported
-from craft_ray.run.pace import Report as ProgressReport
+from craft_ray.pace import Pace
+from craft_ray.pace import Report as ProgressReport
 from craft_ray.sweep.results import SweepResult
 from craft_ray.sweep.trials import Plan, Report, SweepFolder, TrialFolder
 from craft_ray.sweep.wording import shown
@@ -33,35 +35,43 @@ class TrialLog(Callback):
         count: int,
         tracking: SweepTracking,
         say: Say,
-        report: ProgressReport = unreported,
+        running: RunningTrials,
+        report: ProgressReport,
     ) -> None:
         self._folder = folder
         self._plan = plan
         self._tracking = tracking
         self._count = count
         self._say = say
+        self._running = running
         self._crashes: Counter[int] = Counter()
         self._ended = {trial.number for trial in folder.trials() if trial.outcome().status != "open"}
         self._started = False
         self._part: dict[int, float] = {}
         """Of each trial that is running, the part of its steps that is done."""
+        self._lock = threading.Lock()
         self._pace = Pace("trials", count, report, len(self._ended))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune saves its callbacks for a restoring of its own, which no sweep uses, and neither locks nor the
+        bars of a terminal can be saved."""
+        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         if not self._started:
             self._started = True
             self._say("the first trial has started")
+        ours = self._folder.trial_of(trial.trial_id)
+        if ours.number not in self._ended:
+            self._running.add(ours, self._reached_part)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         ours = self._folder.trial_of(trial.trial_id)
         self._tracking.sync(ours)
-        config = self._plan.config
-        self._part[ours.number] = result["step"] / (
-            result["params"].get("train.steps", config.train.steps) * config.sweep.repeat
-        )
-        self._reached()
+        steps = result["params"].get("train.steps", self._plan.config.train.steps) * self._plan.config.sweep.repeat
+        self._reached_part(ours.number, result["step"] / steps)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         ours = self._folder.trial_of(trial.trial_id)
@@ -90,14 +100,22 @@ class TrialLog(Callback):
     def _announce(self, trial: TrialFolder) -> None:
         if trial.number in self._ended:
             return
-        self._ended.add(trial.number)
+        self._running.remove(trial)
+        with self._lock:
+            self._ended.add(trial.number)
         self._tracking.sync(trial)
         self._say(f"[{len(self._ended)}/{self._count}] {trial_line(self._plan, trial)}")
         self._reached()
 
+    def _reached_part(self, number: int, part: float) -> None:
+        with self._lock:  # a trial that is followed reports its steps from another thread
+            self._part[number] = part
+        self._reached()
+
     def _reached(self) -> None:
-        running = (part for number, part in self._part.items() if number not in self._ended)
-        self._pace.reached(len(self._ended) + sum(running))
+        with self._lock:
+            running = (part for number, part in self._part.items() if number not in self._ended)
+            self._pace.reached(len(self._ended) + sum(running))
 
 
 def trial_line(plan: Plan, trial: TrialFolder) -> str:

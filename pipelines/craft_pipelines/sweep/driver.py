@@ -21,6 +21,7 @@ from craft_pipelines.room import Room, room
 from craft_pipelines.session import join
 from craft_pipelines.storage_check import check_shared
 from craft_pipelines.sweep.console import Say, TrialLog, conclusion
+from craft_pipelines.sweep.following import RunningTrials
 from craft_pipelines.sweep.runs import RunTrial, in_process, on_trainer
 from craft_pipelines.sweep.schedulers import check_scheduler, scheduler_of
 from craft_pipelines.sweep.search import PlannedSearch, begin_population, open_trials, sampler_of, trial_count
@@ -286,9 +287,11 @@ def search(
     bundle = {"memory": 1.0} if multi else resources(config.workers) | memory
     how = _population(folder, plan) if config.sweep.scheduler == "pbt" else _sampled(folder, plan, found)
     with screen() as shown:
-        log = TrialLog(folder, plan, trial_count(plan), tracking, say, shown.progress)
+        running = RunningTrials(folder, plan, shown, say)
+        log = TrialLog(folder, plan, trial_count(plan), tracking, say, running, shown.progress)
         try:
-            _tuner(folder, plan, trainable, bundle, how, log).fit()
+            with running.followed():
+                _tuner(folder, plan, trainable, bundle, how, log).fit()
         finally:
             remove_tree(folder.scratch)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 
 import torch
 
+from craft_pipelines.console import FileObserver
 from craft_pipelines.ray_metrics import RayMetrics
 from craft_pipelines.stop_signal import StopSignal
 from craft_pipelines.train import PlannedRun, run_on_trainer
@@ -20,7 +21,6 @@ from craft_ray.run.checkpoint import checkpoint_step
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
 from craft_ray.run.mirror import mirrored_folder
-from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import training
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.tracking.tensorboard import TensorBoardObserver
@@ -38,7 +38,7 @@ def in_process(config: Experiment, folder: RunFolder) -> Generator[Record]:
     workers = OneWorker(torch.device("cuda" if config.workers.use_gpu else "cpu"))
     with (
         mirrored_folder(folder) as copy,
-        RayMetrics(folder.path, config.arm, config.train.steps, NullObserver(), enabled=True) as measured,
+        RayMetrics(folder.path, config.arm, config.train.steps, FileObserver(copy.progress), enabled=True) as measured,
         TensorBoardObserver(copy.disk / "tensorboard", measured, enabled=True) as observer,
     ):
         yield from training(config, copy, workers, observer, FEATURES)

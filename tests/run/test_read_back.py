@@ -158,7 +158,7 @@ def test_a_plain_folder_that_is_not_the_model_is_not_left(
 def test_what_a_command_saves_is_read_back(
     command: str, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = digits.experiment(tmp_path, {**LORA, "train.steps": 1})
+    config = digits.experiment(tmp_path, {**LORA, "train.steps": 1, "train.warmup_steps": 0})
     files = RunFolder(tmp_path / "run")
     files.begin(config, ["test"])
     train(config, files, OneWorker(), NullObserver())

@@ -296,7 +296,7 @@ def chaos(
     planned: Sequence[tuple[Stage, str]], references: dict[str, Undisturbed], cluster: Cluster, home: Path, seed: int,
     say: Callable[[str], None],
 ) -> list[Kill]:  # fmt: skip
-    """Run the planned kills one after the other, with a log line for each."""
+    """Run the planned kills in turn, with a log line for each."""
     rng, kills = random.Random(seed), []
     for number, (stage, kind) in enumerate(planned, 1):
         kill = None

@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def problem(folder: Path) -> Experiment:
-    """The chat demo's config with a cache for every variant; model, data and cache are made where they are missing."""
+    """The chat demo's config with a cache for every variant; model, data and cache are made if they are missing."""
     for name, make in (("model", build_model), ("data", lambda new: write_data(new, folder / "model"))):
         if not (folder / name).exists():
             with new_folder(folder / name) as new:
@@ -172,7 +172,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], split: str) -> list[str]:
-    """A line a variant: the values of all its seeds side by side."""
+    """A line per variant: the values of all its seeds side by side."""
     lines = [
         f"| {split} data | seeds | agreement kept | loss of the new skill | L_ret / ε | λ |",
         "|---|---|---|---|---|---|",

@@ -141,7 +141,7 @@ def checkpoint_bytes(parameters: int, number: int = 4) -> int:
 def step_seconds(
     model: Model, flops: float, workers: int, flops_per_second: float, bytes_per_second: float, number: int = 4
 ) -> tuple[float, float]:
-    """Computation and communication of a step, one after the other: all-reduce starts when a gradient is complete."""
+    """Computation and communication of a step, in sequence: all-reduce starts when a gradient is complete."""
     return flops / flops_per_second, sent_bytes(model.parameters, workers, number) / bytes_per_second
 
 

@@ -1,4 +1,4 @@
-"""How often a stated part of the old skill is kept, and at what price: `craft.keep` beside one fixed λ and one fixed ε.
+"""How often a stated part of the old skill is kept, and at what cost: `craft.keep` against one fixed λ and one fixed ε.
 
     craft-ray demo --out craft-demo          # makes teacher and data; --preset text for the other problem
     python -m benchmarks.keep craft-demo --anchors 44 --out keep.jsonl
@@ -84,7 +84,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], problem: str, targets: tuple[float, ...]) -> str:
-    """A line a variant: means over seeds, and in how many runs each target was met."""
+    """A line per variant: means over seeds, and in how many runs each target was met."""
     lines = [f"| {problem} | old kept | new | {' | '.join(f'met {target:g}' for target in targets)} |"]
     for variant in dict.fromkeys(row["variant"] for row in rows if row["problem"] == problem):
         runs = [row for row in rows if row["problem"] == problem and row["variant"] == variant]

@@ -23,7 +23,7 @@ COLLECTIVES = {
     "c10d._reduce_scatter_base_": ("reduce-scatter", 1),
     "c10d.allreduce_": ("all-reduce", 0),
 }
-"""Operations of torch.distributed, what they are called, and which argument is whole: a gather's result, what is
+"""Operations of torch.distributed, their names, and which argument is whole: a gather's result, what is
 scattered, what is reduced."""
 
 

@@ -1,8 +1,8 @@
-"""Decoding images beside the computation: `anchors.readers` in a build, `train.loader_workers` in a run.
+"""Decoding images alongside the computation: `anchors.readers` in a build, `train.loader_workers` in a run.
 
 Images are JPEGs of 640 x 480, for a PaliGemma-shaped model of 224 pixels on one thread. A build is measured as the
 difference of a small and a large one, so that starting processes and loading models cancel out; a build of texts shows
-what the stages cost where there is nothing to decode. A run is measured by the share of its steps' time in which it
+what the stages cost when there is nothing to decode. A run is measured by the share of its steps' time in which it
 waits for data, after the first steps, with every sample new.
 
 Targets: a build of images 1.6 times as fast, a build of texts by default (no readers) as fast as the same build on Ray

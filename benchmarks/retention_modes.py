@@ -1,7 +1,7 @@
 """The retention pass (forward and backward) on hidden states against the one on suffix tokens, and their caches.
 
 Both run as in training, through the mode's own `loss`: `hidden` runs the base model over the prompts, `token_ce` the
-full model over prompts and suffixes with logits at the suffix alone. The caches are built by the product's teacher.
+full model over prompts and suffixes with logits only at the suffix. The caches are built by the product's teacher.
 
 Targets: `hidden` 1.25 times as fast at a vocabulary of 8k and 2.5 times at 51k.
 """

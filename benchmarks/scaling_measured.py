@@ -1,4 +1,4 @@
-"""Scale as far as one machine has it: memory of a build by rows, and throughput at one and at two workers.
+"""Scale as far as one machine goes: memory of a build by rows, and throughput at one and at two workers.
 
 Memory: the highest resident set of the driver and of the process that writes shards, with a new driver for each number
 of rows. Prompts have one token and the teacher has one layer, so that the rows dominate.

@@ -183,7 +183,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def emptied(module: Any) -> Any:
-    """The module with its tensors allocated anew, without values."""
+    """The module with newly allocated tensors, without values."""
     for part in module.modules():
         for name, p in part.named_parameters(recurse=False):
             part.register_parameter(name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
@@ -193,8 +193,8 @@ def emptied(module: Any) -> Any:
 
 
 def simulate(case: Case, workers: int) -> Bytes:
-    """A worker of so many, none of which exists. Layers are alike, so each number grows by the same with each: it is
-    counted with a few of them and with two more of one kind."""
+    """One of this many workers, none of which exists. Layers are alike, so each number grows by the same with each:
+    it is counted with a few of them and with two more of one kind."""
     layers = MODELS[case.model].layers
     few = [min(FEW, number) for number in layers]
     found = asdict(simulate_layers(case, workers, *few))
@@ -208,7 +208,7 @@ def simulate(case: Case, workers: int) -> Bytes:
 
 
 def simulate_layers(case: Case, workers: int, *layers: int) -> Bytes:
-    """A worker of so many that trains a model with these numbers of layers."""
+    """One of this many workers, which trains a model with these numbers of layers."""
     with torch.device("meta"):
         module = made(case, layers)
     if workers > 1:

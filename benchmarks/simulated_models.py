@@ -94,7 +94,7 @@ class Simulated:
     layers: tuple[int, ...]
     tokens: int
     suffix: int = 0
-    """Tokens at the end of a sample at which hidden states are compared; 0: at all."""
+    """Tokens at the end of a sample at which hidden states are compared; 0: at all tokens."""
 
 
 MODELS = {

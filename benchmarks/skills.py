@@ -171,7 +171,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line a variant: means over seeds, the least of any seed, and how often every skill met its target."""
+    """A line per variant: means over seeds, the least of any seed, and how often every skill met its target."""
     lines = [f"| | {' | '.join(ANCHORS)} | new | all three kept {KEEP:g} |", "|---|" + "---|" * (len(ANCHORS) + 2)]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]

@@ -1,4 +1,4 @@
-"""The retention step of the product, and the ways that it is compared with. Needs only torch, also for a GPU."""
+"""The retention step of the product, and the ways that it is compared with. Needs only torch, even on a GPU."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def first_line(error: object) -> str:
-    """A library's error message, cut to its first line, to quote in ours; the error's type where it has no message."""
+    """A library's error message, cut to its first line, to quote in ours; the error's type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -28,13 +28,13 @@ def listen() -> None:
 
 
 def listen_again() -> None:
-    """Take back what a library has replaced: `ray.init` lets SIGTERM end the process with the exit code 15."""
+    """Restore what a library has replaced: `ray.init` lets SIGTERM end the process with the exit code 15."""
     if _listening:
         listen()
 
 
 def signalled() -> bool:
-    """Whether a signal has come, also where a library swallowed what it raised."""
+    """Whether a signal has come, even if a library swallowed what it raised."""
     return _signalled
 
 

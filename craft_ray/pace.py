@@ -1,4 +1,4 @@
-"""How far some work is that takes long, and about how long the rest of it takes."""
+"""How far long work has progressed, and about how long the rest of it takes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Pace:
     """Reports work that takes long every few seconds, with an estimate of the time that is left.
 
     Args:
-        before: parts that were done before, which tell nothing about the pace.
+        before: parts that were done before, which say nothing about the pace.
     """
 
     def __init__(self, what: str, total: int, report: Report, before: float = 0) -> None:

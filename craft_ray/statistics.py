@@ -96,8 +96,8 @@ def paired_mean_change_bounds(changes: Sequence[float], confidence: float) -> tu
 
     d -+ z sqrt(q + 1 - n d^2) / n,   d = sum(changes)/n,   q = sum(changes^2), n = trials + 2
 
-    Of changes that are -1, 0 and 1 it is the bound of Agresti and Min; the two more trials, of which a half has lost
-    all and a half has gained all, give a width where no score has changed.
+    For changes of -1, 0 and 1 it is the bound of Agresti and Min; the two extra trials, of which half has lost all and
+    half has gained all, give a width where no score has changed.
     """
     assert all(-1 <= change <= 1 for change in changes)
     squares = math.fsum(change * change for change in changes)
@@ -118,7 +118,7 @@ def mcnemar(lost: int, gained: int) -> float:
     min(1, 2 sum_{k <= min(lost, gained)} C(n, k) / 2^n),   n = lost + gained
 
     Q. McNemar, Note on the sampling error of the difference between correlated proportions or percentages,
-    Psychometrika 12 (1947); exact by the binomial, so that it holds for a few trials, too.
+    Psychometrika 12 (1947); exact by the binomial, so it also holds for a few trials.
 
     Args:
         lost, gained: trials that succeeded only in the first, or only in the second pass.

@@ -47,7 +47,7 @@ def only_writer(folder: StoragePath) -> Iterator[None]:
 
     Raises:
         CacheRefused: another process is writing it.
-        ConfigError: the folder is a whole bucket, beside which there is no room for a lock.
+        ConfigError: the folder is a whole bucket, next to which there is no room for a lock.
     """
     if isinstance(folder, ObjectPath) and len(folder.key.parts) == 1:
         raise ConfigError(f"craft.anchor_cache_dir is {folder}, a whole bucket: name a folder in it, {folder}/anchors")
@@ -132,7 +132,7 @@ def _inputs(source: Content) -> Literal["raw", "images", "messages", "frames"]:
 
 
 def stored_logits(anchors: AnchorsConfig, model: Model) -> StoredLogits:
-    """What mode `logits` stores of this model.
+    """What mode `logits` stores from this model.
 
     Raises:
         ConfigError: its logits cannot be read, k exceeds its vocabulary, or a position is not one of single tokens.
@@ -161,7 +161,7 @@ class Estimate:
 
 
 def estimate(model: Model, source: Source, schema: CacheSchema, anchors: AnchorsConfig) -> Estimate:
-    """Bytes of the finished cache, before anything is written. Suffixes that are yet to be generated are taken at their
+    """Bytes of the finished cache, before anything is written. Suffixes that are yet to be generated count with their
     maximum length."""
     rows = min(ESTIMATE_ROWS, len(source))
     # Spread over the source: data are often sorted, so that the first rows are alike.

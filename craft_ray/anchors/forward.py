@@ -1,7 +1,7 @@
 """The teacher's forward passes: anchors of similar length padded to one another, or packed without any padding.
 
-Both yield flat vectors for each position, anchor after anchor. F = L * D: all cached layers of a vector, one after
-the other. The host does nothing token by token.
+Both yield flat vectors for each position, anchor after anchor. F = L * D: all cached layers of a vector, concatenated.
+The host does nothing token by token.
 """
 
 from __future__ import annotations

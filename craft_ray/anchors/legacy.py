@@ -6,9 +6,9 @@ A shard is a dict of tensors over B rows:
     pixel_values                        [B, C, H, W] float; none for language models
     teacher_hidden or target_features   [B, L, V, D]; [B, V, D] where L is 1, [B, L, D] where V is 1, [B, D] where both
                                         are. V is the number of anchor positions, in the config's order
-    labels                              [B, S']; -100 is no token. In the shape of input_ids, the prompt is what has no
+    labels                              [B, S']; -100: no token. In the shape of input_ids, the prompt is what has no
                                         label before the first one, and what follows the last label is cut; in
-                                        another shape, labels are the suffix alone, and input_ids the prompt
+                                        another shape, labels are only the suffix, and input_ids the prompt
     meta                                a dict of facts; layers and pooling name the vectors (legacy_facts.py)
 """
 
@@ -155,7 +155,7 @@ class _Reader:
         labelled &= mask_BS
         positions_BS = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
         last_label = positions_BS.masked_fill(~labelled, -1).amax(1, keepdim=True)
-        # What an earlier teacher generated behind the end of its answer has no label: the row is cut there.
+        # What an earlier teacher generated after the end of its answer has no label: the row is cut there.
         behind_BS = (positions_BS > last_label) & labelled.any(1, keepdim=True)
         prompt_BS = mask_BS & ~labelled & ~behind_BS
         if not torch.equal(labels[labelled], ids_BS[labelled].long()):

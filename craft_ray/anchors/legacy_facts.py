@@ -20,7 +20,7 @@ POSITION_FACTS = ("positions", "pooling", "pooling_strategy", "token_pooling")
 
 @dataclass(frozen=True)
 class Facts:
-    """The order of a shard's vectors; None where it does not say."""
+    """The order of a shard's vectors; None if it does not say."""
 
     layers: tuple[int, ...] | None = None
     """Indices into the hidden states, none negative."""
@@ -61,7 +61,7 @@ def read_facts(file: Path, meta: Any, identity: Identity) -> Facts:
 
 
 def _layers(file: Path, key: str, numbers: list[int], identity: Identity) -> tuple[int, ...]:
-    """The hidden states that a shard's numbers mean. The earlier tools counted blocks from 0, where hidden state 0 is
+    """The hidden states that a shard's numbers mean. The earlier tools counted blocks from 0, whereas hidden state 0 is
     the embeddings; negative numbers mean the same in both. One of their builders counted hidden states under other
     keys than `layers_to_save`, so there the config may say so, and the comparison with the teacher decides."""
     blocks = [k if k < 0 else k + 1 for k in numbers]

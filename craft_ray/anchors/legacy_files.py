@@ -90,7 +90,7 @@ def read_shard(file: Path) -> dict[str, Any]:
     """The content of a shard, read without running code that a pickle could contain.
 
     Raises:
-        CacheRefused: the file is damaged, contains code, holds no dict, or is a shard of the OpenVLA scripts.
+        CacheRefused: the file is damaged, contains code, does not hold a dict, or is a shard of the OpenVLA scripts.
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)

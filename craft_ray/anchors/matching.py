@@ -65,7 +65,7 @@ def select(folder: StoragePath, found: Identity, config: Experiment) -> tuple[tu
 
 
 def _check_suffix(folder: StoragePath, config: Experiment, found: Identity) -> None:
-    """Refuse suffix tokens of another origin than the config says. Earlier shards do not say whose theirs are."""
+    """Refuse suffix tokens of another origin than the config says. Earlier shards do not say whose tokens they hold."""
     if config.anchors is None or found.imported or config.anchors.suffix_from == found.suffix_from:
         return
     raise CacheRefused(
@@ -87,7 +87,7 @@ def holds(found: Identity, mode: str) -> bool:
 
 
 def _logits_positions(folder: StoragePath, config: Experiment, found: Identity) -> tuple[str, ...]:
-    """The positions of the cached logits, if they are what the config says of them."""
+    """The positions of the cached logits, if they are what the config says about them."""
     held = found.logits
     assert held is not None, "a cache with this mode has logits"
     if config.anchors is not None and "logits" in config.anchors.modes:

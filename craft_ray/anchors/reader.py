@@ -171,7 +171,7 @@ class AnchorSet:
         return tokens.reshape(*valid.shape, -1), log_probs.reshape(*valid.shape, -1), valid
 
     def split(self, holdout: float, seed: int = 0, skill: str | None = None) -> tuple[list[int], list[int]]:
-        """Rows to train on and rows held out, decided for each row by a hash of its id alone: it stays the same when
+        """Rows to train on and rows held out, decided for each row only by a hash of its id: it stays the same when
         anchors are added or reordered. So the held-out share is `holdout` on average.
 
         Args:

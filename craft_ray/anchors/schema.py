@@ -2,19 +2,19 @@
 
 id              string
 image, prompt   the raw input                                           (inputs: raw)
-image, image_bytes, prompt: images, one after the other, and the bytes of each  (inputs: images)
-image, prompt   images, one after the other, and the turns as JSON      (inputs: messages)
+image, image_bytes, prompt: concatenated images, and the bytes of each          (inputs: images)
+image, prompt   concatenated images, and the turns as JSON              (inputs: messages)
 frame, prompt   the observation of a robot as safetensors, and the task (inputs: frames)
 input_ids, pixel_values                                                 (inputs: tensors, imported caches)
 skill           string, which of several old skills the anchor belongs to (only with several)
 suffix          list<int32>, the suffix tokens                          (token_ce, or the position `suffix`)
 response        list<int32>, the data's own response as tokens          (replay)
 hidden_<pos>    list<fixed_size_list<float16|float32>[L * D]>, one entry for each vector of that position;
-                an entry is the vector at each cached layer, one after the other
+                an entry is the vectors at the cached layers, concatenated
 tokens_<pos>    list<fixed_size_list<uint16|int32>[k]>, one entry for each token of that position: the most likely next
                 tokens, the most likely first                            (logits)
 log_probs_<pos> list<fixed_size_list<float16|float32>[C]>: the log-probabilities of those tokens, and at the end that of
-                all others together; without the last one where k is the whole vocabulary
+                all others together; without the last one if k is the whole vocabulary
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from craft_ray.models.capabilities import logits_model, packing_model, token_mod
 
 
 def stored_input(sample: Sample) -> tuple[str, bytes | None]:
-    """Prompt and image as a row of the cache holds them; several images are one after the other."""
+    """Prompt and image as a row of the cache holds them; several images are concatenated."""
     if sample.conversation is not None:
         return sample.conversation.stored()
     return sample.prompt, sample.image if sample.images is None else b"".join(sample.images)
@@ -56,18 +56,18 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model, and what the cache stores of it."""
+    """A model, and what the cache stores from it."""
 
     model: Model
     schema: CacheSchema
     config: AnchorsConfig
     passed: Callable[[float], None] = lambda _: None
-    """Receives, after each forward pass, how many anchors are done by it; of one that is needed by several passes,
+    """Receives, after each forward pass, how many anchors it has completed; of an anchor that needs several passes,
     each counts as its part."""
 
     @property
     def passes(self) -> int:
-        """How often the model is run on an anchor, where a suffix that is generated counts once."""
+        """How often the model is run on an anchor; a generated suffix counts once."""
         generated = self.schema.has_suffix and self.config.suffix_from == "teacher"
         hidden = len(self.schema.positions) if self.schema.has_hidden else 0
         return generated + hidden + (len(self.schema.logits.positions) if self.schema.logits is not None else 0)

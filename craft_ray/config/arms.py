@@ -61,11 +61,11 @@ def rate_name(arm: str, rate: float) -> str:
 
 
 def with_arms(config: Experiment, asked: tuple[str, ...]) -> tuple[Experiment, list[str]]:
-    """The config with the asked arms of the catalogue among its variants, and those that it asks at several learning
-    rates; and a line for each arm that its data do not allow.
+    """The config with the requested arms of the catalogue among its variants, and those that it requests at several
+    learning rates; and a line for each arm that its data do not allow.
 
     Args:
-        asked: arms by name; the single name `all` stands for every arm there is.
+        asked: arms by name; the single name `all` means every arm there is.
     """
     compare = config.compare
     every = asked == ("all",)
@@ -103,7 +103,7 @@ def _of_config(name: str, config: Experiment) -> dict[str, Any]:
 
 
 def lacking(config: Experiment, name: str, settings: dict[str, Any], left_out: dict[str, str]) -> str | None:
-    """What the config does not have that an arm needs; None where it has everything."""
+    """What the config does not have that an arm needs; None if it has everything."""
     source = settings.get("interpolate")
     if source is not None:
         if not config.validates_both:

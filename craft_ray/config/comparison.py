@@ -67,7 +67,7 @@ class CompareConfig(Section):
         return own
 
     def interpolated(self, arm: str) -> str | None:
-        """The arm whose finished runs a variant interpolates; None where it trains."""
+        """The arm whose finished runs a variant interpolates; None if it trains."""
         source: str | None = self.variants.get(arm, {}).get("interpolate")
         return source
 

@@ -42,17 +42,17 @@ def ending(path: str | PurePath) -> str:
 
 class Columns(Section):
     """Names of the columns of a data source. A column that is not named is not read. `answer.text` is a value within a
-    column, and texts may be put together of several: `prompt: "{question}\n{context}"` (docs/data.md)."""
+    column, and texts may be put together from several: `prompt: "{question}\n{context}"` (docs/data.md)."""
 
     id: str | None = None
     """Unique name of a sample. Default: the row number."""
     image: str | Annotated[tuple[str, ...], AfterValidator(distinct)] | None = None
     """A path, encoded bytes (PNG, JPEG), a `{bytes, path}` pair, a data URI or an array of uint8 (height, width[,
-    channel]), or a list of them; a list of columns (`[left, right]`) puts their images one after the other
+    channel]), or a list of them; a list of columns (`[left, right]`) gives their images in order
     (docs/data.md)."""
     messages: str | None = None
     """A conversation: a list of turns with `role` and `content`, or with `from` and `value` (ShareGPT); or the
-    `instruction` of rows that have an `output`, too (Alpaca). A column `system` beside it is its system turn. It
+    `instruction` of rows that also have an `output` (Alpaca). A column `system` next to it is its system turn. It
     replaces prompt and response, and needs `model.chat_template`. If no column is named and there is no `prompt`, then
     `messages`, `conversations`, `conversation` or `instruction` is read (docs/conversations.md)."""
     tools: str | None = None
@@ -104,11 +104,11 @@ class Columns(Section):
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Columns that hold conversations by their usual names."""
 INSTRUCTION = "instruction"
-"""The column of Alpaca's rows that stands for a conversation, together with `input` and `output`."""
+"""The column of Alpaca's rows that represents a conversation, together with `input` and `output`."""
 
 
 def recognised(columns: Columns, present: Collection[str]) -> Columns:
-    """The columns to read: where a config leaves the prompt at its default and the data have no such column, a
+    """The columns to read: if a config leaves the prompt at its default and the data have no such column, a
     conversation that they have by its usual name."""
     asked = (columns.messages, columns.response, columns.answer_index)
     if "prompt" in present or columns.prompt != Columns().prompt or asked != (None, None, None):
@@ -127,7 +127,7 @@ class Data(Kind):
     """A file, a folder or a glob pattern (local, on a shared mount, or s3://), or a hub name."""
     format: str = "auto"
     """`auto` depends on what is at the path when it is opened: the extension of a file (.jsonl/.ndjson/.json,
-    .csv/.tsv, .parquet, .txt/.md/.py/.rst; upper case and .gz, .bz2, .xz, .zst, .zip behind it are fine), the files
+    .csv/.tsv, .parquet, .txt/.md/.py/.rst; upper case and .gz, .bz2, .xz, .zst, .zip after it are fine), the files
     in a folder, with meta/info.json a LeRobotDataset; anything else is a Hugging Face dataset. A key that only one
     format has also selects that format. For a LeRobotDataset on the hub set `lerobot`."""
     limit: int | None = Field(None, ge=1)
@@ -162,7 +162,7 @@ class JsonLinesData(TableData):
 
 
 class CsvData(TableData):
-    """CSV files (RFC 4180) with a header; every value is the text that is written."""
+    """CSV files (RFC 4180) with a header; every value is text, exactly as written."""
 
     tags: ClassVar[tuple[str, ...]] = ("csv",)
     noun: ClassVar[str] = "CSV files"
@@ -222,7 +222,7 @@ class LeRobotData(Data):
     stride: int = Field(1, ge=1)
     """Take every N-th frame."""
     sample: int | None = Field(None, ge=1)
-    """Then take this many frames at random, in their order: which ones is decided by `sample_seed` alone."""
+    """Then take this many frames at random, in their order: only `sample_seed` decides which ones."""
     sample_seed: int = Field(42, ge=0)
     """Seed of `sample` and of the choice among `prompts`."""
     prompts: FolderPath | None = None

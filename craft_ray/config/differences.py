@@ -59,7 +59,7 @@ def deciding_settings(config: Experiment) -> dict[str, Any]:
 
 
 def _without_places(tree: dict[str, Any]) -> dict[str, Any]:
-    """Leave out where the inputs are whose content has a hash of its own, and how a cache was built, which is in its
+    """Leave out the places of inputs whose content has a hash of its own, and how a cache was built, which is in its
     identity; a run only reads which layers and positions to anchor."""
     del tree["output_dir"], tree["craft"]["anchor_cache_dir"]
     for part in tree["task"].get("mix", [{"data": tree["task"]}]):

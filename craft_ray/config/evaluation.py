@@ -15,7 +15,7 @@ from craft_ray.config.types import Section, SmallSeed
 
 
 def _listed(value: Any) -> Any:
-    """One name stands for a list of it."""
+    """A single name means a list that holds only it."""
     return [value] if isinstance(value, str) else value
 
 
@@ -82,8 +82,8 @@ class PlainEvalSet(SampleEvalSet):
 
     metric: Literal["exact_match", "choice", "perplexity", "token_accuracy", "contains", "rouge_l"] = "exact_match"
     replies: int = Field(0, ge=0)
-    """For perplexity and token_accuracy: number of samples, from the first, whose greedy answer is generated, too. The
-    report shows it beside the response."""
+    """For perplexity and token_accuracy: number of samples, from the first, whose greedy answer is also generated. The
+    report shows it next to the response."""
 
     @property
     def decisive(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class NumericEvalSet(SampleEvalSet):
 
 
 class RegexEvalSet(SampleEvalSet):
-    """Held-out samples in whose answers something is searched for."""
+    """Held-out samples whose answers are searched for a pattern."""
 
     tags: ClassVar[tuple[str, ...]] = ("regex",)
     noun: ClassVar[str] = "held-out samples with a pattern"
@@ -136,7 +136,7 @@ class FunctionEvalSet(SampleEvalSet):
     metric: Literal["function"]
     function: str
     """MODULE:FUNCTION, called as `function(reply, response)` or `function(reply, response, row)`. It returns a number
-    from 0 to 1, more is better (docs/evaluation.md)."""
+    from 0 to 1, higher is better (docs/evaluation.md)."""
     folder: FolderPath = Field(".", validate_default=True)
     """The folder of the module, if it is not an installed one. Default: the working directory."""
 
@@ -160,16 +160,16 @@ class HarnessConfig(Section):
     )
     """Names of tasks, groups or tags. The score is the mean over the documents of all of them."""
     include_path: FolderPath | None = None
-    """A folder with task files of your own. Tasks that are not there are looked for among those of the harness."""
+    """A folder with task files of your own. Tasks that are not there are looked up among those of the harness."""
     metric: str | None = None
-    """The metric of the tasks that counts, e.g. `acc_norm`; `exact_match,strict-match` names its filter, too. It must
+    """The metric of the tasks that counts, e.g. `acc_norm`; `exact_match,strict-match` also names its filter. It must
     be a mean over the documents, from 0 to 1, where higher is better. Default: the first one of each task."""
     num_fewshot: int | None = Field(None, ge=0)
     """Solved examples in front of each question. Default: what the task says, or none."""
     limit: int | None = Field(None, ge=1)
     """Score only the first documents of each task."""
     folder: FolderPath = Field(".", validate_default=True)
-    """Where relative paths of data start that task files name. Default: the working directory."""
+    """Where the relative data paths in task files start. Default: the working directory."""
 
 
 class HarnessEvalSet(ScoredSet):

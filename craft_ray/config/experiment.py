@@ -128,8 +128,8 @@ class Experiment(Section):
                 )
 
     def kept_parts(self) -> dict[str | None, float]:
-        """What part of the teacher's score must be kept, by skill; None stands for the one skill of a config without
-        names. Skills that have only an epsilon are left out, and plain fine-tuning keeps nothing."""
+        """What part of the teacher's score must be kept, by skill; None is the key of the one skill of a config
+        without names. Skills that have only an epsilon are left out, and plain fine-tuning keeps nothing."""
         if not self.craft.enabled:
             return {}
         if not self.skills:
@@ -251,7 +251,7 @@ class Experiment(Section):
             )
 
     def _check_model(self) -> None:
-        """Check what only some models can be asked for."""
+        """Check what only some models support."""
         model = self.model
         for key in ("attention", "compile"):
             if model.kind == "lerobot" and getattr(model, key):

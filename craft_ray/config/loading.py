@@ -58,7 +58,7 @@ def dump_config(config: Experiment, changed: bool = False) -> str:
     """The resolved experiment as YAML; `load_config` reads it back as an equal one.
 
     Args:
-        changed: leave out what has its default: shorter to look at, and not meant to be read back.
+        changed: leave out what has its default: shorter to read, and not meant to be loaded again.
     """
     tree = config.model_dump(mode="json", exclude_defaults=changed)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

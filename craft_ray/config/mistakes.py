@@ -10,7 +10,7 @@ from craft_ray.config.types import Section
 
 
 def explain(error: Any, schema: Any, at: str = "") -> str:
-    """One pydantic error as `key: what is wrong`, with a guess where a key is misspelt.
+    """One pydantic error as `key: what is wrong`, with a guess if a key is misspelt.
 
     Args:
         schema: the type that was validated: a section, or a union of kinds of one.

@@ -39,8 +39,8 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
-    """How transformers computes attention; default: its own choice, `sdpa` where the model has it.
-    `flash_attention_2` needs the package flash-attn and bfloat16, `flex_attention` trains on a GPU alone."""
+    """How transformers computes attention; default: its own choice, `sdpa` if the model has it.
+    `flash_attention_2` needs the package flash-attn and bfloat16, `flex_attention` trains only on a GPU."""
     compile: bool = False
     """Compile the model's layers for training (torch.compile). Checks, scores and generation run uncompiled, and what
     is saved does not change. The first steps take minutes, and so does each new shape of a batch."""

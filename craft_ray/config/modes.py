@@ -25,7 +25,7 @@ class Unit:
 
 
 OldData = Literal["none", "unlabelled", "labelled"]
-"""What training needs of the old skill: nothing, inputs alone, or inputs with their right responses."""
+"""What training needs of the old skill: nothing, only inputs, or inputs with their right responses."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class ModeFacts:
     """Module and class; it needs torch, so it is imported only where it is used."""
     stores: frozenset[Stored]
     units: Mapping[str, Unit]
-    """By `craft.loss_type`, or under the single key "" where the mode has one loss."""
+    """By `craft.loss_type`, or under the single key "" if the mode has one loss."""
     old_data: OldData = "unlabelled"
     distance_of_weights: bool = False
-    """Whether the loss is one of the weights, which no data are held out from."""
+    """Whether the loss is one of the weights, for which no data are held out."""
 
     def unit(self, loss_type: str) -> Unit:
         return self.units.get("") or self.units[loss_type]
@@ -81,7 +81,7 @@ RETENTION_MODES: dict[str, ModeFacts] = {
         old_data="none",
         distance_of_weights=True,
     ),
-    # The second-order term of the divergence from the teacher, with the Fisher information's diagonal alone.
+    # The second-order term of the divergence from the teacher, with only the diagonal of the Fisher information.
     "ewc": ModeFacts(
         "craft_ray.retention.ewc:EWC",
         stores=frozenset({"suffix"}),
@@ -106,7 +106,7 @@ def stores(modes: Iterable[str], what: Stored) -> bool:
 
 
 def unit_of(craft: Mapping[str, Any]) -> Unit | None:
-    """The unit of the budget that a section `craft` has; None where its mode or its loss is not a known one."""
+    """The unit of the budget that a section `craft` has; None if its mode or its loss is not a known one."""
     facts = RETENTION_MODES.get(str(craft.get("retention_mode", "hidden")))
     if facts is None:
         return None

@@ -33,7 +33,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 def apply_changes(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Set values at dotted keys of a config's tree, in place.
 
-    A budget keeps the unit that it was specified in, so that it is refused where the unit changes and it does not.
+    A budget keeps the unit that it was specified in, so that it is refused if the unit changes and it does not.
 
     Raises:
         ConfigError: a key is in no section, or the unit changes and not all budgets do.
@@ -65,7 +65,7 @@ def _unit(tree: Mapping[str, Any]) -> str | None:
 
 
 def _further_budgets(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The budgets beside `craft.epsilon_start`, which are in the same unit."""
+    """The budgets other than `craft.epsilon_start`, which are in the same unit."""
     sections = {"craft.epsilon_end": (tree.get("craft"), "epsilon_end")}
     skills = tree.get("skills")
     for name, skill in skills.items() if isinstance(skills, Mapping) else ():

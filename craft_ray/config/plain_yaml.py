@@ -2,7 +2,7 @@
 
 YAML 1.1 reads `0100` as 64 (octal), `2:30` as 150 (base 60), `off` as false, `2026-11-29` as a date and `1_000` as
 1000. Here they are text, as in YAML 1.2, and a field that is a number or a truth value reads its text: 100, false,
-1000. So no value becomes another one on its way, and what `yaml.safe_dump` writes is read back as it was.
+1000. So no value turns into another one on the way, and what `yaml.safe_dump` writes is read back as it was.
 """
 
 from __future__ import annotations

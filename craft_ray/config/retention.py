@@ -18,7 +18,7 @@ class LogitsConfig(Section):
 
     k: int = Field(32, ge=1)
     """Most likely next tokens that are stored, with their log-probabilities. All others are one class, whose mass is
-    stored, too."""
+    also stored."""
     temperature: float = Field(1.0, gt=0)
     """Temperature at which the distributions of teacher and student are compared. The mass of the other tokens depends
     on it, so it belongs to the cache."""
@@ -64,7 +64,7 @@ class AnchorsConfig(Section):
     threads_per_actor: int = Field(1, ge=1)
     readers: int = Field(0, ge=0)
     """Processes, of one CPU each, that read and preprocess anchors for the teachers; others then write the shards, so
-    that a teacher only computes. 0: each teacher reads and writes, which is as fast where there is little to decode.
+    that a teacher only computes. 0: each teacher reads and writes, which is as fast if there is little to decode.
     A build without Ray (`workers.num_workers: 0`) has none."""
 
     @model_validator(mode="after")
@@ -108,7 +108,7 @@ class CraftConfig(Section):
     lambda_kp: float = Field(0.0, ge=0)
     """Proportional gain in addition to the integral gain `lambda_lr` (a PI controller); 0 is plain dual ascent."""
     lambda_floor: Fraction = 0.35
-    """The retention gradient always counts at least this much beside the task gradient: λ is at least this times
+    """The retention gradient always counts at least this much relative to the task gradient: λ is at least this times
     |g_t|/|g_r|. Below 1 it changes no solution, and training still descends on the task (docs/method.md); 0 lets a
     budget that is met switch retention off."""
     violation: Literal["relative", "absolute"] = "relative"
@@ -127,11 +127,11 @@ class CraftConfig(Section):
 
     epsilon_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     epsilon_start: float = Field(0.05, gt=0)
-    """The retention budget (at the start, where a schedule tightens it). Only `relative_mse` has a default: what
+    """The retention budget (at the start, if a schedule tightens it). Only `relative_mse` has a default: what
     fits in another unit depends on the teacher."""
     epsilon_unit: str | None = None
     """What the budget is counted in. Filled in from `retention_mode` and `loss_type`, so that a saved budget is refused
-    where they change and the number does not."""
+    if they change and the number does not."""
     epsilon_end: float | None = Field(None, gt=0)
     """The budget at the end of the schedule, which is certified. Default: epsilon_start."""
     epsilon_decay: float | None = Field(None, gt=0, le=1)
@@ -147,8 +147,8 @@ class CraftConfig(Section):
     """Log the angle between the gradients (`craft/grad_cos`, `craft/grad_dot`, `craft/conflict`). Without it, without
     the projection and with `lambda_floor: 0`, both losses share one copy of the gradients."""
     retention_grad_dtype: Literal["same", "bfloat16"] = "same"
-    """Type in which the retention gradient is kept beside the task gradient: that of the weights, or `bfloat16`, which
-    takes half of its memory and rounds it once (docs/performance.md)."""
+    """Type in which the retention gradient is kept in addition to the task gradient: that of the weights, or
+    `bfloat16`, which takes half of its memory and rounds it once (docs/performance.md)."""
     conflict_measure: Literal["cosine", "dot"] = "cosine"
     """What is compared with `conflict_threshold`: the cosine of the two gradients or, as in earlier scripts, their dot
     product, which has the scale of the gradients (docs/migration.md)."""

@@ -40,7 +40,7 @@ class SkillConfig(Section):
 
 
 def scores_of(skill: str | None) -> str:
-    """What leads the scores of an old skill in validations and metrics; None stands for a single one without a name."""
+    """The prefix of the scores of an old skill in validations and metrics; None means a single one without a name."""
     return "old" if skill is None else f"skills/{skill}"
 
 

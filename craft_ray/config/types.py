@@ -28,7 +28,7 @@ EARLIER_POSITIONS = {
     "mean_masked": "masked_mean",
     "cls_token": "first_token",
 }
-"""Names of positions in the tools that came before this one (docs/migration.md)."""
+"""Names of positions in the tools that preceded this one (docs/migration.md)."""
 
 
 def current_position(name: str) -> str:

@@ -18,7 +18,7 @@ NARROW = {pa.float16(): np.float16, pa.float32(): np.float32}
 
 
 class ArrowTable:
-    """The rows of several files, each with its own types: none is converted because of what stands elsewhere."""
+    """The rows of several files, each with its own types: none is converted because of what other files hold."""
 
     pads_mappings = True
 
@@ -32,9 +32,9 @@ class ArrowTable:
         """
         Args:
             files: the name and the rows of each.
-            column_names: all columns, with those that are not held.
-            classes: the names that stand behind integers, by the reference to them.
-            identity: what decides the rows beside the files' content.
+            column_names: all columns, including those that are not held.
+            classes: the names that integers stand for, by the reference to them.
+            identity: what decides the rows in addition to the files' content.
         """
         self.column_names = list(column_names)
         self.classes = classes or {}
@@ -83,7 +83,7 @@ class ArrowTable:
 
 
 def values(cells: pa.Array) -> list[Any]:
-    """Cells as Python's values: narrow fractions, which are none of them, with the digits that identify them."""
+    """Cells as Python's values: narrow fractions, which Python does not have, with the digits that identify them."""
     values = cells.to_pylist()
     narrow = NARROW.get(cells.type)
     return values if narrow is None else [None if v is None else WrittenFloat(str(narrow(v))) for v in values]

@@ -44,7 +44,7 @@ def shown(value: Any) -> str:
 
 
 def cut(text: str, longest: int = 3 * LONGEST) -> str:
-    """The start of a text that others wrote, such as a library's message or a list of columns, and printable."""
+    """The start of a text written by others, such as a library's message or a list of columns, and printable."""
     head = text[:longest].encode("utf-8", "backslashreplace").decode("utf-8")
     return head if len(text) <= longest else f"{head}... ({len(text)} characters)"
 
@@ -63,7 +63,7 @@ def text_of(value: Any, where: str, column: str, classes: Mapping[str, Sequence[
     Args:
         where: names the row in an error.
         column: the reference to the value.
-        classes: the names that stand behind integers, by the reference to them.
+        classes: the names that integers stand for, by the reference to them.
 
     Raises:
         DataError: the cell is empty, or neither text nor a number or date.

@@ -1,4 +1,4 @@
-"""The names that stand behind the integers of a column."""
+"""The names that the integers of a column stand for."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _names(feature: Any) -> Sequence[str] | None:
 
 
 def _entry(feature: Any) -> Any:
-    """The feature of a list's entries; None for what is no list."""
+    """The feature of a list's entries; None for what is not a list."""
     if isinstance(feature, list):  # as earlier versions wrote it
         return feature[0] if feature else None
     return feature["feature"] if _kind(feature) in LISTS else None

@@ -28,7 +28,7 @@ SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
     "observation": "tool", "function_response": "tool", "function_call": "assistant",
 }  # fmt: skip
-"""Who speaks in ShareGPT's data, as the role that chat templates know."""
+"""The speakers in ShareGPT's data, as the roles that chat templates know."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Conversation:
         return "\n".join(f"{message['role']}: {content_text(message)}" for message in self.messages)
 
     def stored(self) -> tuple[str, bytes]:
-        """What an anchor cache holds of it: the turns before the answer as JSON, and the images, one after the
-        other."""
+        """What an anchor cache holds of it: the turns before the answer as JSON, and the concatenated images."""
         tree = {"messages": self.messages, "tools": self.tools, "image_bytes": [len(image) for image in self.images]}
         return json.dumps(tree, ensure_ascii=False, default=str), b"".join(self.images)
 
@@ -92,10 +91,10 @@ def read_conversation(
         images: the cells of the images that its parts name in this order; None if no column holds any.
         tools: a list of JSON schemas, or that list as JSON text.
         folder: base of relative image paths.
-        system: the text of a system turn that stands in a column of its own.
+        system: the text of a system turn that has a column of its own.
 
     Raises:
-        DataError: it is no list of turns, a turn is empty, it names more or fewer images than there are, or it has
+        DataError: it is not a list of turns, a turn is empty, it names more or fewer images than there are, or it has
             another system turn.
     """
     if not isinstance(cell, Sequence) or isinstance(cell, (str, bytes)) or not cell:
@@ -122,7 +121,7 @@ def marked_parts(text: str) -> list[Message]:
 
 
 def alpaca(instruction: str, more: Any, output: Any, where: str, system: Any = None) -> Conversation:
-    """The conversation of a row of Alpaca; its input stands under the instruction."""
+    """The conversation of a row of Alpaca; its input goes below the instruction."""
     for name, value in (("instruction", instruction), ("output", output)):
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: column '{name}' holds {_short(value)}; text is expected, fix or remove the row")
@@ -214,7 +213,7 @@ def _with_arguments(call: Message, where: str) -> Message:
 
 
 def _with_system(messages: list[Message], system: Any, where: str) -> list[Message]:
-    """The turns, behind a system turn from a column of its own."""
+    """The turns, after a system turn from a column of its own."""
     if system is None or (isinstance(system, str) and not system.strip()):
         return messages
     if not isinstance(system, str):
@@ -298,7 +297,7 @@ def _parsed(cell: Any, which: str) -> Any:
     """The value of JSON text; anything else as it is."""
     try:
         return json.loads(cell) if isinstance(cell, str) else cell
-    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits, brackets of as many levels
+    except (ValueError, RecursionError) as error:  # or an integer of thousands of digits, or brackets as deep
         raise DataError(f"{which} no JSON ({first_line(error)})") from None
 
 

@@ -1,4 +1,4 @@
-"""CSV and TSV files. Every value is text, as it is written: 007 stays 007, and NA is no missing value."""
+"""CSV and TSV files. Every value is text, as it is written: 007 stays 007, and NA is not a missing value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files in another layout, made from the user's: where rows are read at random, and the named file cannot be."""
+"""Files in another layout, made from the user's: where rows are read at random, which the named file does not allow."""
 
 from __future__ import annotations
 

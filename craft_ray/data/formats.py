@@ -34,12 +34,12 @@ def format_at(path: str) -> str | None:
     if any((folder / mark).exists() for mark in SAVED_MARKS):
         kinds.add("dataset")
     if kinds == {"text"} and _holds_rows(folder):
-        return "dataset"  # what stands above the rows is documentation
+        return "dataset"  # what is above the rows is documentation
     return kinds.pop() or "dataset" if len(kinds) == 1 else "dataset"
 
 
 def files_at(path: str, kind: str) -> list[Path]:
-    """The files of a source, sorted by name. A name on the hub has none; in a folder, hidden files are not data."""
+    """The files of a source, sorted by name. A name on the hub has none; hidden files in a folder are not data."""
     folder = Path(path)
     if not folder.is_dir():
         return _named_files(path)

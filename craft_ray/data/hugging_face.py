@@ -1,5 +1,5 @@
-"""Datasets on the hub or on disk. Hugging Face datasets says which files a split has, and reads what is not read
-here."""
+"""Datasets on the hub or on disk. Hugging Face datasets determines which files a split has, and reads what is not
+read here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WRITTEN = {"csv": "CSV", "json": "JSON"}
 
 
 def read_hub(config: HuggingFaceData, columns: Sequence[str]) -> ArrowTable | JsonLines:
-    """The rows of a split of a data set on the hub. CSV and JSON files are fetched and read here; what else there is
+    """The rows of a split of a data set on the hub. CSV and JSON files are fetched and read here; anything else
     has types of its own, and the library's hash of it includes its revision.
 
     Raises:
@@ -96,8 +96,8 @@ def _saved(config: HuggingFaceData, columns: Sequence[str]) -> ArrowTable:
 def _own_reading(
     builder: datasets.DatasetBuilder, config: HuggingFaceData, columns: Sequence[str]
 ) -> ArrowTable | JsonLines | None:
-    """The rows of a split in files of a kind that is read here, where no value becomes another because of what stands
-    beside it; None for other kinds.
+    """The rows of a split in files of a kind that is read here, where no value becomes another because of what is next
+    to it; None for other kinds.
 
     Raises:
         ValueError: there is no such split, or the library would have to read CSV or JSON files.
@@ -148,7 +148,7 @@ def _loaded(
 
 
 def _check_metadata(builder: datasets.DatasetBuilder, config: HuggingFaceData, table: datasets.Dataset) -> None:
-    """Check that no text beside pictures in folders was converted.
+    """Check that no text next to pictures in folders was converted.
 
     Raises:
         ValueError: a column of metadata.csv or metadata.jsonl has become numbers or dates, or lost values.

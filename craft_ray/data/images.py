@@ -31,13 +31,13 @@ def images_in(cell: Any) -> list[Any]:
 
 
 def images_of_row(cells: Mapping[str, Any], columns: Sequence[str], where: str) -> list[Any]:
-    """The images in some columns of a row, one after the other. Of several columns the last ones may hold nothing.
+    """The images in some columns of a row, in order. If there are several columns, the last ones may hold nothing.
 
     Args:
         where: names the sample in an error.
 
     Raises:
-        DataError: nothing stands where another image follows, or within a list.
+        DataError: an image is missing before another one, or within a list.
     """
     filled = [name for name in columns if cells.get(name) is not None]
     found: list[Any] = []

@@ -1,4 +1,4 @@
-"""Several sources as one: their samples one after the other."""
+"""Several sources as one: their samples concatenated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from craft_ray.errors import ConfigError
 
 
 class JoinedSources:
-    """Sources by name, one after the other. The name of its source leads a sample's id.
+    """Concatenated sources, by name. A sample's id starts with the name of its source.
 
     Args:
         keys: each source's key in the configuration, for errors.
@@ -64,7 +64,7 @@ class JoinedSources:
         return self.sources[part].place(row - self.starts[part])
 
     def part_of(self, row: int) -> int:
-        """The index of the source that a row is of."""
+        """The index of the source that a row comes from."""
         return bisect_right(self.starts, row) - 1
 
     def __iter__(self) -> Iterator[Sample]:

@@ -31,7 +31,7 @@ class JsonLines:
             columns: the columns that are read.
 
         Raises:
-            ValueError: a row is no JSON object; the message names its file and line.
+            ValueError: a row is not a JSON object; the message names its file and line.
         """
         self._files = [_Lines(short, expanded(file, files[file])) for file, short in short_names(files).items()]
         self._rows = [(file, row) for file in self._files for row in range(len(file.spans))]
@@ -81,7 +81,7 @@ class _Lines:
     def __init__(self, name: str, path: Path) -> None:
         """
         Args:
-            name: of the user's file; `path` is that, or what it expands to.
+            name: of the user's file; `path` is that file, or what it expands to.
         """
         self.name = name
         with path.open("rb") as file:
@@ -115,7 +115,7 @@ def _members(text: str) -> Iterator[str]:
     at = text.index("[") + 1
     while (at := _behind_space(text, at)) < len(text) and text[at] != "]":
         _, end = decoder.raw_decode(text, at)
-        yield text[at:end].replace("\r", " ").replace("\n", " ")  # neither stands in a string of valid JSON
+        yield text[at:end].replace("\r", " ").replace("\n", " ")  # neither occurs in a string of valid JSON
         at = _behind_space(text, end)
         at += text[at] == ","
 
@@ -127,7 +127,7 @@ def _behind_space(text: str, at: int) -> int:
 
 
 class _Repeating(dict[str, Any]):
-    """An object of which a key occurs twice."""
+    """An object in which a key occurs twice."""
 
     key: str
 
@@ -190,7 +190,7 @@ def _holds_fraction(cell: Any) -> bool:
 
 
 def _fractions(cell: Any) -> list[float]:
-    """The fractions that a cell is, or that stand in its list."""
+    """The fractions that a cell is, or that its list holds."""
     return [value for value in (cell if isinstance(cell, list) else [cell]) if isinstance(value, float)]
 
 

@@ -30,7 +30,7 @@ def read_parquet(files: Mapping[Path, str], columns: Sequence[str]) -> ArrowTabl
         names |= dict.fromkeys(schema.names)
         present = [name for name in columns if name in schema.names] or schema.names[:1]
         classes |= classes_of(_features(schema), columns)
-        # A file for each column: those who read other columns of the same data share them.
+        # A file for each column: readers of other columns of the same data share them.
         paths = {name: derived(files[file], ["parquet", name], partial(_write, file, name)) for name in present}
         parts.append((short, pa.table({name: mapped(path).column(0) for name, path in paths.items()})))
     return ArrowTable(parts, list(names), classes)

@@ -11,7 +11,7 @@ class Place:
     """A row by what the user can look up, whatever part of a split, mixture or folder is read."""
 
     holder: str
-    """The source, with the file where it has several."""
+    """The source, with the file if it has several."""
     row: str
     """The row there: `row 93`, counted from 0."""
 
@@ -20,7 +20,7 @@ class Place:
 
 
 def listed(places: Iterable[Place], after: Place) -> str:
-    """Places one after the other, in a message that has just named `after`; a holder is named where it changes."""
+    """A list of places, in a message that has just named `after`; a holder is named where it changes."""
     names, holder = [], after.holder
     for place in places:
         names.append(place.row if place.holder == holder else str(place))

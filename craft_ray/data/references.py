@@ -1,4 +1,4 @@
-"""What a config names a column by: a column, a value within one, or a text of several.
+"""How a config refers to data: by a column, a value within one, or a text made from several.
 
 question                      the column of that name, whatever characters it has
 answer.text, turns.0.value    a value within a column of mappings and lists, unless a column has that name
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def within(reference: str, present: Collection[str]) -> list[str]:
-    """The references in braces of a template, in their order; the reference itself if it is none.
+    """The references in braces of a template, in their order; the reference itself if it is not a template.
 
     Raises:
         ValueError: its braces do not match.

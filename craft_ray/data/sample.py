@@ -17,21 +17,21 @@ class Sample:
 
     id: str
     prompt: str
-    """The input text. Of a conversation its transcript, which is shown and never given to a model."""
+    """The input text. For a conversation, its transcript, which is shown and never given to a model."""
     image: bytes | None = None
-    """An encoded image (PNG, JPEG). Of a conversation or a list the first one, which is shown."""
+    """An encoded image (PNG, JPEG). For a conversation or a list, the first one, which is shown."""
     response: str | None = None
-    """The answer. Of a conversation the text of the assistant's last turn."""
+    """The answer. For a conversation, the text of the assistant's last turn."""
     choices: tuple[str, ...] | None = None
     frame: Frame | None = None
     conversation: Conversation | None = None
     """What a model reads in place of `prompt`, `image` and `response`."""
     images: tuple[bytes, ...] | None = None
-    """All images in the order of the text, where the data hold a list of them; a list may be empty."""
+    """All images in the order of the text, if the data hold a list of them; a list may be empty."""
     skill: str | None = field(default=None, compare=False)
     """Which of several old skills an anchor belongs to."""
     origin: str | None = field(default=None, compare=False)
-    """The file and the row, where they are known, with the id where a column holds it."""
+    """The file and the row, if they are known, with the id if a column holds it."""
 
     @property
     def where(self) -> str:
@@ -46,7 +46,7 @@ class Sample:
         return self.images if self.image is None or self.images is not None else (self.image,)
 
     def answer(self) -> str:
-        """The response, where one is needed.
+        """The response, when one is needed.
 
         Raises:
             DataError: there is none.

@@ -74,7 +74,7 @@ class MixtureSampler(Sampler):
     """Global batches from several sources by weight, in the order in which the sources are joined.
 
     A cycle is a permutation in which each source has as many places as its weight asks for, so every cycle holds the
-    parts exactly. A source is gone through by permutations of its own: no row comes again before all others came.
+    parts exactly. A source is traversed by permutations of its own: no row returns before all others have come.
 
     Args:
         rows: the number of rows of each source.

@@ -27,10 +27,10 @@ class Split:
         return cls(written.partition("[")[0], written)
 
     def bounds(self, rows: int) -> tuple[int, int]:
-        """The first row and the row behind the last, of a split of `rows` rows.
+        """The first row and the row after the last, in a split of `rows` rows.
 
         Raises:
-            ValueError: it is no part of a single split.
+            ValueError: it is not a part of a single split.
         """
         if self.name == self.written:
             return 0, rows

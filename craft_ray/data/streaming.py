@@ -2,8 +2,9 @@
 
 The order is Hugging Face datasets' own: the files of a pass are shuffled, and their rows go through a buffer from which
 they are drawn at random. It is a function of (seed, pass), so that any number of workers sees the same global batches,
-and a resumed run continues with the row that was next. What an order of known rows has and this has not: a row can be
-drawn only near the rows that its file is read with, and to come to a place, everything before it is read.
+and a resumed run continues with the row that was next. Unlike in an order of
+known rows, a row can be drawn only near the rows that its file is read with, and to get to a place, everything before
+it is read.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Stream:
         return min(len(self._head), self._length or HEAD)
 
     def _advance(self) -> pa.Table:
-        """The next row; the first of another pass behind the last of one."""
+        """The next row; after the last row of a pass, the first of another one."""
         try:
             row = next(self._pass, None)
         except Exception as error:  # of the network, of a file, of a library
@@ -94,7 +95,7 @@ class Stream:
         return row
 
     def _restart(self, place: int) -> None:
-        """Begin the pass of a place anew; without their length, the first one."""
+        """Start the pass of a place again; if the length of passes is unknown, the first one."""
         self._begin(0 if self._length is None else place // self._length * self._length)
 
     def _begin(self, start: int) -> None:
@@ -158,7 +159,7 @@ class StreamedSource(TableSource):
         return Place(self.name, f"sample {row} in the order of the seed")
 
     def _holds_lists(self, column: str) -> bool:
-        # By its type: to look at the first rows would begin the stream anew.
+        # By its type: inspecting the first rows would start the stream again.
         depth, inner = 0, self._features.get(column)
         while isinstance(inner, datasets.List | datasets.LargeList):
             depth, inner = depth + 1, inner.feature
@@ -207,8 +208,8 @@ def open_stream(config: HuggingFaceData, folder: StoragePath, key: str) -> Strea
 
 
 def _identity(builder: datasets.DatasetBuilder, config: HuggingFaceData) -> str:
-    """Hash of the content: of a folder the names and checksums of its files; of the hub, where nothing is read for it,
-    the commit and the names."""
+    """Hash of the content: for a folder, the names and checksums of its files; for the hub, where nothing is read for
+    it, the commit and the names."""
     digest = blake3(f"stream, datasets {version('datasets')}".encode())
     of_split = (builder.config.data_files or {}).get(config.split, [])
     digest.update(str(builder.hash if not of_split else "").encode())

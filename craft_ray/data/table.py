@@ -24,11 +24,11 @@ class Table(Protocol):
     """Rows by number, and columns by name: JSON lines, or a table in Arrow's layout."""
 
     column_names: list[str]
-    """Of every column, with those that the config does not name."""
+    """The names of all columns, including those that the config does not name."""
     classes: Mapping[str, Sequence[str]]
-    """The names that stand behind integers, by the reference to them."""
+    """The names that integers stand for, by the reference to them."""
     identity: str
-    """What decides the rows beside the content of the files."""
+    """What decides the rows in addition to the content of the files."""
     pads_mappings: bool
     """Whether every mapping of a column has the keys of all of them, as Arrow's structs do: a key that holds nothing
     may then be absent."""
@@ -90,8 +90,8 @@ class TableSource:
 
     @cached_property
     def has_image_lists(self) -> bool:
-        """Whether a sample has a list of images: where several columns are named, or the first cell of the column that
-        is not empty holds one."""
+        """Whether a sample has a list of images: several columns are named, or the first cell of the column that is not
+        empty holds one."""
         names = self._columns.images
         if self.has_conversations or len(names) != 1:
             return bool(names) and not self.has_conversations
@@ -107,7 +107,7 @@ class TableSource:
     def __getitem__(self, row: int) -> Sample:
         try:
             cells = self._table.row(row)
-        except (ValueError, OverflowError) as error:  # a string that is no UTF-8, a time outside Python's years
+        except (ValueError, OverflowError) as error:  # a string that is not UTF-8, a time outside Python's years
             raise DataError(
                 f"{self.place(row)}: it does not read ({cut(first_line(error))}); fix or remove the row"
             ) from None
@@ -194,7 +194,7 @@ class TableSource:
             ) from None
 
     def _pictures(self, cells: dict[str, Any], where: str) -> tuple[bytes, ...]:
-        """The images of a row that is no conversation: one, unless the source has lists of them."""
+        """The images of a row that is not a conversation: one, unless the source has lists of them."""
         columns = self._columns.images
         if self.has_image_lists:
             if len(columns) == 1 and cells.get(columns[0]) is None:
@@ -224,9 +224,9 @@ class TableSource:
 
 
 SYSTEM = "system"
-"""The column that holds the system turn beside a conversation."""
+"""The column that holds the system turn of a conversation."""
 COMPOSED = ("prompt", "response", "choices", "answer_index", "skill")
-"""What may be a value within a column; texts may also be put together of several. The others are columns."""
+"""What may be a value within a column; texts may also be put together from several. The others are columns."""
 
 
 def named_columns(columns: Columns) -> list[str]:

@@ -10,7 +10,7 @@ from craft_ray.data.streaming import StreamedSource
 
 
 def open_task(config: TaskConfig) -> Source:
-    """The samples of `task`; those of a mixture one after the other.
+    """The samples of `task`; those of a mixture are concatenated.
 
     Raises:
         ConfigError: a source has nothing, or the sources of a mixture hold different kinds of samples.
@@ -37,5 +37,5 @@ def sampler_of(config: TaskConfig, source: Source, batch_size: int, seed: int, s
 
 
 def rows_of(source: Source) -> int:
-    """How many samples can be asked for in any order: all of them, or of a stream the first ones, which are kept."""
+    """How many samples can be asked for in any order: all of them, or the first ones of a stream, which are kept."""
     return source.checkable() if isinstance(source, StreamedSource) else len(source)

@@ -17,8 +17,8 @@ BATCH = 1 << 16
 
 
 def read_text(files: Sequence[Path], size: int) -> ArrowTable:
-    """Chunks of `size` characters; none crosses the end of a file. Every end of a line is a newline, and a byte order
-    mark is no text.
+    """Chunks of `size` characters; none crosses the end of a file. Every line ending becomes a newline, and a byte
+    order mark is not text.
 
     Raises:
         ValueError: a file is not UTF-8.

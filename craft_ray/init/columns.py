@@ -99,7 +99,7 @@ def _prompt_and_response(
 
 
 def _named(wanted: Sequence[str], names: Sequence[str]) -> str | None:
-    """The first wanted name that there is, in any case of its letters."""
+    """The first wanted name that exists, in upper or lower case."""
     present = {name.lower(): name for name in names}
     return next((present[name] for name in wanted if name in present), None)
 
@@ -109,7 +109,7 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_image(value: Any) -> bool:
-    """Whether a cell holds the bytes of an image, alone or beside its path, or a list of such images."""
+    """Whether a cell holds the bytes of an image, alone or with its path, or a list of such images."""
     if isinstance(value, list):
         return any(map(_is_image, value))
     return isinstance(value, bytes) or (isinstance(value, dict) and {"bytes", "path"} <= value.keys())

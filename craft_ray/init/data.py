@@ -30,7 +30,7 @@ class DataFacts:
     columns: Columns | None
     """None: a LeRobotDataset has none."""
     format: str | None = None
-    """The format of data on the hub, where it has to be named."""
+    """The format of data on the hub, if it has to be named."""
     running_text: bool = False
     """Whether it is running text, without prompts."""
     prompt_tokens: int = 0
@@ -38,16 +38,16 @@ class DataFacts:
     response_tokens: int = 0
     """Tokens of the longest response, with the token that ends it."""
     answer_tokens: int = 0
-    """Nine of ten responses are not longer."""
+    """Nine out of ten responses are not longer."""
     counted: int = 0
-    """Rows that were looked at."""
+    """Rows that were inspected."""
 
     @property
     def conversations(self) -> bool:
         return self.columns is not None and self.columns.messages is not None
 
     def section(self, split: str | None = None) -> dict[str, Any]:
-        """The section of a config; without `columns` where there are none."""
+        """The section of a config; without `columns` if there are none."""
         found: dict[str, Any] = {"path": self.path}
         if self.format is not None:
             found["format"] = self.format
@@ -96,7 +96,7 @@ def look_at_data(path: str, option: str, model: ModelFacts, labelled: bool) -> D
 
 
 def chat_wanted(model: ModelFacts, data: Sequence[DataFacts]) -> bool:
-    """Whether the model's chat template writes the samples: it does where there is one, except in running text."""
+    """Whether the model's chat template writes the samples: it does if there is one, except in running text."""
     return model.has_template and not any(each.running_text for each in data)
 
 

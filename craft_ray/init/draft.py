@@ -16,12 +16,12 @@ from craft_ray.init.model import ModelFacts, look_at_model
 from craft_ray.init.sizes import EPOCHS, SHORT_ANSWER, SMALL, Hardware, Sizes, choose, learning_rate
 
 HELD_OUT = 10
-"""A tenth of the data is held out where no evaluation data are named."""
+"""A tenth of the data is held out if no evaluation data are named."""
 FEWEST_HELD_OUT = 20
 """With fewer rows than this in that tenth, nothing is held out."""
 
 REPLIES = 8
-"""Answers that the report shows beside a perplexity, before and after."""
+"""Answers that the report shows next to a perplexity, before and after."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ def _evaluation(
 
 
 def _scored(facts: DataFacts, section: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """How a set is scored: by choice where it has choices, by equality where answers are short, or by perplexity, with
-    a few replies to read where there is something to reply to."""
+    """How a set is scored: by choice if it has choices, by equality if answers are short, or by perplexity, with a few
+    replies to read if there is something to reply to."""
     assert facts.columns is not None
     new_tokens = max(1, min(facts.response_tokens, sizes.new_tokens))
     if facts.columns.choices is not None:
@@ -287,7 +287,7 @@ def _bytes(number: int) -> str:
 
 
 def _aligned(lines: list[str]) -> str:
-    """Lines as a text, with the comments behind values in one column."""
+    """Lines as a text, with the comments after values in one column."""
     pairs = [line.split(" # ", 1) if not line.startswith("#") else [line] for line in lines]
     width = max(len(pair[0].rstrip()) for pair in pairs if len(pair) == 2)
     return "".join(f"{pair[0].rstrip():<{width}} # {pair[1]}\n" if len(pair) == 2 else f"{pair[0]}\n" for pair in pairs)

@@ -40,7 +40,7 @@ class ModelFacts:
     path: str
     kind: Literal["vision_language", "causal_lm", "lerobot"]
     parameters: int = 0
-    """Number of them; of a policy of LeRobot those in its files, 0 where they are on the hub."""
+    """Number of them; for a policy of LeRobot those in its files, 0 if they are on the hub."""
     processor: Any = field(default=None, repr=False)
     has_template: bool = False
     longest: int | None = None
@@ -71,7 +71,7 @@ class ModelFacts:
         response = len(self._text.following("", sample.response)) if sample.response else 0
         if not chat:
             return len(self._text.plain(sample.prompt)) + pictures, response + 1
-        # The template may write more behind the answer than one token, and every turn is learnt.
+        # The template may write more after the answer than one token, and every turn is learnt.
         if sample.response is None:
             return len(self._text.written(self._chat.prompt(sample))) + pictures, 0
         whole = len(self._text.written(self._chat.learnt(sample).text))
@@ -94,7 +94,7 @@ def look_at_model(path: str, key: str = "--model") -> ModelFacts:
         key: the option or config key that names it, for errors.
 
     Raises:
-        ConfigError: there is none, or of no kind that can be trained.
+        ConfigError: there is none, or it is not of a kind that can be trained.
     """
     located = local_copy(path, key, without=WEIGHTS)
     folder = Path(located)
@@ -157,7 +157,7 @@ def stored_parameters(folder: StoragePath) -> int:
 
 
 def _is_policy(path: str) -> bool:
-    """Whether a LeRobot policy is in a folder or on the hub: its config.json names its type in another key than
+    """Whether a LeRobot policy is in a folder or on the hub: its config.json names its type under another key than
     those of transformers do."""
     try:
         found, _ = transformers.PretrainedConfig.get_config_dict(path)

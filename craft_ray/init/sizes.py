@@ -67,7 +67,7 @@ def choose(
     """The sizes that fit the model, the data and the machine.
 
     Args:
-        others: the data beside the task: anchors and held-out sets.
+        others: the data in addition to the task: anchors and held-out sets.
     """
     sets = [task, *others]
     new_tokens = min(max((each.response_tokens for each in sets), default=1), LONGEST_GENERATED)

@@ -295,8 +295,8 @@ def merge_statistics(processors: Processors, datasets: tuple[str, ...]) -> None:
 
 
 def _needed(step: NormalizerProcessorStep | UnnormalizerProcessorStep, feature: str) -> Sequence[str] | None:
-    """The statistics of a feature that a data set must have. None of a camera, which keeps its own: its range is known,
-    and they are often ImageNet's."""
+    """The statistics of a feature that a data set must have. None for a camera, which keeps its own: its range is
+    known, and they are often ImageNet's."""
     known = step.features.get(feature)
     if known is None or known.type is FeatureType.VISUAL:
         return () if known is None else None

@@ -15,7 +15,7 @@ from craft_ray.storage.paths import storage_path
 
 
 def sampled(rows: NDArray[np.int64], config: LeRobotData) -> NDArray[np.int64]:
-    """The frames that `sample` keeps, in their order; all of them where it is not set or there are no more."""
+    """The frames that `sample` keeps, in their order; all of them if it is not set or there are no more."""
     if config.sample is None or config.sample >= len(rows):
         return rows
     chosen = random.Random(config.sample_seed).sample(range(len(rows)), config.sample)
@@ -26,7 +26,7 @@ def read_prompts(path: str) -> list[str]:
     """The prompts in a JSON file: a list, or a list under the key `prompts`.
 
     Raises:
-        ConfigError: there is no such file, or it holds no list of texts.
+        ConfigError: there is no such file, or it does not hold a list of texts.
         DataError: a text holds half a character.
     """
     try:

@@ -247,7 +247,7 @@ class CraftUpdate:
         train_metrics.grad_norm = float(metrics.grad_norm)
         if workers.device.type == "cuda":
             train_metrics.gpu_mem_gb = torch.cuda.max_memory_allocated() / 1024**3
-        # A mean over steps; where there is no retention step, nothing was measured.
+        # A mean over steps; if there is no retention step, nothing was measured.
         measured = {k: v for k, v in record.items() if math.isfinite(v)}
         train_metrics.update_metrics({k: v for k, v in measured.items() if k != "task_loss"})
         return measured

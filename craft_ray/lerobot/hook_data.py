@@ -16,9 +16,9 @@ def with_own_statistics(own: Callable[..., Any], **arguments: Any) -> Any:
 
 
 class SampleOrder:
-    """The order of samples where a run resumes after its first epoch.
+    """The order of samples when a run resumes after its first epoch.
 
-    LeRobot tells its sampler the epoch in which a checkpoint stands. Accelerate's data loader counts epochs from zero
+    LeRobot passes its sampler the epoch of a checkpoint. Accelerate's data loader counts epochs from zero
     in each process, and sets the sampler back to the first one as soon as it is iterated. So the epoch is also set on
     the loader.
     """

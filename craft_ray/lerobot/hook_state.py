@@ -1,6 +1,6 @@
-"""What a checkpoint of LeRobot's loop holds of CRaFT, beside LeRobot's own state: `training_state/craft.pt`.
+"""What a checkpoint of LeRobot's loop holds for CRaFT, in addition to LeRobot's own state: `training_state/craft.pt`.
 
-The file is written last and appears complete or not at all, and an older one is removed first: where it is there, the
+The file is written last and appears complete or not at all, and an older one is removed first: if it is there, the
 rest of the checkpoint is complete and of the same step.
 """
 

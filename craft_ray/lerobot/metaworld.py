@@ -149,7 +149,7 @@ _renderers = _Renderers()
 
 
 class MetaworldSimulation:
-    """One task. An episode depends on its seed alone."""
+    """One task. An episode depends only on its seed."""
 
     action_size = ACTIONS
     over = False

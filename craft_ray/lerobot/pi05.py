@@ -1,4 +1,4 @@
-"""pi05: a PaliGemma beside a flow-matching action expert (arXiv 2504.16054). Hidden states are those of the prompt."""
+"""pi05: a PaliGemma with a flow-matching action expert (arXiv 2504.16054). Hidden states are those of the prompt."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         return self.with_suffix(prompt, tokens[len(given) :], "a sample of an imported cache")
 
     def readings(self, input_ids_S: np.ndarray, pixel_values: np.ndarray | None) -> list[Reading]:
-        """LeRobot's decoding appends BOS to the prompt; earlier builders did so, too, and stored the prompt without."""
+        """LeRobot's decoding appends BOS to the prompt; earlier builders did so as well, but stored it without."""
         as_stored = Reading("", stop=self._end)
         if input_ids_S[-1:].tolist() == [self._bos]:
             return [as_stored]
@@ -232,7 +232,7 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         return replace(batch, inputs=inputs, targets_BP=targets_BP, tokens=int(predicted.sum()))
 
     def terms(self, inputs: Mapping[str, Tensor]) -> int:
-        return int(inputs[SUFFIX_MASK][:, 1:].sum())  # all tokens behind BOS
+        return int(inputs[SUFFIX_MASK][:, 1:].sum())  # all tokens after BOS
 
     def preprocessor_fingerprint(self) -> str:
         return json_fingerprint([super().preprocessor_fingerprint(), list(self.settings.image_resolution)])

@@ -21,7 +21,7 @@ def optimizer_preset(policy: Any, steps: int) -> OptimizerPreset:
         steps: length of the run, to which LeRobot fits its schedules.
 
     Raises:
-        ConfigError: the optimiser is neither Adam nor AdamW, or the schedule is not a function of the step alone.
+        ConfigError: the optimiser is neither Adam nor AdamW, or the schedule depends on more than the step.
     """
     settings = policy.config
     how, schedule = settings.get_optimizer_preset(), settings.get_scheduler_preset()

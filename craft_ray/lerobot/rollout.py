@@ -28,7 +28,7 @@ NO_CAMERA = (96, 96)
 
 
 class Simulation(Protocol):
-    """One environment. An episode depends on its seed alone."""
+    """One environment. An episode depends only on its seed."""
 
     description: str
     """The task in words, as the policy's prompt states it."""
@@ -182,7 +182,7 @@ class Rollouts:
             self._simulations.pop().close()
 
     def run(self, model: Model, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Run these episodes and return their records. A policy's random numbers depend on the first row alone.
+        """Run these episodes and return their records. A policy's random numbers depend only on the first row.
 
         Raises:
             DataError: the policy returns an action that is not finite.
@@ -236,7 +236,7 @@ class _Episode:
         return self._success or self.simulation.over or self.steps >= self._most
 
     def execute(self, actions: np.ndarray) -> None:
-        """Execute actions [T, D] one after the other until the episode ends."""
+        """Execute actions [T, D] in order until the episode ends."""
         for action in actions:
             if self.ended:
                 return

@@ -1,6 +1,6 @@
 """PaliGemmas of any size inside LeRobot's pi0_fast, which itself builds only the one with three billion parameters.
 
-The size is in `paligemma_size.json` beside the policy's `config.json`. LeRobot loads such a folder in this context:
+The size is in `paligemma_size.json` next to the policy's `config.json`. LeRobot loads such a folder in this context:
 
     with sized(folder):
         policy = PI0FastPolicy.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""smolvla: the lower half of a SmolVLM2 beside a flow-matching action expert (arXiv 2506.01844).
+"""smolvla: the lower half of a SmolVLM2 with a flow-matching action expert (arXiv 2506.01844).
 
 By LeRobot's default, only the expert is trained (`train_expert_only`), and the hidden states of the prompt then do not
 change at all: anchors constrain only a policy whose vision-language part is trained.

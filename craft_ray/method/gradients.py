@@ -4,7 +4,7 @@ Row 0 of a buffer is the task gradient g_t, row 1 the retention gradient g_r; ev
 into one of the rows. So the two are paired by position by construction, a parameter that only one loss reaches has
 zeros in the other row, and a comparison is one pass over contiguous memory.
 
-Where FSDP2 shards the parameters (`torch.distributed.fsdp.fully_shard`), the rows hold the local shards alone: FSDP
+Where FSDP2 shards the parameters (`torch.distributed.fsdp.fully_shard`), the rows hold only the local shards: FSDP
 reduces each gradient into them during the backward pass, averaged over the workers, and the three numbers of the Gram
 matrix are all that is summed over the shards.
 """
@@ -95,7 +95,7 @@ class GradientPair:
                 spans[i] = Span(len(self.buffers) - 1, start, start + part.numel())
                 start += part.numel()
         self.short: list[Tensor] = []
-        """The retention gradient in bfloat16, [P] for each buffer, where it is kept so."""
+        """The retention gradient in bfloat16, [P] for each buffer, if it is kept so."""
         if self.retention_first:
             self.short = [torch.zeros_like(buffer[0], dtype=torch.bfloat16) for buffer in self.buffers]
         self.views = [[views[i][row] for i in range(len(named))] for row in range(rows)]
@@ -144,7 +144,7 @@ class GradientPair:
         """
         held = self._start(row)
         total = sum(batch.count for batch in micro_batches)
-        # Gradients are summed over the workers during the backward pass, so each worker's weight comes before.
+        # Gradients are summed over the workers during the backward pass, so each worker's weight is applied before.
         (share,) = self._shares([total], workers)
         weight = share * self._averaged_over(workers)
         losses = []
@@ -164,7 +164,7 @@ class GradientPair:
     def _summed_at_the_last(
         self, micro_batches: Sequence[AnyBatch], held: int, workers: AllReduce, last: bool = True
     ) -> Iterator[AnyBatch]:
-        """The micro-batches; gradients are summed over the workers in the backward pass of the last one alone.
+        """The micro-batches; gradients are summed over the workers only in the backward pass of the last one.
 
         Args:
             held: the row of the gradients.
@@ -190,7 +190,7 @@ class GradientPair:
         weights_S: Tensor,
         workers: AllReduce,
     ) -> Tensor:
-        """Fill a row with the gradient of sum_i w_i L_i, in one backward pass a micro-batch however many losses there
+        """Fill a row with the gradient of sum_i w_i L_i, in one backward pass per micro-batch however many losses there
         are. L_i is the mean over its own terms in all micro-batches of all workers.
 
         Args:
@@ -375,12 +375,12 @@ class GradientPair:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The shard of a tensor that this worker holds; all of it, where it is not sharded."""
+    """The shard of a tensor that this worker holds; all of it, if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def as_shard(local: Tensor, of: Tensor) -> Tensor:
-    """A tensor with this local shard, distributed as `of` is; `local` itself, where that is not."""
+    """A tensor with this local shard, distributed as `of` is; `local` itself, if `of` is not."""
     if not isinstance(of, DTensor):
         return local
     return DTensor.from_local(local, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride())

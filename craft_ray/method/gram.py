@@ -32,8 +32,8 @@ class Gram:
 
 
 def gram_sums(pairs: Sequence[Tensor | tuple[Tensor, Tensor]]) -> Tensor:
-    """The sums of products [2, 2], in float64, over pairs of flat gradients: a tensor [2, P], or two of [P] with a type
-    each. P divides by BLOCK."""
+    """The sums of products [2, 2], in float64, over pairs of flat gradients: a tensor [2, P], or two of [P], each
+    with its own type. P is divisible by BLOCK."""
     device = pairs[0][0].device
     gram = torch.zeros(2, 2, dtype=torch.float64, device=device)
     with _no_autocast(device):

@@ -40,7 +40,7 @@ class Layout:
     given: int = 0
     """Number of suffix tokens at its start that are given, not predicted."""
     learnt: tuple[int, ...] | None = None
-    """Indices of the tokens that are predicted, where they are not all of the suffix: the assistant's turns in a
+    """Indices of the tokens that are predicted, if they are not all of the suffix: the assistant's turns in a
     conversation."""
 
     @property

@@ -61,7 +61,7 @@ class StepMetrics:
     projected: Tensor
     """Whether the conflict was projected away; the gate decides."""
     skills_2S: Tensor | None = None
-    """Of several constraints, each one's L_ret and lambda. `retention_loss` is then the mean that was descended, and
+    """With several constraints, each one's L_ret and lambda. `retention_loss` is then the mean that was descended, and
     `multiplier` the sum."""
 
 
@@ -175,7 +175,7 @@ def craft_step(
 
 
 def _of_several(l_ret: Tensor, shares_S: Tensor | None, following: DualState) -> tuple[Tensor, Tensor | None]:
-    """The mean that was descended, and each skill's L_ret and lambda; of one constraint L_ret itself, and None."""
+    """The mean that was descended, and each skill's L_ret and lambda; for one constraint L_ret itself, and None."""
     if shares_S is None:
         return l_ret, None
     return (shares_S * l_ret).sum(), torch.stack([l_ret.double(), following.multiplier])

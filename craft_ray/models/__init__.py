@@ -35,11 +35,11 @@ def load_model(
         weights: another folder to take the weights from (a checkpoint); processor and limits are still the config's.
             If it is the folder of an adapter, the adapter is put into the config's model, and is all that trains.
         mesh: the workers that share its weights; each of them must load it at the same time.
-        gpus: 2 and more spread its layers over so many GPUs of this process; it is not trained then.
+        gpus: 2 or more spread its layers over that many GPUs of this process; it is then not trained.
 
     Raises:
         ConfigError: nothing loads from the path, or the adapter does not belong to this model, or the model cannot be
-            shared out.
+            sharded.
         ModelError: its weights do not load completely.
     """
     from craft_ray.storage.node_cache import local_copy
@@ -73,7 +73,7 @@ def load_model(
 
 
 def teacher_of(config: Experiment, student: Model, untouched: bool) -> Callable[[], Model]:
-    """The model before fine-tuning, when it is asked for: the student itself while it is untouched; for a resumed run
+    """The model before fine-tuning, when it is requested: the student itself while it is untouched; for a resumed run
     it is loaded again, on the student's device."""
 
     def teacher() -> Model:

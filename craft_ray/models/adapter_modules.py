@@ -71,13 +71,13 @@ def _last_parts(module: nn.Module) -> list[str]:
 
 
 def _matching(key: str, wanted: Sequence[str], module: nn.Module, candidates: Sequence[str]) -> list[str]:
-    """The names of the modules that these names, or ends of names, stand for.
+    """The names of the modules that these names, or ends of names, refer to.
 
     Args:
-        candidates: names to suggest for one that stands for none.
+        candidates: names to suggest for one that refers to none.
 
     Raises:
-        ConfigError: one stands for none. PEFT accepts it if another one matches.
+        ConfigError: one refers to none. PEFT accepts it if another one matches.
     """
     names, found = _names(module), []
     for entry in wanted:

@@ -1,7 +1,7 @@
 """LoRA adapters by PEFT: attached to a model, loaded from a folder, saved into one, merged.
 
 PEFT replaces the adapted layers inside the module and leaves the module itself as it is, so everything that knows its
-structure works on. Only the adapter has gradients; the teacher is the model without it.
+structure keeps working. Only the adapter has gradients; the teacher is the model without it.
 """
 
 from __future__ import annotations

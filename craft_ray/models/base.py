@@ -57,7 +57,7 @@ class Batch:
     samples: int
     pooling: Pooling | None = None
     pack: PackLayout | None = None
-    """Where the samples are, if they are not rows of their own but end to end in one."""
+    """Where the samples are, if they are laid end to end in one row and are not rows of their own."""
 
     @property
     def count(self) -> int:
@@ -107,7 +107,7 @@ class Model(ABC):
 
     @property
     def trains_shards(self) -> bool:
-        """Whether what is trained is shared out: a sharded model, unless it is the frozen base of an adapter."""
+        """Whether what is trained is sharded: a sharded model, unless it is the frozen base of an adapter."""
         return self.sharded and self.adapter is None
 
     @property
@@ -177,7 +177,7 @@ class Model(ABC):
 
     @abstractmethod
     def save(self, folder: Path, final: Path | None = None) -> None:
-        """Write a folder that `from_pretrained` loads; with an adapter, PEFT's folder of the adapter alone.
+        """Write a folder that `from_pretrained` loads; with an adapter, only PEFT's folder of the adapter.
 
         Args:
             final: the folder's final path, if it is first written elsewhere.

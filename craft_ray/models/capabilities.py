@@ -46,8 +46,8 @@ class TokenModel(Model):
         """
 
     def boundary_merges(self, sample: Sample) -> bool:
-        """Whether prompt and response as one text have a token that extends over their boundary. They are tokenised
-        apart then, because an answer is generated from the tokens of the prompt."""
+        """Whether prompt and response as one text have a token that extends over their boundary. They are then
+        tokenised separately, because an answer is generated from the tokens of the prompt."""
         return False
 
     def preprocess_task(self, sample: Sample) -> Features:
@@ -84,7 +84,7 @@ class TokenModel(Model):
         """Suffix tokens as text, without special tokens."""
 
     def spelled(self, tokens: Sequence[int]) -> str:
-        """Tokens as text to look at, with special tokens where the model has them."""
+        """Tokens as text for a reader, with special tokens if the model has them."""
         return self.decode(tokens)
 
     def answer_text(self, tokens: Sequence[int], expected: Sequence[int]) -> str:
@@ -173,7 +173,7 @@ class PresetModel(Model):
 
     @abstractmethod
     def optimizer_preset(self, steps: int) -> OptimizerPreset:
-        """A new optimiser of its trainable parameters, for a run of so many steps.
+        """A new optimiser of its trainable parameters, for a run of this many steps.
 
         Raises:
             ConfigError: its preset is neither Adam nor AdamW.

@@ -26,7 +26,7 @@ class CausalLM(HuggingFaceModel, PackingModel):
 
     @property
     def default_positions(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Of running text every token; of a chat model its own replies, which kept more (docs/evidence.md)."""
+        """For running text, every token; for a chat model, its own replies, which kept more (docs/evidence.md)."""
         return ("all",) if self.chat is None else ("suffix",)
 
     def encode_prompt(self, sample: Sample) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError, DataError, first_line
 
 LITERAL = "\ufdd0"
-"""Put behind the first character of a special token that stands in somebody's text, so that it is read as text.
+"""Put after the first character of a special token that occurs in somebody's text, so that it is read as text.
 Unicode assigns no character to this code."""
 
 MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -49,7 +49,7 @@ class ChatTemplate:
     def __init__(self, processor: Any, tokenizer: Any, parts: bool, path: str) -> None:
         self._processor, self._parts, self._path = processor, parts, path
         self._special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or r"(?!)")
-        self._written: set[str] = set()  # roles whose turns are known to be written wherever they stand
+        self._written: set[str] = set()  # roles whose turns are known to be written wherever they are
         self._tokenizer = tokenizer
         if not getattr(processor, "chat_template", None):
             raise ConfigError(
@@ -76,7 +76,7 @@ class ChatTemplate:
                 ) from None
 
     def _end_of_turn(self) -> tuple[str | None, int | None]:
-        """The first token of its own that the template writes behind an assistant's turn, as text and as a number."""
+        """The first token of its own that the template writes after an assistant's turn, as text and as a number."""
         behind = self.example.rpartition(PROBE)[2]
         own = self._tokenizer.added_tokens_decoder
         ids: list[int] = self._tokenizer(behind, add_special_tokens=False)["input_ids"]
@@ -93,10 +93,10 @@ class ChatTemplate:
         return self._checked(conversation.messages, conversation.tools, True, sample.where)
 
     def answered(self, sample: Sample) -> Rendered:
-        """The conversation with its answer, of which the answer alone is learnt.
+        """The conversation with its answer, of which only the answer is learnt.
 
         Raises:
-            DataError: the sample has no answer, or the template does not write it behind the prompt.
+            DataError: the sample has no answer, or the template does not write it after the prompt.
         """
         prompt, (messages, tools) = self.prompt(sample), self._complete(sample)
         text = self._checked(messages, tools, False, sample.where)
@@ -112,7 +112,7 @@ class ChatTemplate:
         """The conversation with its answer; every turn of the assistant is learnt.
 
         Raises:
-            DataError: the sample has no answer, or the template writes a turn otherwise once others follow.
+            DataError: the sample has no answer, or the template writes a turn differently once others follow.
         """
         messages, tools = self._complete(sample)
         text = self._checked(messages, tools, False, sample.where)
@@ -185,8 +185,8 @@ class ChatTemplate:
         return sample.conversation or self._two_turns(sample)
 
     def _checked(self, messages: Sequence[Message], tools: Sequence[Any] | None, ask: bool, where: str) -> str:
-        """What the template writes, with every turn, every call and the tools in it. A template passes over what it
-        does not know without a word, so a thing is known to be written if another text follows from another thing.
+        """What the template writes, with every turn, every call and the tools in it. A template silently skips what it
+        does not know, so a thing is known to be written if changing it changes the text.
 
         Raises:
             DataError: the template leaves something out.
@@ -211,7 +211,7 @@ class ChatTemplate:
                     f"{where}, turn {number + 1}: the chat template of {self._path} leaves out this turn of the role "
                     f"'{role}': remove it, or choose a model whose template writes it"
                 )
-            if role in ("user", "assistant"):  # others may be written in one place alone: the system's in front
+            if role in ("user", "assistant"):  # others may be written in one place only: the system's in front
                 self._written.add(role)
         if tools and not self._differs(text, messages, _other(tools), ask, where):
             raise DataError(
@@ -223,14 +223,14 @@ class ChatTemplate:
     def _differs(
         self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, ask: bool, where: str
     ) -> bool:
-        """Whether the template writes another text for what was changed."""
+        """Whether the template writes a different text for what was changed."""
         try:
             return self._written_by(messages, tools, ask, where) != text
         except Exception:  # it took the original: what it refuses now is the change, which it has seen
             return True
 
     def _two_turns(self, sample: Sample) -> Conversation:
-        """A question as a conversation; images that its text does not name stand in front of it."""
+        """A question as a conversation; images that its text does not name come before it."""
         if not self._parts:
             return Conversation(({"role": "user", "content": sample.prompt},))
         images, parts = sample.pictures or (), marked_parts(sample.prompt)
@@ -320,8 +320,8 @@ def special_tokens(tokenizer: Any) -> list[str]:
 
 
 def written_image(processor: Any, mark: str) -> str:
-    """What a processor's chat template writes for an image that stands between two texts: Qwen2-VL's puts its mark
-    into a pair of others. The mark, where there is no template or it moves images elsewhere."""
+    """What a processor's chat template writes for an image between two texts: Qwen2-VL's puts its mark
+    into a pair of others. The mark, if there is no template or it moves images elsewhere."""
     parts = [{"type": "text", "text": PROBE}, {"type": "image"}, {"type": "text", "text": PROBE}]
     if not getattr(processor, "chat_template", None):
         return mark

@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Largest norm of a difference of logits relative to the logits, by the type of the weights: rounding differs with the
-shape of a batch and, where experts share it out, with its tokens."""
+shape of a batch and, if it is distributed among experts, with its tokens."""
 
 
 def check_decoder(model: HuggingFaceModel) -> None:
-    """Check that a response is predicted from what comes before it, and from nothing else; switch off any dropout.
+    """Check that a response is predicted from what comes before it, and from nothing else; turn off any dropout.
 
     Raises:
         ModelError: a token sees later ones, a sample sees its neighbours in the batch, or two passes over one batch
@@ -83,7 +83,7 @@ def check_decoder(model: HuggingFaceModel) -> None:
 
 
 def generates_in_padded_batches(model: HuggingFaceModel) -> bool:
-    """Whether a prompt beside a longer one, padded on the left, is continued as if it were alone; tells if not."""
+    """Whether a prompt next to a longer one, padded on the left, is continued as if it were alone; warns if not."""
     tokens = probe_tokens(model, 8)
     with _forward_of(model), evaluating(model.module):
         prompt = model.probe_prompt(tokens)

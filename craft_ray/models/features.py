@@ -36,7 +36,7 @@ class FeatureCache:
         self._loader: Loader | None = None
 
     def with_loaders(self, count: int) -> FeatureCache:
-        """The same cache for a run whose batches so many processes make; it has to be closed."""
+        """The same cache for a run whose batches are made by this many processes; it has to be closed."""
         view = copy(self)
         view._loader = Loader(count) if count else None
         return view

@@ -33,7 +33,7 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 def files_fingerprint(folder: Path) -> str | None:
     """Hash over the names and sizes of a folder's weight files and over samples of their content: other weights differ
-    nearly everywhere, and whoever does not load them need not read all. None where there are none."""
+    nearly everywhere, and whoever does not load them need not read all of them. None if there are none."""
     files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHT_FILES and file.is_file())
     digest = blake3()
     for file in files:
@@ -52,7 +52,7 @@ def json_fingerprint(value: Any) -> str:
 
 
 def tokenizer_identity(tokenizer: Any) -> Any:
-    """What a tokenizer does: its complete state where it is a fast one, otherwise vocabulary and special tokens.
+    """What a tokenizer does: its complete state if it is a fast one, otherwise vocabulary and special tokens.
 
     Padding and truncation are left out: each call sets them.
     """

@@ -155,7 +155,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
     """What `probe_prompt` holds, in messages."""
 
     def probe_prompt(self, tokens: Sequence[int]) -> Features:
-        """A short prompt that shows what the model does with any."""
+        """A short prompt that shows what the model does with any prompt."""
         return self._prompt({"input_ids": torch.tensor([tokens[:3]])})
 
     def image_tokens(self, input_ids_S: Tensor) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         return ()
 
     def image_inputs(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inputs of an encoded prompt that are of its images, and not of its tokens."""
+        """The inputs of an encoded prompt that belong to its images, not to its tokens."""
         return {}
 
     def join_images(self, name: str, parts: Sequence[Tensor]) -> Tensor:
@@ -171,11 +171,11 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         return torch.cat(list(parts))
 
     def prompt_types(self, input_ids_1S: Tensor) -> dict[str, Tensor]:
-        """token_type_ids of a prompt with images, where the model takes any."""
+        """token_type_ids of a prompt with images, if the model takes any."""
         return {}
 
     suffix_type = 0
-    """token_type_ids of suffix tokens, where the model has them."""
+    """token_type_ids of suffix tokens, if the model has them."""
 
     def preprocess(self, sample: Sample, suffix: Sequence[int] | None = None) -> Features:
         return self.with_suffix(self._prompt(self.encode_prompt(sample)), suffix or (), sample.where)
@@ -190,7 +190,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
         return self.with_suffix(self._prompt(encoded), suffix or (), "a sample of an imported cache")
 
     def _prompt(self, encoded: dict[str, Tensor]) -> Features:
-        """Features of an encoded prompt alone."""
+        """Features of an encoded prompt without a suffix."""
         prompt = encoded["input_ids"]
         images = self.image_inputs(encoded)
         tokens = {name: t[0] for name, t in encoded.items() if name not in images}
@@ -322,7 +322,7 @@ class HuggingFaceModel(LogitsModel, TensorModel):
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
         lengths = {f.layout.length for f in features}
         self.check_continued(max(features, key=lambda f: f.layout.length), max_new_tokens)
-        # Where the model is sharded, all workers must generate equally often, whatever the lengths of their prompts.
+        # If the model is sharded, all workers must generate equally often, whatever the lengths of their prompts.
         if (len(lengths) > 1 or self.sharded) and len(features) > 1 and not self._generates_in_padded_batches:
             return [tokens for one in features for tokens in self.generate([one], max_new_tokens)]
         settings = transformers.GenerationConfig(

@@ -19,12 +19,12 @@ from craft_ray.errors import ModelError, first_line
 
 Pictures = Sequence[Image.Image]
 Process = Callable[[Sequence[Pictures]], Mapping[str, Tensor]]
-"""From the images of each sample to the tensors of the batch that are not of tokens."""
+"""From the images of each sample to the tensors of the batch that do not belong to tokens."""
 
 SQUARE, WIDE = (32, 32), (2000, 400)
 """Width and height of images that a processor cuts into different numbers of tiles."""
 TOLERANCE = 1e-4
-"""Images that are resized together may be rounded otherwise than alone."""
+"""Images that are resized together may be rounded differently than alone."""
 
 
 class ImageBatches:
@@ -81,7 +81,7 @@ class ImageBatches:
 
 
 def joined(parts: Sequence[Tensor], fill: float) -> tuple[Tensor, Tensor]:
-    """Tensors [n_i, ...] one after the other, [sum of n_i, ...], each padded with `fill` at the end of its other
+    """Tensors [n_i, ...] concatenated, [sum of n_i, ...], each padded with `fill` at the end of its other
     dimensions, and which entries are real."""
     shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     whole = parts[0].new_full([sum(map(len, parts)), *shape], fill)

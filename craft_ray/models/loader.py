@@ -1,4 +1,4 @@
-"""Processes that preprocess samples beside the training loop (`train.loader_workers`).
+"""Processes that preprocess samples alongside the training loop (`train.loader_workers`).
 
 A sample is a function of its row, so it does not matter which process makes it: a run with loaders is the same run.
 """

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VISION = ("torchvision", "num2words")
-"""What some processors import to read videos, also where there are only images: the packages of the extra `vision`."""
+"""What some processors import to read videos, even if there are only images: the packages of the extra `vision`."""
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 """Keys of a `config.json` that describe quantised weights: transformers, an older compressed-tensors, MLX."""
 
@@ -53,7 +53,7 @@ def load_module(auto_class: Any, config: ModelConfig, path: str, gpus: int = 1) 
     """The module of a folder or hub model, with all of its weights, on the host.
 
     Args:
-        gpus: 2 and more put its layers on so many GPUs, one after the other.
+        gpus: 2 or more put its layers on that many GPUs, in order.
 
     Raises:
         ConfigError: none of this class loads from it, or its weights are quantised.
@@ -148,7 +148,7 @@ def refuse_quantised(path: str, **options: Any) -> None:
 
 
 def _method(settings: dict[str, Any]) -> str | None:
-    """How weights are quantised, as a line says it; None where the settings are about something else."""
+    """How weights are quantised, as a line says it; None if the settings are about something else."""
     bits = settings.get("bits") or (settings.get("load_in_4bit") and 4) or (settings.get("load_in_8bit") and 8)
     return settings.get("quant_method") or (f"{bits} bits" if bits else None)
 
@@ -198,7 +198,7 @@ def check_complete(module: nn.Module, info: dict[str, Any], path: str, kind: str
 
 
 def reason(error: BaseException) -> str:
-    """The first line of a library's error, with our remedy where the library's is a Python argument."""
+    """The first line of a library's error, with our remedy if the library's is a Python argument."""
     text = str(error).strip()
     if "contains custom code" in text:
         return "it comes with Python code of its own; set model.trust_remote_code=true if you trust it"

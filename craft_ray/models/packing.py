@@ -174,7 +174,7 @@ def check_packing(base_model: PreTrainedModel, tolerance: float = 1e-2) -> None:
 
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block `model` uses the attention `craft_packed`; afterwards exactly what it used before.
+    """Within the block, `model` uses the attention `craft_packed`; afterwards, exactly what it used before.
 
     The switch is in the model's config, so no other thread may use the model meanwhile.
     """

@@ -23,7 +23,7 @@ class Reading:
     leading: tuple[int, ...] = ()
     """Suffix tokens that are given, before those that are predicted."""
     stop: int | None = None
-    """The token that ends a suffix; what was stored behind it is left out."""
+    """The token that ends a suffix; what was stored after it is left out."""
 
     def prompt(self, ids_S: np.ndarray) -> np.ndarray:
         parts = (ids_S[: self.at], self.inserted, ids_S[self.at :], self.appended)

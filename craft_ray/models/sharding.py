@@ -1,8 +1,8 @@
-"""A model whose weights are shared out among the workers: FSDP2 on every block and on the root.
+"""A model whose weights are sharded among the workers: FSDP2 on every block and on the root.
 
 Each worker holds its part of every weight, and of both gradients and the moments that belong to it. A block's weights
 are gathered before it computes and freed after it; those outside the blocks (embeddings, last norm, head) belong to the
-root and are gathered once for each pass. Rank 0 alone reads the model's folder; the others begin with a model without
+root and are gathered once for each pass. Only rank 0 reads the model's folder; the others begin with a model without
 data and receive one weight at a time.
 """
 
@@ -31,7 +31,7 @@ BASE_FORWARD = "craft_base_forward"
 
 
 def open_mesh(config: WorkersConfig, workers: Workers) -> DeviceMesh | None:
-    """How a run's model is shared out among its workers; None where each holds all of it. The last dimension is the
+    """How a run's model is sharded among its workers; None if each holds all of it. The last dimension is the
     workers that hold one copy together; `hybrid` has the copies before it."""
     if config.sharding == "none":
         return None

@@ -37,7 +37,7 @@ class TextEncoder:
         self._prefix, self.appended = self._ends()
         self._special = special_tokens(tokenizer)
         self.leads = self.following("", "a") != self._bare("a")
-        """Whether a text that stands alone gets something in front that it does not get behind another."""
+        """Whether a text on its own gets something in front that it does not get after another one."""
 
     def plain(self, text: str) -> list[int]:
         """The tokens of a text with the special tokens that the tokenizer puts in front of it."""
@@ -52,12 +52,12 @@ class TextEncoder:
         head, *rest = text.split(LITERAL)
         ids = self._bare(head)
         for piece in rest:
-            ids += self.following("", piece)  # behind the first character of a special token, which is none itself
+            ids += self.following("", piece)  # after the first character of a special token, which is not one itself
         return ids
 
     def following(self, before: str, text: str) -> list[int]:
-        """The tokens of a text that stands behind another, none of which reaches into the other. SentencePiece's put a
-        space in front of a text that stands alone."""
+        """The tokens of a text that follows another, none of which reaches into the other. SentencePiece's tokenizers
+        put a space in front of a text on its own."""
         token = next((token for token in self._special if before.endswith(token)), None)
         for lead in ("\n", ".", "?") if token is None else (token,):
             head, whole = self._bare(lead), self._bare(lead + text)
@@ -92,7 +92,7 @@ class TextEncoder:
         return list(ids[:-size] if size and list(ids[-size:]) == self.appended else ids)
 
     def _ends(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts in front of a text and behind it."""
+        """The special tokens that the tokenizer puts before and after a text."""
         words = ("a", "0", *(self._tokenizer.decode([number]) for number in range(min(len(self._tokenizer), 300))))
         word = next((word for word in words if self._bare(word)), "")  # a small vocabulary need not know "a"
         ids, bare = list(self._tokenizer(word)["input_ids"]), self._bare(word)

@@ -64,7 +64,7 @@ class VisionLanguageModel(HuggingFaceModel):
 
     @cached_property
     def _written_image(self) -> str:
-        """What the model's chat template writes for an image, which need not be its mark alone; the mark where it has
+        """What the model's chat template writes for an image, which need not be only its mark; the mark if it has
         no template."""
         return written_image(self.processor, self.processor.image_token)
 
@@ -73,7 +73,7 @@ class VisionLanguageModel(HuggingFaceModel):
         image tokens.
 
         Raises:
-            DataError: two images stand side by side.
+            DataError: two images are side by side.
         """
         if not {"mm_token_type_ids", "image_grid_thw"} <= encoded.keys():
             return encoded
@@ -121,7 +121,7 @@ class VisionLanguageModel(HuggingFaceModel):
 
     @cached_property
     def _image_token(self) -> str | None:
-        """The token that stands for a part of an image, as text; None where the tokenizer has no text for it."""
+        """The token that stands for a part of an image, as text; None if the tokenizer has no text for it."""
         token: str | None = self.tokenizer.convert_ids_to_tokens(self._image_id)
         return token
 
@@ -147,7 +147,7 @@ class VisionLanguageModel(HuggingFaceModel):
         encoded = self._encode(rendered.text, images, sample)
         places = []
         for end, place in zip(ends, cut.places, strict=True):
-            # An image stands for many tokens: those behind the last one are counted from the end.
+            # An image stands for many tokens: those after the last one are counted from the end.
             behind, mark = len(cut.ids) - place, self.processor.image_token
             if mark in rendered.text[end:]:
                 head = rendered.text[:end]
@@ -165,7 +165,7 @@ class VisionLanguageModel(HuggingFaceModel):
         if self.chat is not None:
             return self._written(sample)
         answer = sample.answer()
-        if self.suffix_type:  # PaliGemma's processor tokenises prefix and suffix apart
+        if self.suffix_type:  # PaliGemma's processor tokenises prefix and suffix separately
             return Cut(self.tokenizer(answer, add_special_tokens=False)["input_ids"], [0], False)
         prompt = self._marked(sample)
         return self.text.cut(prompt + answer, [len(prompt)], self.text.plain)
@@ -226,7 +226,7 @@ class VisionLanguageModel(HuggingFaceModel):
         """Made when a batch needs it: a processor that tiles takes as long for it as for a few samples."""
         # A copy, because padding is a state of the tokenizer, and batches are made in a thread of their own.
         processor = deepcopy(self.processor)
-        if processor.tokenizer.pad_token is None:  # the padded tokens are not looked at
+        if processor.tokenizer.pad_token is None:  # the padded tokens are not read
             processor.tokenizer.pad_token = processor.tokenizer.convert_ids_to_tokens(self.pad)
 
         def process(samples: Sequence[Pictures]) -> dict[str, Tensor]:
@@ -270,7 +270,7 @@ class VisionLanguageModel(HuggingFaceModel):
         settings = without_locations(self.processor.to_dict())
         settings["image_processor"] = without_locations(images.to_dict())
         own = self.config.image_processor
-        # Behind a prompt an answer has other tokens than alone: it was tokenised alone before.
+        # After a prompt, an answer has other tokens than on its own: it was tokenised on its own before.
         joined = [["answers behind prompts"]] if self.chat is None and not self.suffix_type and self.text.leads else []
         return [type(images).__name__, settings, *([dict(own)] if own else []), *joined]
 

@@ -48,7 +48,7 @@ def received(sent: bytes) -> Any:
 
 
 class _Pickler(pickle.Pickler):
-    """Puts an empty module in the place of each module of a model."""
+    """Replaces each module of a model with an empty one."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)

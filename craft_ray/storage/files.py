@@ -114,8 +114,8 @@ def is_temporary(path: Path, of: str | None = None) -> bool:
 def clear_leftovers(folder: StoragePath, of: str | None = None) -> None:
     """Remove what killed processes left half-written in `folder`: for the name `of`, or for all names.
 
-    Only the process that holds the folder's lock may call this: files that another process is writing would be removed,
-    too. A store has nothing to remove: an object appears when it is complete.
+    Only the process that holds the folder's lock may call this: files that another process is writing would also be
+    removed. A store has nothing to remove: an object appears when it is complete.
     """
     if not isinstance(folder, Path):
         return

@@ -1,4 +1,4 @@
-"""The pointer `last` beside the checkpoints of a run: which of them the run resumes from.
+"""The pointer `last` next to the checkpoints of a run: which of them the run resumes from.
 
 On a disk it is a symbolic link, so that `checkpoints/last/model` is a path like any other. A store has no links: there
 it is an object that holds the name.
@@ -14,7 +14,7 @@ LAST = "last"
 
 
 def last_checkpoint(folder: StoragePath) -> StoragePath | None:
-    """The checkpoint in `folder` that `last` points to; None where there is none yet.
+    """The checkpoint in `folder` that `last` points to; None if there is none yet.
 
     Raises:
         StorageError: the checkpoint is missing.

@@ -33,7 +33,7 @@ def exclusive_lock(path: StoragePath, refusal: CraftError, wait_s: float = 0.0) 
     """Hold the lock `path` while the body runs.
 
     Args:
-        refusal: raised where another process holds the lock for longer than `wait_s`.
+        refusal: raised if another process holds the lock for longer than `wait_s`.
     """
     with _file_lock(path, refusal, wait_s) if isinstance(path, Path) else _object_lock(path, refusal, wait_s):
         yield

@@ -91,8 +91,8 @@ def local_copy(path: str, key: str, without: str | None = None) -> str:
 
 
 def _check_readable(path: str, key: str) -> None:
-    """Refuse a path that the system does not look at: a name that is too long, links in a circle, a folder that this
-    user may not open. Where nothing is, the path may be a pattern, or a name on the hub.
+    """Refuse a path that the system does not look up: a name that is too long, links in a circle, a folder that this
+    user may not open. If nothing is there, the path may be a pattern, or a name on the hub.
 
     Raises:
         ConfigError: it is such a path.

@@ -25,7 +25,7 @@ SCHEME = "s3://"
 CHUNK = 8 << 20
 """Bytes that are transferred at once."""
 ATTEMPTS = 4
-"""How often the read of an object is tried that another process replaces at the same moment."""
+"""How often to try to read an object that another process replaces at the same moment."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class ObjectPath:
         return Size(info.size or 0)
 
     def iterdir(self) -> Iterator[ObjectPath]:
-        """The direct children, by name; none where there is no such folder."""
+        """The direct children, by name; none if there is no such folder."""
         return (ObjectPath(f"{SCHEME}{info.path}") for info in self.listing(recursive=False))
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
@@ -213,7 +213,7 @@ def copy_tree(source: StoragePath, target: StoragePath) -> None:
     """
     with _store_errors(target, "written"):
         if isinstance(target, Path) and not source.is_file():
-            target.mkdir(parents=True, exist_ok=True)  # pyarrow makes only the folders in it, and so none if it is flat
+            target.mkdir(parents=True, exist_ok=True)  # pyarrow makes only the folders in it, so none if it is flat
         pa.fs.copy_files(
             _name_in(source), _name_in(target), source_filesystem=_filesystem_of(source),
             destination_filesystem=_filesystem_of(target), chunk_size=CHUNK,

@@ -1,4 +1,4 @@
-"""Trackers of a run's metrics beside its folder, each optional, behind one interface."""
+"""Trackers of a run's metrics in addition to its folder, each optional, behind one interface."""
 
 from craft_ray.tracking.content import flatten, without_credentials
 from craft_ray.tracking.observer import TrackingObserver

@@ -36,7 +36,7 @@ class MlflowTracker:
     def __init__(self, uri: str, project: str) -> None:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-        # MLflow's default of seven tries of two minutes each would hold up a run that long at every request.
+        # MLflow's default of seven tries of two minutes each would hold up a run for that long at every request.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self.shown = without_credentials(uri)

@@ -14,7 +14,7 @@ from craft_ray.tracking.wandb import WandbTracker
 
 
 def open_trackers(config: TrackingConfig, folder: StoragePath) -> list[Tracker]:
-    """The trackers that `config` asks for; none where all are off.
+    """The trackers that `config` asks for; none if all are off.
 
     Args:
         folder: where Weights & Biases keeps its files.

@@ -23,7 +23,7 @@ class TrackedRun(Protocol):
     """A later process continues the same run by this id."""
 
     def reached(self) -> int:
-        """The last step that the tracker has; 0 where it has none or cannot be asked (W&B offline).
+        """The last step that the tracker has; 0 if it has none or cannot be asked (W&B offline).
 
         Raises:
             StorageError: the tracker does not answer.
@@ -52,7 +52,7 @@ class Tracker(Protocol):
     def start(
         self, name: str, params: Mapping[str, Any], parent: TrackedRun | None = None, id: str | None = None
     ) -> TrackedRun:
-        """Start a new run, below `parent` where one is given; or continue the run `id`.
+        """Start a new run, below `parent` if one is given; or continue the run `id`.
 
         A continued run of MLflow or trackio keeps its parameters; further ones are added. Steps that a lost
         process logged after its last checkpoint appear twice.

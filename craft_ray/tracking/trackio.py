@@ -23,7 +23,7 @@ class TrackioTracker:
     """Runs in a project of trackio, in the SQLite file of that project: in `$TRACKIO_DIR`, or in `trackio` in the hub's
     own folder. The children of a run form the group that is named after its id.
 
-    trackio's own `init` finishes the run before, and its `log` writes in a thread that only warns of a full disk. So
+    trackio's own `init` finishes the previous run, and its `log` writes in a thread that only warns of a full disk. So
     records are written into its store, one transaction each time.
     """
 
@@ -89,7 +89,7 @@ class TrackioRun:
         self.write([], status)
 
     def write(self, records: Sequence[Record], status: str | None) -> None:
-        """Write records and, where it changes, the status. The store takes a config only beside a record, so an empty
+        """Write records and, if it changes, the status. The store takes a config only with a record, so an empty
         one at the last step carries it."""
         self._last = max([self._last, *(record["step"] for record in records)])
         steps = [record["step"] for record in records] or [self._last]

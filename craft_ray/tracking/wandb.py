@@ -93,7 +93,7 @@ class WandbTracker:
                 allow_val_change=True,
                 mode=self._mode,
                 reinit="create_new",
-                resume="allow" if self._mode == "online" else None,  # there is no server to ask offline
+                resume="allow" if self._mode == "online" else None,  # offline, there is no server to ask
                 settings=self._settings,
             )
         except (wandb.Error, OSError) as error:
@@ -135,7 +135,7 @@ class WandbRun:
 
 
 def _earlier_keys(step: int, measured: Mapping[str, float]) -> dict[str, float]:
-    """The keys that panels made for the earlier scripts ask for (docs/migration.md), beside ours."""
+    """The keys that panels made for the earlier scripts ask for (docs/migration.md), in addition to ours."""
     keys: dict[str, float] = {"train/step": step}
     if "craft/conflict" in measured:
         keys["craft/grad_conflict"] = measured["craft/conflict"]

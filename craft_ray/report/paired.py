@@ -24,7 +24,7 @@ ONE_SIDED = 0.975
 
 @dataclass(frozen=True)
 class Paired:
-    """A run's answers beside those of another model: the teacher, or plain fine-tuning of the same seed."""
+    """A run's answers next to those of another model: the teacher, or plain fine-tuning of the same seed."""
 
     run: FinishedRun
     skill: str
@@ -80,7 +80,7 @@ def _pair(run: FinishedRun, skill: str, against: str, other: FinishedRun, when: 
 
 
 def _agreement_pair(run: FinishedRun, skill: str, against: str, other: FinishedRun) -> Paired | None:
-    """The same with the teacher's answer for the right one, whatever that is."""
+    """The same with the teacher's answer as the right one, whatever that is."""
     teacher, theirs, ours = (
         _records(run, skill, "before"),
         _records(other, skill, "after"),

@@ -74,7 +74,7 @@ class Screen:
             line(f"{what}: {int(done)} of {total}, about {readable_seconds(left_s)} left")
 
     def bar(self, what: str, done: float, total: int) -> None:
-        """A bar alone, for work that prints its own lines."""
+        """Only a bar, for work that prints its own lines."""
         if self._bars is not None:
             if what not in self._drawn:
                 self._drawn[what] = self._bars.add_task(what, total=total)

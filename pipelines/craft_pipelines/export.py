@@ -74,7 +74,7 @@ def _reported(source: StoragePath) -> list[str] | None:
 
 
 def _found(source: StoragePath, path: str) -> StoragePath:
-    """A run of a report: beside it, where a comparison has its runs, or else where it was."""
+    """A run of a report: next to it, where a comparison has its runs, or else where it was."""
     written = storage_path(path)
     for place in (source / "runs" / written.name, written):
         if (place / "config.yaml").exists():

@@ -76,7 +76,7 @@ def model_card(run: FinishedRun, name: str, fields: CardFields, arms: Table | No
 
 
 def base_model(config: Experiment, fields: CardFields) -> str | None:
-    """The teacher's name on the hub; None where it is not known to have one."""
+    """The teacher's name on the hub; None if it is not known to have one."""
     return fields.base_model or (config.model.path if not is_local(config.model.path) else None)
 
 

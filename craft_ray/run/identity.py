@@ -27,11 +27,11 @@ class ModelIdentity:
     """The model at `model.path`, before fine-tuning."""
 
     samples: str | None
-    """Hash of everything that prepares a sample: tokenizer, processor, limits. None where no model is loaded."""
+    """Hash of everything that prepares a sample: tokenizer, processor, limits. None if no model is loaded."""
     files: str | None
     """Hash over its weight files, which a resumed run does not load; None for a model on the hub."""
     weights: str | None
-    """Hash of its weights; None where they are not loaded."""
+    """Hash of its weights; None if they are not loaded."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_identity(folder: RunFolder) -> RunIdentity | None:
 
 
 def config_difference(folder: RunFolder, config: Experiment) -> str | None:
-    """The first key that decides numbers and is not what a run began with, with both values; None where all are."""
+    """The first key that decides numbers and is not what a run began with, with both values; None if all are."""
     recorded = read_identity(folder)
     original = folder.config() if recorded is None else recorded.config
     return deciding_difference(original, config, places=recorded is None)

@@ -59,7 +59,7 @@ def outcome(record: dict[str, Any]) -> float:
 
 def ratio(metric: str, score: float, reference: float) -> float | None:
     """A score as a fraction of a reference, where 1 is as good: score/reference, or its inverse where lower is better.
-    None where the reference is zero."""
+    None if the reference is zero."""
     if HIGHER_IS_BETTER[metric]:
         return score / reference if reference else None
     return reference / score

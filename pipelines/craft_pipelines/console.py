@@ -45,7 +45,7 @@ class Screen:
     """Lines, and how far work is that takes long: a bar on a terminal, elsewhere a line now and then.
 
     Args:
-        bars: what draws bars below the lines; None where no terminal shows them.
+        bars: what draws bars below the lines; None if no terminal shows them.
     """
 
     def __init__(self, bars: Progress | None) -> None:

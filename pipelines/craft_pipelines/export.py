@@ -63,7 +63,7 @@ def runs_of(source: StoragePath) -> list[RunFolder]:
 
 
 def _reported(source: StoragePath) -> list[str] | None:
-    """The paths of a report's runs when it was written; None where there is no report."""
+    """The paths of a report's runs when it was written; None if there is no report."""
     path = source / "result.json"
     if not path.exists():
         return None

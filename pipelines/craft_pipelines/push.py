@@ -103,7 +103,7 @@ def _finished(path: StoragePath) -> FinishedRun:
 
 
 def _arms(run: FinishedRun, report: StoragePath | None) -> Table | None:
-    """The table of the comparison that a run is part of; None where it is part of none."""
+    """The table of the comparison that a run is part of; None if it is part of none."""
     home = run.folder.path.parent.parent if report is None else report
     if report is None and not (run.folder.path.parent.name == "runs" and (home / "result.json").exists()):
         return None

@@ -33,7 +33,7 @@ class Room:
 
     count: int
     memory: int | None
-    """Bytes to request for each worker; None where nothing is requested."""
+    """Bytes to request for each worker; None if nothing is requested."""
 
 
 def room(config: Experiment, what: str, most: int | None, say: Callable[[str], None] = lambda _: None) -> Room:

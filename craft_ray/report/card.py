@@ -1,4 +1,4 @@
-"""The model card of a finished run: what a repository on the hub says of the model, from the run's own files.
+"""The model card of a finished run: what a repository on the hub says about the model, from the run's own files.
 
 A card is public. It names data and models on the hub as they are, and everything else without the folder that it is in;
 passwords in addresses and values of secret environment variables are removed.
@@ -76,7 +76,7 @@ def model_card(run: FinishedRun, name: str, fields: CardFields, arms: Table | No
 
 
 def base_model(config: Experiment, fields: CardFields) -> str | None:
-    """The teacher's name on the hub; None where it is not known to have one."""
+    """The teacher's name on the hub; None if it is not known to have one."""
     return fields.base_model or (config.model.path if not is_local(config.model.path) else None)
 
 
@@ -151,7 +151,7 @@ def _body(run: FinishedRun, name: str, fields: CardFields, arms: Table | None) -
 
 
 def _commands(config: Experiment, own: Sequence[str]) -> list[Sequence[str]]:
-    """The command of a run, behind the one that builds its cache. A comparison and a sweep build theirs themselves, and
+    """The command of a run, after the one that builds its cache. A comparison and a sweep build theirs themselves, and
     a resumed run's command names no config to build from."""
     builds = config.anchors is not None and config.craft.anchor_cache_dir is not None
     if not builds or list(own[:2]) != ["craft-ray", "train"] or any(word.startswith("--") for word in own):

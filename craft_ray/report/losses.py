@@ -18,7 +18,7 @@ POINTS = 60
 
 
 def loss_plot(runs: Sequence[FinishedRun]) -> Markup | None:
-    """Each run as a thin line, and the mean over the seeds of an arm as a thick one. None where no run took a step."""
+    """Each run as a thin line, and the mean over the seeds of an arm as a thick one. None if no run took a step."""
     trained = [run for run in runs if run.metrics]
     if not trained:
         return None

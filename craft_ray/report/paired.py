@@ -24,7 +24,7 @@ ONE_SIDED = 0.975
 
 @dataclass(frozen=True)
 class Paired:
-    """A run's answers beside those of another model: the teacher, or plain fine-tuning of the same seed."""
+    """A run's answers next to those of another model: the teacher, or plain fine-tuning of the same seed."""
 
     run: FinishedRun
     skill: str
@@ -80,7 +80,7 @@ def _pair(run: FinishedRun, skill: str, against: str, other: FinishedRun, when: 
 
 
 def _agreement_pair(run: FinishedRun, skill: str, against: str, other: FinishedRun) -> Paired | None:
-    """The same with the teacher's answer for the right one, whatever that is."""
+    """The same with the teacher's answer as the right one, whatever that is."""
     teacher, theirs, ours = (
         _records(run, skill, "before"),
         _records(other, skill, "after"),
@@ -106,7 +106,7 @@ def _records(run: FinishedRun, skill: str, when: str) -> dict[str, Record]:
 def sampling_interval(run: FinishedRun, skill: str, when: str) -> list[float] | None:
     """A 95 % interval of a single model's score over samples: Wilson's for a rate of answers or episodes (of graded
     answers, which vary less than right and wrong ones of the same mean, it is too wide); by the delta method for texts,
-    whose tokens are not independent. None where the run kept no records of its samples."""
+    whose tokens are not independent. None if the run kept no records of its samples."""
     score = run.result[skill]
     if score[when] is None:
         return None
@@ -125,7 +125,7 @@ def sampling_interval(run: FinishedRun, skill: str, when: str) -> list[float] | 
 
 def kept_interval(run: FinishedRun, skill: str, reference: FinishedRun, when: str) -> list[float] | None:
     """A 95 % interval of a run's score over that of another model on the same samples, whose own score is taken as
-    exact. None where the reference's is zero, or where the records are missing."""
+    exact. None if the reference's is zero, or if the records are missing."""
     if (
         not _records(run, skill, "after")
         or _records(run, skill, "after").keys() != _records(reference, skill, when).keys()

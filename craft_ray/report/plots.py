@@ -104,7 +104,7 @@ def cosine_plot(runs: Sequence[FinishedRun]) -> Markup:
 
 @dataclass(frozen=True)
 class Axis:
-    """What is drawn along one axis: a number of each run, and the teacher's (None where it has no such number)."""
+    """What is drawn along one axis: a number of each run, and the teacher's (None if it has no such number)."""
 
     label: str
     of: Callable[[FinishedRun], float | None]

@@ -13,7 +13,7 @@ MOST = 6
 
 
 def replies(runs: Sequence[FinishedRun]) -> Examples | None:
-    """The first held-out samples of the new skill, with the answers of the first seed's runs. None where no answers
+    """The first held-out samples of the new skill, with the answers of the first seed's runs. None if no answers
     were generated or chosen, for episodes, and for tasks of a harness."""
     seed = min(run.seed for run in runs)
     own = [run for run in runs if run.seed == seed]

@@ -19,7 +19,7 @@ STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (
 
 
 def skill_rows(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
-    """For each run and skill what `result.json` says of it; none where there is one skill without a name."""
+    """For each run and skill what `result.json` says about it; none if there is one skill without a name."""
     return [
         {"run": run, "skill": name, "target": _target(found, run.arm), **found}
         for run in runs

@@ -38,7 +38,7 @@ def summarize(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def one_old_metric(results: Sequence[Result]) -> bool:
-    """Whether the old scores of these runs can be averaged. Of several skills the one that lost most stands for all,
+    """Whether the old scores of these runs can be averaged. Of several skills the one that lost most represents all,
     and it may be another one in another run, which is scored by another metric."""
     return len({result["old"].get("metric") for result in results}) == 1
 
@@ -78,7 +78,7 @@ def _over_seeds(name: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def _budget(runs: Sequence[Result]) -> float | None:
-    """The budget of an arm. None where it is no single number: of several skills, which have one each, the result tells
+    """The budget of an arm. None if it is not a single number: of several skills, which have one each, the result has
     that of the one furthest above it, and that may be another one in each run."""
     if any(run.get("skills") for run in runs):
         own = [

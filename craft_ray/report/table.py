@@ -34,7 +34,7 @@ class Table:
     """The values of each row by column; all rows have the same columns."""
 
     def csv(self) -> str:
-        """The values in full precision (RFC 4180, but with line feeds alone); None is an empty cell."""
+        """The values in full precision (RFC 4180, but with line feeds only); None is an empty cell."""
         buffer = io.StringIO()
         columns = list(dict.fromkeys(column for record in self.records for column in record))
         writer = csv.DictWriter(buffer, columns, lineterminator="\n")
@@ -74,6 +74,6 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _csv_cell(value: Any) -> Any:
-    """Truth values as in JSON; lists and None never stand in a cell as Python writes them."""
+    """Truth values as in JSON; lists and None never appear in a cell as Python writes them."""
     assert not isinstance(value, list | tuple | dict), value
     return str(value).lower() if isinstance(value, bool) else value

@@ -14,7 +14,7 @@ from craft_ray.report.table import Table
 
 
 def report_tables(runs: Sequence[FinishedRun]) -> list[Table]:
-    """Those that have a row."""
+    """The tables that have a row."""
     tables = [arms_table(runs), skills_table(runs), runs_table(runs), settings_table(runs)]
     return [table for table in tables if table.shown]
 

@@ -109,7 +109,7 @@ def workers_of(run: FinishedRun) -> str:
 
 
 def judged_on(run: FinishedRun) -> str | None:
-    """The anchors on which the budget was judged. None where it was not judged."""
+    """The anchors on which the budget was judged. None if it was not judged."""
     if run.result["feasible"] is None:
         return None
     return "held-out anchors" if run.result["heldout_anchors"] else "the training anchors (none were held out)"

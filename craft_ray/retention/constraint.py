@@ -84,7 +84,7 @@ class Constraint:
         return f"ε {craft.epsilon_schedule} {craft.epsilon_start:g}{ending}"
 
     def unreached(self) -> str | None:
-        """A warning about a budget that the run does not reach; None where it does."""
+        """A warning about a budget that the run does not reach; None if it does."""
         craft = self.craft
         if not craft.epsilon_decay_steps or self.share is not None or self.final_epsilon == craft.epsilon_final:
             return None
@@ -161,7 +161,7 @@ class Constraint:
         }
 
     def _multiplier(self) -> str | None:
-        """Whether lambda follows a budget; None where the skill is only measured."""
+        """Whether lambda follows a budget; None if the skill is only measured."""
         if self.dual is None:
             return None
         return "adaptive" if self.craft.lambda_lr or self.craft.lambda_kp else "fixed"

@@ -42,7 +42,7 @@ def open_constraints(
     features: FeatureCache | None = None,
     report: Report = unreported,
 ) -> Constraints:
-    """The constraints that a run enforces or only measures; none where its config names no anchor cache.
+    """The constraints that a run enforces or only measures; none if its config names no anchor cache.
 
     Args:
         teacher_weights: hash of the untouched student's weights; None on resume, where the student is no longer the

@@ -23,7 +23,7 @@ from craft_ray.retention.mode import Opening
 from craft_ray.retention.weights import WeightDistance, WholeModel
 
 DRAWS_SEED = 0
-"""Of the answers that the Fisher information is estimated from: the same in every run on a cache."""
+"""Seed of the answers that the Fisher information is estimated from: the same in every run on a cache."""
 
 
 class EWC(WeightDistance):

@@ -10,7 +10,7 @@ and lambda is divided by the factor: between two validations it moves only by it
 
 L is the mean of L_ret that the multiplier follows, L_0 that of the teacher (its own uncertainty, for a loss of tokens),
 and `kept` a lower confidence bound of the skill's score over the teacher's. Neither need the proportion hold, nor need
-L on training anchors be what it is on others: both are taken anew from each validation.
+L on training anchors be what it is on others: both are taken again from each validation.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class RetentionMode(ABC, Generic[AnchorBatch]):
 
     @abstractmethod
     def split(self, holdout: float, skill: str | None = None) -> tuple[list[int], list[int]]:
-        """The rows to train on, and those held out, which are none where the loss is no mean over anchors."""
+        """The rows to train on, and those held out, which are none if the loss is not a mean over anchors."""
 
     @classmethod
     @abstractmethod

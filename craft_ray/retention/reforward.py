@@ -32,11 +32,11 @@ class Agreement:
 
     rows: int
     distance: float | None
-    """The largest relative mean square of a row; None where the cache has no hidden states."""
+    """The largest relative mean square of a row; None if the cache has no hidden states."""
     divergence: float | None
-    """The mean KL divergence from the cached logits, in nats a token; None where the cache has none."""
+    """The mean KL divergence from the cached logits, in nats a token; None if the cache has none."""
     tokens: int | None
-    """Suffix tokens compared; None where they are not the teacher's own."""
+    """Suffix tokens compared; None if they are not the teacher's own."""
     equal_tokens: int
 
 

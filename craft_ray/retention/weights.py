@@ -3,7 +3,7 @@
     1/2 sum_i w_i (theta_i - theta_0,i)^2
 
 The sum is over the weights that are trained. A distance of weights is exact: it has no batches and nothing is held out,
-so what is certified is this distance and not the skill. theta_0 is kept in memory beside the student.
+so what is certified is this distance and not the skill. theta_0 is kept in memory in addition to the student.
 """
 
 from __future__ import annotations

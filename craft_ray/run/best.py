@@ -16,7 +16,7 @@ KEY = "train.keep_best"
 
 
 class BestValidation:
-    """The best of the validations that it was shown; of equal ones the first. Without `train.keep_best` there is none.
+    """The best of the validations that it was shown; among equals the first. Without `train.keep_best` there is none.
 
     Raises:
         ConfigError: a metric is not measured in validations.
@@ -56,7 +56,7 @@ class BestValidation:
         return 0 < self._patience <= self._waited
 
     def described(self, trained: int) -> dict[str, Any]:
-        """What `result.json` says of it: which step is kept, and why.
+        """What `result.json` says about it: which step is kept, and why.
 
         Args:
             trained: the step at which training ended.

@@ -27,7 +27,7 @@ from craft_ray.storage.last import forget_last, point_last
 from craft_ray.storage.paths import ObjectPath, StoragePath, copy_tree, remove_tree
 
 REFUSED = "refused_"
-"""Stands before the name of a checkpoint that holds other weights than the model that was saved."""
+"""Prefix of the name of a checkpoint that holds other weights than the model that was saved."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def save_checkpoint(
         try:
             check(target / "model")
         except CraftError:
-            remove_tree(folder / f"{REFUSED}{target.name}")  # of an earlier start of the same run
+            remove_tree(folder / f"{REFUSED}{target.name}")  # left by an earlier start of the same run
             target.replace(folder / f"{REFUSED}{target.name}")  # no run resumes from it
             raise
     point_last(folder, target.name)
     found = sorted(folder.glob("step_*"), key=checkpoint_step)
-    until = found.index(target) + 1  # those behind it are of a run that went back to an earlier step
+    until = found.index(target) + 1  # those after it are of a run that went back to an earlier step
     for old in [*found[:until][:-keep], *found[until:]]:
         if checkpoint_step(old) != spared:
             shutil.rmtree(old)
@@ -91,16 +91,16 @@ def save_checkpoint(
 
 
 def check_saved(config: ModelConfig, precision: Precision, model: Model, folder: Path) -> None:
-    """As `check_read_back`, of the folder in a checkpoint that is put aside if it is refused."""
+    """As `check_read_back`, for the folder in a checkpoint, which is put aside if it is refused."""
     kept = f"{folder.parent.parent}/{REFUSED}{folder.parent.name}"
     check_read_back(config, precision, model, folder, "trained", f"nothing resumes from it, it is kept in {kept}")
 
 
 def save_model(config: ModelConfig, precision: Precision, model: Model, out: StoragePath, made: str) -> None:
-    """Save a model as a plain folder, which is there once it was read back.
+    """Save a model as a plain folder, which appears once it has been read back.
 
     Args:
-        config: of the model that it was made from.
+        config: that of the model that it was made from.
         made: how it was made, for errors: merged, interpolated.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a run will take, by its first steps: time, memory, and room on the disk."""
+"""What a run will take, estimated from its first steps: time, memory, and room on the disk."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def read_records(path: StoragePath) -> list[Record]:
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:
-    """Time, versions, commit and hardware. Of the environment variables only thread counts: others may hold secrets."""
+    """Time, versions, commit and hardware. Of environment variables, only thread counts: others may hold secrets."""
     return {
         "command": list(command),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -153,7 +153,7 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
 
 @cache
 def _commit() -> str | None:
-    """The commit of this package's own checkout; None where it was installed from a wheel."""
+    """The commit of this package's own checkout; None if it was installed from a wheel."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

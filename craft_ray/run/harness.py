@@ -40,7 +40,7 @@ ELSEWHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")
 
 
 class Measure(NamedTuple):
-    """What counts of a task: one of its metrics, after one of its filters."""
+    """What counts in a task: one of its metrics, after one of its filters."""
 
     metric: str
     filter: str

@@ -2,7 +2,7 @@
 greedy replies up to a stop string.
 
 Texts become tokens as in the harness's own adapter for transformers (lm_eval/models/huggingface.py): context and
-continuation are tokenised together and cut behind the context's tokens, and spaces at the end of the context belong to
+continuation are tokenised together and cut after the context's tokens, and spaces at the end of the context belong to
 the continuation. The tokenizer puts its BOS in front, also of what a chat template wrote, unless the text begins with
 one. A context that is too long is an error here, where the harness cuts off its beginning.
 """
@@ -20,7 +20,7 @@ from craft_ray.run.likelihood import likelihoods, passes
 from craft_ray.workers import Workers
 
 NEW_TOKENS = 256
-"""The harness's limit of a reply where a task has none."""
+"""The harness's limit of a reply if a task has none."""
 GREEDY = ("until", "do_sample", "temperature", "top_p", "top_k")
 """Settings of a task's replies that are honoured, or decide nothing where the most likely token is taken."""
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

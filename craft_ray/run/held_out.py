@@ -59,8 +59,8 @@ def rows_of(data: EvalData, key: str, main: bool = True) -> Rows:
 
 
 def worst(scores: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """Of several old skills' scores those with the smallest ratio to the teacher's, and the name of the `skill`: what
-    stands for the old skill where there is room for one. None where no skill was scored."""
+    """Of several old skills, the scores of the one with the smallest ratio to the teacher's, and its name as `skill`:
+    they represent the old skill where there is room for one. None if no skill was scored."""
     known = {name: found for name, found in scores.items() if found["ratio"] is not None}
     if not known:
         return None
@@ -172,7 +172,7 @@ class HeldOut:
         return result
 
     def forget_student(self) -> None:
-        """Score the student again where it is asked for: its weights have changed without a validation."""
+        """Score the student again when its scores are next asked for: its weights have changed without a validation."""
         self._after.clear()
 
     def certificates(self) -> dict[str | None, dict[str, Any]]:
@@ -180,7 +180,7 @@ class HeldOut:
         return {skill: self._certificate(skill, keep) for skill, keep in self._kept_parts.items()}
 
     def _certificate(self, name: str | None, keep: float) -> dict[str, Any]:
-        """On test data, or where the config has none on the validation data, which the budget followed."""
+        """On test data, or if the config has none, on the validation data, which the budget followed."""
         skill = "old" if name is None else name
         section = "evaluation" if skill in dict(eval_sets(self._config, "evaluation")) else "validation"
         eval_set = dict(eval_sets(self._config, section))[skill]

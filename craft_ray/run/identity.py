@@ -27,11 +27,11 @@ class ModelIdentity:
     """The model at `model.path`, before fine-tuning."""
 
     samples: str | None
-    """Hash of everything that prepares a sample: tokenizer, processor, limits. None where no model is loaded."""
+    """Hash of everything that prepares a sample: tokenizer, processor, limits. None if no model is loaded."""
     files: str | None
-    """Hash over its weight files, which a resumed run does not load; None of a model on the hub."""
+    """Hash over its weight files, which a resumed run does not load; None for a model on the hub."""
     weights: str | None
-    """Hash of its weights; None where they are not loaded."""
+    """Hash of its weights; None if they are not loaded."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RunIdentity:
     task: str
     """Hash of the task data and of how they are read."""
     model: ModelIdentity | None
-    """None of a run that began with a version that did not record it."""
+    """None for a run that began with a version that did not record it."""
 
 
 def read_identity(folder: RunFolder) -> RunIdentity | None:
@@ -63,7 +63,7 @@ def read_identity(folder: RunFolder) -> RunIdentity | None:
 
 
 def config_difference(folder: RunFolder, config: Experiment) -> str | None:
-    """The first key that decides numbers and is not what a run began with, with both values; None where all are."""
+    """The first key that decides numbers and is not what a run began with, with both values; None if all are."""
     recorded = read_identity(folder)
     original = folder.config() if recorded is None else recorded.config
     return deciding_difference(original, config, places=recorded is None)
@@ -103,7 +103,7 @@ def check_task(folder: RunFolder, config: Experiment, fingerprint: str) -> None:
 
 
 def model_files(config: Experiment) -> str | None:
-    """Hash over the weight files of the model that a config names; None of a model on the hub."""
+    """Hash over the weight files of the model that a config names; None for a model on the hub."""
     return files_fingerprint(Path(local_copy(config.model.path, "model.path")))
 
 
@@ -148,7 +148,7 @@ def check_same_data(named: str, recorded: str, fingerprint: str, begun: str, rem
         remedy: what can be done with other data.
 
     Raises:
-        ConfigError: they are others.
+        ConfigError: they are different.
     """
     if recorded != fingerprint:
         raise ConfigError(

@@ -31,7 +31,7 @@ ALPHAS = tuple(step / 10 for step in range(11))
 
 
 class Interpolation:
-    """A model whose weights are moved between two ends. Both are kept in memory beside it.
+    """A model whose weights are moved between two ends. Both are kept in memory in addition to it.
 
     Args:
         teacher: the model that moves; its weights are alpha 0.
@@ -93,7 +93,7 @@ def validated(path: Interpolation, held_out: HeldOut, metric: str, alphas: Seque
     """The validation scores at each alpha, with `new/gain`, the new score relative to alpha 1.
 
     Args:
-        metric: of the new skill.
+        metric: that of the new skill.
 
     Raises:
         ConfigError: the teacher or the run scores zero on a skill, so that there is no ratio.
@@ -121,7 +121,7 @@ def interpolated(
     """Interpolate a finished run, with alpha chosen on validation data; write its model and its `result.json`.
 
     Args:
-        config: of the new run; its validation and evaluation score it.
+        config: that of the new run; its validation and evaluation score it.
 
     Raises:
         ConfigError: it names no validation data, or the run kept no checkpoint.

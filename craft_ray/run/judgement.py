@@ -1,4 +1,4 @@
-"""What a run's result says of its budgets: of one old skill, or of each of several and of all together."""
+"""What a run's result says about its budgets: for one old skill, or for each of several and for all together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Judged = Mapping[str | None, dict[str, Any]]
 def judged(losses: Judged, kept: Judged, result: Mapping[str, Any]) -> dict[str, Any]:
     """The part of `result.json` about retention.
 
-    Of several skills, `skills` has each one's scores, L_ret, budget and certificate; beside it stand the numbers of the
-    skill whose L_ret is the furthest above its budget, and of the certificate with the least margin. `feasible` is
+    With several skills, `skills` has each one's scores, L_ret, budget and certificate; next to it are the numbers of
+    the skill whose L_ret is the furthest above its budget, and of the certificate with the least margin. `feasible` is
     whether every skill met what was asked of it.
 
     Args:

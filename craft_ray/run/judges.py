@@ -15,7 +15,7 @@ from craft_ray.extras import install, missing
 from craft_ray.run.own_function import OwnFunction
 
 NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
-"""A number that no word runs into: of `H2O costs $1,234.50kg` it is 1,234.50. The minus of `5-3` is between numbers."""
+"""A number that no word runs into: in `H2O costs $1,234.50kg` it is 1,234.50. The minus of `5-3` is between numbers."""
 EXACT = Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
 
 
@@ -24,7 +24,7 @@ class Judge(Protocol):
     need not be the text in the data (case, accents, spaces)."""
 
     identity: str
-    """Hash of code that decides a score, beside the config; empty for our own."""
+    """Hash of code that decides a score, in addition to the config; empty for our own."""
 
     def check(self, expected: str, sample: Sample) -> None:
         """
@@ -61,7 +61,7 @@ def judge_of(eval_set: EvalSet, key: str) -> Judge | None:
 
 
 class Contains:
-    """Right if the response stands in the reply, letter by letter."""
+    """Right if the response occurs in the reply, letter by letter."""
 
     identity = ""
 

@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 
 
 def kept_bounds(before: Score, after: Score, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """One-sided lower and upper bound of the student's score over the teacher's. None where the teacher's is zero.
+    """One-sided lower and upper bound of the student's score over the teacher's. None if the teacher's is zero.
 
     Both were scored on the same samples, and only where they differ is there evidence of a change. The teacher's own
     score is taken as exact. For perplexity, where lower is better, the ratio is the teacher's over the student's.
@@ -89,7 +89,7 @@ class Certificate:
 
     @property
     def samples_to_decide(self) -> int | None:
-        """About how many samples would decide, if the ratio stayed what it is. None where it is decided, or where the
+        """About how many samples would decide, if the ratio stayed what it is. None if it is decided, or if the
         ratio is the target itself."""
         if self.verdict != "undecided":
             return None

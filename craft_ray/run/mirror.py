@@ -65,7 +65,7 @@ class RunMirror(RunFolder):
         self._pushing = threading.Lock()
 
     def pull(self) -> None:
-        with self._pushing:  # a push meanwhile would replace what is whole by what is half fetched
+        with self._pushing:  # a push meanwhile would replace what is whole with what is half fetched
             for entry in self.home.iterdir():
                 if entry.name not in NOT_PULLED:
                     copy_tree(entry, self._local / entry.name)

@@ -119,7 +119,7 @@ def check_objective(objective: ObjectiveConfig, config: Experiment, key: str, of
 
 
 def more_is_better(metric: str, config: Experiment) -> bool | None:
-    """Whether a higher value of a metric is better; None where that depends on its use."""
+    """Whether a higher value of a metric is better; None if that depends on its use."""
     skill, number = split(metric)
     if is_score(metric):
         return number == "ratio" or HIGHER_IS_BETTER[eval_set_of(config, skill).metric]

@@ -15,7 +15,7 @@ class Observer(Protocol):
 
     def progress(self, what: str, done: float, total: int, left_s: float) -> None:
         """How many rows, or other parts, of some work are done, of how many, and about how long the others take: 0 at
-        the end. Work that takes no time says nothing."""
+        the end. Work that takes no time reports nothing."""
         ...
 
     def steps(self, records: Sequence[Record]) -> None: ...

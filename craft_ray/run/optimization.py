@@ -40,7 +40,7 @@ class Optimization:
         return rates[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state, and the preset that it is of."""
+        """The optimiser's state, and the preset that it belongs to."""
         return self.optimizer.state_dict() | {"preset": self.described}
 
     def check_preset(self, state: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ class OwnFunction:
         self.identity = checksum(Path(module.__file__)) if module.__file__ else ""
 
     def check(self, expected: str, sample: Sample) -> None:
-        """What it can compare is the user's affair."""
+        """What it can compare is up to the user."""
 
     def __call__(self, reply: str, expected: str, sample: Sample) -> float:
         row = {"id": sample.id, "prompt": sample.prompt, "response": sample.answer(), "choices": sample.choices}

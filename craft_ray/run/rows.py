@@ -2,7 +2,7 @@
 first minutes, and not at the step that draws it.
 
 What was found is kept in the node's cache under a hash of the data and of everything that prepares them: the next run
-on them checks nothing again. Where the time does not suffice, the next run checks the rows that are left.
+on them checks nothing again. If the time does not suffice, the next run checks the rows that are left.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class CheckpointWriter:
         self._best = best
         self._keep = config.train.keep_checkpoints
         self._clock = CheckpointClock(config.train.checkpoint_minutes if self._keep else 0, workers)
-        self._read_back = False  # whether this process has loaded a checkpoint of its own again
+        self._read_back = False  # whether this process has read back a checkpoint of its own
         self._beside: ProcessGroup | None = None
         self._writing: Future[None] | None = None
         if config.train.checkpoint_async:
@@ -74,7 +74,7 @@ class CheckpointWriter:
         self._clock.saved(time.monotonic() - started)
 
     def hold_best(self) -> None:
-        """Have the best checkpoint of a resumed run at hand: one that is not is taken for removed."""
+        """Fetch the best checkpoint of a resumed run: one that is not at hand counts as removed."""
         if self._best.step is not None:
             self._folder.checkpoint(checkpoint_name(self._best.step))
 
@@ -91,8 +91,8 @@ class CheckpointWriter:
             self._folder.push_pointer(checkpoint_name(step))
 
     def _write_sharded(self, model: Model, state: TrainingState, gradients: GradientPair, optimizer: Optimizer) -> None:
-        """With all workers. At the last step it gets a `model` folder, and its weights are compared with those in
-        memory."""
+        """Write a sharded checkpoint with all workers. At the last step it gets a `model` folder, whose weights are
+        compared with those in memory."""
         last = state.step == self._config.train.steps
         folder, name = self._folder.disk / "checkpoints", checkpoint_name(state.step)
         beside = None if last else self._beside

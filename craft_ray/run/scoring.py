@@ -53,13 +53,13 @@ class Score:
 
 
 def outcome(record: dict[str, Any]) -> float:
-    """How right a sample is, from 0 to 1; not of a text."""
+    """How right a sample is, from 0 to 1; not for a text."""
     return float(record["score"] if "score" in record else record["correct"])
 
 
 def ratio(metric: str, score: float, reference: float) -> float | None:
     """A score as a fraction of a reference, where 1 is as good: score/reference, or its inverse where lower is better.
-    None where the reference is zero."""
+    None if the reference is zero."""
     if HIGHER_IS_BETTER[metric]:
         return score / reference if reference else None
     return reference / score
@@ -91,7 +91,7 @@ def open_eval_set(eval_set: EvalSet, key: str) -> Source | Episodes | HarnessTas
     """The samples, tasks or episodes that a model is scored on.
 
     Raises:
-        ConfigError: the metric needs a column that the config does not name, or a task that there is not.
+        ConfigError: the metric needs a column that the config does not name, or a task that does not exist.
     """
     if isinstance(eval_set, HarnessEvalSet):
         return HarnessTasks(eval_set.harness, f"{key}.harness")
@@ -172,7 +172,7 @@ class EvalData:
         return self._features((row, None))
 
     def answered(self, row: int, response: str | None = None) -> Features:
-        """The prompt with its own response, or with another, of which the response alone is predicted. The response of
+        """The prompt with its own response, or with another, of which only the response is predicted. The response of
         a frame is its actions, which stay."""
         sample = self.source[row]
         own = "" if sample.frame is not None else sample.answer() if response is None else response

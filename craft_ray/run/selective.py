@@ -1,7 +1,7 @@
 """Selective token masking: response tokens that the teacher finds unlikely are not learnt (arXiv 2501.14315).
 
-Their gradients are the largest and move the weights the furthest. Which tokens are masked depends on the teacher, the
-data and the threshold alone, so a resumed run finds the same ones again.
+Their gradients are the largest and move the weights the furthest. Which tokens are masked depends only on the teacher,
+the data and the threshold, so a resumed run finds the same ones again.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def begin_sharded(
         state: its `optimizer` is the optimiser's state; the moments in it are written by name.
         export: whether the checkpoint gets a `model` folder.
         apart: whether each worker has a `folder` of its own, and its part of the checkpoint in it (`RunMirror`).
-        beside: the workers as a group of their own. With it, the tensors are copied to the host, and training may go on
-            while they are written.
+        beside: the workers as a group of their own. With it, the tensors are copied to the host, and training may
+            continue while they are written.
 
     Returns:
         What completes it on each worker, and may be called in another thread with `beside`: it points `last` at the
@@ -157,7 +157,7 @@ _REMEDY = "restore it from a copy, or make the link `last` beside it point to an
 
 
 def check_files(checkpoint: Path, workers: Workers) -> None:
-    """Check that every file of a sharded checkpoint is what was written. The workers share them out.
+    """Check that every file of a sharded checkpoint is what was written. The workers divide them among themselves.
 
     Raises:
         StorageError: one is missing or has changed.

@@ -16,7 +16,7 @@ from craft_ray.run.task_data import TaskData
 LONGEST = 600
 """Characters of a sample that are shown."""
 REPEATED = 3
-"""A token that stands more often than this in a row is shown once, with the number: images stand for many."""
+"""A token that occurs more often than this in a row is shown once, with the number: images stand for many."""
 
 
 def shown_samples(model: Model, task: TaskData, constraints: Sequence[Constraint], held_out: HeldOut) -> Iterator[str]:
@@ -43,7 +43,7 @@ def shown_samples(model: Model, task: TaskData, constraints: Sequence[Constraint
 
 def _line(where: str, name: str, what: str, model: TokenModel, features: Features) -> str:
     marked = features.layout.predicted
-    if "input_ids" not in features.tokens:  # a robot's observation, which is no text
+    if "input_ids" not in features.tokens:  # a robot's observation, which is not text
         return f"{where}, sample {name}: {features.layout.length} positions, {len(marked)} of them {what}"
     tokens = features.tokens["input_ids"].tolist()
     return (

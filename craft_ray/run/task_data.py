@@ -23,7 +23,7 @@ from craft_ray.workers import Workers
 TASK_STREAM = 0
 """Keeps the order of the task's samples apart from that of the anchors under one seed."""
 BOUNDARIES = 64
-"""Samples, spread over the data, whose boundary of prompt and response is looked at before a run."""
+"""Samples, spread over the data, whose boundary of prompt and response is inspected before a run."""
 
 
 class TaskData:
@@ -77,7 +77,7 @@ class TaskData:
 
     @property
     def count(self) -> int | None:
-        """How many samples there are; None of a stream."""
+        """How many samples there are; None for a stream."""
         return None if self._streamed else len(self.source)
 
     @property
@@ -91,7 +91,7 @@ class TaskData:
         return [self._collate(self._samples(part)) for part in split(rows, self._accumulate)]
 
     def described(self) -> list[str]:
-        """What there is to tell about the samples before a run."""
+        """What there is to report about the samples before a run."""
         streamed = (
             f"the new skill is a stream: its first {self._rows} samples in the order of the seed are checked before "
             f"the first step, and a resumed run reads again what comes before its step"
@@ -105,7 +105,7 @@ class TaskData:
 
     def boundary_merges(self) -> str | None:
         """Where prompt and response are tokenised apart, although together they would have other tokens: a line to
-        tell; None where it happens nowhere."""
+        report; None if it happens nowhere."""
         model, rows = self._model, self._rows
         count = min(BOUNDARIES, rows)
         if not isinstance(model, TokenModel) or self.source.features is not None:  # a frame has no text to merge

@@ -59,7 +59,7 @@ class Association:
     trials: int
     """Trials that have both."""
     share: float | None
-    """From 0 to 1; None where it cannot be computed."""
+    """From 0 to 1; None if it cannot be computed."""
     chance: float | None
     """What one in twenty random pairings of the same values exceeds; None if `share` is."""
     reason: str | None = None

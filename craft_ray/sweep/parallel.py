@@ -36,7 +36,7 @@ class Axis:
     label: str
     ticks: list[tuple[float, str]]
     heights: list[float | None]
-    """The height of each trial; None where it has no value."""
+    """The height of each trial; None if it has no value."""
     limit: float | None = None
     """Height of the bound."""
 

@@ -104,7 +104,7 @@ class Plan:
     command: list[str]
     data: Mapping[str, str] = field(default_factory=dict)
     """Hashes of the data that the sweep began with, of the task and of the validation sets, by their key. None are
-    recorded of one that began with an earlier version."""
+    recorded for one that began with an earlier version."""
 
 
 class SweepFolder:
@@ -175,7 +175,7 @@ class SweepFolder:
 
 
 def trial_config(base: Experiment, params: Params, trial: TrialFolder, seed: int) -> Experiment:
-    """The config of one run of a trial: scored on validation data alone, and saved only where that is needed.
+    """The config of one run of a trial: scored only on validation data, and saved only where that is needed.
 
     A checkpoint is kept if the config asks for checkpoints, so that a lost trial resumes, and for pbt, which copies it.
     """

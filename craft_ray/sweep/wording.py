@@ -67,7 +67,7 @@ class Metric:
         return percent(value) if self.percent else number(value)
 
     def of(self, report: Report | None) -> float | None:
-        """The number in a report; None where it is missing or not finite."""
+        """The number in a report; None if it is missing or not finite."""
         value = None if report is None else report["metrics"].get(self.key)
         return value if value is not None and math.isfinite(value) else None
 

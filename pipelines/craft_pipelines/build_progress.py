@@ -1,7 +1,7 @@
 """How many anchors of a build its teachers have run on.
 
-The teachers are in other processes, perhaps on other machines, and a shard takes them long. They tell how far they are
-through the key-value store that Ray keeps for a cluster, which takes no process of its own.
+The teachers are in other processes, perhaps on other machines, and a shard takes them a long time. They report
+how far they are through the key-value store that Ray keeps for a cluster, which takes no process of its own.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class BuildProgress:
     def _reached(self) -> None:
         done = self._written + sum(self._passed.values())
         self._ran(done)
-        if self._pace is None:  # the time before the first rows, in which a teacher starts, tells nothing of the rest
+        if self._pace is None:  # the time before the first rows, in which a teacher starts, says nothing about the rest
             self._pace = Pace("running the teacher over the anchors", self._rows, self._report, done)
         else:
             self._pace.reached(done)
@@ -82,7 +82,7 @@ class Telling:
 
 @contextmanager
 def heard(build: str, progress: BuildProgress) -> Iterator[None]:
-    """Pass to `progress` what the teachers of a build tell, while the body runs."""
+    """Pass to `progress` what the teachers of a build report, while the body runs."""
 
     def listen(done: threading.Event) -> None:
         with suppress(Exception):  # a cluster that is lost is reported by what computes on it

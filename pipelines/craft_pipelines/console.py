@@ -45,7 +45,7 @@ class Screen:
     """Lines, and how far work is that takes long: a bar on a terminal, elsewhere a line now and then.
 
     Args:
-        bars: what draws bars below the lines; None where no terminal shows them.
+        bars: what draws bars below the lines; None if no terminal shows them.
     """
 
     def __init__(self, bars: Progress | None) -> None:
@@ -74,7 +74,7 @@ class Screen:
             line(f"{what}: {int(done)} of {total}, about {readable_seconds(left_s)} left")
 
     def bar(self, what: str, done: float, total: int) -> None:
-        """A bar alone, for work that prints its own lines."""
+        """Only a bar, for work that prints its own lines."""
         if self._bars is not None:
             if what not in self._drawn:
                 self._drawn[what] = self._bars.add_task(what, total=total)

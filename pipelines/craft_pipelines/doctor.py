@@ -56,7 +56,7 @@ def doctor(address: str | None, storage: Sequence[str]) -> bool:
     """Check the cluster, and print what was found.
 
     Args:
-        address: of a dashboard (http://...), where the checks then run as a job; or as in RAY_ADDRESS. Without it
+        address: that of a dashboard (http://...), where the checks then run as a job; or as in RAY_ADDRESS. Without it
             RAY_ADDRESS names the cluster, and without that this machine is checked.
         storage: folders or URIs that all nodes must share.
 

@@ -16,7 +16,7 @@ REFUSED = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
 
 
 def path_refused(error: BaseException) -> ConfigError | None:
-    """The line for a path that the system does not look at, whichever command and option named it; None for any other
+    """The line for a path that the system does not open, whichever command and option named it; None for any other
     error."""
     if not isinstance(error, OSError) or error.errno not in REFUSED or error.filename is None:
         return None

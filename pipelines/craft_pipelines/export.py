@@ -63,7 +63,7 @@ def runs_of(source: StoragePath) -> list[RunFolder]:
 
 
 def _reported(source: StoragePath) -> list[str] | None:
-    """The paths of a report's runs when it was written; None where there is no report."""
+    """The paths of a report's runs when it was written; None if there is no report."""
     path = source / "result.json"
     if not path.exists():
         return None
@@ -74,7 +74,7 @@ def _reported(source: StoragePath) -> list[str] | None:
 
 
 def _found(source: StoragePath, path: str) -> StoragePath:
-    """A run of a report: beside it, where a comparison has its runs, or else where it was."""
+    """A run of a report: next to it, where a comparison has its runs, or else where it was."""
     written = storage_path(path)
     for place in (source / "runs" / written.name, written):
         if (place / "config.yaml").exists():

@@ -107,7 +107,7 @@ def price(
     runs: Annotated[list[str], typer.Argument(help="run directories, or sweeps", show_default=False)],
     keep: Annotated[str, typer.Option(help="comma-separated parts of the old skill")] = "0.9,0.95,0.99",
 ) -> None:
-    """Tell from validations what keeping a part of the old skill costs of the new one."""
+    """Report from validations what keeping a part of the old skill costs of the new one."""
     try:
         targets = [float(part) for part in keep.split(",")]
     except ValueError:

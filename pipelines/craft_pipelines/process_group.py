@@ -24,7 +24,7 @@ LEAVING_S = 30
 
 @dataclass
 class ProcessGroupConfig(BackendConfig):
-    """In the place of Ray Train's TorchConfig."""
+    """Replaces Ray Train's TorchConfig."""
 
     backend: str
     """`nccl` between GPUs, `gloo` between CPUs."""

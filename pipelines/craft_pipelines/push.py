@@ -56,7 +56,7 @@ def push(
     Args:
         private: create the repository as a private one; one that is public already is refused.
         dry_run: write the card into the run's folder, and send nothing.
-        card: a card to send in place of the one that is made of the run's files.
+        card: a card to send instead of the one that is made from the run's files.
         report: the comparison or report that the run is part of. By default the comparison whose folder it is in.
 
     Raises:
@@ -103,7 +103,7 @@ def _finished(path: StoragePath) -> FinishedRun:
 
 
 def _arms(run: FinishedRun, report: StoragePath | None) -> Table | None:
-    """The table of the comparison that a run is part of; None where it is part of none."""
+    """The table of the comparison that a run is part of; None if it is part of none."""
     home = run.folder.path.parent.parent if report is None else report
     if report is None and not (run.folder.path.parent.name == "runs" and (home / "result.json").exists()):
         return None
@@ -157,7 +157,7 @@ def _model_folder(checkpoint: StoragePath) -> Iterator[Path]:
 
 
 def _files(folder: Path, run: FinishedRun, checkpoint: StoragePath, fields: CardFields) -> dict[str, Path | bytes]:
-    """What is sent, by its path in the repository. Settings that name folders of this machine are sent without."""
+    """What is sent, by its path in the repository. Settings that name folders of this machine are sent without them."""
     base = base_model(run.config, fields)
     here = [str(folder), str(checkpoint / "model"), str(run.folder.path), run.config.output_dir, run.config.model.path]
     found: dict[str, Path | bytes] = {}

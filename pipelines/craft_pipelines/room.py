@@ -24,7 +24,7 @@ PROCESS = 700 * 2**20
 READ_BACK = 4
 """Bytes of a parameter when the first checkpoint is loaded again."""
 SAMPLES = 32
-"""Rows of a source whose length is looked at, spread over it."""
+"""Rows of a source whose length is inspected, spread over it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Room:
 
     count: int
     memory: int | None
-    """Bytes to request for each worker; None where nothing is requested."""
+    """Bytes to request for each worker; None if nothing is requested."""
 
 
 def room(config: Experiment, what: str, most: int | None, say: Callable[[str], None] = lambda _: None) -> Room:
@@ -80,7 +80,7 @@ def worker_memory(config: Experiment) -> int:
     """Bytes of host memory that a worker of a run takes at most, roughly.
 
     It is what the libraries take, the weights, gradients and moments of what is trained, and the values that a forward
-    pass keeps for its backward pass, which are not known of a policy. With a GPU only the first and the weights, which
+    pass keeps for its backward pass, which are not known for a policy. With a GPU only the first and the weights, which
     are read there, count.
     """
     facts = look_at_model(config.model.path, "model.path")

@@ -1,4 +1,4 @@
-"""Joining Ray: the cluster of $RAY_ADDRESS if it is set, otherwise this machine alone; without Ray's log output."""
+"""Joining Ray: the cluster of $RAY_ADDRESS if it is set, otherwise only this machine; without Ray's log output."""
 
 from __future__ import annotations
 

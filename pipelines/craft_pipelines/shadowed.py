@@ -1,4 +1,4 @@
-"""Modules in a job's working directory that stand in front of installed ones: Ray imports from there first."""
+"""Modules in a job's working directory that shadow installed ones: Ray imports from there first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 def shadowed(folder: Path, copied: Iterable[Path]) -> list[str]:
     """Files and packages at the top of a copy that have the name of a module that this Python imports from elsewhere.
 
-    A folder without `__init__.py` is none of them: Python prefers a package of that name wherever it is.
+    A folder without `__init__.py` is not one of them: Python prefers a package of that name wherever it is.
 
     Args:
         folder: what is copied.

@@ -18,7 +18,7 @@ CONFIGS = (".yaml", ".yml")
 WRITING = ("train", "compare", "sweep", "build")
 """Stages that write where their config says."""
 RELATIVE = Path("/relative-to-the-job")
-"""Stands for the working directory in resolved paths, which nothing else is below."""
+"""Represents the working directory in resolved paths; nothing else is below it."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Submitted:
     """A `craft-ray` command of a job."""
 
     words: list[str]
-    """Behind `craft-ray`."""
+    """The words after `craft-ray`."""
     config: str | None
     """Its config, if that is named relative to the working directory."""
     overrides: list[str]

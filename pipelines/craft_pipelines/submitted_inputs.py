@@ -21,12 +21,12 @@ WRITTEN = "output_dir"
 def check_inputs(command: Sequence[str], folder: Path, patterns: Sequence[str]) -> None:
     """Check that the configs which a command names, and the relative paths in them, are in the copy of `folder`.
 
-    Only commands of `craft-ray` are looked at, and only configs that are named relative to `folder`: what an absolute
+    Only commands of `craft-ray` are checked, and only configs that are named relative to `folder`: what an absolute
     path leads to on the cluster is not known here.
 
     Args:
         command: as in `submitted`.
-        patterns: of the files that are not copied.
+        patterns: those of the files that are not copied.
 
     Raises:
         ConfigError: one of them is missing in the copy, or a config is invalid.

@@ -48,7 +48,7 @@ class TrialLog(Callback):
         self._ended = {trial.number for trial in folder.trials() if trial.outcome().status != "open"}
         self._started = False
         self._part: dict[int, float] = {}
-        """Of each trial that is running, the part of its steps that is done."""
+        """For each running trial, the part of its steps that is done."""
         self._lock = threading.Lock()
         self._pace = Pace("trials", count, report, len(self._ended))
 

@@ -89,7 +89,7 @@ class CraftTrial(tune.Trainable):
         if self._plan.config.sweep.scheduler == "pbt":
             if changed := {key: value for key, value in config.items() if key != TRIAL}:
                 forget_identity(self._run)
-                self._trial.begin(changed)  # to a better trial's setting, or one beside it
+                self._trial.begin(changed)  # to a better trial's setting, or one near it
             # It resumes from its checkpoint, so it does not repeat its reports, except for the last: it may have been
             # lost before it recorded its end.
             steps = self._plan.config.train.steps

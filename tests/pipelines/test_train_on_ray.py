@@ -49,9 +49,11 @@ def without_times(config: Experiment) -> list[dict]:
 def test_two_workers_equal_one_on_the_same_global_batches(
     digits: Digits, cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And one that prepares its batches itself equals two that have a loader each."""
     alone, shared = (
         digits.experiment(cached,
-            {"name": f"w{workers}", "workers.num_workers": workers, "train.steps": 4, "output_dir": str(tmp_path)},
+            {"name": f"w{workers}", "workers.num_workers": workers, "train.steps": 4, "output_dir": str(tmp_path),
+             "train.loader_workers": workers // 2},
         )
         for workers in (0, 2)
     )  # fmt: skip

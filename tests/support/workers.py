@@ -28,4 +28,6 @@ class Share:
     def gather(self, value: Any) -> list[Any]:
         self.table[self.rank] = value
         self.barrier.wait(timeout=60)
-        return list(self.table)
+        values = list(self.table)
+        self.barrier.wait(timeout=60)  # no worker writes its next value before all have read this one
+        return values

@@ -132,12 +132,7 @@ def load(model: Model, folder: Path, of: ModelConfig) -> None:
         )
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"the adapter {folder}: {WEIGHTS} does not load ({first_line(error)}): save it again"
-        ) from None
+    state = _read(folder)
     adapter = _injected(model, config, base, f"the adapter {folder}")
     expected = {PREFIX + name: tensor for name, tensor in _state(model.module).items()}
     for wrong, what in (
@@ -155,6 +150,15 @@ def load(model: Model, folder: Path, of: ModelConfig) -> None:
             )
     set_peft_model_state_dict(model.module, {name.removeprefix(PREFIX): t for name, t in state.items()}, NAME)
     model.adapter = adapter
+
+
+def adapter_states(model: Model, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights of a model's adapter, and those that a folder holds, by their names in PEFT's file.
+
+    Raises:
+        ModelError: the folder's do not load.
+    """
+    return {PREFIX + name: tensor for name, tensor in _state(model.module).items()}, _read(folder)
 
 
 def merge(model: Model) -> None:
@@ -202,6 +206,16 @@ def _settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the adapter {folder}: {CONFIG} does not load ({first_line(error)}): save it again"
+        ) from None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = load_file(folder / WEIGHTS)
+        return state
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"the adapter {folder}: {WEIGHTS} does not load ({first_line(error)}): save it again"
         ) from None
 
 

@@ -8,7 +8,7 @@ points to it. The random numbers of a step are seeded by (seed, step, rank), and
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.errors import CraftError, ModelError, StorageError, first_line
 from craft_ray.models import load_model
+from craft_ray.models.adapters import adapter_states
 from craft_ray.models.base import Model
 from craft_ray.storage.files import clear_leftovers, new_folder
 from craft_ray.storage.last import forget_last, point_last
@@ -126,14 +126,16 @@ def check_read_back(
     Raises:
         ModelError: it does not load, or holds other weights.
     """
+    trained: Mapping[str, Tensor]
+    loaded: Mapping[str, Tensor]
     try:
-        loaded = load_model(config.on_host, precision, "cpu", weights=str(folder)).module.state_dict()
+        if model.sharded:  # no host need hold the frozen model that belongs to an adapter
+            trained, loaded = adapter_states(model, folder)
+        else:
+            loaded = load_model(config.on_host, precision, "cpu", weights=str(folder)).module.state_dict()
+            trained = model.module.state_dict()
     except CraftError as error:
         raise ModelError(f"what was saved does not load: {error.message}; {left}") from error
-    trained = model.module.state_dict()
-    if model.sharded:  # a frozen base, of which this worker has a part
-        frozen = {name for name, tensor in trained.items() if isinstance(tensor, DTensor)}
-        trained, loaded = ({name: of[name] for name in of.keys() - frozen} for of in (trained, loaded))
     different = [
         name
         for name in sorted(trained.keys() | loaded.keys())

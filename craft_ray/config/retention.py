@@ -64,7 +64,7 @@ class AnchorsConfig(Section):
     threads_per_actor: int = Field(1, ge=1)
     readers: int = Field(0, ge=0)
     """Processes, of one CPU each, that read and preprocess anchors for the teachers; others then write the shards, so
-    that a teacher only computes. 0: each teacher reads and writes, which is as fast if there is little to decode.
+    that a teacher only computes. 0: each teacher reads and writes, which is enough if there is little to decode.
     A build without Ray (`workers.num_workers: 0`) has none."""
 
     @model_validator(mode="after")

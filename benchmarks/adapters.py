@@ -15,7 +15,7 @@ import torch
 from benchmarks.harness import CPU_TIME, Clock, Report, Row, Variant, arguments, interleaved, one_thread
 from benchmarks.variants import SETTINGS, Ours, ours
 from benchmarks.workload import SHAPES, RetentionTask, language_model
-from craft_ray.models.adapters import attach
+from craft_ray.models.adapting import attach
 
 LORA: Any = SimpleNamespace(
     r=8,

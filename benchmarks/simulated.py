@@ -34,7 +34,7 @@ from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import GradientPair, local_part
 from craft_ray.method.pooling import Layout, Pooling, Vectors
 from craft_ray.method.step import craft_step
-from craft_ray.models.adapters import attach
+from craft_ray.models.adapting import attach
 from craft_ray.models.sharding import base_forward, find_blocks, shard
 from craft_ray.models.tokens import token_loss
 from craft_ray.workers import OneWorker, ProcessGroup, Workers

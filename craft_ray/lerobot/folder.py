@@ -34,7 +34,7 @@ from craft_ray.lerobot.tokenizers import (
     local_names,
     without_remote_code,
 )
-from craft_ray.models.adapters import Adapter
+from craft_ray.models.adapter import Adapter
 from craft_ray.quiet import without_prints
 
 WEIGHTS = "model.safetensors"

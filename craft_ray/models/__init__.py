@@ -45,13 +45,13 @@ def load_model(
     from craft_ray.storage.node_cache import local_copy
 
     with uncollected():
-        from craft_ray.models import adapters
+        from craft_ray.models import adapting
 
     merged = tuple(local_copy(path, "model.merge_statistics") for path in config.merge_statistics)
     config = config.model_copy(update={"path": local_copy(config.path, "model.path"), "merge_statistics": merged})
     weights = None if weights is None else local_copy(weights, "a checkpoint")
-    adapted = weights is not None and adapters.is_adapter(weights)
-    if adapters.is_adapter(config.path) and (weights is None or adapted):
+    adapted = weights is not None and adapting.is_adapter(weights)
+    if adapting.is_adapter(config.path) and (weights is None or adapted):
         if mesh is not None:
             raise ConfigError(
                 f"model.path {config.path} is an adapter, which is merged into a whole model before it is shared out: "
@@ -64,11 +64,11 @@ def load_model(
             )
         model = _merged(config, precision, torch.device(device))
     else:
-        if adapters.is_adapter(config.path):
+        if adapting.is_adapter(config.path):
             config = _with_processor(config)
         model = _load(config, precision, torch.device(device), None if adapted else weights, mesh, gpus)
     if weights is not None and adapted:
-        adapters.load(model, Path(weights), config)
+        adapting.load(model, Path(weights), config)
     return model
 
 
@@ -84,14 +84,14 @@ def teacher_of(config: Experiment, student: Model, untouched: bool) -> Callable[
 
 def _merged(config: ModelConfig, precision: Precision, device: torch.device) -> Model:
     """The model that the adapter at `config.path` belongs to, with the adapter merged into it."""
-    from craft_ray.models import adapters
+    from craft_ray.models import adapting
 
     folder = Path(config.path)
     base, _ = _base(folder)
     config = _with_processor(config)
     model = _load(config, precision, device, base)
-    adapters.load(model, folder, config.model_copy(update={"path": base}))
-    adapters.merge(model)
+    adapting.load(model, folder, config.model_copy(update={"path": base}))
+    adapting.merge(model)
     model.merged_adapter = folder
     return model
 
@@ -105,10 +105,10 @@ def _with_processor(config: ModelConfig) -> ModelConfig:
 
 def _base(folder: Path) -> tuple[str, str | None]:
     """The model on this node that an adapter belongs to, and its revision."""
-    from craft_ray.models import adapters
+    from craft_ray.models import adapting
     from craft_ray.storage.node_cache import local_copy
 
-    base, revision = adapters.base_of(folder)
+    base, revision = adapting.base_of(folder)
     return local_copy(base, f"the model that the adapter {folder} belongs to"), revision
 
 

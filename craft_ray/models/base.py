@@ -21,7 +21,7 @@ from craft_ray.method.pooling import Layout, Pooling
 
 if TYPE_CHECKING:  # loading a model needs no pydantic
     from craft_ray.data.source import Source
-    from craft_ray.models.adapters import Adapter
+    from craft_ray.models.adapter import Adapter
     from craft_ray.models.packing import PackLayout
 
 IGNORE = -100
@@ -96,7 +96,7 @@ class Model(ABC):
     """Whether each worker holds a part of the weights (craft_ray/models/sharding.py), so that all of them must make
     the same passes. `save` then gathers them, and rank 0 writes; but each worker has all of an adapter."""
     adapter: Adapter | None = None
-    """What is trained in place of the model's own weights (craft_ray/models/adapters.py)."""
+    """What is trained in place of the model's own weights (craft_ray/models/adapting.py)."""
     merged_adapter: Path | None = None
     """The folder of an adapter that is part of the weights, because the config's path names it."""
     threaded: ClassVar[bool] = False

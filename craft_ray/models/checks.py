@@ -11,18 +11,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from craft_ray.config import ModelConfig
 from craft_ray.errors import CraftError, ModelError, first_line
-from craft_ray.models.base import Features, evaluating
+from craft_ray.models.base import Batch, Features, evaluating
 from craft_ray.models.dropout import silence
-
-if TYPE_CHECKING:
-    from craft_ray.models.huggingface import HuggingFaceModel
+from craft_ray.models.limits import Limits
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,30 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 shape of a batch and, if it is distributed among experts, with its tokens."""
 
 
-def check_decoder(model: HuggingFaceModel) -> None:
+class Decoder(Protocol):
+    """What the checks read of a model of transformers."""
+
+    kind: ClassVar[str]
+    probed: str
+    config: ModelConfig
+    module: Any
+    device: torch.device
+    tokenizer: Any
+    limits: Limits
+    pad: int
+    hidden_size: int
+    num_hidden_states: int
+
+    def probe_prompt(self, tokens: Sequence[int]) -> Features: ...
+
+    def extended(self, prompt: Features, suffix: Sequence[int]) -> Features: ...
+
+    def collate(self, features: Sequence[Features]) -> Batch: ...
+
+    def continued(self, features: Sequence[Features], settings: GenerationConfig) -> Any: ...
+
+
+def check_decoder(model: Decoder) -> None:
     """Check that a response is predicted from what comes before it, and from nothing else; turn off any dropout.
 
     Raises:
@@ -82,7 +104,7 @@ def check_decoder(model: HuggingFaceModel) -> None:
     )
 
 
-def generates_in_padded_batches(model: HuggingFaceModel) -> bool:
+def generates_in_padded_batches(model: Decoder) -> bool:
     """Whether a prompt next to a longer one, padded on the left, is continued as if it were alone; warns if not."""
     tokens = probe_tokens(model, 8)
     with _forward_of(model), evaluating(model.module):
@@ -105,7 +127,7 @@ def generates_in_padded_batches(model: HuggingFaceModel) -> bool:
     return same
 
 
-def probe_tokens(model: HuggingFaceModel, count: int) -> list[int]:
+def probe_tokens(model: Decoder, count: int) -> list[int]:
     """Different tokens from all over the vocabulary, none of them special."""
     special = {*model.tokenizer.all_special_ids, *getattr(model.tokenizer, "added_tokens_decoder", ())}
     stride = max(1, model.limits.embeddings // count)
@@ -122,7 +144,7 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / centred.norm().clamp_min(1e-30))
 
 
-def check_states(states: Sequence[Tensor] | None, layers: Sequence[int], model: HuggingFaceModel) -> None:
+def check_states(states: Sequence[Tensor] | None, layers: Sequence[int], model: Decoder) -> None:
     """Check that a base model returned what anchors of `layers` need.
 
     Raises:
@@ -145,7 +167,7 @@ def check_states(states: Sequence[Tensor] | None, layers: Sequence[int], model: 
 
 
 @contextmanager
-def _forward_of(model: HuggingFaceModel) -> Iterator[None]:
+def _forward_of(model: Decoder) -> Iterator[None]:
     """Passes that leave no trace: no gradients, and random numbers as before; a failure of theirs in one line."""
     devices = [model.device] if model.device.type == "cuda" else []
     try:

@@ -20,7 +20,7 @@ from torch import Tensor
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.errors import CraftError, ModelError, StorageError, first_line
 from craft_ray.models import load_model
-from craft_ray.models.adapters import adapter_states
+from craft_ray.models.adapting import adapter_states
 from craft_ray.models.base import Model
 from craft_ray.storage.files import clear_leftovers, new_folder
 from craft_ray.storage.last import forget_last, point_last

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError, ModelError
-from craft_ray.models import adapters, load_model
+from craft_ray.models import adapting, load_model
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.run.checkpoint import save_model
@@ -71,7 +71,7 @@ def between(
     """
     student = load_model(config.model.on_host, config.train.precision, "cpu", str(checkpoint / "model"))
     if student.adapter is not None:
-        adapters.merge(student)
+        adapting.merge(student)
     own = config.model.on_host if device.type == "cpu" else config.model
     teacher = model or load_model(own, config.train.precision, device)
     return Interpolation(teacher, student.module.state_dict())

@@ -20,7 +20,7 @@ from craft_ray import interruption
 from craft_ray.config import Experiment
 from craft_ray.data.prefetch import prefetch
 from craft_ray.models import load_model, teacher_of
-from craft_ray.models.adapters import attach
+from craft_ray.models.adapting import attach
 from craft_ray.models.base import Batch, Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.models.sharding import open_mesh

@@ -22,7 +22,7 @@ from craft_pipelines.ending import end_interrupted, interruption_in, path_refuse
 from craft_pipelines.finished import export, interpolate, merge, price, push, report
 from craft_ray import interruption
 from craft_ray.config import load_config, parse_overrides
-from craft_ray.config.arms import with_arms
+from craft_ray.config.arm_selection import with_arms
 from craft_ray.errors import NOT_MET, ConfigError, CraftError
 from craft_ray.quiet import importing
 from craft_ray.storage.paths import storage_path

@@ -17,7 +17,7 @@ from craft_ray.config import Experiment, SampleEvalSet
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError
 from craft_ray.models import load_model
-from craft_ray.models.adapters import CONFIG as ADAPTER
+from craft_ray.models.adapter import CONFIG as ADAPTER
 from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.pace import Pace

@@ -9,7 +9,8 @@ from typing import Any
 from craft_pipelines.outputs import check_new_folder
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError
-from craft_ray.models import adapters, load_model
+from craft_ray.models import adapting, load_model
+from craft_ray.models.adapter import CONFIG as ADAPTER
 from craft_ray.run.checkpoint import save_model
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.sharded_checkpoint import SHARDS, whole_model
@@ -36,10 +37,10 @@ def merge(path: StoragePath, out: StoragePath, say: Any = print) -> None:
         say(f"merged the parts of {checkpoint}: {out}")
         return
     model_folder = checkpoint / "model"
-    if not (model_folder / adapters.CONFIG).exists():
+    if not (model_folder / ADAPTER).exists():
         raise ConfigError(f"{model_folder} is a whole model already, its run trained no adapter: use it as it is")
     model = load_model(config.model.on_host, config.train.precision, weights=str(model_folder))
-    adapters.merge(model)
+    adapting.merge(model)
     save_model(config.model, config.train.precision, model, out, "merged")
     say(f"merged the adapter of {checkpoint} into {config.model.path}: {out}")
 

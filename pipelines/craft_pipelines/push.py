@@ -18,7 +18,7 @@ from craft_pipelines.export import runs_of
 from craft_pipelines.merge import checkpoint_of, merge
 from craft_ray.config import Experiment
 from craft_ray.errors import ConfigError, ModelError, StorageError
-from craft_ray.models.adapters import CONFIG as ADAPTER
+from craft_ray.models.adapter import CONFIG as ADAPTER
 from craft_ray.report.card import CardFields, base_model, model_card
 from craft_ray.report.runs import FinishedRun, read_runs
 from craft_ray.report.table import Table

@@ -22,7 +22,7 @@ from craft_ray.data.sample import Sample
 from craft_ray.data.task import open_task
 from craft_ray.errors import ConfigError, CraftError, DataError
 from craft_ray.models import load_model
-from craft_ray.models.adapters import attach
+from craft_ray.models.adapting import attach
 from craft_ray.models.base import Features, Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.models.loader import Loader

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from craft_ray.config.arms import CATALOGUE, rate_name, with_arms
+from craft_ray.config.arm_selection import rate_name, with_arms
+from craft_ray.config.arms import CATALOGUE
 from craft_ray.models import load_model
 from craft_ray.report.arms import styles_of
 from craft_ray.run.interpolation import Interpolation, choose

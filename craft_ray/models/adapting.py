@@ -6,65 +6,26 @@ structure keeps working. Only the adapter has gradients; the teacher is the mode
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
 
 from craft_ray.errors import ConfigError, ModelError, first_line
 from craft_ray.extras import install, missing
+from craft_ray.models.adapter import BASE, CONFIG, NAME, PREFIX, WEIGHTS, Adapter, adapter_state
 from craft_ray.models.adapter_modules import adapted_modules, check_untied, whole_modules
 from craft_ray.models.sharding import whole_shapes
 
 if TYPE_CHECKING:  # loading a model needs no pydantic
     from craft_ray.config import AdapterConfig, ModelConfig
     from craft_ray.models.base import Model
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""PEFT's files."""
-BASE = "base_model.json"
-"""Ours: the hash of the weights that the adapter was trained on."""
-NAME = "default"
-PREFIX = "base_model.model."
-"""What PEFT puts before the name of each weight in a file."""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter in a model."""
-
-    tuner: Any
-    """PEFT's `LoraModel`."""
-    base: str
-    """Hash of the weights without it: the teacher's."""
-    trained: frozenset[str]
-    """The weights that full training would change."""
-
-    @property
-    def config(self) -> Any:
-        """PEFT's `LoraConfig`."""
-        return self.tuner.peft_config[NAME]
-
-    def save(self, folder: Path) -> None:
-        """Write the adapter as a folder that PEFT and transformers load."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {PREFIX + name: tensor.contiguous() for name, tensor in _state(self.tuner.model).items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        config = copy.copy(self.config)
-        config.inference_mode = True
-        if isinstance(config.target_modules, set):
-            config.target_modules = sorted(config.target_modules)
-        config.save_pretrained(str(folder))
-        (folder / BASE).write_text(json.dumps({"weights": self.base}))
 
 
 def attach(model: Model, config: AdapterConfig, of: ModelConfig, base: str) -> None:
@@ -134,7 +95,7 @@ def load(model: Model, folder: Path, of: ModelConfig) -> None:
     config.inference_mode = False
     state = _read(folder)
     adapter = _injected(model, config, base, f"the adapter {folder}")
-    expected = {PREFIX + name: tensor for name, tensor in _state(model.module).items()}
+    expected = {PREFIX + name: tensor for name, tensor in adapter_state(model.module).items()}
     for wrong, what in (
         (sorted(expected.keys() - state.keys()), "are missing"),
         (sorted(state.keys() - expected.keys()), "are unknown"),
@@ -158,7 +119,7 @@ def adapter_states(model: Model, folder: Path) -> tuple[dict[str, Any], dict[str
     Raises:
         ModelError: the folder's do not load.
     """
-    return {PREFIX + name: tensor for name, tensor in _state(model.module).items()}, _read(folder)
+    return {PREFIX + name: tensor for name, tensor in adapter_state(model.module).items()}, _read(folder)
 
 
 def merge(model: Model) -> None:
@@ -217,14 +178,6 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"the adapter {folder}: {WEIGHTS} does not load ({first_line(error)}): save it again"
         ) from None
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    from peft import get_peft_model_state_dict
-
-    # "auto" would ask the hub whether the vocabulary was resized.
-    state: dict[str, Any] = get_peft_model_state_dict(module, adapter_name=NAME, save_embedding_layers=False)
-    return state
 
 
 def _injected(model: Model, config: Any, base: str, where: str) -> Adapter:

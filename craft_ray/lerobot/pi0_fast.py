@@ -278,15 +278,16 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
             return -self.token_log_probs(batch)[0].sum() / batch.tokens
         with self.autocast():
             images, masks = self.policy._preprocess_images(inputs)
-            tokens = (inputs[name] for name in (LANGUAGE, LANGUAGE_MASK, SUFFIX, SUFFIX_MASK))
-            loss: Tensor = self.policy.model.forward(images, masks, *tokens)["loss"]
+            tokens = [inputs[name] for name in (LANGUAGE, LANGUAGE_MASK, SUFFIX, SUFFIX_MASK)]
+            forward = self.policy.model.forward
+            loss: Tensor = self.without_dropout("loss", lambda: forward(images, masks, *tokens)["loss"])
         return loss.float()
 
     def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs = self.inputs(batch)
         most, columns = inputs[SUFFIX].shape[1], batch.targets_BP.shape[1]
         with self.autocast():
-            hidden, _, _ = self._run(inputs)
+            hidden, _, _ = self.without_dropout("likelihood of tokens", lambda: self._run(inputs))
             feeding = torch.cat([self._before_suffix(hidden, inputs), hidden[:, -most:-1]], 1)[:, most - columns :]
             logits_BPV = self._paligemma.lm_head(feeding)
         return token_log_probs(logits_BPV, batch.targets_BP)

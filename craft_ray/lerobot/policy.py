@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from craft_ray.config.modes import stores
 from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
-from craft_ray.errors import ConfigError, DataError
+from craft_ray.errors import ConfigError, DataError, ModelError
 from craft_ray.lerobot.dataset import action_chunk
 from craft_ray.lerobot.folder import PolicyFolder, save_folder
 from craft_ray.lerobot.preset import optimizer_preset
@@ -31,7 +31,7 @@ from craft_ray.lerobot.taps import Taps
 from craft_ray.method.pooling import Layout, Pooling
 from craft_ray.models.base import Batch, Features, evaluating
 from craft_ray.models.capabilities import OptimizerPreset, PresetModel, token_model
-from craft_ray.models.dropout import disable_dropout
+from craft_ray.models.dropout import disable_dropout, drawing, silence
 from craft_ray.models.fingerprint import json_fingerprint, tokenizer_identity, weights_fingerprint
 
 ACTION = "action"
@@ -39,6 +39,8 @@ IS_PAD = "action_is_pad"
 LANGUAGE, LANGUAGE_MASK = "observation.language.tokens", "observation.language.attention_mask"
 LOCATIONS = {"tokenizer_name", "action_tokenizer_name", "paligemma_tokenizer_name", "device", "trust_remote_code"}
 """Settings of a processor step that say where something comes from; what the step does is identified otherwise."""
+
+Output = TypeVar("Output")
 
 
 class LeRobotPolicy(PresetModel):
@@ -63,6 +65,7 @@ class LeRobotPolicy(PresetModel):
         self.module.train()
         if config.disable_dropout:
             disable_dropout(self.module)
+        self._without_dropout: set[str] = set()
         self.taps = self.make_taps()
         self.num_hidden_states = self.taps.count
         inputs = {
@@ -220,14 +223,45 @@ class LeRobotPolicy(PresetModel):
         """LeRobot's own loss."""
         if ACTION not in batch.inputs:
             raise DataError("a batch holds no actions to learn: specify a LeRobotDataset that holds them")
+        inputs = self.inputs(batch)
         with self.autocast():
-            loss: Tensor = self.policy.forward(self.inputs(batch))[0]
+            loss: Tensor = self.without_dropout("loss", lambda: self.policy.forward(inputs)[0])
         return loss.float()
 
     def hidden_states(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
+        inputs = self.inputs(batch)
         with self.autocast(), self.taps.capture(layers) as seen:
-            self.run_prompt(self.inputs(batch))
+            self.without_dropout("hidden state", lambda: self.run_prompt(inputs))
         return [seen[k] for k in layers]
+
+    def without_dropout(self, result: str, forward: Callable[[], Output]) -> Output:
+        """The output of `forward`; before the first one in training mode, dropout that no module declares is found
+        by running it, and turned off.
+
+        The policy's own core draws random numbers on purpose (noise, times, a latent), and keeps them.
+
+        Args:
+            result: what `forward` computes.
+
+        Raises:
+            ModelError: a part draws random numbers even in evaluation mode.
+        """
+        if self.config.disable_dropout and self.module.training and result not in self._without_dropout:
+            on_purpose = frozenset({self.module, self.policy.model})
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), torch.no_grad():
+                silence(self.module, forward, self.device, on_purpose)
+                with drawing(self.module, self.device) as found:
+                    forward()
+            loud = [name for name, part in self.module.named_modules() if part in found - on_purpose]
+            if loud:
+                raise ModelError(
+                    f"model.path {self.folder.path}: its {result} is random although dropout is off "
+                    f"(model.disable_dropout is true): {loud[0]} draws random numbers in evaluation mode, too: set the "
+                    f"randomness in its config.json to zero, or model.disable_dropout=false without anchors"
+                )
+            self._without_dropout.add(result)
+        return forward()
 
     def check_anchors(self, modes: Sequence[str], positions: Sequence[str]) -> None:
         if stores(modes, "suffix") or "suffix" in positions:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 SETTLED_AFTER = 4
 """Passes until no new part draws; a part that was skipped at random (layer dropout) is found in a later one."""
+
+Output = TypeVar("Output")
 
 
 def disable_dropout(module: nn.Module) -> None:
@@ -24,16 +26,22 @@ def disable_dropout(module: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def silence(module: nn.Module, forward: Callable[[], Tensor], device: torch.device) -> Tensor:
+def silence(
+    module: nn.Module, forward: Callable[[], Output], device: torch.device, on_purpose: Set[nn.Module] = frozenset()
+) -> Output:
     """Run `forward` until no part of `module` draws random numbers any more, and return its last output.
 
     A part that draws runs its own code as in evaluation mode from now on, whatever its mode is; the mode of the parts
     in it, and what its caller reads from it (gradient checkpointing does), do not change.
+
+    Args:
+        on_purpose: parts that may go on drawing.
     """
     silent: set[nn.Module] = set()
     for _ in range(SETTLED_AFTER):
         with drawing(module, device) as found:
             output = forward()
+        found -= on_purpose
         if found <= silent:
             break
         for part in found - silent:

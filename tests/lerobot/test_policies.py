@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("lerobot")
 
@@ -28,7 +28,7 @@ from craft_ray.config import Experiment, ModelConfig, parse_config
 from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import open_source
-from craft_ray.errors import ConfigError, CraftError
+from craft_ray.errors import ConfigError, CraftError, ModelError
 from craft_ray.lerobot.policy import ACTION, IS_PAD, LANGUAGE, LeRobotPolicy
 from craft_ray.method.pooling import Vectors
 from craft_ray.models import load_model
@@ -38,7 +38,7 @@ from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train
 from craft_ray.workers import OneWorker
-from tests.support.robots import TASKS, write_dataset
+from tests.support.robots import TASKS, small_policy, write_dataset
 from tests.support.robots_others import (
     CHUNK,
     EXECUTED,
@@ -597,3 +597,52 @@ def one_line(error: CraftError) -> bool:
 
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# --- dropout that no module declares -----------------------------------------------------------------------------
+
+
+def mutter(model: LeRobotPolicy, first: str, always: bool = False) -> None:
+    """Give a layer dropout in its own code, under no name that could be looked for."""
+    layer: Any = model.module.get_submodule(first)
+    quiet = layer.forward
+    layer.forward = lambda x: nn.functional.dropout(quiet(x), 0.5, layer.training or always)
+
+
+def first_layer(model: LeRobotPolicy) -> str:
+    """The layer that its forward pass runs first."""
+    order: list[str] = []
+    for name, part in model.module.named_modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            part.register_forward_pre_hook(lambda _part, _, name=name: order.append(name))
+    results(model)
+    return order[0]
+
+
+def results(model: LeRobotPolicy) -> tuple[Tensor, Tensor]:
+    batch = model.collate([model.preprocess(s) for s in SAMPLES], ("all",))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        return model.task_loss(batch), model.hidden_states(batch, [1])[0]
+
+
+@pytest.mark.parametrize("name", ["pi0_fast", *KINDS])
+def test_dropout_that_no_attribute_declares_is_off(name: str, tmp_path: Path) -> None:
+    folder = {"pi0_fast": small_policy, **MAKERS}[name](tmp_path / "policy", cameras=2)
+    expected, first, model = results(loaded(folder)), first_layer(loaded(folder)), loaded(folder)
+    mutter(model, first)
+    for _ in range(2):
+        found = results(model)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+    assert all(part.training for part in model.module.modules())
+    noisy = loaded(folder, disable_dropout=False)
+    mutter(noisy, first)
+    assert not torch.equal(results(noisy)[0], expected[0])
+
+
+def test_randomness_that_cannot_be_turned_off_is_refused(folders: dict[str, Path]) -> None:
+    first, model = first_layer(loaded(folders["pi05"])), loaded(folders["pi05"])
+    mutter(model, first, always=True)
+    with pytest.raises(ModelError, match=f"{first} draws random numbers in evaluation mode, too"):
+        results(model)

@@ -24,7 +24,8 @@ from craft_ray.data.sample import Sample
 from craft_ray.errors import ConfigError
 from craft_ray.lerobot.policy import LeRobotPolicy
 from craft_ray.lerobot.size import sized
-from craft_ray.models import adapters, load_model
+from craft_ray.models import adapting, load_model
+from craft_ray.models.adapter import WEIGHTS
 from craft_ray.models.base import Batch
 from craft_ray.models.dropout import disable_dropout
 from craft_ray.run.folder import RunFolder
@@ -79,7 +80,7 @@ def test_the_folder_is_lerobots_own_and_merges(kind: str, tmp_path: Path) -> Non
     plain = loss(model)
     teacher = model.weights_fingerprint()
     frozen = {name for name, p in model.module.named_parameters() if not p.requires_grad}
-    adapters.attach(model, AdapterConfig(r=2), model.config, teacher)
+    adapting.attach(model, AdapterConfig(r=2), model.config, teacher)
     assert loss(model) == plain, "the untouched student is the teacher"
     with torch.no_grad():
         for name, parameter in model.module.named_parameters():
@@ -105,7 +106,7 @@ def test_the_folder_is_lerobots_own_and_merges(kind: str, tmp_path: Path) -> Non
     assert again.adapter is not None
     assert again.adapter.base == teacher
 
-    adapters.merge(model)
+    adapting.merge(model)
     assert {name for name, p in model.module.named_parameters() if not p.requires_grad} == frozen
     model.save(tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["use_peft"] is False
@@ -117,7 +118,7 @@ def test_the_folder_is_lerobots_own_and_merges(kind: str, tmp_path: Path) -> Non
 def test_an_adapter_that_cannot_keep_anything_is_refused(tmp_path: Path) -> None:
     model = policy(MAKERS["smolvla"](tmp_path / "base"))
     expert = AdapterConfig(target_modules=r".*lm_expert\..*q_proj")
-    adapters.attach(model, expert, model.config, "-")
+    adapting.attach(model, expert, model.config, "-")
     with pytest.raises(ConfigError, match="no adapter is in the part of this smolvla that reads the prompt"):
         model.check_anchors(["hidden"], ["all"])
 
@@ -141,7 +142,7 @@ def test_a_run_resumes_bit_for_bit_on_the_cache_of_full_training(tmp_path: Path)
         if cut is not None:
             Run(config, folder, OneWorker(), NullObserver()).loop(until=cut)
         train(config, folder, OneWorker(), NullObserver())
-        weights.append(load_file(folder.checkpoints / "last" / "model" / adapters.WEIGHTS))
+        weights.append(load_file(folder.checkpoints / "last" / "model" / WEIGHTS))
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert any(tensor.any() for name, tensor in weights[0].items() if "lora_B" in name)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from craft_ray.config import AdapterConfig, ModelConfig
 from craft_ray.errors import ConfigError
 from craft_ray.method.gradients import GradientPair
-from craft_ray.models import adapters, load_model
+from craft_ray.models import adapting, load_model
+from craft_ray.models.adapter import BASE, CONFIG
 from craft_ray.models.base import Model
 
 IDS = torch.arange(24).view(2, 12) % 97 + 3
@@ -30,7 +31,7 @@ def adapted(
     config = ModelConfig(path=str(path), dtype=dtype, gradient_checkpointing=gradient_checkpointing)  # type: ignore[arg-type]
     model = load_model(config, "fp32")
     torch.manual_seed(0)
-    adapters.attach(model, AdapterConfig(**{"r": 4, **settings}), config, model.weights_fingerprint())
+    adapting.attach(model, AdapterConfig(**{"r": 4, **settings}), config, model.weights_fingerprint())
     with torch.no_grad():
         for parameter in model.module.parameters():
             if parameter.requires_grad:
@@ -104,7 +105,7 @@ def test_a_saved_adapter_loads_everywhere_and_merges(settings: dict, text_model:
         n for n, p in model.module.named_parameters() if p.requires_grad
     ]
 
-    adapters.merge(model)
+    adapting.merge(model)
     assert torch.allclose(logits(model.module), expected, atol=1e-5 * float(expected.abs().max()))
     model.save(tmp_path / "merged")
     plain = load_model(ModelConfig(path=str(tmp_path / "merged")), "fp32")
@@ -144,7 +145,7 @@ def test_the_state_of_an_adapter_is_two_hundredths_of_full_training() -> None:
 
     full = state()
     model = cast(Model, SimpleNamespace(module=module, adapter=None, merged_adapter=None))
-    adapters.attach(model, AdapterConfig(r=8), ModelConfig(path="smollm2"), "-")
+    adapting.attach(model, AdapterConfig(r=8), ModelConfig(path="smollm2"), "-")
     assert 0.01 < state() / full <= 0.02
 
 
@@ -173,7 +174,7 @@ def test_a_shared_weight_is_not_adapted() -> None:
     for settings in ({"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}):
         model = cast(Model, SimpleNamespace(module=LlamaForCausalLM(shape), merged_adapter=None))
         with pytest.raises(ConfigError, match="shares its weights with") as error:
-            adapters.attach(model, AdapterConfig(**settings), ModelConfig(path="tiny"), "-")  # type: ignore[arg-type]
+            adapting.attach(model, AdapterConfig(**settings), ModelConfig(path="tiny"), "-")  # type: ignore[arg-type]
         one_line(error)
 
 
@@ -188,13 +189,13 @@ def test_an_adapter_of_another_model_is_refused(text_model: Path, tmp_path: Path
         load_model(ModelConfig(path=str(other)), "fp32", weights=str(tmp_path / "saved"))
     one_line(error)
 
-    (tmp_path / "saved" / adapters.BASE).unlink()  # as PEFT saves it: only names and shapes tell
-    settings = json.loads((tmp_path / "saved" / adapters.CONFIG).read_text())
-    (tmp_path / "saved" / adapters.CONFIG).write_text(json.dumps(settings | {"r": 2}))
+    (tmp_path / "saved" / BASE).unlink()  # as PEFT saves it: only names and shapes tell
+    settings = json.loads((tmp_path / "saved" / CONFIG).read_text())
+    (tmp_path / "saved" / CONFIG).write_text(json.dumps(settings | {"r": 2}))
     with pytest.raises(ConfigError, match=r"does not fit model.path .*have another shape") as error:
         load_model(ModelConfig(path=str(text_model)), "fp32", weights=str(tmp_path / "saved"))
     one_line(error)
-    (tmp_path / "saved" / adapters.CONFIG).write_text(json.dumps(settings | {"peft_type": "LOHA"}))
+    (tmp_path / "saved" / CONFIG).write_text(json.dumps(settings | {"peft_type": "LOHA"}))
     with pytest.raises(ConfigError, match="of type LOHA, only LORA"):
         load_model(ModelConfig(path=str(text_model)), "fp32", weights=str(tmp_path / "saved"))
 

@@ -48,8 +48,9 @@ def with_arms(config: Experiment, asked: tuple[str, ...]) -> tuple[Experiment, l
                 own = {**own, **compare.token_ce}
             variants[rate_name(name, rate)] = {**own, "train": {**own.get("train", {}), "learning_rate": rate}}
             chosen.append(rate_name(name, rate))
-    changed = config.changed({"compare.variants": variants, "compare.arms": chosen})
-    return changed, [f"left out {name}: {reason}" for name, reason in left_out.items()]
+    if chosen != list(compare.chosen) or variants != compare.variants:
+        config = config.changed({"compare.variants": variants, "compare.arms": chosen})
+    return config, [f"left out {name}: {reason}" for name, reason in left_out.items()]
 
 
 def _of_config(name: str, config: Experiment) -> dict[str, Any]:

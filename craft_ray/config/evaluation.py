@@ -75,15 +75,26 @@ class SampleEvalSet(ScoredSet):
 class PlainEvalSet(SampleEvalSet):
     """Held-out samples, scored without further settings."""
 
-    tags: ClassVar[tuple[str, ...]] = (
-        "exact_match", "choice", "perplexity", "token_accuracy", "contains", "rouge_l",
-    )  # fmt: skip
+    tags: ClassVar[tuple[str, ...]] = ("exact_match", "choice", "contains", "rouge_l")
     noun: ClassVar[str] = "held-out samples"
 
-    metric: Literal["exact_match", "choice", "perplexity", "token_accuracy", "contains", "rouge_l"] = "exact_match"
+    metric: Literal["exact_match", "choice", "contains", "rouge_l"] = "exact_match"
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        return {"metric": self.metric, "max_new_tokens": self.max_new_tokens}
+
+
+class LikelihoodEvalSet(SampleEvalSet):
+    """Held-out samples, scored by how likely their responses are."""
+
+    tags: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy")
+    noun: ClassVar[str] = "held-out samples, scored by likelihood"
+
+    metric: Literal["perplexity", "token_accuracy"]
     replies: int = Field(0, ge=0)
-    """For perplexity and token_accuracy: number of samples, from the first, whose greedy answer is also generated. The
-    report shows it next to the response."""
+    """Number of samples, from the first, whose greedy answer is also generated. The report shows it next to the
+    response."""
 
     @property
     def decisive(self) -> dict[str, Any]:
@@ -204,7 +215,7 @@ class RolloutEvalSet(ScoredSet):
 
 
 EVAL_SETS: tuple[type[ScoredSet], ...] = (
-    PlainEvalSet, NumericEvalSet, RegexEvalSet, FunctionEvalSet, HarnessEvalSet, RolloutEvalSet,
+    PlainEvalSet, LikelihoodEvalSet, NumericEvalSet, RegexEvalSet, FunctionEvalSet, HarnessEvalSet, RolloutEvalSet,
 )  # fmt: skip
 
 
@@ -223,7 +234,13 @@ def _with_metric(value: Any) -> Any:
 
 
 EvalSet = Annotated[
-    PlainEvalSet | NumericEvalSet | RegexEvalSet | FunctionEvalSet | HarnessEvalSet | RolloutEvalSet,
+    PlainEvalSet
+    | LikelihoodEvalSet
+    | NumericEvalSet
+    | RegexEvalSet
+    | FunctionEvalSet
+    | HarnessEvalSet
+    | RolloutEvalSet,
     Discriminator("metric"),
     BeforeValidator(_with_metric),
 ]

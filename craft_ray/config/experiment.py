@@ -337,7 +337,9 @@ class Experiment(Section):
             )
 
     def changed(self, changes: Mapping[str, Any]) -> Experiment:
-        """A copy with values at dotted keys changed, validated again."""
+        """A copy with values at dotted keys changed, validated again; without changes, the same."""
+        if not changes:
+            return self
         tree = self.model_dump()
         apply_changes(tree, changes)
         return parse_config(tree, "command line")

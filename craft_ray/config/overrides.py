@@ -45,16 +45,17 @@ def apply_changes(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
     budgets = _further_budgets(tree)
     for key, value in changes.items():
         _set_value(tree, key, value)
-    if "craft.epsilon_start" not in changes or "craft.epsilon_unit" in changes:
-        return
-    tree["craft"]["epsilon_unit"] = None
+    if "craft.epsilon_start" in changes and "craft.epsilon_unit" not in changes:
+        tree["craft"]["epsilon_unit"] = None
     after = _unit(tree)
     unchanged = [key for key in _further_budgets(tree) if key in budgets and key not in changes]
-    if before != after and unchanged:
+    budget = None if before == after else tree["craft"].get("epsilon_start")
+    # A budget of its own that does not change either is refused where the section is validated.
+    if before != after and unchanged and (budget is None or "craft.epsilon_start" in changes):
         key = unchanged[0]
+        other = "the retention loss" if budget is None else f"craft.epsilon_start {budget}"
         raise ConfigError(
-            f"{key} {budgets[key]} is counted in {before}, craft.epsilon_start {changes['craft.epsilon_start']} in "
-            f"{after}: change it, too, or set {key}=null"
+            f"{key} {budgets[key]} is counted in {before}, {other} in {after}: change it, too, or set {key}=null"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from craft_ray import interruption
-from craft_ray.config import EvalSet, HarnessEvalSet, PlainEvalSet, RolloutEvalSet, SampleEvalSet, TaskConfig
+from craft_ray.config import EvalSet, HarnessEvalSet, LikelihoodEvalSet, RolloutEvalSet, SampleEvalSet, TaskConfig
 from craft_ray.data.cells import shown
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source, open_source
@@ -341,7 +341,7 @@ def _text(data: EvalData, rows: Sequence[int], workers: Workers) -> list[dict[st
 
 
 def _replies(eval_set: EvalSet) -> int:
-    return eval_set.replies if isinstance(eval_set, PlainEvalSet) else 0
+    return eval_set.replies if isinstance(eval_set, LikelihoodEvalSet) else 0
 
 
 def _perplexity_of(nats: float, name: str) -> float:

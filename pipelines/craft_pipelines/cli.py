@@ -13,7 +13,7 @@ import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -173,13 +173,12 @@ def compare(
     out: Annotated[str | None, typer.Option(help="folder for runs and report")] = None,
 ) -> None:
     """Run the arms over seeds on one cache, and write the report."""
-    experiment = load_config(config, overrides or [])
-    if arms is not None:
-        experiment = experiment.changed({"compare.arms": arms.split(",")})
+    changes: dict[str, Any] = {} if arms is None else {"compare.arms": arms.split(",")}
     if seeds is not None:
         if not re.fullmatch(r"\d+(,\d+)*", seeds):
             raise ConfigError(f"--seeds is '{seeds}': give numbers separated by commas, e.g. 0,1,2")
-        experiment = experiment.changed({"compare.seeds": seeds.split(",")})
+        changes["compare.seeds"] = seeds.split(",")
+    experiment = load_config(config, overrides or []).changed(changes)
     with importing():
         from craft_pipelines import compare as stage
 

@@ -84,7 +84,7 @@ REQUIRED = ("path", "format", "metric", "rollout.env", "rollout.task", "adapter.
 def scored(data: dict[str, Any]) -> dict[str, Any]:
     return {
         **{f"data.{k}": v for k, v in data.items()},
-        "metric": "choice",
+        "metric": "token_accuracy",
         "batch_size": 3,
         "max_new_tokens": 5,
         "replies": 2,
@@ -538,13 +538,18 @@ def test_the_kind_of_a_source_follows_from_format_extension_or_keys(
         (
             "validation.new={metric: choice, data: {path: a}, rollout: {env: e, task: t}}",
             "validation.new.rollout belongs to episodes in a simulator (metric: success), but validation.new is read "
-            "as held-out samples (metric: exact_match, choice, perplexity, token_accuracy, contains, rouge_l): leave "
-            "it out, or set validation.new.metric",
+            "as held-out samples (metric: exact_match, choice, contains, rouge_l): leave it out, or set "
+            "validation.new.metric",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, data: {path: a}}",
-            "evaluation.new.data belongs to held-out samples (metric: exact_match, choice, perplexity, "
-            "token_accuracy, contains, rouge_l) or held-out samples with numbers (metric: numeric) or",
+            "evaluation.new.data belongs to held-out samples (metric: exact_match, choice, contains, rouge_l) or "
+            "held-out samples, scored by likelihood (metric: perplexity, token_accuracy) or",
+        ),
+        (
+            "evaluation.new={metric: exact_match, data: {path: a}, replies: 3}",
+            "evaluation.new.replies belongs to held-out samples, scored by likelihood (metric: perplexity, "
+            "token_accuracy), but evaluation.new is read as held-out samples (metric: exact_match",
         ),
         (
             "evaluation.new={metric: success, rollout: {env: e, task: t}, max_new_tokens: 3}",
@@ -767,6 +772,29 @@ def test_no_other_budget_outlives_the_unit(key: str, minimal: Path) -> None:
     for budget in (0.4, None) if not tightening else (0.4,):
         assert config.changed({**changes, key: budget}).craft.epsilon_unit == "nats"
     assert config.changed({"craft.epsilon_start": 0.04}).craft.epsilon_unit == "relative_mse"
+
+
+@pytest.mark.parametrize("key", ["craft.epsilon_end", "skills.far.epsilon_start"])
+def test_no_other_budget_outlives_the_unit_where_there_is_no_main_one(key: str, minimal: Path) -> None:
+    """The new unit has a default for `craft.epsilon_start`, not for what is written here."""
+    craft, skills = "", ""
+    if key == "craft.epsilon_end":
+        craft = "craft: {epsilon_schedule: linear, epsilon_end: 0.02}\n"
+    else:
+        task = "{metric: perplexity, data: {path: org/data}}"
+        skill = "{anchors: {path: org/data}, evaluation: " + task
+        skills = f"skills: {{far: {skill}, epsilon_start: 0.02}}, near: {skill}}}}}\n"
+    with minimal.open("a") as file:
+        file.write(craft + skills)
+    line = rf"{key} 0\.02 is counted in relative_mse, the retention loss in kl_nats: change it, too, or set {key}=null"
+    with pytest.raises(ConfigError, match=line):
+        load_config(minimal, ["craft.retention_mode=logits"])
+    changed = load_config(minimal, ["craft.retention_mode=logits", f"{key}=0.01"])
+    assert changed.craft.epsilon_unit == "kl_nats"
+    with pytest.raises(ConfigError, match=rf"{key} 0\.02 is counted in relative_mse"):
+        load_config(minimal).changed(
+            {"craft.retention_mode": "logits", "craft.epsilon_unit": "kl_nats", "craft.epsilon_start": 0.1}
+        )
 
 
 def test_a_config_from_before_budgets_had_a_unit_loads(minimal: Path) -> None:

@@ -111,7 +111,7 @@ def _model(model: ModelFacts, task: DataFacts, others: list[DataFacts], sizes: S
     if chat:
         lines.append("  chat_template: true")
     if task.running_text:
-        lines.append("  append_eos: false # running text goes on")
+        lines.append("  append_eos: false # running text has no end")
     if sizes.checkpointing:
         lines.append("  gradient_checkpointing: true # a batch of one does not fit into the memory otherwise")
     return lines

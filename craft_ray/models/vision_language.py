@@ -81,7 +81,7 @@ class VisionLanguageModel(HuggingFaceModel):
         runs, images = int((of_images[1:] & ~of_images[:-1]).sum()), len(encoded["image_grid_thw"])
         if runs != images:
             raise DataError(
-                f"{sample.where}: {images} images stand in {runs} places of its text, and {self.config.path} takes "
+                f"{sample.where}: {images} images are at {runs} places in its text, and {self.config.path} takes "
                 f"those side by side for one: put text between them, or use its chat template"
             )
         return encoded
@@ -133,7 +133,7 @@ class VisionLanguageModel(HuggingFaceModel):
     def with_suffix(self, prompt: Features, suffix: Sequence[int], where: str) -> Features:
         if self._image_id in suffix:
             raise DataError(
-                f"{where} has {self._image_token or f'the token {self._image_id}'} behind its prompt, which "
+                f"{where} has {self._image_token or f'the token {self._image_id}'} after its prompt, which "
                 f"{self.config.path} would read as part of an image that is not there: remove it from the response "
                 f"and the choices"
             )

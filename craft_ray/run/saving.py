@@ -74,7 +74,7 @@ class CheckpointWriter:
         self._clock.saved(time.monotonic() - started)
 
     def hold_best(self) -> None:
-        """Fetch the best checkpoint of a resumed run: one that is not at hand counts as removed."""
+        """Fetch the best checkpoint of a resumed run: one that is not there counts as removed."""
         if self._best.step is not None:
             self._folder.checkpoint(checkpoint_name(self._best.step))
 

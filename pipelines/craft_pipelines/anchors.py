@@ -152,11 +152,11 @@ def _build(config: Experiment, anchors: AnchorsConfig, folder: StoragePath, say:
     clear_leftovers(folder / SHARDS)  # of an earlier build
     reader = without_weights(model) if anchors.readers and config.workers.num_workers else None
     del model  # the teachers load their own, and here it would take the memory of one more
-    work = _in_process if config.workers.num_workers == 0 else _on_ray
+    teach = _in_process if config.workers.num_workers == 0 else _on_ray
     written = sum(shard.rows for shard in done.values())
     with BuildMetrics(folder, plan.identity.rows, written) as metrics, screen() as shown:
         progress = BuildProgress(plan.identity.rows, written, shown.progress, metrics.ran)
-        for name, rows in work(config, plan, missing, progress, reader):
+        for name, rows in teach(config, plan, missing, progress, reader):
             metrics.wrote(rows)
             progress.wrote(name, rows)
         progress.end()

@@ -319,7 +319,7 @@ BOTH = {"pooling_strategy": {"vision": "mean", "text": "last"}}
 def test_meta_of_every_earlier_builder_names_the_vectors(
     meta: dict, notice: str | None, pictures: Experiment, tmp_path: Path
 ) -> None:
-    """The vectors stand in the shard's order, the image's first; the config has the other one."""
+    """The vectors are in the shard's order, the image's first; the config has the other one."""
     plain = plainly_imported(pictures, tmp_path)
     edit_all(tmp_path, lambda c: {**c, "teacher_hidden": c["teacher_hidden"].flip(2), "meta": meta})
     lines = imported(pictures, tmp_path)

@@ -681,7 +681,7 @@ def test_an_image_token_in_an_answer(family: str, token: str, load: Callable[...
     """transformers would look for the picture of each, in the middle of a run."""
     model = load(family)
     sample = replace(samples(family)[0], response=f"7{token}", origin="row 3")
-    said = rf"row 3 has {token} behind its prompt, which .* would read as part of an image .* remove it"
+    said = rf"row 3 has {token} after its prompt, which .* would read as part of an image .* remove it"
     with pytest.raises(DataError, match=said) as caught:
         model.preprocess_task(sample)
     assert "\n" not in caught.value.message

@@ -268,7 +268,7 @@ def test_a_damaged_image_is_named_by_its_number(load: Callable[..., VisionLangua
 
 def test_images_side_by_side_that_the_model_takes_for_one(load: Callable[..., VisionLanguageModel]) -> None:
     mark = "<|image_pad|>"
-    with pytest.raises(DataError, match="sample a: 2 images stand in 1 places of its text"):
+    with pytest.raises(DataError, match="sample a: 2 images are at 1 places in its text"):
         load("qwen2_vl").preprocess(question("a", f"{mark}{mark}?", SQUARE, WIDE))
     assert load("qwen2_vl").preprocess(question("a", f"{mark}, {mark}?", SQUARE, WIDE))
 

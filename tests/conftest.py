@@ -51,6 +51,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     return Digits(folder / "model", folder / "data")
 
 
+@pytest.fixture(scope="module")
+def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an anchor cache of the digits model, built without an adapter. A test file may write into it."""
+    from craft_pipelines.anchors import build
+
+    folder = tmp_path_factory.mktemp("cached")
+    build(digits.experiment(folder), say=lambda _: None)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny Llama and its byte tokenizer. Shared: do not write into it."""

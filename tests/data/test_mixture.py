@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from craft_ray.config import Experiment, Mixture, dump_config, load_config, parse_config
 from craft_ray.config.mixture import MOST
@@ -23,7 +22,7 @@ from craft_ray.run.training import Run, train
 from craft_ray.workers import OneWorker
 from tests.support.caches import built
 from tests.support.experiments import ANSWERED, Digits
-from tests.support.runs import trained
+from tests.support.runs import trained, weights
 
 ROWS, WEIGHTS = (7, 40, 3), (1.0, 2.0, 0.25)
 
@@ -101,10 +100,6 @@ def test_the_paths_of_a_mixture_start_at_the_config(tmp_path: Path) -> None:
     config = parse_config(tree, "test", base=tmp_path)
     assert isinstance(config.task, Mixture)
     assert config.task.mix[0].data.path == str(tmp_path / "a.jsonl")
-
-
-def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(folder.checkpoints / "last" / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize("held", [False, True])

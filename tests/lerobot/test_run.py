@@ -40,6 +40,7 @@ from craft_ray.run.training import Run
 from craft_ray.workers import OneWorker
 from tests.support.robots import small_policy, write_dataset
 from tests.support.robots_others import small_act
+from tests.support.runs import measured, weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -131,15 +132,6 @@ def trained(world: Path, built: Path, folder: Path, *overrides: str) -> RunFolde
 def uninterrupted(world: Path, built: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run in this process. Read-only."""
     return trained(world, built, tmp_path_factory.mktemp("uninterrupted"), *IN_PROCESS)
-
-
-def weights(run: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(run.checkpoints / "last" / "model" / "model.safetensors")
-
-
-def measured(run: RunFolder) -> list[dict[str, Any]]:
-    """The records of a run without its timings."""
-    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in run.read_metrics()]
 
 
 def same(a: RunFolder, b: RunFolder) -> bool:

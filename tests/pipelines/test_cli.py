@@ -9,18 +9,10 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
-from craft_pipelines.anchors import build
 
 from craft_ray.config import differences, dump_config
 from tests.support.commands import Command, one_line
 from tests.support.experiments import Digits
-
-
-@pytest.fixture(scope="module")
-def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli")
-    build(digits.experiment(folder), say=lambda _: None)
-    return folder
 
 
 @pytest.fixture

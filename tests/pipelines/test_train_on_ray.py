@@ -9,7 +9,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from craft_pipelines.anchors import build
 from craft_pipelines.train import plan_run, resume_run, train_run
 from safetensors.torch import load_file
 
@@ -17,32 +16,17 @@ from craft_ray.config import Experiment
 from craft_ray.run.folder import RunFolder
 from tests.support.commands import command, finish, one_line, saved, wait_until
 from tests.support.experiments import Digits
-from tests.support.runs import apart
+from tests.support.runs import apart, measured, weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ray")
-    build(digits.experiment(folder), say=lambda _: None)
-    return folder
 
 
 def run_folder(config: Experiment) -> RunFolder:
     return RunFolder(Path(config.output_dir) / f"{config.name}-{config.arm}-seed{config.seed}")
 
 
-def weights(config: Experiment) -> dict[str, torch.Tensor]:
-    return load_file(run_folder(config).checkpoints / "last" / "model" / "model.safetensors")
-
-
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def without_times(config: Experiment) -> list[dict]:
-    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in run_folder(config).read_metrics()]
 
 
 @pytest.mark.slow
@@ -62,13 +46,16 @@ def test_two_workers_equal_one_on_the_same_global_batches(
     code, out, err = finish(command("train", saved(shared, tmp_path)))
     assert code in (0, 3), err
     assert "2 worker(s)" in out
-    one, two = without_times(alone), without_times(shared)
+    one, two = measured(run_folder(alone)), measured(run_folder(shared))
     assert any(record["craft/conflict"] for record in one), "surgery must fire for this to mean anything"
     for a, b in zip(one, two, strict=True):
         assert a["craft/conflict"] == b["craft/conflict"]
         for key in ("train/loss", "train/grad_norm", "craft/retention_loss", "craft/lambda"):
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-6), key
-    assert apart(weights(shared), weights(alone), load_file(digits.model / "model.safetensors")) < 1e-3
+    assert (
+        apart(weights(run_folder(shared)), weights(run_folder(alone)), load_file(digits.model / "model.safetensors"))
+        < 1e-3
+    )
 
 
 def kill(process: subprocess.Popen[str], title: str) -> None:
@@ -99,8 +86,8 @@ def test_runs_with_a_killed_worker_controller_or_driver_have_the_result_of_the_u
     code, out, err = finish(process)
     assert code in (0, 3), err
     assert "resuming after step" in out
-    assert equal(weights(lost), weights(undisturbed))
-    assert without_times(lost) == without_times(undisturbed)
+    assert equal(weights(run_folder(lost)), weights(run_folder(undisturbed)))
+    assert measured(run_folder(lost)) == measured(run_folder(undisturbed))
 
     headless = planned("lost-controller", 1)
     process = command("train", saved(headless, tmp_path))
@@ -112,8 +99,8 @@ def test_runs_with_a_killed_worker_controller_or_driver_have_the_result_of_the_u
     assert f"--resume {run_folder(headless).path}" in err
     train_run(resume_run(run_folder(headless).path, headless.changed({"workers.num_workers": 0})))
     assert "resuming after step" in capsys.readouterr().out
-    assert equal(weights(headless), weights(undisturbed))
-    assert without_times(headless) == without_times(undisturbed)
+    assert equal(weights(run_folder(headless)), weights(run_folder(undisturbed)))
+    assert measured(run_folder(headless)) == measured(run_folder(undisturbed))
 
     killed = planned("killed-driver", 0)
     process = command("train", saved(killed, tmp_path))
@@ -123,8 +110,8 @@ def test_runs_with_a_killed_worker_controller_or_driver_have_the_result_of_the_u
     assert run_folder(killed).finished() is None
     train_run(resume_run(run_folder(killed).path, killed))
     assert "resuming after step" in capsys.readouterr().out
-    assert equal(weights(killed), weights(undisturbed))
-    assert without_times(killed) == without_times(undisturbed)
+    assert equal(weights(run_folder(killed)), weights(run_folder(undisturbed)))
+    assert measured(run_folder(killed)) == measured(run_folder(undisturbed))
 
 
 @pytest.mark.slow
@@ -161,4 +148,7 @@ def test_two_workers_that_share_a_vision_language_model_equal_one(digits: Digits
     train_run(plan_run(alone))
     code, _, err = finish(command("train", saved(shared, tmp_path)))
     assert code in (0, 3), err
-    assert apart(weights(shared), weights(alone), load_file(digits.model / "model.safetensors")) < 1e-3
+    assert (
+        apart(weights(run_folder(shared)), weights(run_folder(alone)), load_file(digits.model / "model.safetensors"))
+        < 1e-3
+    )

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from craft_pipelines.anchors import build
 from craft_pipelines.compare import arm_config
 from craft_pipelines.evaluate import evaluate, model_folder
 from craft_pipelines.merge import merge
@@ -34,14 +33,6 @@ from tests.support.experiments import Digits
 from tests.support.runs import trained
 
 LORA = {"adapter": {"r": 4}, "train.learning_rate": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an anchor cache of the digits model, built without an adapter."""
-    folder = tmp_path_factory.mktemp("adapters")
-    build(digits.experiment(folder), say=lambda _: None)
-    return folder
 
 
 def weights(folder: RunFolder) -> dict[str, torch.Tensor]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from craft_pipelines.anchors import build
 from craft_pipelines.compare import arm_config
 
 from craft_ray.config import Experiment
@@ -30,13 +29,6 @@ from tests.support.runs import trained
 
 CLOSEST = {"minimize": "heldout/retention_loss"}
 """The checkpoint that is closest to the teacher: in a run without retention the first one."""
-
-
-@pytest.fixture(scope="module")
-def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("best")
-    build(digits.experiment(folder), say=lambda _: None)
-    return folder
 
 
 def choosing(digits: Digits, folder: Path, changes: dict[str, Any] | None = None) -> Experiment:

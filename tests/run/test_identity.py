@@ -26,6 +26,7 @@ from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import Run, train
 from craft_ray.storage.last import last_checkpoint
 from craft_ray.workers import OneWorker
+from tests.support.runs import weights
 
 
 def write_task(path: Path, answer: str = "") -> None:
@@ -54,10 +55,6 @@ def begun(config: Experiment) -> RunFolder:
     folder = plan_run(config).folder
     Run(config, folder, OneWorker(), NullObserver()).loop(until=3)
     return folder
-
-
-def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(folder.checkpoints / "last" / "model" / "model.safetensors")
 
 
 def test_a_config_that_was_edited_is_refused_with_both_values(config: Experiment, begun: RunFolder) -> None:

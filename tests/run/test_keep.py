@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from craft_pipelines.anchors import build
 from safetensors.torch import load_file
 
 from craft_ray.config import Experiment
@@ -19,14 +18,6 @@ from craft_ray.run.training import train, training
 from craft_ray.workers import OneWorker
 from tests.support.experiments import ANSWERED, Digits
 from tests.support.runs import trained
-
-
-@pytest.fixture(scope="module")
-def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an anchor cache of the digits model."""
-    folder = tmp_path_factory.mktemp("keeping")
-    build(digits.experiment(folder), say=lambda _: None)
-    return folder
 
 
 def keeping(digits: Digits, folder: Path, changes: dict[str, Any] | None = None) -> Experiment:

@@ -31,6 +31,7 @@ from craft_ray.sweep.trials import SweepFolder
 from craft_ray.workers import OneWorker
 from tests.support.commands import command, finish, saved, wait_until
 from tests.support.experiments import Digits
+from tests.support.runs import measured
 from tests.support.sweeps import validated
 
 
@@ -91,10 +92,6 @@ def weights(folder: RunFolder) -> dict[str, bytes]:
     last = last_checkpoint(folder.checkpoints)
     assert last is not None
     return {name: array.tobytes() for name, array in load((last / "model" / "model.safetensors").read_bytes()).items()}
-
-
-def measured(folder: RunFolder) -> list[Record]:
-    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in folder.read_metrics()]
 
 
 def test_a_cache_is_the_same_in_both(stored: ObjectPath, on_disk: Experiment, digits: Digits) -> None:

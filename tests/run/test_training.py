@@ -40,24 +40,7 @@ from craft_ray.storage.last import last_checkpoint
 from craft_ray.tracking.tensorboard import TensorBoardObserver
 from craft_ray.workers import OneWorker
 from tests.support.experiments import ANSWERED, Digits
-from tests.support.runs import trained
-
-
-@pytest.fixture(scope="module")
-def cached(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an anchor cache of the digits model."""
-    folder = tmp_path_factory.mktemp("training")
-    build(digits.experiment(folder), say=lambda _: None)
-    return folder
-
-
-def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(folder.checkpoints / "last" / "model" / "model.safetensors")
-
-
-def measured(folder: RunFolder) -> list[dict]:
-    """The records of a run without its times."""
-    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in folder.read_metrics()]
+from tests.support.runs import measured, trained, weights
 
 
 def test_baseline_equals_a_plain_adamw_loop_bit_for_bit(digits: Digits, cached: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from craft_ray.config import Experiment
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.metrics import Record
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train
 from craft_ray.workers import OneWorker
@@ -21,6 +23,16 @@ def trained(config: Experiment, path: Path) -> RunFolder:
     folder.begin(config, ["test"])
     train(config, folder, OneWorker(), NullObserver())
     return folder
+
+
+def weights(folder: RunFolder) -> dict[str, Tensor]:
+    """The weights in a run's last checkpoint."""
+    return load_file(folder.checkpoints / "last" / "model" / "model.safetensors")
+
+
+def measured(folder: RunFolder) -> list[Record]:
+    """The records of a run without its times."""
+    return [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in folder.read_metrics()]
 
 
 def apart(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:

@@ -54,6 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain, rate 3e-5": {**PLAIN, "train.learning_rate": 3e-5},
     "LoRA r 16, rate 1e-3": {**PLAIN, **LORA, "train.learning_rate": 1e-3},
     "LoRA r 16, rate 3e-4": {**PLAIN, **LORA, "train.learning_rate": 3e-4},
+    "hidden suffix, 50 anchors": {**SUFFIX, "craft.anchor_holdout": 0.6},
+    "hidden suffix, 25 anchors": {**SUFFIX, "craft.anchor_holdout": 0.8},
     "plain, interpolated": {**PLAIN, "train.keep_checkpoints": 1},
 }
 """In the order in which they run, a seed at a time."""

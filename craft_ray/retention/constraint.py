@@ -161,10 +161,12 @@ class Constraint:
         }
 
     def _multiplier(self) -> str | None:
-        """Whether lambda follows a budget; None if the skill is only measured."""
+        """Whether lambda follows a budget, by its rate or, under `keep`, at validations; None if the skill is only
+        measured."""
         if self.dual is None:
             return None
-        return "adaptive" if self.craft.lambda_lr or self.craft.lambda_kp else "fixed"
+        moves = self.craft.lambda_lr or self.craft.lambda_kp or self.share is not None
+        return "adaptive" if moves else "fixed"
 
     # -- state
 

@@ -14,7 +14,8 @@ def judged(losses: Judged, kept: Judged, result: Mapping[str, Any]) -> dict[str,
 
     With several skills, `skills` has each one's scores, L_ret, budget and certificate; next to it are the numbers of
     the skill whose L_ret is the furthest above its budget, and of the certificate with the least margin. `feasible` is
-    whether every skill met what was asked of it.
+    whether every skill met what was asked of it. Nothing is asked of a skill whose multiplier is fixed; where no
+    multiplier follows a budget, all skills count.
 
     Args:
         losses: L_ret against its budget (`Constraint.certificate`).
@@ -29,7 +30,13 @@ def judged(losses: Judged, kept: Judged, result: Mapping[str, Any]) -> dict[str,
         str(name): {**result["skills"].get(name, {}), **found, **kept.get(name, {})} for name, found in losses.items()
     }
     worst = max(losses.values(), key=lambda found: found["retention_loss"] / found["epsilon"])
-    together = {**worst, "feasible": all(skill["feasible"] for skill in skills.values()), "skills": skills}
+    held = [skill for skill in skills.values() if skill["multiplier"] == "adaptive"]
+    together = {
+        **worst,
+        "multiplier": "adaptive" if held else worst["multiplier"],
+        "feasible": all(skill["feasible"] for skill in held or skills.values()),
+        "skills": skills,
+    }
     certificates = [skill["certificate"] for skill in skills.values() if "certificate" in skill]
     if certificates:
         together["certificate"] = min(certificates, key=lambda found: found["kept"] - found["keep"])

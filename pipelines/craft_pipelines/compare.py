@@ -151,7 +151,8 @@ def preferred(config: Experiment, arms: Sequence[str]) -> str | None:
 
 
 def met(result: dict[str, Any]) -> bool:
-    """Whether every run of a comparison whose multiplier follows a budget kept it on held-out anchors."""
+    """Whether every run of a comparison whose multiplier follows a budget met its target, or the budget on held-out
+    anchors where none is stated."""
     return all(run["feasible"] for run in result["runs"] if run.get("multiplier") == "adaptive")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from craft_pipelines.compare import met
 from safetensors.torch import load_file
 
 from craft_ray.config import Experiment
@@ -85,6 +86,19 @@ def test_a_resumed_run_continues_with_the_same_budgets(
     assert [r["craft/epsilon"] for r in cut.read_metrics()] == [r["craft/epsilon"] for r in kept.read_metrics()]
     assert weights(cut) == weights(kept)
     assert load_file(cut.checkpoints / "last" / "model" / "model.safetensors")
+
+
+def test_a_rate_of_zero_does_not_excuse_a_missed_target(digits: Digits, cached: Path, tmp_path: Path) -> None:
+    """The validations move the multiplier, so the run is held to the target."""
+    changes = {"craft.keep": 0.999999, "craft.lambda_lr": 0.0, "craft.initial_lambda": 0.1}
+    changes |= {"craft.lambda_floor": 0.0, "train.learning_rate": 0.02}
+    folder = trained(keeping(digits, cached, changes), tmp_path / "run")
+    result = folder.finished()
+    assert result is not None
+    assert len({record["craft/lambda"] for record in folder.read_metrics()}) == 3
+    assert result["multiplier"] == "adaptive"
+    assert not result["feasible"]
+    assert not met({"runs": [result]}), "exit code 3"
 
 
 def test_without_test_data_the_validation_data_judge(digits: Digits, cached: Path, tmp_path: Path) -> None:

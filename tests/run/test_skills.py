@@ -22,6 +22,7 @@ from craft_ray.report.html import write_report
 from craft_ray.report.wording import number
 from craft_ray.retention.constraints import Constraints, open_constraints
 from craft_ray.run.folder import RunFolder
+from craft_ray.run.judgement import judged
 from craft_ray.run.metrics import console_line, result_lines, validation_line
 from craft_ray.run.objective import objective_of
 from craft_ray.run.observers import NullObserver
@@ -189,6 +190,25 @@ def test_each_budget_follows_what_is_kept_of_its_own_skill(digits: Digits, folde
     assert result["certificate"]["keep"] == result["skills"]["near"]["certificate"]["keep"] == 0.9
     assert "certificate" not in result["skills"]["far"]
     assert result["feasible"] == (result["skills"]["near"]["feasible"] and result["skills"]["far"]["feasible"])
+
+
+def test_all_skills_together_are_judged_by_those_that_are_held() -> None:
+    """Of a skill with a fixed multiplier nothing is asked, wherever it ends."""
+
+    def found(multiplier: str | None, feasible: bool, loss: float) -> dict[str, Any]:
+        return {"multiplier": multiplier, "feasible": feasible, "retention_loss": loss, "epsilon": 1.0}
+
+    target = {"keep": 0.9, "kept": 0.95}
+    losses = {"fixed": found("fixed", False, 9.0), "kept": found("adaptive", False, 2.0)}
+    for met in (True, False):
+        kept = {"kept": {"certificate": target, "feasible": met}}
+        together = judged(losses, kept, {"skills": {}})
+        assert (together["multiplier"], together["feasible"]) == ("adaptive", met)
+        assert together["retention_loss"] == 9.0
+    for multiplier in ("fixed", None):
+        both = {name: found(multiplier, name == "a", 1.0) for name in "ab"}
+        together = judged(both, {}, {"skills": {}})
+        assert (together["multiplier"], together["feasible"]) == (multiplier, False)
 
 
 def test_skills_alone_are_validated_after_the_last_step(digits: Digits, folder: Path, tmp_path: Path) -> None:

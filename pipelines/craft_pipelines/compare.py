@@ -110,6 +110,8 @@ def arm_config(config: Experiment, arm: str, seed: int, folder: StoragePath, arm
     }
     if settings.get("epsilon_unit", config.craft.epsilon_unit) != config.craft.epsilon_unit:
         changes |= {f"skills.{name}.epsilon_start": None for name in config.skills}  # they are in the other unit
+    if settings.get("keep", 0.0) is None:  # a penalty, which no target moves
+        changes |= {f"skills.{name}.keep": None for name in config.skills}
     if config.compare.validate_arms or config.compare.interpolated(arm) is not None:
         return config.changed(changes)
     return config.changed(changes | _unvalidated(config, config.changed(changes).kept_parts()))

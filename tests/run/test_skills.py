@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from craft_ray.anchors.manifest import read_manifest
 from craft_ray.anchors.reader import open_anchors
 from craft_ray.config import Experiment, ObjectiveConfig
+from craft_ray.config.arms import penalty
 from craft_ray.errors import CacheRefused, ConfigError, DataError
 from craft_ray.models import load_model
 from craft_ray.report.html import write_report
@@ -307,3 +308,13 @@ def test_arms_in_another_unit_leave_the_budgets_of_skills_behind(digits: Digits,
         assert runs[arm].skills["near"].validation is not None, "the budget follows it"
         assert runs[arm].skills["far"].validation is None
     assert runs["baseline"].skills["near"].validation is None
+
+
+def test_a_penalty_is_not_moved_by_the_targets_of_skills(digits: Digits, folder: Path, tmp_path: Path) -> None:
+    changes = {
+        "validation.every": 2, "skills.near.keep": 0.9, "compare.variants": {"fixed": penalty("hidden")},
+        "compare.arms": ["hidden", "fixed"],
+    }  # fmt: skip
+    config = two(digits, folder, changes)
+    runs = {arm: arm_config(config, arm, 0, tmp_path, config.compare.chosen) for arm in config.compare.chosen}
+    assert [runs[arm].kept_parts() for arm in ("hidden", "fixed")] == [{"near": 0.9}, {}]

@@ -130,8 +130,10 @@ class Experiment(Section):
     def kept_parts(self) -> dict[str | None, float]:
         """What part of the teacher's score must be kept, by skill; None is the key of the one skill of a config
         without names. Skills that have only an epsilon are left out, and plain fine-tuning keeps nothing."""
-        if not self.craft.enabled:
-            return {}
+        return self.stated_parts() if self.craft.enabled else {}
+
+    def stated_parts(self) -> dict[str | None, float]:
+        """What the config states as the parts to keep, whether or not its training is held to them."""
         if not self.skills:
             return {} if self.craft.keep is None else {None: self.craft.keep}
         parts = {name: self.craft.keep if skill.keep is None else skill.keep for name, skill in self.skills.items()}

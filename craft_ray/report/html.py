@@ -11,6 +11,7 @@ from craft_ray.config import dump_config
 from craft_ray.errors import ConfigError
 from craft_ray.report import wording
 from craft_ray.report.about import facts
+from craft_ray.report.certificates import certificates, verdicts
 from craft_ray.report.examples import examples
 from craft_ray.report.losses import loss_plot
 from craft_ray.report.page import template
@@ -112,7 +113,8 @@ def view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dic
         "styles": {run.arm: run.style for run in runs},
         "configs": {arm: dump_config(chosen[0].config) for arm, chosen in arms.items()},
         "headline": wording.headline(runs, summary),
-        "certificates": wording.certificates(runs),
+        "certificates": certificates(runs),
+        "verdicts": verdicts,
         "metrics": wording.METRICS,
         "relative_to": wording.relative_to,
         "sample_count": wording.sample_count,
@@ -123,7 +125,7 @@ def view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dic
         "new_ratio_interval": new_ratio_interval,
         "paired": paired(runs),
         "one_old_metric": one_old_metric([run.result for run in runs]),
-        "units": list(dict.fromkeys(wording.loss_unit(run) for run in runs if run.result["feasible"] is not None)),
+        "units": wording.loss_units(runs),
         "held": {arm: wording.is_held(chosen[0]) for arm, chosen in arms.items()},
         "is_held": wording.is_held,
         "loss_unit": wording.loss_unit,

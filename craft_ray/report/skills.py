@@ -29,10 +29,10 @@ def skill_rows(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
 def _target(found: dict[str, Any], arm: str) -> str:
     """What was asked of a skill."""
-    if arm == "baseline" or "epsilon" not in found:
-        return "–"
     if "certificate" in found:
         return f"keep {100 * found['certificate']['keep']:g} %"
+    if arm == "baseline" or "epsilon" not in found or found.get("multiplier") == "fixed":
+        return "–"
     return f"ε {found['epsilon']:g}"
 
 

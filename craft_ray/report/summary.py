@@ -92,7 +92,7 @@ def _budget(runs: Sequence[Result]) -> float | None:
     else:
         targets = {run["certificate"]["keep"] if "certificate" in run else None for run in runs}
         budgets = {run["epsilon"] for run in runs}
-        if targets != {None} and len(targets) == 1:  # budgets that followed the skill, in each run its own
+        if targets != {None} and len(targets) == 1 and None not in budgets:  # they followed the skill, each in its run
             return statistics.fmean(run["epsilon"] for run in runs)
     if len(budgets) > 1:
         raise ConfigError(

@@ -1,4 +1,5 @@
-"""The tables of the report, to be saved: the arms, each old skill, all runs, and the settings that differ."""
+"""The tables of the report, to be saved: the arms, the certificates, each old skill, all runs, and the settings that
+differ."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from craft_ray.report import wording
+from craft_ray.report.certificates import certificates_table
 from craft_ray.report.runs import FinishedRun
 from craft_ray.report.settings import differences
 from craft_ray.report.skills import skill_rows
@@ -15,7 +17,7 @@ from craft_ray.report.table import Table
 
 def report_tables(runs: Sequence[FinishedRun]) -> list[Table]:
     """The tables that have a row."""
-    tables = [arms_table(runs), skills_table(runs), runs_table(runs), settings_table(runs)]
+    tables = [arms_table(runs), certificates_table(runs), skills_table(runs), runs_table(runs), settings_table(runs)]
     return [table for table in tables if table.shown]
 
 

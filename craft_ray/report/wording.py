@@ -8,7 +8,6 @@ from typing import Any
 
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.report.runs import FinishedRun
-from craft_ray.run.kept import in_words
 from craft_ray.run.metrics import unreached
 from craft_ray.run.scoring import HIGHER_IS_BETTER
 
@@ -89,6 +88,8 @@ def sample_count(samples: int, skill: str, metric: str) -> str:
 
 def is_held(run: FinishedRun) -> bool:
     """Whether a run was held to a budget or a target. Plain fine-tuning and fixed penalties are only measured."""
+    if "certificate" in run.result:
+        return True
     return run.config.craft.enabled and run.result.get("multiplier") != "fixed"
 
 
@@ -97,6 +98,11 @@ def loss_unit(run: FinishedRun) -> str:
     craft = run.config.craft
     unit = RETENTION_MODES[craft.retention_mode].unit(craft.loss_type)
     return LOSSES.get(unit.name, unit.words)
+
+
+def loss_units(runs: Sequence[FinishedRun]) -> list[str]:
+    """The units of all retention losses that were measured."""
+    return list(dict.fromkeys(loss_unit(run) for run in runs if run.result["retention_loss"] is not None))
 
 
 def workers_of(run: FinishedRun) -> str:
@@ -110,7 +116,7 @@ def workers_of(run: FinishedRun) -> str:
 
 def judged_on(run: FinishedRun) -> str | None:
     """The anchors on which the budget was judged. None if it was not judged."""
-    if run.result["feasible"] is None:
+    if run.result["retention_loss"] is None:
         return None
     return "held-out anchors" if run.result["heldout_anchors"] else "the training anchors (none were held out)"
 
@@ -120,19 +126,10 @@ def headline(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) ->
     return [_sentence([run for run in runs if run.arm == arm], numbers) for arm, numbers in summary.items()]
 
 
-def certificates(runs: Sequence[FinishedRun]) -> list[str]:
-    """For each run with a stated part of the old skill to keep, whether it did."""
-    return [
-        f"{run.style.label}, seed {run.seed}: {in_words(run.result['certificate'])}"
-        for run in runs
-        if "certificate" in run.result
-    ]
-
-
 def _sentence(runs: Sequence[FinishedRun], numbers: dict[str, Any]) -> str:
     run = runs[0]
     parts = [_old_and_new(run, numbers)]
-    if run.result.get("lambda") is not None and numbers["feasible"] is not None and is_held(run):
+    if numbers["feasible"] is not None and is_held(run):
         held = "target kept" if "certificate" in run.result else f"budget met on {judged_on(run)}"
         verdict = f"{numbers['feasible']} of {numbers['runs']} {'run' if numbers['runs'] == 1 else 'runs'}"
         of_models = {} if "certificate" in run.result else {unreached(run.result): None for run in runs}

@@ -75,6 +75,7 @@ class HeldOut:
         teacher_weights: hash of the untouched student's weights; None in a resumed run, which no longer
             has the teacher.
         report: receives how far a score that takes long is.
+        kept_parts: what part of which skill must be kept; by default what the config asks of a run that trains.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class HeldOut:
         workers: Workers,
         features: FeatureCache,
         report: Report = unreported,
+        kept_parts: Mapping[str | None, float] | None = None,
     ) -> None:
         self._report = report if workers.rank == 0 else unreported
         self._config = config
@@ -94,7 +96,7 @@ class HeldOut:
         self._folder = folder
         self._workers = workers
         self._features = features
-        self._kept_parts = config.kept_parts()
+        self._kept_parts = config.kept_parts() if kept_parts is None else kept_parts
         self._data: dict[tuple[str, str], EvalData] = {}
         self._before: dict[tuple[str, str], Score] = {}
         self._after: dict[tuple[str, str], Score] = {}

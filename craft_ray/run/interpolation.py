@@ -19,8 +19,9 @@ from craft_ray.models.base import Model
 from craft_ray.models.features import FeatureCache
 from craft_ray.run.checkpoint import save_model
 from craft_ray.run.folder import RunFolder
-from craft_ray.run.held_out import HeldOut
-from craft_ray.run.metrics import Record
+from craft_ray.run.held_out import SECTIONS, HeldOut, eval_sets
+from craft_ray.run.judgement import judged
+from craft_ray.run.metrics import Record, result_lines
 from craft_ray.run.scoring import ratio
 from craft_ray.storage.files import write_atomically
 from craft_ray.storage.last import last_checkpoint
@@ -118,7 +119,8 @@ def interpolated(
     say: Callable[[str], None],
     alphas: Sequence[float] = ALPHAS,
 ) -> dict[str, Any]:
-    """Interpolate a finished run, with alpha chosen on validation data; write its model and its `result.json`.
+    """Interpolate a finished run, with alpha chosen on validation data; write its model and its `result.json`, with a
+    certificate of each part to keep that the config states.
 
     Args:
         config: that of the new run; its validation and evaluation score it.
@@ -134,18 +136,28 @@ def interpolated(
         raise ConfigError("alpha is chosen on validation data of an old skill and the new one: add both")
     assert config.validation.new is not None
     model = load_model(config.model, config.train.precision, workers.device)
-    held_out = HeldOut(config, model, model.weights_fingerprint(), folder, workers, FeatureCache())
+    held_out = HeldOut(
+        config, model, model.weights_fingerprint(), folder, workers, FeatureCache(), kept_parts=_stated(config)
+    )
     held_out.score_teacher()
     path = between(config, checkpoint, workers.device, model)
     records = validated(path, held_out, config.validation.new.metric, alphas)
     chosen = choose(records, config.craft.keep)
     path.to(chosen["alpha"])
+    held_out.forget_student()  # its last scores are those of the last alpha
     say(f"alpha {chosen['alpha']:g}: old {chosen['old/ratio']:.3f} of the teacher's, new {chosen['new/gain']:.3f}")
     result: dict[str, Any] = {"name": config.name, "arm": config.arm, "seed": config.seed, "steps": trained["steps"]}
     result |= held_out.evaluation()
-    result |= {"retention_loss": None, "epsilon": None, "feasible": None, "stationarity": None}
+    result |= judged({}, held_out.certificates(), result) | {"stationarity": None}
     result |= {"alpha": chosen["alpha"], "alphas": records, "of": str(source.path), "seconds": trained["seconds"]}
     save_model(config.model, config.train.precision, model, folder.disk / "model", "interpolated")
     write_atomically(folder.metrics, "")
     folder.write_result(result)
+    say("; ".join(result_lines(result)))
     return result
+
+
+def _stated(config: Experiment) -> dict[str | None, float]:
+    """The parts that the config states of skills with held-out data, also where the interpolated run is plain."""
+    measured = {skill for section in SECTIONS for skill, _ in eval_sets(config, section)}
+    return {name: keep for name, keep in config.stated_parts().items() if (name or "old") in measured}

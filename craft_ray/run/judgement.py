@@ -18,25 +18,25 @@ def judged(losses: Judged, kept: Judged, result: Mapping[str, Any]) -> dict[str,
     multiplier follows a budget, all skills count.
 
     Args:
-        losses: L_ret against its budget (`Constraint.certificate`).
+        losses: L_ret against its budget (`Constraint.certificate`); none of a run that trained nothing.
         kept: the part of the teacher's score against its target, where one is stated (`HeldOut.certificates`).
         result: with `skills`, the scores of each.
     """
-    if not losses:
-        return {"retention_loss": None, "epsilon": None, "feasible": None}
-    if None in losses:
-        return {**losses[None], **kept.get(None, {})}
+    unmeasured = {"retention_loss": None, "epsilon": None, "feasible": None}
+    if not losses and not kept:
+        return unmeasured
+    if None in losses or None in kept:
+        return {**losses.get(None, unmeasured), **kept.get(None, {})}
+    names = {**losses, **kept, **result["skills"]}
     skills = {
-        str(name): {**result["skills"].get(name, {}), **found, **kept.get(name, {})} for name, found in losses.items()
+        str(name): {**result["skills"].get(name, {}), **losses.get(name, {}), **kept.get(name, {})} for name in names
     }
-    worst = max(losses.values(), key=lambda found: found["retention_loss"] / found["epsilon"])
-    held = [skill for skill in skills.values() if skill["multiplier"] == "adaptive"]
-    together = {
-        **worst,
-        "multiplier": "adaptive" if held else worst["multiplier"],
-        "feasible": all(skill["feasible"] for skill in held or skills.values()),
-        "skills": skills,
-    }
+    worst = max(losses.values(), key=lambda found: found["retention_loss"] / found["epsilon"], default=unmeasured)
+    held = [skill for skill in skills.values() if skill.get("multiplier") == "adaptive"]
+    asked = held or [skill for skill in skills.values() if "feasible" in skill]
+    together = {**worst, "feasible": all(skill["feasible"] for skill in asked), "skills": skills}
+    if held:
+        together["multiplier"] = "adaptive"
     certificates = [skill["certificate"] for skill in skills.values() if "certificate" in skill]
     if certificates:
         together["certificate"] = min(certificates, key=lambda found: found["kept"] - found["keep"])

@@ -111,12 +111,17 @@ class Certificate:
         }
 
 
-def in_words(certificate: dict[str, Any]) -> str:
-    """A certificate in a sentence."""
+def in_words(certificate: dict[str, Any], what: str = "the old skill") -> str:
+    """A certificate in a sentence.
+
+    Args:
+        what: the skill, as the sentence calls it.
+    """
+    seen = " of the validation data" if certificate.get("judged_on") == "validation" else ""
     text = (
-        f"keep {certificate['keep']:.0%} of the old skill: {certificate['verdict']}; {certificate['kept']:.1%} kept on "
-        f"{certificate['samples']} samples, at least {certificate['kept_low']:.1%} at {certificate['confidence']:.0%} "
-        f"confidence"
+        f"keep {100 * certificate['keep']:g}% of {what}: {certificate['verdict']}; {certificate['kept']:.1%} kept on "
+        f"{certificate['samples']} samples{seen}, at least {certificate['kept_low']:.1%} at "
+        f"{certificate['confidence']:.0%} confidence"
     )
     if certificate["samples_to_decide"] is not None:
         text += f"; about {certificate['samples_to_decide']} samples would decide"

@@ -205,13 +205,23 @@ def validation_line(record: Record, steps: int) -> str:
 
 def skill_line(skill: str, found: Record) -> str:
     """The result of one of several old skills, in words."""
-    line = f"{skill}: retention loss {found['retention_loss']:.4g} on {found['heldout_anchors']} held-out anchors"
+    if found.get("retention_loss") is None:
+        return f"{skill}: {in_words(found['certificate'], 'it')}"
+    line = f"{skill}: retention loss {found['retention_loss']:.4g} on {judged_in_words(found)}"
     if "certificate" in found:
-        return f"{line}; {in_words(found['certificate'])}; λ {found['lambda']:.3g}"
+        return f"{line}; {in_words(found['certificate'], 'it')}; λ {found['lambda']:.3g}"
     if found["lambda"] is None:
         return line
     verdict = "met" if found["feasible"] else "NOT met"
     return f"{line}, budget {found['epsilon']:g}: {verdict}{unreached(found)}; λ {found['lambda']:.3g}"
+
+
+def judged_in_words(found: Record) -> str:
+    """What a retention loss at the end was measured on."""
+    if "retention_mode" in found and RETENTION_MODES[found["retention_mode"]].distance_of_weights:
+        return "the weights"
+    held = found["heldout_anchors"]
+    return f"{held} held-out anchors" if held else "the training anchors (none were held out)"
 
 
 def unreached(found: dict[str, Any]) -> str:
@@ -247,16 +257,13 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     for skill, score in scored.items():
         if "agreement" in score:
             lines.append(f"{skill}: {agreement_in_words(score['agreement'])}")
-    for skill, found in skills.items() if result["retention_loss"] is not None else ():
-        lines.append(skill_line(skill, found))
+    for skill, found in skills.items():
+        if "certificate" in found or found.get("retention_loss") is not None:
+            lines.append(skill_line(skill, found))
     if "certificate" in result and not skills:
         lines.append(in_words(result["certificate"]))
     if result["retention_loss"] is not None and not skills:
-        held = result["heldout_anchors"]
-        judged = f"{held} held-out anchors" if held else "the training anchors (none were held out)"
-        if RETENTION_MODES[result["retention_mode"]].distance_of_weights:
-            judged = "the weights"
-        loss = f"retention loss {result['retention_loss']:.4g} on {judged}"
+        loss = f"retention loss {result['retention_loss']:.4g} on {judged_in_words(result)}"
         allow = "allow a larger ε"
         if "certificate" in result:  # this ε bounds what training saw, wherever that left the skill
             loss += f"; on training anchors ε ended at {result['epsilon']:.4g}"

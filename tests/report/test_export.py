@@ -18,6 +18,7 @@ from craft_ray.report.runs import read_runs
 from craft_ray.report.svg import inline_svg, new_figure
 from craft_ray.report.table import Table
 from craft_ray.report.tables import report_tables
+from craft_ray.run.kept import Certificate
 from tests.support.reports import data_file, report, write_run
 
 
@@ -98,22 +99,25 @@ def test_a_single_run_and_a_report_of_runs_elsewhere(comparison: Path, tmp_path:
     assert [folder.path for folder in runs_of(run)] == [run]
     (tmp_path / "result.json").write_text(json.dumps({"runs": [{"path": str(run)}]}))
     export(tmp_path, tmp_path / "out")
-    assert list(json.loads((tmp_path / "out" / "index.json").read_text())["tables"]) == ["arms", "runs"]
+    assert list(json.loads((tmp_path / "out" / "index.json").read_text())["tables"]) == ["arms", "certificates", "runs"]
 
 
 def test_several_skills_have_a_table(tmp_path: Path) -> None:
     run = write_run(tmp_path, "hidden", 0, predictions=False)
     result = json.loads((run.path / "result.json").read_text())
-    certificate = {"keep": 0.9, "verdict": "undecided"}
+    certificate = Certificate(0.9, 0.95, 0.89, 1.01, 40).as_dict()
     result["skills"] = {
         "drawing": {
             "metric": "choice", "before": 0.8, "after": 0.76, "ratio": 0.95, "ratio_low": 0.9, "retention_loss": 0.02,
             "epsilon": 0.05, "feasible": True, "certificate": certificate, "lambda": 3.0,
         },
-        "unscored": {"retention_loss": 0.1, "epsilon": 0.05, "feasible": False, "lambda": 10.0},
+        "unscored": {
+            "retention_loss": 0.1, "epsilon": 0.05, "feasible": False, "lambda": 10.0, "heldout_anchors": 5,
+        },
     }  # fmt: skip
     (run.path / "result.json").write_text(json.dumps(result))
-    (table,) = [table for table in report_tables(read_runs([run])) if table.name == "skills"]
+    tables = {table.name: table for table in report_tables(read_runs([run]))}
+    table = tables["skills"]
     name = "made-up-hidden-seed0"
     assert table.shown == [
         [name, "drawing", "80.0 %", "76.0 %", "95.0 %", "0.0200", "keep 90 %", "undecided", "3.00"],
@@ -121,6 +125,12 @@ def test_several_skills_have_a_table(tmp_path: Path) -> None:
     ]
     assert table.records[0]["ratio_low"] == 0.9
     assert (table.records[0]["verdict"], table.records[1]["verdict"]) == ("undecided", None)
+    table = tables["certificates"]
+    assert table.shown == [
+        [name, "drawing", "keep 90 %", "95.0 %", "89.0 %", "undecided", "0.0200", "0.0500", "3.00", "–", "–"],
+        [name, "unscored", "ε 0.05", "–", "–", "not met", "0.100", "0.0500", "10.0", "–", "–"],
+    ]
+    assert table.records[0]["samples_to_decide"] == 58
 
 
 def test_runs_without_scores_have_tables(tmp_path: Path) -> None:

@@ -278,9 +278,12 @@ def with_skills(run: RunFolder, worst: str, metric: str = "exact_match", **epsil
     """A run with a budget for each skill, of which `worst` is the furthest above it."""
     result = json.loads(run.result.read_text())
     result["skills"] = {
-        name: {**result["old"], "retention_loss": 0.04, "epsilon": epsilon, "feasible": name != worst, "lambda": 1.0}
+        name: {
+            **result["old"], "retention_loss": 0.04, "epsilon": epsilon, "feasible": name != worst, "lambda": 1.0,
+            "heldout_anchors": 25,
+        }
         for name, epsilon in epsilons.items()
-    }
+    }  # fmt: skip
     result |= {
         "epsilon": epsilons[worst],
         "feasible": False,

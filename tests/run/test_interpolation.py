@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,12 @@ from craft_ray.config.arm_selection import rate_name, with_arms
 from craft_ray.config.arms import CATALOGUE
 from craft_ray.models import load_model
 from craft_ray.report.arms import styles_of
-from craft_ray.run.interpolation import Interpolation, choose
+from craft_ray.run.folder import RunFolder
+from craft_ray.run.interpolation import Interpolation, choose, interpolated
+from craft_ray.workers import OneWorker
 from tests.support.caches import prompts, text_experiment
+from tests.support.experiments import ANSWERED, Digits
+from tests.support.runs import trained
 
 
 def test_the_ends_are_exact_and_the_middle_is_the_mean(text_model: Path, tmp_path: Path) -> None:
@@ -77,3 +82,34 @@ def test_where_the_data_allow_every_arm_all_of_them_and_several_rates_are_compar
 @pytest.mark.parametrize(("rate", "name"), [(3e-4, "a_lr3e_4"), (0.0025, "a_lr2_5e_3"), (1.0, "a_lr1e0")])
 def test_an_arm_is_named_after_its_rate(rate: float, name: str) -> None:
     assert rate_name("a", rate) == name
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_an_interpolated_run_certifies_the_stated_part(digits: Digits, tmp_path: Path, tested: bool) -> None:
+    """Also that of plain fine-tuning, by the weights that were chosen: not by those that were scored last."""
+
+    def scored(skill: str, split: str) -> dict[str, Any]:
+        data = {"path": str(digits.data / f"{skill}_{split}.parquet"), "columns": ANSWERED, "limit": 24}
+        return {"data": data, "metric": "perplexity"}
+
+    changes = {
+        "craft.enabled": False, "craft.anchor_cache_dir": None, "craft.keep": 0.9, "train.learning_rate": 0.02,
+        "validation": {"every": 0, "old": scored("old", "val"), "new": scored("new", "val")},
+        "evaluation.old": scored("old", "test") if tested else None,
+    }  # fmt: skip
+    config = digits.experiment(tmp_path, changes)
+    source, said = trained(config, tmp_path / "plain"), list[str]()
+    plain = source.finished()
+    assert plain is not None
+    assert "certificate" not in plain, "training was not held to it"
+    folder = RunFolder(tmp_path / "mixed")
+    folder.begin(config, ["test"])
+    result = interpolated(config, source, folder, OneWorker(), said.append, (0.0, 0.3, 1.0))
+    assert folder.finished() == result
+    certificate, chosen = result["certificate"], next(r for r in result["alphas"] if r["alpha"] == result["alpha"])
+    assert certificate["keep"] == 0.9
+    assert certificate["judged_on"] == ("evaluation" if tested else "validation")
+    assert certificate["kept"] == (result["old"]["ratio"] if tested else pytest.approx(chosen["old/ratio"]))
+    assert result["feasible"] == (certificate["kept"] >= 0.9)
+    assert (result["retention_loss"], result["epsilon"]) == (None, None)
+    assert "keep 90% of the old skill: " in said[-1]

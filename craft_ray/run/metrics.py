@@ -133,11 +133,20 @@ def _flag(number: float) -> bool | None:
     return None if math.isnan(number) else bool(number)
 
 
-def console_line(records: Sequence[Record], steps: int, mode: str) -> str:
+def retention_step(records: Sequence[Record], earlier: Record | None = None) -> Record | None:
+    """The last of these steps that is a retention step; where none is, an earlier one."""
+    return next((r for r in reversed(records) if r["craft/retention_loss"] is not None), earlier)
+
+
+def console_line(records: Sequence[Record], steps: int, mode: str, earlier: Record | None = None) -> str:
     """The last of these steps as one line. Where it is between two retention steps, the line shows the numbers of the
-    last retention step among them, and which step that was."""
+    last retention step, and which step that was.
+
+    Args:
+        earlier: the last retention step before these steps; None if there is none, or it was in another process.
+    """
     record = records[-1]
-    retention = next((r for r in reversed(records) if r["craft/retention_loss"] is not None), None)
+    retention = retention_step(records, earlier)
 
     def number(key: str, form: str = ".3f", of: Record = record) -> str:
         value = of[key]

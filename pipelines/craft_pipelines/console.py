@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from craft_ray.background import in_background
 from craft_ray.errors import StorageError
-from craft_ray.run.metrics import Record, console_line, result_lines, validation_line
+from craft_ray.run.metrics import Record, console_line, result_lines, retention_step, validation_line
 from craft_ray.run.observers import Observer
 from craft_ray.storage.files import append_text
 from craft_ray.storage.paths import ObjectPath, StoragePath
@@ -98,6 +98,7 @@ class ConsoleObserver:
     def __init__(self, steps: int, mode: str) -> None:
         self.total = steps
         self.mode = mode
+        self._retention: Record | None = None
         self._open = ExitStack()
         self._screen = self._open.enter_context(screen())
         self._screen.bar(mode, 0, steps)
@@ -110,7 +111,8 @@ class ConsoleObserver:
 
     def steps(self, records: Sequence[Record]) -> None:
         """Print a line for the last step: the log has a line every `train.log_every` steps, the file has all steps."""
-        self._screen.line(console_line(records, self.total, self.mode))
+        self._screen.line(console_line(records, self.total, self.mode, self._retention))
+        self._retention = retention_step(records, self._retention)
         self._screen.bar(self.mode, records[-1]["step"], self.total)
 
     def validated(self, record: Record) -> None:
@@ -165,6 +167,7 @@ class QuarterObserver:
         self.total = steps
         self.mode = mode
         self._quarter = self._step = 0
+        self._retention: Record | None = None
         self._together = together
         self._screen = together.screen
 
@@ -180,7 +183,9 @@ class QuarterObserver:
         quarter = 4 * self._step // self.total
         if quarter > self._quarter:
             self._quarter = quarter
-            self._screen.line(f"[{self.label}] {console_line(records, self.total, self.mode)}")
+            line = console_line(records, self.total, self.mode, self._retention)
+            self._screen.line(f"[{self.label}] {line}")
+        self._retention = retention_step(records, self._retention)
 
     def validated(self, record: Record) -> None:
         pass

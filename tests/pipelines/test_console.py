@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 from craft_pipelines import console
-from craft_pipelines.console import FileObserver, QuarterObserver, Screen, Together, following, readable_seconds
+from craft_pipelines.console import (
+    ConsoleObserver,
+    FileObserver,
+    QuarterObserver,
+    Screen,
+    Together,
+    following,
+    readable_seconds,
+)
 from craft_pipelines.sweep.console import TrialLog
 from craft_pipelines.sweep.following import RunningTrials
 from craft_pipelines.sweep.tracking import SweepTracking
@@ -168,6 +176,26 @@ def test_tune_can_save_the_log_of_a_sweep_on_a_terminal(tmp_path: Path) -> None:
     plan = Plan(parse_config(SMALLEST, "test"), parse_space({"seed": {"grid": [0]}}, "s"), [])
     tracking, running = SweepTracking(folder, plan, print), RunningTrials(folder, plan, shown, print)
     cloudpickle.dumps(TrialLog(folder, plan, 1, tracking, print, running, shown.progress))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_between_two_retention_steps_each_line_shows_the_last_one(
+    several: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Retention steps are 1 and 5, and each of the eight steps is logged."""
+    record = dict.fromkeys(("train/loss", "train/grad_norm", "train/lr", "perf/step_s", "perf/data_s"), 0.5)
+    record |= {"craft/lambda": 1.0, "craft/epsilon": 0.1, "craft/conflict": None, "craft/weight": 2.0}
+    losses = {1: 0.25, 5: 0.75}
+    observer = QuarterObserver("a", 8, "hidden", Together(Screen(None), 1, 8)) if several else ConsoleObserver(8, "b")
+    for step in range(1, 9):
+        observer.steps([{"step": step, **record, "craft/retention_loss": losses.get(step)}])
+    lines = capsys.readouterr().out.splitlines()
+    shown = range(2, 9, 2) if several else range(1, 9)
+    assert len(lines) == len(shown)
+    for step, line in zip(shown, lines, strict=True):
+        last = 1 if step < 5 else 5
+        assert f"L_ret={losses[last]:.3f} | λ=1.000 | ε=0.100 | weight=2.000" in line
+        assert line.endswith("weight=2.000" if step == last else f"retention at step {last}")
 
 
 def test_several_runs_share_one_bar_and_a_log_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -223,7 +223,8 @@ def test_the_console_shows_the_last_retention_step_if_retention_is_rarer_than_th
     line = console_line(records[3:6], 6, "hidden")
     assert f"L_ret={records[3]['craft/retention_loss']:.3f}" in line
     assert line.endswith("retention at step 4")
-    assert "L_ret" not in console_line(records[4:6], 6, "hidden"), "no retention step since the last line"
+    assert "L_ret" not in console_line(records[4:6], 6, "hidden"), "a resumed run that has had no retention step yet"
+    assert console_line(records[4:6], 6, "hidden", records[3]) == line, "the retention step was before the last line"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(

@@ -18,7 +18,7 @@ import ray
 from ray.util.metrics import Counter, Gauge
 
 from craft_ray.config import scores_of
-from craft_ray.run.metrics import Record, skills_in
+from craft_ray.run.metrics import Record, retention_step, skills_in
 from craft_ray.run.observers import Observer
 from craft_ray.storage.paths import StoragePath
 
@@ -45,8 +45,8 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "craft_data_seconds": ("Mean seconds that a step waited for its data since the last log", RUN),
     "craft_validation_score": ("Score on validation data", VALIDATION),
     "craft_validation_ratio": ("Score on validation data, relative to the teacher's", VALIDATION),
-    "craft_heldout_retention_loss": ("Retention loss on held-out anchors", RUN),
-    "craft_heldout_violation": ("max(0, L_ret / final epsilon - 1) on held-out anchors", RUN),
+    "craft_heldout_retention_loss": ("Retention loss on held-out anchors", VALIDATION),
+    "craft_heldout_violation": ("max(0, L_ret / final epsilon - 1) on held-out anchors", VALIDATION),
     "craft_anchors_done": ("Anchors in complete shards", CACHE),
     "craft_anchors_planned": ("Anchors of the whole cache", CACHE),
     "craft_anchors_per_second": ("Anchors per second of all teachers, since the build started", CACHE),
@@ -141,7 +141,7 @@ class RayMetrics(RefreshedGauges):
     def steps(self, records: Sequence[Record]) -> None:
         if records:
             self.set(gauge_values(records))
-            for skill, values in skill_values(records[-1]).items():
+            for skill, values in skill_values(records).items():
                 self.set(values, skill)
             self.count("craft_steps", len(records), "arm")
         self.inner.steps(records)
@@ -150,7 +150,9 @@ class RayMetrics(RefreshedGauges):
         named = {skill: scores_of(skill) for skill in skills_in(record)}
         for skill, prefix in {"old": "old", "new": "new", **named}.items():
             self.set({f"craft_validation_{what}": record.get(f"{prefix}/{what}") for what in ("score", "ratio")}, skill)
-        self.set({f"craft_heldout_{w}": record.get(f"heldout/{w}") for w in ("retention_loss", "violation")})
+        for skill, prefix in {"old": "heldout", **named}.items():
+            losses = {f"craft_heldout_{w}": record.get(f"{prefix}/{w}") for w in ("retention_loss", "violation")}
+            self.set(losses, skill)
         self.inner.validated(record)
 
     def done(self, result: dict[str, Any]) -> None:
@@ -199,12 +201,19 @@ def gauge_values(records: Sequence[Record]) -> dict[str, float | None]:
     return values
 
 
-def skill_values(record: Record) -> dict[str, dict[str, float | None]]:
-    """The gauges of each of several old skills after a step."""
-    kinds = ("retention_loss", "epsilon", "lambda")
+def skill_values(records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
+    """The gauges of each of several old skills after the steps since the last log: the budget of the last step, the
+    loss and the multiplier of the last retention step."""
+    retention = retention_step(records)
     return {
-        skill: {f"craft_skill_{kind}": record[f"{scores_of(skill)}/{kind}"] for kind in kinds}
-        for skill in skills_in(record)
+        skill: {
+            "craft_skill_epsilon": records[-1][f"{scores_of(skill)}/epsilon"],
+            "craft_skill_retention_loss": None
+            if retention is None
+            else retention[f"{scores_of(skill)}/retention_loss"],
+            "craft_skill_lambda": None if retention is None else retention[f"{scores_of(skill)}/lambda"],
+        }
+        for skill in skills_in(records[-1])
     }
 
 

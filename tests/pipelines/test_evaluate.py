@@ -157,6 +157,27 @@ def test_the_teacher_alone(command: Command, world: Path) -> None:
     assert [line.split()[0] for line in printed.splitlines()] == ["scoring", "teacher", "new"]
 
 
+def test_each_of_several_old_skills_has_a_row(command: Command, world: Path, digits: Digits, tmp_path: Path) -> None:
+    def scored(limit: int) -> dict[str, Any]:
+        data = {"path": str(digits.data / "old_test.parquet"), "columns": ANSWERED, "limit": limit}
+        return {"evaluation": {"data": data, "metric": "perplexity"}}
+
+    skills = f"skills={json.dumps({'drawer': scored(6), 'door': scored(4)})}"
+    out = tmp_path / "scores.json"
+    changes = "evaluation.old=null", "anchors=null", skills
+    code, printed, err = command(
+        "evaluate", world / "run.yaml", "--checkpoint", run_folder(world), "--out", out, *changes
+    )
+    assert code == 0, err
+    rows = [re.split("   +", line)[0] for line in printed.splitlines()[3:6]]
+    assert rows == ["drawer perplexity, n = 6", "door perplexity, n = 4", f"new perplexity, n = {SAMPLES}"]
+    result = json.loads(out.read_text())
+    assert [result[skill]["samples"] for skill in ("drawer", "door")] == [6, 4]
+    assert "old" not in result
+    records = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [sum(r["skill"] == skill for r in records) for skill in ("drawer", "door")] == [12, 8]
+
+
 class Attempts:
     """Six episodes; which ones succeed depends on the model's weights."""
 

@@ -80,6 +80,53 @@ def test_without_ray_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == [2]
 
 
+def skilled(step: int, **values: float) -> dict[str, Any]:
+    """A step of a run with the skills `drawer` and `door`: at a retention step it has their losses and multipliers."""
+    own = {f"skills/{name}/{kind}": None for name in ("drawer", "door") for kind in ("retention_loss", "lambda")}
+    own |= {"skills/drawer/epsilon": 0.05, "skills/door/epsilon": 0.02}
+    return record(step, **{**own, **{key.replace("__", "/"): value for key, value in values.items()}})
+
+
+def test_several_skills_are_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also between two retention steps, where the values of the last one remain."""
+    sent: dict[tuple[str, str | None], float] = {}
+
+    class Recorded:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            self.name, self.tags = name, set(tag_keys)
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            assert set(tags) == self.tags, "Ray refuses a value without one of its tags"
+            sent[self.name, tags.get("skill")] = value
+
+    monkeypatch.setattr("craft_pipelines.ray_metrics.ray.is_initialized", lambda: True)
+    monkeypatch.setattr("craft_pipelines.ray_metrics._gauge", lambda name: Recorded(name, *GAUGES[name]))
+    monkeypatch.setattr(RayMetrics, "count", lambda *_: None)
+    measured = {
+        "craft/retention_loss": 0.04,
+        "skills__drawer__retention_loss": 0.1,
+        "skills__door__retention_loss": 0.01,
+    }
+    measured |= {"skills__drawer__lambda": 3.0, "skills__door__lambda": 0.5}
+    scores = {"drawer": (0.9, 0.06, 0.2), "door": (0.8, 0.01, 0.0)}
+    validation = {"step": 3, "old/score": 0.8, "heldout/retention_loss": 0.06, "heldout/violation": 0.2}
+    for name, found in scores.items():
+        kinds = ("score", "retention_loss", "violation")
+        validation |= {f"skills/{name}/{kind}": value for kind, value in zip(kinds, found, strict=True)}
+    with RayMetrics(Path("/x/run"), "hidden", 10, NullObserver(), enabled=True) as metrics:
+        metrics.steps([skilled(1, **measured), skilled(2)])
+        metrics.steps([skilled(3)])
+        metrics.validated(validation)
+    assert {skill: sent["craft_skill_lambda", skill] for skill in scores} == {"drawer": 3.0, "door": 0.5}
+    assert {skill: sent["craft_skill_retention_loss", skill] for skill in scores} == {"drawer": 0.1, "door": 0.01}
+    assert {skill: sent["craft_skill_epsilon", skill] for skill in scores} == {"drawer": 0.05, "door": 0.02}
+    for place, gauge in enumerate(("validation_score", "heldout_retention_loss", "heldout_violation")):
+        own = {skill: sent[f"craft_{gauge}", skill] for skill in scores}
+        assert own == {skill: found[place] for skill, found in scores.items()}
+    assert sent["craft_heldout_violation", "old"] == 0.2
+    assert sent["craft_validation_score", "old"] == 0.8
+
+
 def test_an_anchor_counts_once_as_soon_as_a_teacher_has_run_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     monkeypatch.setattr(BuildMetrics, "count", lambda *what: counted.append(what[2]))
@@ -232,7 +279,7 @@ def test_prometheus_reads_what_the_run_logged(digits: Digits, tmp_path: Path, po
     assert value("craft_task_loss") == last["train/loss"]
     assert value("craft_steps_planned") == 6
     assert value("craft_validation_score", skill="new") == look_at_end["new/score"]
-    assert value("craft_heldout_retention_loss") == look_at_end["heldout/retention_loss"]
+    assert value("craft_heldout_retention_loss", skill="old") == look_at_end["heldout/retention_loss"]
     assert seen["craft_steps_total", frozenset({("arm", "hidden")})] == 6
     of_cache = frozenset({("cache", "anchors")})
     assert seen["craft_anchors_total", of_cache] == seen["craft_anchors_planned", of_cache] == 48

@@ -112,7 +112,7 @@ def view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dic
         "styles": {run.arm: run.style for run in runs},
         "configs": {arm: dump_config(chosen[0].config) for arm, chosen in arms.items()},
         "headline": wording.headline(runs, summary),
-        "certificates": wording.certificates(runs),
+        "certificates": [*wording.certificates(runs), *wording.continuations(runs)],
         "metrics": wording.METRICS,
         "relative_to": wording.relative_to,
         "sample_count": wording.sample_count,

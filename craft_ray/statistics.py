@@ -15,6 +15,8 @@ LEVEL = 0.95
 """Confidence of the two-sided intervals."""
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 """P(|N| < Z) = LEVEL for a standard normal N."""
+CONFIDENCE = 0.95
+"""Confidence of the one-sided bounds that a certificate states."""
 
 
 def mean_interval(values: Sequence[float]) -> list[float] | None:

@@ -115,6 +115,7 @@ def view(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> dic
         "headline": wording.headline(runs, summary),
         "certificates": certificates(runs),
         "verdicts": verdicts,
+        "continuations": wording.continuations(runs),
         "metrics": wording.METRICS,
         "relative_to": wording.relative_to,
         "sample_count": wording.sample_count,

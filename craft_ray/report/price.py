@@ -101,19 +101,39 @@ def _goodness(new: float, metric: str) -> float:
     return new if HIGHER_IS_BETTER[metric] else -new
 
 
+def cost_of_a_percent(lower: tuple[float, Point], upper: tuple[float, Point], metric: str) -> float:
+    """What one percent more of the old skill costs of the new one, between two parts to keep and the best validations
+    that kept them:
+
+    cost = (best new at `lower` - best new at `upper`) / (100 (upper - lower))
+
+    In points of the new score, which are hundredths; for perplexity in its own unit. It is never negative, because what
+    keeps the upper part keeps the lower one, too.
+    """
+    lost = _goodness(lower[1].new, metric) - _goodness(upper[1].new, metric)
+    return (lost if metric == "perplexity" else 100 * lost) / (100 * (upper[0] - lower[0]))
+
+
 def price_lines(points: Sequence[Point], metric: str, targets: Sequence[float]) -> Iterator[str]:
-    """A line for each part to keep, with what it cost of the new skill."""
+    """A line for each part to keep, the smallest first, with what it cost of the new skill; before all but the first,
+    what one percent costs from the part before it to this one."""
     best = max(points, key=lambda point: _goodness(point.new, metric))
     yield (
         f"best new {metric} of {len(points)} validations: {best.new:.3f}, at {best.kept:.1%} kept ({best.name}, step "
         f"{best.step})"
     )
     most = max(points, key=lambda point: point.kept)
-    for keep in targets:
+    before: tuple[float, Point] | None = None
+    for keep in sorted(set(targets)):
         point = cheapest(points, metric, keep)
         if point is None:
             yield f"keep {100 * keep:g}%: no validation kept so much; the most is {most.kept:.1%} at new {most.new:.3f}"
             continue
+        if before is not None:
+            cost = cost_of_a_percent(before, (keep, point), metric)
+            words = f"{cost:.3g} of" if metric == "perplexity" else f"{cost:.2f} points of"
+            yield f"  from {100 * before[0]:g}% to {100 * keep:g}%: {words} new {metric} per percent of old"
+        before = keep, point
         of_best = ratio(metric, point.new, best.new)
         relative = "" if of_best is None else f", {of_best:.1%} of the best"
         least = "" if point.bound is None else f", at least {point.bound:.1%}"

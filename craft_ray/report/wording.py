@@ -8,6 +8,7 @@ from typing import Any
 
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.report.runs import FinishedRun
+from craft_ray.run.kept import anchors_in_words
 from craft_ray.run.metrics import unreached
 from craft_ray.run.scoring import HIGHER_IS_BETTER
 
@@ -124,6 +125,27 @@ def judged_on(run: FinishedRun) -> str | None:
 def headline(runs: Sequence[FinishedRun], summary: dict[str, dict[str, Any]]) -> list[str]:
     """The outcome, in a plain sentence for each arm."""
     return [_sentence([run for run in runs if run.arm == arm], numbers) for arm, numbers in summary.items()]
+
+
+def continuations(runs: Sequence[FinishedRun]) -> list[str]:
+    """For each arm and old skill, how many held-out anchors are continued as the teacher did; of several seeds the one
+    with the least agreement."""
+    lines = []
+    for arm in dict.fromkeys(run.arm for run in runs):
+        seeds = [(run, skill, found) for run in runs if run.arm == arm for skill, found in _agreements(run).items()]
+        for skill in dict.fromkeys(skill for _, skill, _ in seeds):
+            own = [(run, found) for run, of, found in seeds if of == skill]
+            run, found = max(own, key=lambda each: each[1]["at_most_lost"])
+            least = f" (the least of {len(own)} seeds)" if len(own) > 1 else ""
+            of_skill = "" if skill is None else f", {skill}"
+            lines.append(f"{run.style.label}, seed {run.seed}{least}{of_skill}: {anchors_in_words(found)}")
+    return lines
+
+
+def _agreements(run: FinishedRun) -> dict[str | None, dict[str, Any]]:
+    """The agreement on held-out anchors by skill; None stands for the one of a config without names."""
+    of: dict[str | None, dict[str, Any]] = run.result.get("skills") or {None: run.result}
+    return {skill: found["anchor_agreement"] for skill, found in of.items() if "anchor_agreement" in found}
 
 
 def _sentence(runs: Sequence[FinishedRun], numbers: dict[str, Any]) -> str:

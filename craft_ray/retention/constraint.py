@@ -18,6 +18,8 @@ from craft_ray.data.sampler import StepSampler
 from craft_ray.errors import CacheRefused, DataError
 from craft_ray.method.dual import DualState, epsilon_at, epsilon_reached
 from craft_ray.models.base import evaluating
+from craft_ray.pace import Report, unreported
+from craft_ray.retention.continuation import anchor_agreement
 from craft_ray.retention.keep import KeptShare
 from craft_ray.retention.mode import RetentionMode, batches_of
 from craft_ray.workers import Workers
@@ -34,6 +36,7 @@ class Constraint:
         mode: how the skill's loss is measured, on a cache that it may share with other skills.
         skill: its name, where a config names several.
         stream: gives it an order of its own under the run's seed.
+        report: receives how far a pass over the held-out anchors is that takes long.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Constraint:
         workers: Workers,
         skill: str | None = None,
         stream: int = ANCHOR_STREAM,
+        report: Report = unreported,
     ) -> None:
         self.skill = skill
         self.craft = craft_of(config, skill)
@@ -52,6 +56,8 @@ class Constraint:
         self.dual = DualState.start(self.craft, workers.device) if self.craft.enabled else None
         self.share = None if self.craft.keep is None else KeptShare(self.craft.keep, self.craft.epsilon_start)
         self._workers = workers
+        self._report = report
+        self._together = config.craft.anchor_batch_size
         self._steps = config.train.steps
         self._sampler = StepSampler(len(self.train_rows), self.craft.anchor_batch_size, config.seed, stream)
         self._heldout: tuple[int, float] | None = None
@@ -141,9 +147,11 @@ class Constraint:
 
     def certificate(self, step: int) -> dict[str, Any]:
         """L_ret on anchors that training has not seen, against the final budget, and the budget that the model's last
-        step was held to: a kept step may be one before the end of the schedule."""
+        step was held to: a kept step may be one before the end of the schedule. `anchor_agreement` says how many of
+        them the student continues as the teacher did, where the cache tells."""
         loss, epsilon = self.heldout_loss(step), self.final_epsilon
         multiplier = None if self.dual is None else float(self.dual.multiplier)
+        agreement = anchor_agreement(self.mode, self.heldout_rows, self._together, self._workers, self._report)
         return {
             "retention_mode": self.mode.name,
             "retention_loss": loss,
@@ -158,7 +166,7 @@ class Constraint:
             "lambda_max": self.craft.lambda_max,
             "multiplier": self._multiplier(),
             "cache": self.mode.cache,
-        }
+        } | ({} if agreement is None else {"anchor_agreement": agreement})
 
     def _multiplier(self) -> str | None:
         """Whether lambda follows a budget, by its rate or, under `keep`, at validations; None if the skill is only

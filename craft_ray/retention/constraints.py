@@ -48,7 +48,8 @@ def open_constraints(
         teacher_weights: hash of the untouched student's weights; None on resume, where the student is no longer the
             teacher and the checkpoint names the cache instead.
         features: preprocessed anchors of earlier runs in this process.
-        report: receives how far a mode is that has to see all anchors before the first step.
+        report: receives how far a mode is that has to see all anchors before the first step, and how far the pass over
+            the held-out ones is at the end.
 
     Raises:
         ConfigError: CRaFT is enabled and there is no cache to hold the student to, or the model or the retention mode
@@ -63,13 +64,15 @@ def open_constraints(
             "craft is enabled, but craft.anchor_cache_dir names no cache: build one with 'craft-ray anchors build', or "
             "set craft.enabled=false for plain fine-tuning"
         )
-    mode = open_mode(config, model, teacher_weights, features, report if workers.rank == 0 else unreported)
+    report = report if workers.rank == 0 else unreported
+    mode = open_mode(config, model, teacher_weights, features, report)
     if not config.skills:
-        return Constraints(config, [Constraint(config, mode, workers)], workers)
+        return Constraints(config, [Constraint(config, mode, workers, report=report)], workers)
     if not isinstance(mode, SampleMode):
         raise ConfigError(f"craft.retention_mode {mode.name} holds no single anchors, so it cannot hold several skills")
     streams = enumerate(config.skills, ANCHOR_STREAM)
-    return Constraints(config, [Constraint(config, mode, workers, name, stream) for stream, name in streams], workers)
+    each = [Constraint(config, mode, workers, name, stream, report) for stream, name in streams]
+    return Constraints(config, each, workers)
 
 
 def open_mode(
@@ -274,7 +277,8 @@ class Constraints:
         return record
 
     def certificates(self, step: int) -> dict[str | None, dict[str, Any]]:
-        """L_ret of each skill on anchors that training has not seen, against its final budget."""
+        """L_ret of each skill on anchors that training has not seen, against its final budget, and on how many of them
+        student and teacher agree."""
         return {constraint.skill: constraint.certificate(step) for constraint in self.each}
 
     def stationarity(

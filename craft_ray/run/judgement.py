@@ -13,9 +13,9 @@ def judged(losses: Judged, kept: Judged, result: Mapping[str, Any]) -> dict[str,
     """The part of `result.json` about retention.
 
     With several skills, `skills` has each one's scores, L_ret, budget and certificate; next to it are the numbers of
-    the skill whose L_ret is the furthest above its budget, and of the certificate with the least margin. `feasible` is
-    whether every skill met what was asked of it. Nothing is asked of a skill whose multiplier is fixed; where no
-    multiplier follows a budget, all skills count.
+    the skill whose L_ret is the furthest above its budget, of the certificate with the least margin, and of the least
+    agreement on anchors. `feasible` is whether every skill met what was asked of it. Nothing is asked of a skill whose
+    multiplier is fixed; where no multiplier follows a budget, all skills count.
 
     Args:
         losses: L_ret against its budget (`Constraint.certificate`); none of a run that trained nothing.
@@ -40,4 +40,7 @@ def judged(losses: Judged, kept: Judged, result: Mapping[str, Any]) -> dict[str,
     certificates = [skill["certificate"] for skill in skills.values() if "certificate" in skill]
     if certificates:
         together["certificate"] = min(certificates, key=lambda found: found["kept"] - found["keep"])
+    agreements = [found["anchor_agreement"] for found in losses.values() if "anchor_agreement" in found]
+    if agreements:
+        together["anchor_agreement"] = max(agreements, key=lambda found: found["at_most_lost"])
     return together

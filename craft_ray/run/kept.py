@@ -8,14 +8,12 @@ from typing import Any, Literal
 
 from craft_ray.run.scoring import GRADED, Score, outcome
 from craft_ray.statistics import (
+    CONFIDENCE,
     paired_change_bounds,
     paired_mean_change_bounds,
     rate_upper_bound,
     ratio_of_sums_bounds,
 )
-
-CONFIDENCE = 0.95
-"""Confidence of the one-sided bounds that a certificate states."""
 
 
 def kept_bounds(before: Score, after: Score, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
@@ -65,6 +63,17 @@ def agreement_in_words(found: dict[str, Any]) -> str:
         f"student and teacher agree on {found['agreeing']} of {found['samples']} inputs of the old skill: at most "
         f"{100 * found['lost_at_most']:.1f} points of accuracy lost, at {found['confidence']:.0%} confidence, whatever "
         f"the labels are"
+    )
+
+
+def anchors_in_words(found: dict[str, Any]) -> str:
+    """The bound from held-out anchors (`craft_ray/retention/continuation.py`) in a sentence."""
+    tokens = f"{found['tokens']} token{'s' * (found['tokens'] != 1)}"
+    return (
+        f"the student continues {found['agree']} of {found['anchors']} held-out anchors exactly as the teacher did, by "
+        f"up to {tokens}: on prompts like these, outputs of at most {tokens} lose at most "
+        f"{100 * found['at_most_lost']:.1f} points of accuracy, at {found['confidence']:.0%} confidence, whatever the "
+        f"right outputs are"
     )
 
 

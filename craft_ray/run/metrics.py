@@ -14,7 +14,7 @@ from craft_ray.config import scores_of
 from craft_ray.config.modes import RETENTION_MODES
 from craft_ray.errors import DataError
 from craft_ray.method.step import StepMetrics
-from craft_ray.run.kept import agreement_in_words, in_words
+from craft_ray.run.kept import agreement_in_words, anchors_in_words, in_words
 
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -266,6 +266,9 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     for skill, score in scored.items():
         if "agreement" in score:
             lines.append(f"{skill}: {agreement_in_words(score['agreement'])}")
+    for skill, found in (skills or {"": result}).items():
+        if "anchor_agreement" in found:
+            lines.append(f"{skill}{': ' * bool(skill)}{anchors_in_words(found['anchor_agreement'])}")
     for skill, found in skills.items():
         if "certificate" in found or found.get("retention_loss") is not None:
             lines.append(skill_line(skill, found))

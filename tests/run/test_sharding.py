@@ -153,6 +153,9 @@ def test_two_workers_that_share_a_model_are_one(name: str, world: Path) -> None:
     expected, found = (json.loads((path / "result.json").read_text()) for path in (one, two))
     for part in ("old", "new", "retention"):
         assert alike(found.get(part) or {}, expected.get(part) or {})
+    assert found["anchor_agreement"] == expected["anchor_agreement"], (
+        "the tokens that held-out anchors are continued by"
+    )
 
 
 def alike(found: dict[str, Any], expected: dict[str, Any]) -> bool:

@@ -24,6 +24,7 @@ from craft_ray.report.wording import number
 from craft_ray.retention.constraints import Constraints, open_constraints
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.judgement import judged
+from craft_ray.run.kept import anchors_in_words
 from craft_ray.run.metrics import console_line, result_lines, validation_line
 from craft_ray.run.objective import objective_of
 from craft_ray.run.observers import NullObserver
@@ -128,6 +129,11 @@ def test_the_result_judges_each_skill_and_all_together(held: RunFolder) -> None:
         assert skill["feasible"] == (skill["retention_loss"] <= skill["epsilon"])
         assert skill["slackness"] == pytest.approx(skill["lambda"] * (skill["retention_loss"] - skill["epsilon"]))
         assert skill["metric"] == "perplexity"
+        assert skill["anchor_agreement"]["anchors"] == skill["heldout_anchors"]
+    assert result["anchor_agreement"] in (near["anchor_agreement"], far["anchor_agreement"])
+    assert result["anchor_agreement"]["at_most_lost"] == max(
+        skill["anchor_agreement"]["at_most_lost"] for skill in (near, far)
+    )
     assert result["feasible"] == (near["feasible"] and far["feasible"])
     worst = max((near, far), key=lambda skill: skill["retention_loss"] / skill["epsilon"])
     assert (result["retention_loss"], result["epsilon"]) == (worst["retention_loss"], worst["epsilon"])
@@ -137,6 +143,7 @@ def test_the_result_judges_each_skill_and_all_together(held: RunFolder) -> None:
     lines = "\n".join(result_lines(result))
     assert "near: retention loss" in lines
     assert "far: retention loss" in lines
+    assert f"far: {anchors_in_words(far['anchor_agreement'])}" in lines
     validation = held.read_validation()[-1]
     assert validation["old/ratio"] == min(validation["skills/near/ratio"], validation["skills/far/ratio"])
     assert "near " in validation_line(validation, 6)

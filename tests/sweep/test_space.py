@@ -86,6 +86,24 @@ def test_a_shipped_space_is_the_same_by_name_and_by_path_and_fits_a_config(path:
     assert {key for params in first for key in params} == set(by_name.knobs), "every knob is drawn sometimes"
 
 
+def test_the_space_price_draws_parts_to_keep_and_each_setting_has_a_budget_that_follows_it() -> None:
+    space, base = load_space("price"), experiment()
+    check_space(space, base, anything)
+    drawn_parts = [params["craft.keep"] for params in settings(space, base, 300)]
+    assert all(0.8 <= part <= 0.99 for part in drawn_parts)
+    assert len(set(drawn_parts)) > 100
+    assert min(drawn_parts) < 0.82
+    assert max(drawn_parts) > 0.97
+    assert {len(params) for params in settings(space, base, 300)} == {1}, "nothing else is searched"
+    for part in drawn_parts[:20]:
+        config = base.changed({"craft.keep": part})
+        assert config.kept_parts() == {None: part}
+        assert config.craft.lambda_start == config.craft.lambda_max
+    without = experiment(validation__every=0)
+    with pytest.raises(ConfigError, match=r"keep .*validation\.every"):
+        check_space(space, without, anything)
+
+
 def test_a_file_of_the_working_directory_comes_before_a_shipped_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

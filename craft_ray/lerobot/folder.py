@@ -34,7 +34,9 @@ from craft_ray.lerobot.tokenizers import (
     local_names,
     without_remote_code,
 )
+from craft_ray.models.adapter import CONFIG as ADAPTER
 from craft_ray.models.adapter import Adapter
+from craft_ray.models.loading import hub_adapter
 from craft_ray.quiet import without_prints
 
 WEIGHTS = "model.safetensors"
@@ -140,12 +142,15 @@ def _resolve(config: ModelConfig) -> Path:
     if path.is_absolute():
         raise ConfigError(f"model.path {path}: there is no such folder: specify one, or a policy on the hub")
     try:
-        return Path(snapshot_download(config.path, revision=config.revision))
+        found = Path(snapshot_download(config.path, revision=config.revision))
     except Exception as error:  # the hub's client may raise any exception
         raise ConfigError(
             f"model.path {config.path}: there is no such folder, and no such policy on the hub or in its local cache "
             f"({first_line(error)})"
         ) from None
+    if (found / ADAPTER).is_file() and not (found / WEIGHTS).is_file():
+        raise hub_adapter(config.path)
+    return found
 
 
 def _settings(path: Path) -> tuple[PreTrainedConfig, str | None]:

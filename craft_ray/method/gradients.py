@@ -168,7 +168,9 @@ class GradientPair:
 
         Args:
             held: the row of the gradients.
-            last: whether no further pass adds to the row.
+            last: whether no further pass adds to the row: replicas sum only then. Shards are summed in each pass, as
+                they can be added up: whole gradients, kept from one loss to the next, would take the memory of a row
+                as often as there are workers.
         """
         for index, batch in enumerate(micro_batches):
             final = index == len(micro_batches) - 1
@@ -234,7 +236,8 @@ class GradientPair:
         workers: AllReduce,
         parts: tuple[Tensor, Callable[[Any], Tensor], Sequence[Parted]] | None = None,
     ) -> list[Tensor]:
-        """Fill row 0 with the gradient of a sum of losses, each times its factor: one row, and one reduction.
+        """Fill row 0 with the gradient of a sum of losses, each times its factor: one row, and one reduction of
+        replicas. Where the parameters are sharded, each loss is reduced once, onto the shards of that row.
 
         Args:
             terms: for each loss its factor, the loss of a micro-batch, and this worker's micro-batches.

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from craft_ray.config import ModelConfig
 from craft_ray.errors import ConfigError, ModelError, first_line
@@ -43,6 +44,7 @@ def load_processor(processor_class: Any, config: ModelConfig) -> Any:
                 raise ConfigError(
                     f"model.path {path}: its processor needs {package}: {install('vision')} ({why})"
                 ) from error
+        refuse_hub_adapter(config.path, config.revision)
         raise ConfigError(
             f"model.path {path}: no processor or tokenizer loads from it ({reason(error)}): specify a folder or a "
             f"hub model that has one"
@@ -79,11 +81,31 @@ def load_module(auto_class: Any, config: ModelConfig, path: str, gpus: int = 1) 
     except (OSError, ValueError) as error:
         if "afetensor" in str(error) or "header" in str(error):
             raise ModelError(f"model {path}: its weights do not load ({reason(error)})") from None
+        refuse_hub_adapter(path, config.revision)  # what does not load may be the model that it belongs to
         raise ConfigError(f"model.path {path}: no {auto_class.__name__} loads from it ({reason(error)})") from None
+    if getattr(module, "_hf_peft_config_loaded", False):
+        refuse_hub_adapter(path, config.revision)
     check_complete(module, info, path, config.kind)
     if gpus > 1:
         check_spread(getattr(module, "hf_device_map", {}), gpus, path)
     return module
+
+
+def refuse_hub_adapter(path: str, revision: str | None) -> None:
+    """Refuse a repository of the hub that holds an adapter; a folder with one is loaded as an adapter.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if not Path(path).is_dir() and find_adapter_config_file(path, revision=revision) is not None:
+        raise hub_adapter(path)
+
+
+def hub_adapter(path: str) -> ConfigError:
+    return ConfigError(
+        f"model.path {path} is an adapter on the hub: download it (hf download {path} --local-dir FOLDER), and specify "
+        f"its folder as model.path"
+    )
 
 
 def spread_options(gpus: int) -> dict[str, Any]:
@@ -169,10 +191,6 @@ def check_complete(module: nn.Module, info: dict[str, Any], path: str, kind: str
             part computes with (scales of quantised weights, biases that the config leaves out). Others are reported:
             another head, or the causal masks that older versions of transformers saved.
     """
-    if getattr(module, "_hf_peft_config_loaded", False):  # a local one does not come here
-        raise ConfigError(
-            f"model.path {path} is an adapter on the hub: download it, and specify its folder as model.path"
-        )
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
     if missing or mismatched:

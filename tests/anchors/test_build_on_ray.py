@@ -56,7 +56,10 @@ def on_ray(digits: Digits, folder: Path, **changes: object) -> Experiment:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("readers", "victim"), [(0, "ShardWriter"), (1, "AnchorReader"), (1, "GroupTeacher")])
+@pytest.mark.parametrize(
+    ("readers", "victim"),
+    [(0, "ShardWriter"), (1, "AnchorReader"), (1, "GroupTeacher"), (1, "GroupWriter")],
+)
 def test_a_process_killed_in_the_middle_costs_no_anchor(
     readers: int, victim: str, digits: Digits, tmp_path: Path
 ) -> None:

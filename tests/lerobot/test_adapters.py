@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("lerobot")
 
 from craft_pipelines.anchors import build
+from craft_pipelines.merge import merge
 from lerobot.policies.factory import get_policy_class
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
@@ -32,6 +33,7 @@ from craft_ray.run.folder import RunFolder
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import Run, train
 from craft_ray.workers import OneWorker
+from tests.support.hubs import fetched
 from tests.support.robots import TASKS, small_policy, smooth_chunks, write_dataset
 from tests.support.robots_others import small_act, small_pi05, small_pi05_sizes, small_smolvla
 
@@ -115,6 +117,18 @@ def test_the_folder_is_lerobots_own_and_merges(kind: str, tmp_path: Path) -> Non
         assert merged.weights_fingerprint() == model.weights_fingerprint()
 
 
+def test_an_adapter_on_the_hub_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = policy(small_act(tmp_path / "base"))
+    adapting.attach(model, AdapterConfig(r=2), model.config, "-")
+    model.save(tmp_path / "saved")
+    name = fetched("somebody/adapter", tmp_path / "saved", tmp_path / "hub", monkeypatch)
+    with pytest.raises(
+        ConfigError, match=r"model\.path somebody/adapter is an adapter on the hub: download it"
+    ) as error:
+        load_model(ModelConfig(kind="lerobot", path=name), "fp32")
+    assert "\n" not in error.value.message
+
+
 def test_an_adapter_that_cannot_keep_anything_is_refused(tmp_path: Path) -> None:
     model = policy(MAKERS["smolvla"](tmp_path / "base"))
     expert = AdapterConfig(target_modules=r".*lm_expert\..*q_proj")
@@ -146,3 +160,9 @@ def test_a_run_resumes_bit_for_bit_on_the_cache_of_full_training(tmp_path: Path)
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert any(tensor.any() for name, tensor in weights[0].items() if "lora_B" in name)
+
+    merge(folder.path, tmp_path / "merged", lambda _: None)
+    plain, adapted = policy(tmp_path / "merged"), policy(tmp_path / "base", folder.checkpoints / "last" / "model")
+    assert plain.adapter is None
+    assert loss(plain) == pytest.approx(loss(adapted), rel=1e-4)
+    assert loss(plain) != pytest.approx(loss(policy(tmp_path / "base")), rel=1e-3)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import spawn
 
+from benchmarks.ledger import Ledger
 from craft_ray.errors import ModelError
 from craft_ray.method.dual import DualState
 from craft_ray.method.gradients import TASK, GradientPair
@@ -55,9 +56,16 @@ def share(data: Batch, sizes: tuple[tuple[int, ...], ...], workers: Workers) -> 
     return data.split(*flat)[start : start + len(sizes[workers.rank])]
 
 
-def train(shares: Shares, workers: Workers, sharded: bool = False, **changes: Any) -> dict[str, Tensor]:
-    """Five steps in which surgery fires each time: the anchors hold the network where the task drives it away."""
+def train(
+    shares: Shares, workers: Workers, sharded: bool = False, frozen: bool = False, **changes: Any
+) -> dict[str, Tensor]:
+    """Five steps in which surgery fires each time: the anchors hold the network where the task drives it away.
+
+    Args:
+        frozen: whether the first layer keeps its weight, and trains its bias only.
+    """
     module = mlp()
+    module[0].weight.requires_grad_(not frozen)
     if sharded:
         fully_shard(module[0])
         fully_shard(module)
@@ -141,6 +149,12 @@ def run_worker(rank: int, folder: str) -> None:
     for name, shares in SHARES.items():
         found[f"{name}, sharded"] = train(shares, workers, sharded=True)
         found[f"{name}, one row, sharded"] = train(shares, workers, sharded=True, **ONE_ROW)
+    found["frozen"] = train(SHARES["different counts"], workers, sharded=True, frozen=True)
+    for name in ("equal", "micro-batches of different counts"):
+        for rows, settings in (("", {}), (", one row", ONE_ROW)):
+            with Ledger() as ledger:
+                train(SHARES[name], workers, sharded=True, **settings)
+            found[f"sent, {name}{rows}"] = dict(ledger.collectives)
     found["plain"] = plain_loops()
     found["late"] = late_parameter(workers)
     found["reached"] = reached_by_one(workers)
@@ -200,6 +214,25 @@ def test_two_workers_that_share_the_weights_are_one(
                 equal_nan=True,
                 msg=named_error(shares + rows),
             )
+
+
+def test_a_frozen_weight_is_shared_and_stays(one: dict[str, Tensor], two: list[dict[str, Any]]) -> None:
+    """It has a part in no gradient, so it has none in the norm and in the angle, either."""
+    expected = train(SHARES["equal"], ONE, frozen=True)
+    assert not torch.allclose(expected["grad_norm"], one["grad_norm"], rtol=0.01)
+    for found in two:
+        for name, value in expected.items():
+            torch.testing.assert_close(found["frozen"][name], value, rtol=1e-4, atol=1e-6, msg=named_error(name))
+        assert torch.equal(found["frozen"]["weights"][:80].view(16, 5), mlp()[0].weight)
+
+
+@pytest.mark.parametrize("rows", ["", ", one row"])
+def test_micro_batches_are_gathered_for_each_and_reduced_once(rows: str, two: list[dict[str, Any]]) -> None:
+    """Each of the two losses is reduced once a step, whole: 4 bytes for each of 147 numbers, padded to even rows."""
+    for found in two:
+        once, twice = (found[f"sent, {name}{rows}"] for name in ("equal", "micro-batches of different counts"))
+        assert once["reduce-scatter"] == twice["reduce-scatter"] == STEPS * 2 * 4 * (16 * 6 + 4 * 16 + 4)
+        assert twice["all-gather"] > 1.5 * once["all-gather"]
 
 
 def test_the_baseline_is_a_plain_loop_of_fsdp_bit_for_bit(two: list[dict[str, Any]]) -> None:

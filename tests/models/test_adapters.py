@@ -20,6 +20,7 @@ from craft_ray.method.gradients import GradientPair
 from craft_ray.models import adapting, load_model
 from craft_ray.models.adapter import BASE, CONFIG
 from craft_ray.models.base import Model
+from tests.support.hubs import fetched
 
 IDS = torch.arange(24).view(2, 12) % 97 + 3
 
@@ -127,6 +128,23 @@ def test_an_adapter_that_peft_itself_saved_is_a_teacher(text_model: Path, tmp_pa
     teacher.save(tmp_path / "whole", final=tmp_path / "whole")  # as a checkpoint of a run that trained all of it
     again = load_model(ModelConfig(path=str(tmp_path / "theirs")), "fp32", weights=str(tmp_path / "whole"))
     assert again.weights_fingerprint() == teacher.weights_fingerprint()
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_an_adapter_on_the_hub_is_refused_in_one_line(
+    tokenizer: bool, text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in PEFT's form, which has no processor; and if the model that it belongs to does not load."""
+    adapted(text_model).save(tmp_path / "saved")
+    for file in () if tokenizer else (tmp_path / "saved").glob("*token*"):
+        file.unlink()
+    name = fetched("somebody/adapter", tmp_path / "saved", tmp_path / "hub", monkeypatch)
+    for _ in range(2):
+        with pytest.raises(ConfigError) as error:
+            load_model(ModelConfig(path=name), "fp32")
+        assert "model.path somebody/adapter is an adapter on the hub: download it" in one_line(error)
+        changed = tmp_path / "hub" / "models--somebody--adapter" / "snapshots" / ("0" * 40) / CONFIG
+        changed.write_text(changed.read_text().replace(str(text_model), "somebody/nothing"))
 
 
 def test_the_state_of_an_adapter_is_two_hundredths_of_full_training() -> None:

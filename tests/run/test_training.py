@@ -69,11 +69,18 @@ def test_baseline_equals_a_plain_adamw_loop_bit_for_bit(digits: Digits, cached: 
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"craft.retention_freq": 2, "craft.retention_mode": "token_ce", "craft.epsilon_start": 0.001}]
+    "changes",
+    [
+        {},
+        {"craft.retention_freq": 2, "craft.retention_mode": "token_ce", "craft.epsilon_start": 0.001},
+        pytest.param({"train.optimizer": "adamw_8bit"}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     changes: dict, digits: Digits, cached: Path, tmp_path: Path
 ) -> None:
+    if "train.optimizer" in changes:
+        pytest.importorskip("torchao", reason="needs the extra 8bit")
     config = digits.experiment(cached, {"train.steps": 7, **changes})
     whole = trained(config, tmp_path / "whole")
 

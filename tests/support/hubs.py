@@ -1,15 +1,21 @@
-"""A hub on loopback that stores what is pushed to it, as the client of the hub speaks to the real one."""
+"""A hub on loopback that stores what is pushed to it, as the client of the hub speaks to the real one; and
+repositories that its client fetched earlier."""
 
 from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
+from huggingface_hub import constants
 
 
 @dataclass
@@ -98,3 +104,13 @@ def running_hub() -> Iterator[Hub]:
         hub.address = f"http://127.0.0.1:{listening.server_port}"
         yield hub
         listening.shutdown()
+
+
+def fetched(name: str, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a repository with the content of a folder, which is in the local cache of the hub's client."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    repository, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    return name

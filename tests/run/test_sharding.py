@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,10 +18,12 @@ from craft_pipelines.evaluate import model_folder
 from craft_pipelines.merge import merge
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from craft_ray.config import Experiment, load_config, parse_config
 from craft_ray.errors import ConfigError, CraftError, StorageError
+from craft_ray.models import huggingface
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.mirror import mirrored_folder
 from craft_ray.run.observers import NullObserver
@@ -28,6 +32,7 @@ from craft_ray.run.training import train, training
 from craft_ray.storage.paths import ObjectPath, copy_tree, storage_path
 from craft_ray.workers import OneWorker, Workers
 from tests.support.processes import on_workers
+from tests.support.runs import apart
 
 pytestmark = pytest.mark.slow  # two and four processes; tests/method/test_workers.py has the step itself
 
@@ -103,20 +108,26 @@ def all_of(workers: Workers, runs: dict[Path, Experiment]) -> None:
         run_of(workers, config, path)
 
 
-def as_two(workers: Workers, folder: Path, runs: dict[Path, Experiment]) -> list[str]:
-    """What two workers do in one process group: the runs, and the resumed and the damaged ones.
+@dataclass(frozen=True)
+class Told:
+    """What one of two workers reports at its end."""
 
-    Returns:
-        What is said about each damaged checkpoint.
-    """
-    all_of(workers, runs)
-    return resuming(workers, folder, runs[folder / "two" / "hidden"])
+    loaded: int
+    """How often it read the weights of a whole model."""
+    refused: list[str]
+    """What it said about each damaged checkpoint."""
+
+
+def as_two(workers: Workers, folder: Path, runs: dict[Path, Experiment]) -> Told:
+    """What two workers do in one process group: the runs, and the resumed and the damaged ones."""
+    with mock.patch.object(huggingface, "load_module", wraps=huggingface.load_module) as load:
+        all_of(workers, runs)
+        return Told(refused=resuming(workers, folder, runs[folder / "two" / "hidden"]), loaded=load.call_count)
 
 
 @pytest.fixture(scope="module")
-def messages(world: Path) -> list[list[str]]:
-    """What each of two workers said about the damaged checkpoints."""
-    return torch.load(world / "messages.pt")
+def told(world: Path) -> list[Told]:
+    return torch.load(world / "told.pt", weights_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +140,7 @@ def world(text_model: Path, text_data: Path, tmp_path_factory: pytest.TempPathFa
     }
     all_of(OneWorker(), one)
     two = {folder / "two" / path.name: config.changed(SHARDED) for path, config in one.items()}
-    torch.save(on_workers(2, as_two, folder / "processes", folder, two), folder / "messages.pt")
+    torch.save(on_workers(2, as_two, folder / "processes", folder, two), folder / "told.pt")
     return folder
 
 
@@ -183,6 +194,13 @@ def test_the_projection_fires(name: str, world: Path) -> None:
     assert [record.get("craft/projected") for record in measured(world / "two" / name)] == FIRED[name]
 
 
+def test_one_worker_alone_reads_the_model(told: list[Told]) -> None:
+    """So a host with several workers holds one whole copy while a run starts, also a run that resumes."""
+    first, other = told
+    assert first.loaded >= 2 * len(VARIANTS), "to begin with, and to compare what was saved"
+    assert other.loaded == 0
+
+
 # -- checkpoints
 
 
@@ -197,8 +215,8 @@ def cut(workers: Workers, path: Path, source: Path, step: int) -> None:
     workers.gather(None)
 
 
-def resumed(workers: Workers, path: Path, source: Path, config: Experiment) -> None:
-    cut(workers, path, source, 2)
+def resumed(workers: Workers, path: Path, source: Path, config: Experiment, step: int = 2) -> None:
+    cut(workers, path, source, step)
     train(config, RunFolder(path), workers, NullObserver())
 
 
@@ -246,15 +264,39 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, whole: st
         assert torch.equal(weights(again)[name], tensor), name
 
 
-def test_another_number_of_workers_resumes_it(world: Path, text_model: Path, text_data: Path) -> None:
-    """From two to one and from one to two: the formats differ, the run does not."""
-    resumed(OneWorker(), world / "one of two", world / "two" / "hidden", experiment(text_model, text_data, world))
-    for path in (world / "one of two", world / "two of one"):
-        torch.testing.assert_close(weights(path), weights(world / "one" / "hidden"), rtol=1e-3, atol=2e-5)
+def as_two_again(workers: Workers, folder: Path, home: str, config: Experiment) -> None:
+    """What two workers do in a later process group: the end of a run of two and then one, and a run in a store."""
+    resumed(workers, folder / "two of one of two", folder / "one of two", config, step=3)
+    in_store(workers, home, config.changed({"train.checkpoint_async": True}))
 
 
-def test_a_damaged_checkpoint_is_refused_by_every_worker(messages: list[list[str]]) -> None:
-    for gone, changed in messages:
+@pytest.fixture(scope="module")
+def home(
+    world: Path, text_model: Path, text_data: Path, object_store: ObjectPath, tmp_path_factory: pytest.TempPathFactory
+) -> ObjectPath:
+    """A run's folder in a store, when `as_two_again` has ended."""
+    config = experiment(text_model, text_data, world)
+    each = config.changed({"train.checkpoint_every": 1})
+    resumed(OneWorker(), world / "one of two", world / "two" / "hidden", each)
+    home = object_store / tmp_path_factory.mktemp("store").name / "run"
+    shared = config.changed(SHARDED)
+    RunFolder(home).begin(shared.changed({"train.checkpoint_async": True}), ["test"])
+    on_workers(2, as_two_again, world / "processes again", world, str(home), shared)
+    return home
+
+
+@pytest.mark.parametrize("name", ["one of two", "two of one", "two of one of two"])
+def test_another_number_of_workers_resumes_it(name: str, world: Path, home: ObjectPath) -> None:
+    """The formats differ, the run does not."""
+    once, again = world / "one" / "hidden", world / name
+    assert [record["step"] for record in measured(again)] == [1, 2, 3, 4]
+    for expected, found in zip(measured(once), measured(again), strict=True):
+        assert alike(found, expected)
+    torch.testing.assert_close(weights(again), weights(once), rtol=1e-3, atol=2e-5)
+
+
+def test_a_damaged_checkpoint_is_refused_by_every_worker(told: list[Told]) -> None:
+    for gone, changed in (worker.refused for worker in told):
         assert "sharded/__1_0.distcp is missing" in gone
         assert "sharded/__1_0.distcp is not what was written" in changed
         assert "\n" not in gone + changed
@@ -309,20 +351,25 @@ def as_four(workers: Workers, folder: Path, config: Experiment) -> None:
 def test_copies_of_shards_and_bfloat16(world: Path, text_model: Path, text_data: Path) -> None:
     """Two copies of the model, each shared between two workers; FSDP's own bfloat16 beside autocast."""
     config = experiment(text_model, text_data, world)
-    build(config.changed({"train.precision": "bf16", "craft.anchor_cache_dir": str(world / "bf16")}), lambda _: None)
+    short = config.changed({"train.precision": "bf16", "craft.anchor_cache_dir": str(world / "bf16")})
+    build(short, lambda _: None)
+    run_of(OneWorker(), short, world / "one" / "bf16")
     on_workers(4, as_four, world / "processes of four", world, config)
-    torch.testing.assert_close(
-        weights(world / "four" / "hybrid"), weights(world / "one" / "hidden"), rtol=1e-3, atol=2e-5
-    )
+    one, four = (weights(world / name) for name in ("one/hidden", "four/hybrid"))
+    torch.testing.assert_close(four, one, rtol=1e-3, atol=2e-5)
+    one, four = (weights(world / of / "bf16") for of in ("one", "four"))
+    # Activations between the layers are rounded, too, so the untouched student is not quite its teacher: its first
+    # retention gradient is not zero, and AdamW's first steps have the same length whatever the gradient's.
+    assert apart(four, one, load_file(text_model / "model.safetensors")) < 0.6
+    first_of_one, first_of_four = (measured(world / of / "bf16")[0] for of in ("one", "four"))
+    assert first_of_four["train/loss"] == pytest.approx(first_of_one["train/loss"], rel=1e-3)
+    assert first_of_four["craft/retention_loss"] < 1e-3
+    parts = FileSystemReader(world / "four" / "bf16" / "checkpoints" / "step_000002" / "sharded").read_metadata()
+    held = {part.properties.dtype for part in parts.state_dict_metadata.values() if hasattr(part, "properties")}
+    assert held == {torch.float32}, "shards and moments, whatever is computed in"
 
 
-def test_a_run_in_a_store_is_the_one_on_a_disk(
-    world: Path, text_model: Path, text_data: Path, object_store: ObjectPath, tmp_path: Path
-) -> None:
-    home = object_store / tmp_path.name / "run"
-    config = experiment(text_model, text_data, world, {**SHARDED, "train.checkpoint_async": True})
-    RunFolder(home).begin(config, ["test"])
-    on_workers(2, in_store, tmp_path / "processes", str(home), config)
+def test_a_run_in_a_store_is_the_one_on_a_disk(world: Path, home: ObjectPath, tmp_path: Path) -> None:
     earlier = home / "checkpoints" / "step_000002" / "sharded"
     assert {file.name for file in earlier.iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     copy_tree(home / "checkpoints" / f"step_{STEPS:06d}" / "model", tmp_path / "model")

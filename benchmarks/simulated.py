@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -41,6 +41,8 @@ from craft_ray.workers import OneWorker, ProcessGroup, Workers
 
 FEW = 3
 """Layers of each kind that are simulated: one computes while the next is gathered and the one before is freed."""
+COUNTS = (2, 4, 8, 32, 64, 512)
+"""Workers in the tables; the bytes of a replica do not depend on their number, but one alone sends nothing."""
 SETTLED_S = 0.3
 
 
@@ -127,13 +129,20 @@ class Losses:
 
 
 def made(case: Case, layers: tuple[int, ...] | None = None) -> Any:
-    """The model in training, with its adapter; with its own numbers of layers, or with others."""
+    """The model in training, without its adapter; with its own numbers of layers, or with others."""
     module: Any = MODELS[case.model].make(*(layers or MODELS[case.model].layers)).train()
-    if case.adapter:
-        module.to(torch.bfloat16)
-        model: Any = SimpleNamespace(module=module, adapter=None, merged_adapter=None)
+    return module.to(torch.bfloat16) if case.adapter else module
+
+
+def adapt(case: Case, module: Any) -> None:
+    """Put the adapter into a model, sharded or not; each worker has all of it."""
+    model: Any = SimpleNamespace(module=module, adapter=None, merged_adapter=None)
+    with unset_fake_temporarily() as simulated:  # PEFT moves what it makes, which tensors without data do not allow
         attach(model, LORA, SimpleNamespace(path=case.model, revision=None), "-")  # type: ignore[arg-type]
-    return module
+    if simulated is not None:
+        for name, part in module.named_modules():
+            if ".lora_" in name:
+                emptied(part)
 
 
 def measure(workers: Workers, case: Case, module: Any, mesh: DeviceMesh | None) -> Bytes:
@@ -144,7 +153,10 @@ def measure(workers: Workers, case: Case, module: Any, mesh: DeviceMesh | None) 
     if mesh is not None:
         block, rest = gathered_bytes(module, case.precision)
         shard(module, mesh, case.precision)
-    pair = GradientPair(module.named_parameters(), sharded=module if mesh is not None else None)
+    if case.adapter:
+        adapt(case, module)
+    shards = mesh is not None and not case.adapter
+    pair = GradientPair(module.named_parameters(), sharded=module if shards else None)
     pair.restore_reached([True] * len(pair.parameters))  # otherwise the workers would agree on it, by values
     optimizer = torch.optim.AdamW(pair.parameters, lr=1e-5, fused=True)
     pair.assign_grads(workers)
@@ -187,9 +199,12 @@ def _settled(ledger: Ledger) -> int:
 
 def gathered_bytes(module: nn.Module, precision: str) -> tuple[int, int]:
     """Bytes of the largest block, and of the weights outside the blocks, as they are computed with."""
-    size = 2 if precision == "bf16" else 4
-    blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(module)]
-    return size * max(blocks), size * (sum(p.numel() for p in module.parameters()) - sum(blocks))
+
+    def size(part: nn.Module) -> int:
+        return sum(p.numel() * (2 if precision == "bf16" else p.element_size()) for p in part.parameters())
+
+    blocks = [size(block) for block in find_blocks(module)]
+    return max(blocks), size(module) - sum(blocks)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -250,8 +265,10 @@ def check(report: Report, model: str, counts: Iterable[int]) -> None:
     """Compare each number with that of real processes, at most 5 % off."""
     cases = {
         "sharded": Case(model, precision="fp32"),
+        "sharded, bf16": Case(model),
         "replicated": Case(model, sharded=False, precision="fp32"),
         "LoRA": Case(model, adapter=True, sharded=False, precision="fp32"),
+        "LoRA, sharded": Case(model, adapter=True, precision="fp32"),
     }
     for count in counts:
         for name, case in cases.items():
@@ -282,9 +299,10 @@ def tables() -> None:
     """The tables of docs/scaling.md, in GB."""
     for model in ("pi0_fast", "7B", "70B"):
         for name, case, counts in (
-            ("all weights, replicated", Case(model, sharded=False), (8,)),
-            ("all weights, sharded", Case(model), (8, 64, 512)),
-            ("LoRA", Case(model, adapter=True, sharded=False), (8,)),
+            ("all weights, replicated", Case(model, sharded=False), (1, 8)),
+            ("all weights, sharded", Case(model), COUNTS),
+            ("LoRA", Case(model, adapter=True, sharded=False), (1, 8)),
+            ("LoRA, sharded", Case(model, adapter=True), COUNTS),
         ):
             for count in counts:
                 found = simulate(case, count)

@@ -38,6 +38,15 @@ def test_a_sharded_worker_holds_its_part_of_twenty_bytes_a_parameter() -> None:
     assert found.all_reduce < 1000
 
 
+def test_a_worker_that_shares_a_frozen_model_holds_all_of_the_adapter() -> None:
+    shared, replica = (simulate(Case("tiny", adapter=True, sharded=sharded), 4) for sharded in (True, False))
+    assert (shared.gradients, shared.moments) == (replica.gradients, replica.moments)
+    assert shared.all_reduce == pytest.approx(replica.all_reduce, rel=0.01)
+    adapter = replica.weights - 2 * parameters("tiny")
+    assert shared.weights == pytest.approx(2 * parameters("tiny") / 4 + adapter, rel=0.01)
+    assert shared.reduce_scatter == 0 < shared.all_gather
+
+
 @pytest.mark.parametrize("sharded", [True, False])
 def test_layers_add_the_same_each(sharded: bool) -> None:
     case = Case("tiny", sharded=sharded)
@@ -73,5 +82,5 @@ def test_real_processes_hold_and_send_the_same(tmp_path: Path) -> None:
     report = Report("simulated", "-")
     check(report, "tiny", (2,))
     judged = [row for row in report.rows if row.target is not None]
-    assert len(judged) == 3
+    assert len(judged) == 5
     assert all(row.met for row in judged)

@@ -322,10 +322,11 @@ class Experiment(Section):
                 f"{sharding}, but {what}, and only one of the two is supported: leave it out, or set "
                 f"workers.sharding=none"
             )
-        if self.model.kind == "lerobot":
+        if self.model.kind == "lerobot" and self.model.dtype != "float32":
             raise ValueError(
-                f"{sharding}, but model.kind is lerobot: its policies call parts of their layers directly, for which "
-                f"nothing gathers the weights; set workers.sharding=none"
+                f"{sharding}, but model.dtype is {self.model.dtype}, beside which a LeRobot policy keeps its norms and "
+                f"its vision in float32, and weights of one type alone are gathered together: set model.dtype=float32 "
+                f"and train.precision=bf16"
             )
         if self.train.keep_best is not None:
             raise ValueError(

@@ -15,6 +15,7 @@ from craft_ray.lerobot.policy import LeRobotPolicy
 from craft_ray.lerobot.taps import Taps
 from craft_ray.method.pooling import Layout
 from craft_ray.models.base import Batch, evaluating
+from craft_ray.models.sharding import gathered
 
 
 class ACT(LeRobotPolicy):
@@ -38,8 +39,8 @@ class ACT(LeRobotPolicy):
     def _tokens(self, camera: str) -> int:
         """Tokens of one picture: the pixels of the backbone's last feature map."""
         picture = torch.zeros(1, *self.features[camera], device=self.device)
-        with torch.no_grad():
-            map_BCHW = self.policy.model.backbone(picture)["feature_map"]
+        with torch.no_grad(), self.autocast():
+            map_BCHW = gathered(self.module, lambda: self.policy.model.backbone(picture)["feature_map"])
         return int(map_BCHW.shape[2] * map_BCHW.shape[3])
 
     def make_taps(self) -> Taps:

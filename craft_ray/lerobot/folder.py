@@ -5,26 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.configs.policies import PreTrainedConfig
-from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from craft_ray.config import ModelConfig
-from craft_ray.errors import ConfigError, DataError, ModelError, first_line
+from craft_ray.errors import ConfigError, ModelError, first_line
+from craft_ray.lerobot.processors import Processors, check_statistics, merge_statistics
+from craft_ray.lerobot.sharding import without_data
 from craft_ray.lerobot.size import SIZE_FILE, sized
 from craft_ray.lerobot.tokenizers import (
     ACTION_TOKENIZER,
@@ -41,27 +39,6 @@ from craft_ray.quiet import without_prints
 
 WEIGHTS = "model.safetensors"
 SUPPORTED = ("pi0_fast", "pi05", "smolvla", "act")
-STATISTICS_NEEDED = {
-    NormalizationMode.IDENTITY: (),
-    NormalizationMode.MIN_MAX: ("min", "max"),
-    NormalizationMode.MEAN_STD: ("mean", "std"),
-    NormalizationMode.QUANTILES: ("q01", "q99"),
-    NormalizationMode.QUANTILE10: ("q10", "q90"),
-}
-"""The statistics that each way of scaling needs."""
-
-
-@dataclass
-class Processors:
-    """LeRobot's two pipelines: from a policy's inputs to tensors, and from its outputs to actions."""
-
-    before: Any
-    after: Any
-
-    def normalizers(self) -> Iterator[NormalizerProcessorStep | UnnormalizerProcessorStep]:
-        for step in (*self.before.steps, *self.after.steps):
-            if isinstance(step, NormalizerProcessorStep | UnnormalizerProcessorStep):
-                yield step
 
 
 @dataclass
@@ -75,11 +52,18 @@ class PolicyFolder:
     """The device that the folder's own configuration names."""
 
 
-def load_folder(config: ModelConfig, device: torch.device, weights: str | None) -> PolicyFolder:
+Share = Callable[[Callable[[], PreTrainedPolicy], Callable[[], PreTrainedPolicy]], PreTrainedPolicy]
+"""A policy that workers hold together: from what loads it, and what builds it without weights."""
+
+
+def load_folder(
+    config: ModelConfig, device: torch.device, weights: str | None, share: Share | None = None
+) -> PolicyFolder:
     """Load a policy with its processors.
 
     Args:
         weights: another folder to take the weights from; configuration and processors stay those of `config.path`.
+        share: how several workers hold it together, if they do.
 
     Raises:
         ConfigError: no policy loads from the path, or its type is not supported.
@@ -87,18 +71,32 @@ def load_folder(config: ModelConfig, device: torch.device, weights: str | None) 
     """
     path = _resolve(config)
     settings, own_device = _settings(path)
-    settings.device = str(device)
     _adapt(settings, config)
     local_names(settings, path)
     tokenizer = _action_tokenizer(config, settings)
-    with _silent(), sized(path), without_remote_code(tokenizer, config.trust_remote_code):
-        try:
-            policy = get_policy_class(settings.type)(settings)
-        except (ValueError, RuntimeError, OSError, ImportError) as error:
-            raise ConfigError(f"model.path {path}: no {settings.type} can be built ({first_line(error)})") from None
-    if "dtype" not in vars(settings):
-        policy.float()  # smolvla takes the dtype in which its vision-language model was published
-    load_weights(policy, path if weights is None else _resolve(config.model_copy(update={"path": weights})))
+
+    def build(on: torch.device) -> PreTrainedPolicy:
+        settings.device = str(on)
+        with _silent(), sized(path), without_remote_code(tokenizer, config.trust_remote_code):
+            try:
+                policy = get_policy_class(settings.type)(settings)
+            except (ValueError, RuntimeError, OSError, ImportError) as error:
+                raise ConfigError(f"model.path {path}: no {settings.type} can be built ({first_line(error)})") from None
+        if "dtype" not in vars(settings):
+            policy.float()  # smolvla takes the dtype in which its vision-language model was published
+        return policy
+
+    def load(on: torch.device) -> PreTrainedPolicy:
+        policy = build(on)
+        load_weights(policy, path if weights is None else _resolve(config.model_copy(update={"path": weights})))
+        return policy
+
+    def empty() -> PreTrainedPolicy:
+        with without_data():
+            return build(torch.device("meta"))
+
+    policy = load(device) if share is None else share(lambda: load(torch.device("cpu")), empty)
+    settings.device = str(device)
     return PolicyFolder(path, policy, _processors(config, settings, path, tokenizer), own_device)
 
 
@@ -129,7 +127,7 @@ def _action_tokenizer(config: ModelConfig, settings: PreTrainedConfig) -> Any:
 def _processors(config: ModelConfig, settings: PreTrainedConfig, path: Path, tokenizer: Any) -> Processors:
     with _silent(), without_remote_code(tokenizer, config.trust_remote_code):
         processors = _load_processors(settings, path, tokenizer)
-    _check_statistics(processors, path)
+    check_statistics(processors, path)
     if config.merge_statistics:
         merge_statistics(processors, config.merge_statistics)
     return processors
@@ -263,122 +261,30 @@ def _shared(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:
     return {key: groups[tensor.data_ptr()] if tensor.numel() else {key} for key, tensor in state.items()}
 
 
-def _check_statistics(processors: Processors, path: Path) -> None:
-    """Refuse a normaliser without statistics; LeRobot would leave the feature unscaled."""
-    for step in processors.normalizers():
-        stats = step.stats or {}
-        for name, feature in step.features.items():
-            mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
-            if lacking := [key for key in STATISTICS_NEEDED[mode] if key not in stats.get(name, {})]:
-                raise ModelError(
-                    f"model {path}: its normaliser has no statistics of {name} ({', '.join(lacking)}), which it scales "
-                    f"by {mode.value}: use the folder that LeRobot's training saved, with its policy_preprocessor "
-                    f"files"
-                )
-
-
-def merge_statistics(processors: Processors, datasets: tuple[str, ...]) -> None:
-    """Widen the normalisers' statistics to cover data sets. Of extremes the outer ones are kept; mean and variance are
-    pooled over all frames if the policy's folder stores its number of frames, otherwise with equal weights.
-
-    Raises:
-        ConfigError: a data set does not open.
-        DataError: it has other shapes, or lacks statistics that are needed.
-    """
-    others = {name: _dataset_statistics(name) for name in datasets}
-    for step in processors.normalizers():
-        merged = {}
-        for feature, own in (step.stats or {}).items():
-            needed = _needed(step, feature)
-            parts = [_numbers(own)]
-            for name, other in others.items():
-                if needed is not None and (needed or feature in other):
-                    parts.append(_mergeable(feature, _numbers(other.get(feature, {})), parts[0], needed, name))
-            merged[feature] = _merged(parts)
-        step.stats = merged
-        step.to(device=step.device, dtype=step.dtype)
-
-
-def _needed(step: NormalizerProcessorStep | UnnormalizerProcessorStep, feature: str) -> Sequence[str] | None:
-    """The statistics of a feature that a data set must have. None for a camera, which keeps its own: its range is
-    known, and they are often ImageNet's."""
-    known = step.features.get(feature)
-    if known is None or known.type is FeatureType.VISUAL:
-        return () if known is None else None
-    return STATISTICS_NEEDED[step.norm_map.get(known.type, NormalizationMode.IDENTITY)]
-
-
-def _numbers(stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {key: np.asarray(value, dtype=np.float64) for key, value in stats.items()}
-
-
-def _mergeable(
-    feature: str, other: dict[str, np.ndarray], own: dict[str, np.ndarray], needed: Sequence[str], dataset: str
-) -> dict[str, np.ndarray]:
-    """A data set's statistics of a feature, if they can be merged with the policy's.
-
-    Raises:
-        DataError: they have other shapes, or lack statistics that are needed.
-    """
-    if lacking := [key for key in needed if key not in other]:
-        raise DataError(
-            f"model.merge_statistics: {dataset} has no statistics of {feature} ({', '.join(lacking)}), by which the "
-            f"policy scales it: leave that data set out"
-        )
-    for key in (own.keys() & other.keys()) - {"count"}:
-        ours, theirs = own[key].squeeze().shape, other[key].squeeze().shape
-        if ours != theirs:
-            raise DataError(
-                f"model.merge_statistics: {feature} is {list(theirs)} in {dataset}, but {list(ours)} in the policy: "
-                f"leave that data set out"
-            )
-    return other
-
-
-def _dataset_statistics(name: str) -> dict[str, dict[str, Any]]:
-    path = Path(name)
-    try:
-        metadata = LeRobotDatasetMetadata(path.name, root=path) if path.is_dir() else LeRobotDatasetMetadata(name)
-    except Exception as error:  # from the hub or from damaged files
-        raise ConfigError(f"model.merge_statistics: {name} is not a LeRobotDataset ({first_line(error)})") from None
-    return metadata.stats or {}
-
-
-def _merged(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    keys = set.intersection(*(set(part) for part in parts))
-    weights = np.array([float(part["count"].max()) if "count" in keys else 1.0 for part in parts])
-    weights /= weights.sum()
-
-    def mean(values: list[np.ndarray]) -> np.ndarray:
-        return sum((w * v for w, v in zip(weights, values, strict=True)), np.zeros_like(values[0]))
-
-    merged = {"min": np.minimum.reduce, "max": np.maximum.reduce}
-    result = {key: merge([part[key] for part in parts]) for key, merge in merged.items() if key in keys}
-    for key, outer in (("q01", np.minimum), ("q10", np.minimum), ("q90", np.maximum), ("q99", np.maximum)):
-        if key in keys:  # the outer one, as for extremes: the range covers both
-            result[key] = outer.reduce([part[key] for part in parts])
-    if {"mean", "std"} <= keys:
-        result["mean"] = mean([part["mean"] for part in parts])
-        result["std"] = np.sqrt(mean([part["std"] ** 2 + (part["mean"] - result["mean"]) ** 2 for part in parts]))
-    if "count" in keys:
-        result["count"] = sum((part["count"] for part in parts), np.zeros_like(parts[0]["count"]))
-    return result
-
-
-def save_folder(found: PolicyFolder, folder: Path, final: Path | None = None, adapter: Adapter | None = None) -> None:
+def save_folder(
+    found: PolicyFolder,
+    folder: Path,
+    final: Path | None = None,
+    adapter: Adapter | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write a folder that both LeRobot's `from_pretrained` and `load_folder` load; with an adapter, the one that
     LeRobot's `make_policy` loads, with the adapter in place of the weights. Tokenizers inside the policy's own folder
     are copied.
 
     Args:
         final: the folder's final path, if it is first written elsewhere.
+        weights: those of the policy, if it does not hold all of them itself.
     """
     settings = found.policy.config
     device, settings.device = settings.device, found.device
     settings.use_peft = adapter is not None
     try:
         with _silent():
-            (found.policy.save_pretrained if adapter is None else adapter.save)(folder)
+            if adapter is None:
+                found.policy.save_pretrained(folder, state_dict=weights)
+            else:
+                adapter.save(folder)
             settings.save_pretrained(folder)
             found.processors.before.save_pretrained(folder)
             found.processors.after.save_pretrained(folder)

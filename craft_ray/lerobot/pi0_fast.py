@@ -8,8 +8,9 @@ do not depend on the suffix, so anchors that need only those leave it out, which
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,15 @@ from craft_ray.data.sample import Sample
 from craft_ray.data.source import Source
 from craft_ray.errors import ConfigError, DataError
 from craft_ray.lerobot.folder import PolicyFolder
-from craft_ray.lerobot.policy import LANGUAGE, LANGUAGE_MASK, LeRobotPolicy, image_tokens, padded
+from craft_ray.lerobot.policy import LANGUAGE, LANGUAGE_MASK, LeRobotPolicy, Output, image_tokens, padded
+from craft_ray.lerobot.sharding import in_step
 from craft_ray.lerobot.taps import Taps
 from craft_ray.method.pooling import Layout
 from craft_ray.models.base import IGNORE, Batch, Features, evaluating
 from craft_ray.models.capabilities import TensorModel, TokenModel
 from craft_ray.models.fingerprint import json_fingerprint
 from craft_ray.models.readings import Reading
+from craft_ray.models.sharding import gathered
 from craft_ray.models.tokens import clip_suffix, token_log_probs
 
 SUFFIX, SUFFIX_MASK = "action.tokens", "action.token_mask"
@@ -286,13 +289,17 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
     def token_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs = self.inputs(batch)
         most, columns = inputs[SUFFIX].shape[1], batch.targets_BP.shape[1]
-        with self.autocast():
-            hidden, _, _ = self.without_dropout("likelihood of tokens", lambda: self._run(inputs))
+
+        def logits() -> Tensor:
+            hidden, _, _ = self._run(inputs)
             feeding = torch.cat([self._before_suffix(hidden, inputs), hidden[:, -most:-1]], 1)[:, most - columns :]
-            logits_BPV = self._paligemma.lm_head(feeding)
+            return self._paligemma.lm_head(feeding)
+
+        with self.autocast():
+            logits_BPV = self.without_dropout("likelihood of tokens", logits)
         return token_log_probs(logits_BPV, batch.targets_BP)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, features: Sequence[Features], max_new_tokens: int) -> list[list[int]]:
         """Greedy tokens under the attention mask of training.
 
@@ -304,8 +311,23 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         stop = self._end if acting else self.tokenizer.eos_token_id
         inputs = self.inputs(self.collate(features).to(self.device))
         with evaluating(self.module), self.autocast():
-            tokens = self._greedy(inputs, stop, max_new_tokens)
+            generating = partial(self._in_step, partial(self._greedy, inputs, stop, max_new_tokens))
+            tokens = gathered(self.module, generating)
         return [clip_suffix(row, {stop}) for row in tokens.tolist()]
+
+    def _in_step(self, generating: Callable[[], Output]) -> Output:
+        """What `generating` returns. If the policy is sharded, one that is done makes the passes of the others."""
+        if not self.sharded:
+            return generating()
+        model, dtype = self.policy.model.paligemma_with_expert, self._paligemma.lm_head.weight.dtype
+        nothing = torch.zeros(1, 1, self.hidden_size, device=self.device, dtype=dtype)
+        zero = torch.zeros(1, 1, device=self.device, dtype=torch.long)
+
+        def idle() -> None:
+            model.forward(attention_mask=None, position_ids=zero, inputs_embeds=[nothing, None], use_cache=False)
+
+        with in_step(self._paligemma.model.language_model.embed_tokens, idle, self.device):
+            return generating()
 
     def _greedy(self, inputs: Mapping[str, Tensor], stop: int, most: int) -> Tensor:
         """Up to `most` tokens [B, T] that follow those of the batch, until every row has produced `stop`."""
@@ -338,8 +360,9 @@ class PI0Fast(TokenModel, TensorModel, LeRobotPolicy):
         settings.n_action_steps, settings.validate_action_token_prefix = settings.chunk_size, False
         level = logging.root.manager.disable
         logging.disable(logging.WARNING)
+        predict = super().predict
         try:
-            return super().predict(inputs)
+            return self._in_step(lambda: predict(inputs))
         finally:
             settings.n_action_steps, settings.validate_action_token_prefix = own
             logging.disable(level)

@@ -15,8 +15,10 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lerobot.configs import FeatureType, NormalizationMode
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from craft_ray.config import ModelConfig, Precision
 from craft_ray.config.modes import stores
@@ -33,6 +35,7 @@ from craft_ray.models.base import Batch, Features, evaluating
 from craft_ray.models.capabilities import OptimizerPreset, PresetModel, token_model
 from craft_ray.models.dropout import disable_dropout, drawing, silence
 from craft_ray.models.fingerprint import json_fingerprint, tokenizer_identity, weights_fingerprint
+from craft_ray.models.sharding import gathered, whole_state
 
 ACTION = "action"
 IS_PAD = "action_is_pad"
@@ -61,6 +64,7 @@ class LeRobotPolicy(PresetModel):
         self.policy: Any = folder.policy
         self.settings: Any = folder.policy.config
         self.module: nn.Module = folder.policy
+        self.sharded = isinstance(folder.policy, FSDPModule)
         self.module.to(device)
         self.module.train()
         if config.disable_dropout:
@@ -230,22 +234,31 @@ class LeRobotPolicy(PresetModel):
 
     def hidden_states(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
         inputs = self.inputs(batch)
-        with self.autocast(), self.taps.capture(layers) as seen:
-            self.without_dropout("hidden state", lambda: self.run_prompt(inputs))
-        return [seen[k] for k in layers]
 
-    def without_dropout(self, result: str, forward: Callable[[], Output]) -> Output:
-        """The output of `forward`; before the first one in training mode, dropout that no module declares is found
-        by running it, and turned off.
+        def states() -> list[Tensor]:
+            with self.taps.capture(layers) as seen:
+                self.run_prompt(inputs)
+            return [seen[k] for k in layers]
+
+        with self.autocast():
+            return self.without_dropout("hidden state", states)
+
+    def without_dropout(self, result: str, function: Callable[[], Output]) -> Output:
+        """The output of `function`, which may call any part of the policy; before the first one in training mode,
+        dropout that no module declares is found by running it, and turned off.
 
         The policy's own core draws random numbers on purpose (noise, times, a latent), and keeps them.
 
         Args:
-            result: what `forward` computes.
+            result: what `function` computes.
 
         Raises:
             ModelError: a part draws random numbers even in evaluation mode.
         """
+
+        def forward() -> Output:
+            return gathered(self.module, function)
+
         if self.config.disable_dropout and self.module.training and result not in self._without_dropout:
             on_purpose = frozenset({self.module, self.policy.model})
             devices = [self.device] if self.device.type == "cuda" else []
@@ -267,7 +280,7 @@ class LeRobotPolicy(PresetModel):
         if stores(modes, "suffix") or "suffix" in positions:
             token_model(self)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def act(self, samples: Sequence[Sample]) -> np.ndarray:
         """The actions to execute next, [B, n_action_steps, D] in the robot's units: LeRobot's own inference.
 
@@ -283,7 +296,7 @@ class LeRobotPolicy(PresetModel):
         moved = {k: v.to(self.device) for k, v in encoded.items() if isinstance(v, Tensor)}
         moved = {k: v.float() / 255 if v.dtype == torch.uint8 else v for k, v in moved.items()}
         with evaluating(self.module), self.autocast():
-            actions = self.predict(moved)
+            actions = gathered(self.module, lambda: self.predict(moved))
         actions = self.folder.processors.after(actions.float())
         return actions[:, : self.settings.n_action_steps].cpu().numpy()
 
@@ -308,7 +321,12 @@ class LeRobotPolicy(PresetModel):
         return list(self.folder.processors.before.steps)
 
     def save(self, folder: Path, final: Path | None = None) -> None:
-        save_folder(self.folder, folder, final, self.adapter)
+        weights = None
+        if self.trains_shards:
+            weights = whole_state(self.module, keep=dist.get_rank() == 0)
+            if dist.get_rank() != 0:
+                return
+        save_folder(self.folder, folder, final, self.adapter, weights)
 
 
 def _step_identity(step: Any) -> Any:

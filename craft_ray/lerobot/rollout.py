@@ -19,6 +19,7 @@ from craft_ray.errors import ConfigError, DataError
 from craft_ray.lerobot.policy import LeRobotPolicy
 from craft_ray.models.base import Model
 from craft_ray.models.fingerprint import json_fingerprint
+from craft_ray.workers import OneWorker, Workers
 
 FILM_PICTURES = 8
 FILM_HEIGHT = 128
@@ -181,8 +182,11 @@ class Rollouts:
         while self._simulations:
             self._simulations.pop().close()
 
-    def run(self, model: Model, rows: Sequence[int]) -> list[dict[str, Any]]:
+    def run(self, model: Model, rows: Sequence[int], workers: Workers | None = None) -> list[dict[str, Any]]:
         """Run these episodes and return their records. A policy's random numbers depend only on the first row.
+
+        Args:
+            workers: those that share the policy, if it is sharded: each must run episodes at the same time.
 
         Raises:
             DataError: the policy returns an action that is not finite.
@@ -196,12 +200,16 @@ class Rollouts:
         device = [policy.device] if policy.device.type == "cuda" else []
         with torch.random.fork_rng(device):
             torch.manual_seed(self.config.seed + rows[0])
-            self._play(policy, episodes)
+            self._play(policy, episodes, workers if workers is not None and policy.sharded else OneWorker())
         return [episode.record() for episode in episodes]
 
-    def _play(self, policy: LeRobotPolicy, running: Sequence[_Episode]) -> None:
-        """Run all episodes to their ends, side by side."""
-        while running:
+    def _play(self, policy: LeRobotPolicy, running: Sequence[_Episode], workers: Workers) -> None:
+        """Run all episodes to their ends, side by side. A worker whose episodes are over makes the others' passes."""
+        samples: list[Sample] = []
+        while any(workers.gather(bool(running))):
+            if not running:
+                policy.act(samples)
+                continue
             samples = [Sample(e.id, e.prompt, frame=self._renamed(e.simulation.observe())) for e in running]
             for episode, actions in zip(running, policy.act(samples), strict=True):
                 if not np.isfinite(actions).all():

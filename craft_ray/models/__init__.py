@@ -127,7 +127,7 @@ def _load(
         with uncollected():
             from craft_ray.lerobot.kinds import load_policy
 
-        return load_policy(config, precision, device, weights)
+        return load_policy(config, precision, device, weights, mesh)
     with uncollected():
         from craft_ray.models.causal_lm import CausalLM
         from craft_ray.models.vision_language import VisionLanguageModel

@@ -8,10 +8,10 @@ data and receive one weight at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from craft_ray.errors import ConfigError, ModelError, first_line
 
+Output = TypeVar("Output")
+
 if TYPE_CHECKING:  # loading a model needs no pydantic
     from craft_ray.config import Precision, WorkersConfig
     from craft_ray.workers import Workers
 
 BASE_FORWARD = "craft_base_forward"
 """The method of a sharded module that runs its base model: a direct call would find the root's weights sharded."""
+RUN = "craft_run"
+"""The method of a sharded module that runs a function."""
 
 
 def open_mesh(config: WorkersConfig, workers: Workers) -> DeviceMesh | None:
@@ -43,13 +47,19 @@ def open_mesh(config: WorkersConfig, workers: Workers) -> DeviceMesh | None:
 
 
 def load_sharded(
-    load: Callable[[], Any], empty: Callable[[], Any], mesh: DeviceMesh, precision: Precision, device: torch.device
+    load: Callable[[], Any],
+    empty: Callable[[], Any],
+    mesh: DeviceMesh,
+    precision: Precision,
+    device: torch.device,
+    blocks: Callable[[Any], Sequence[nn.Module]] | None = None,
 ) -> Any:
     """A module whose weights rank 0 loads and all workers share. Each of them has one whole weight at a time.
 
     Args:
         load: the module with its weights, on the host; called by rank 0.
         empty: the same module on the meta device; called by the others.
+        blocks: finds what is gathered at a time; by default the layers that the module repeats.
 
     Raises:
         ModelError: it has no blocks that can be sharded, or keeps tensors that no other worker can be given.
@@ -57,7 +67,7 @@ def load_sharded(
     module = load() if dist.get_rank() == 0 else empty()
     # A tied weight has one name here: FSDP keeps it tied.
     whole = dict(module.named_parameters()) if dist.get_rank() == 0 else {}
-    shard(module, mesh, precision)
+    shard(module, mesh, precision, (blocks or find_blocks)(module))
     if dist.get_rank() != 0:
         module.to_empty(device=device)
     else:
@@ -66,9 +76,10 @@ def load_sharded(
         spread(whole.pop(name).detach() if whole else None, parameter)
     for _, buffer in module.named_buffers():
         dist.broadcast(buffer, 0)
-    generation = [getattr(module, "generation_config", None)]
-    dist.broadcast_object_list(generation, 0)
-    module.generation_config = generation[0]
+    if hasattr(module, "generation_config"):
+        generation = [module.generation_config]
+        dist.broadcast_object_list(generation, 0)
+        module.generation_config = generation[0]
     hidden = [name for part in module.modules() for name, value in vars(part).items() if _is_meta(value)]
     if hidden:
         raise ModelError(
@@ -78,14 +89,16 @@ def load_sharded(
     return module
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, precision: Precision) -> FSDPModule:
+def shard(
+    module: nn.Module, mesh: DeviceMesh, precision: Precision, blocks: Sequence[nn.Module] | None = None
+) -> FSDPModule:
     """Shard a module in place: each block, then the rest as the root. In bf16, weights are gathered and computed with
     in bfloat16; the shards, and the sums of gradients, stay as they are."""
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     try:
-        for block in find_blocks(module):
+        for block in find_blocks(module) if blocks is None else blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         sharded: FSDPModule = fully_shard(module, mesh=mesh, mp_policy=policy)
     except (ValueError, NotImplementedError) as error:  # a weight without dimensions, or one on another device
@@ -96,7 +109,16 @@ def shard(module: nn.Module, mesh: DeviceMesh, precision: Precision) -> FSDPModu
     if hasattr(module, "base_model"):
         setattr(module, BASE_FORWARD, _base_forward(module))
         register_fsdp_forward_method(module, BASE_FORWARD)
+    setattr(module, RUN, lambda function: function())
+    register_fsdp_forward_method(module, RUN)
     return sharded
+
+
+def gathered(module: Any, function: Callable[[], Output]) -> Output:
+    """What `function` returns. If the module is sharded, its weights outside the blocks are gathered meanwhile, so that
+    the function may call any of its parts; what needs a gradient must be in a tensor, tuple, list or dict."""
+    result: Output = getattr(module, RUN)(function) if isinstance(module, FSDPModule) else function()
+    return result
 
 
 def _base_forward(module: Any) -> Callable[..., Any]:
@@ -123,7 +145,7 @@ def find_blocks(
         ConfigError: there are none, or they hold less than half of the weights outside embeddings and head, so that
             most of the model would be gathered at once.
     """
-    blocks = [block for layers in _outermost_lists(module) for block in layers if _size([block])]
+    blocks = repeated_layers(module)
     ends = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     head = getattr(module, "get_output_embeddings", lambda: None)()
     inner = _size([module]) - _size([*ends, *([] if head is None else [head])])
@@ -131,6 +153,11 @@ def find_blocks(
         share = f"hold {_size(blocks):,} of its {inner:,} weights" if blocks else "are not found"
         raise ConfigError(f"{what} its repeated layers, and those of a {class_name(module)} {share}: {remedy}")
     return blocks
+
+
+def repeated_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers with weights in the outermost lists of modules of one kind."""
+    return [layer for layers in _outermost_lists(module) for layer in layers if _size([layer])]
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:

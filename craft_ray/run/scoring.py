@@ -82,8 +82,12 @@ class Episodes(Protocol):
         """
         ...
 
-    def run(self, model: Model, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The records of these episodes, which run in parallel."""
+    def run(self, model: Model, rows: Sequence[int], workers: Workers) -> list[dict[str, Any]]:
+        """The records of these episodes, which run in parallel.
+
+        Args:
+            workers: if the model is sharded, each of them runs episodes at the same time.
+        """
         ...
 
 
@@ -366,8 +370,8 @@ def _harness(data: EvalData, rows: Sequence[int], workers: Workers) -> list[dict
     return data.harness.run(data.model, rows, data.eval_set.batch_size, workers)
 
 
-def _success(data: EvalData, rows: Sequence[int], _: Workers) -> list[dict[str, Any]]:
-    return data.episodes.run(data.model, rows)
+def _success(data: EvalData, rows: Sequence[int], workers: Workers) -> list[dict[str, Any]]:
+    return data.episodes.run(data.model, rows, workers)
 
 
 def _record(sample: Sample, prediction: str, response: str, found: bool | float) -> dict[str, Any]:

@@ -416,8 +416,8 @@ def test_a_threshold_of_the_dot_product_has_any_size(minimal: Path) -> None:
             "anchors: gpus_per_actor is 1.5: specify a fraction of one GPU, or a whole number",
         ),
         (
-            ["workers.sharding=full", "workers.num_workers=2", "model.kind=lerobot"],
-            "workers.sharding is full, but model.kind is lerobot",
+            ["workers.sharding=full", "workers.num_workers=2", "model.kind=lerobot", "model.dtype=bfloat16"],
+            "workers.sharding is full, but model.dtype is bfloat16, beside which a LeRobot policy",
         ),
     ],
 )

@@ -28,8 +28,8 @@ from craft_ray.data.frame import Frame
 from craft_ray.data.sample import Sample
 from craft_ray.data.source import open_source
 from craft_ray.errors import CacheRefused, ConfigError, CraftError, DataError, ModelError
-from craft_ray.lerobot.folder import Processors, merge_statistics
 from craft_ray.lerobot.pi0_fast import PI0Fast
+from craft_ray.lerobot.processors import Processors, merge_statistics
 from craft_ray.lerobot.size import SIZE_FILE, sized
 from craft_ray.lerobot.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, write_text_tokenizer
 from craft_ray.models import load_model

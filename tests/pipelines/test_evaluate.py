@@ -23,6 +23,7 @@ from craft_ray.models.base import Model
 from craft_ray.run.folder import RunFolder
 from craft_ray.run.scoring import Score
 from craft_ray.statistics import mcnemar
+from craft_ray.workers import Workers
 from tests.support.commands import Command, one_line
 from tests.support.experiments import ANSWERED, Digits
 
@@ -188,7 +189,7 @@ class Attempts:
 
     def check(self, model: Model) -> None: ...
 
-    def run(self, model: Model, rows: Sequence[int]) -> list[dict[str, Any]]:
+    def run(self, model: Model, rows: Sequence[int], workers: Workers) -> list[dict[str, Any]]:
         luck = int(model.weights_fingerprint(), 16) >> 8
         return [{"correct": bool(luck >> row & 1), "steps": row} for row in rows]
 

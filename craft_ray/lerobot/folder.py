@@ -32,9 +32,8 @@ from craft_ray.lerobot.tokenizers import (
     local_names,
     without_remote_code,
 )
-from craft_ray.models.adapter import CONFIG as ADAPTER
 from craft_ray.models.adapter import Adapter
-from craft_ray.models.loading import hub_adapter
+from craft_ray.models.loading import refuse_hub_adapter
 from craft_ray.quiet import without_prints
 
 WEIGHTS = "model.safetensors"
@@ -142,12 +141,10 @@ def _resolve(config: ModelConfig) -> Path:
     try:
         found = Path(snapshot_download(config.path, revision=config.revision))
     except Exception as error:  # the hub's client may raise any exception
-        raise ConfigError(
-            f"model.path {config.path}: there is no such folder, and no such policy on the hub or in its local cache "
-            f"({first_line(error)})"
-        ) from None
-    if (found / ADAPTER).is_file() and not (found / WEIGHTS).is_file():
-        raise hub_adapter(config.path)
+        where = "there is no such folder, and no such policy on the hub or in its local cache"
+        raise ConfigError(f"model.path {config.path}: {where} ({first_line(error)})") from None
+    if not (found / WEIGHTS).is_file():
+        refuse_hub_adapter(config.path, config.revision)
     return found
 
 
@@ -226,9 +223,7 @@ def load_weights(policy: PreTrainedPolicy, path: Path) -> None:
     """
     file = path / WEIGHTS
     if not file.exists():
-        raise ModelError(
-            f"model {path} has no {WEIGHTS}: the policy would be random; specify a folder with its weights"
-        )
+        raise ModelError(f"model {path} has no {WEIGHTS}: the policy would be random; specify a folder that has it")
     try:
         state = load_file(file)
     except (SafetensorError, OSError) as error:

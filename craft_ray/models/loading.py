@@ -98,14 +98,10 @@ def refuse_hub_adapter(path: str, revision: str | None) -> None:
         ConfigError: it does.
     """
     if not Path(path).is_dir() and find_adapter_config_file(path, revision=revision) is not None:
-        raise hub_adapter(path)
-
-
-def hub_adapter(path: str) -> ConfigError:
-    return ConfigError(
-        f"model.path {path} is an adapter on the hub: download it (hf download {path} --local-dir FOLDER), and specify "
-        f"its folder as model.path"
-    )
+        raise ConfigError(
+            f"model.path {path} is an adapter on the hub: download it (hf download {path} --local-dir FOLDER), and "
+            f"specify its folder as model.path"
+        )
 
 
 def spread_options(gpus: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from craft_ray.data.sampler import StepSampler
 from craft_ray.errors import CacheRefused, DataError
 from craft_ray.method.dual import DualState, epsilon_at, epsilon_reached
 from craft_ray.models.base import evaluating
+from craft_ray.models.features import FeatureCache
 from craft_ray.pace import Report, unreported
 from craft_ray.retention.continuation import anchor_agreement
 from craft_ray.retention.keep import KeptShare
@@ -37,6 +38,7 @@ class Constraint:
         skill: its name, where a config names several.
         stream: gives it an order of its own under the run's seed.
         report: receives how far a pass over the held-out anchors is that takes long.
+        features: preprocessed anchors of earlier runs in this process.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Constraint:
         skill: str | None = None,
         stream: int = ANCHOR_STREAM,
         report: Report = unreported,
+        features: FeatureCache | None = None,
     ) -> None:
         self.skill = skill
         self.craft = craft_of(config, skill)
@@ -57,6 +60,7 @@ class Constraint:
         self.share = None if self.craft.keep is None else KeptShare(self.craft.keep, self.craft.epsilon_start)
         self._workers = workers
         self._report = report
+        self._features = features
         self._together = config.craft.anchor_batch_size
         self._steps = config.train.steps
         self._sampler = StepSampler(len(self.train_rows), self.craft.anchor_batch_size, config.seed, stream)
@@ -151,7 +155,9 @@ class Constraint:
         them the student continues as the teacher did, where the cache tells."""
         loss, epsilon = self.heldout_loss(step), self.final_epsilon
         multiplier = None if self.dual is None else float(self.dual.multiplier)
-        agreement = anchor_agreement(self.mode, self.heldout_rows, self._together, self._workers, self._report)
+        agreement = anchor_agreement(
+            self.mode, self.heldout_rows, self._together, self._workers, self._features, self._report
+        )
         return {
             "retention_mode": self.mode.name,
             "retention_loss": loss,

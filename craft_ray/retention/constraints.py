@@ -67,11 +67,11 @@ def open_constraints(
     report = report if workers.rank == 0 else unreported
     mode = open_mode(config, model, teacher_weights, features, report)
     if not config.skills:
-        return Constraints(config, [Constraint(config, mode, workers, report=report)], workers)
+        return Constraints(config, [Constraint(config, mode, workers, report=report, features=features)], workers)
     if not isinstance(mode, SampleMode):
         raise ConfigError(f"craft.retention_mode {mode.name} holds no single anchors, so it cannot hold several skills")
     streams = enumerate(config.skills, ANCHOR_STREAM)
-    each = [Constraint(config, mode, workers, name, stream, report) for stream, name in streams]
+    each = [Constraint(config, mode, workers, name, stream, report, features) for stream, name in streams]
     return Constraints(config, each, workers)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from craft_ray import interruption
 from craft_ray.models.capabilities import token_model
+from craft_ray.models.features import FeatureCache
 from craft_ray.pace import Pace, Report, unreported
-from craft_ray.retention.inputs import AnchorFeatures
+from craft_ray.retention.inputs import anchor_features
 from craft_ray.retention.mode import RetentionMode, SampleMode, batches_of
 from craft_ray.statistics import CONFIDENCE, rate_upper_bound
 from craft_ray.workers import Workers
@@ -26,7 +27,12 @@ AT_ONCE = 32
 
 
 def anchor_agreement(
-    mode: RetentionMode[Any], rows: Sequence[int], batch_size: int, workers: Workers, report: Report = unreported
+    mode: RetentionMode[Any],
+    rows: Sequence[int],
+    batch_size: int,
+    workers: Workers,
+    cache: FeatureCache | None = None,
+    report: Report = unreported,
 ) -> dict[str, Any] | None:
     """Continue anchors greedily, as far as the teacher did when the cache was built, and compare the tokens.
 
@@ -37,6 +43,7 @@ def anchor_agreement(
         rows: the anchors of the cache that training has not seen. Of more than `MOST_ANCHORS`, so many are drawn, the
             same ones for each run on the cache.
         batch_size: anchors in a batch, as far as `AT_ONCE`.
+        cache: preprocessed anchors of earlier runs in this process.
         report: receives how many anchors are continued.
 
     Returns:
@@ -50,7 +57,7 @@ def anchor_agreement(
     # What an earlier script generated was ended by its own rules, which its shards do not say.
     if not anchors.has_suffix or identity.suffix_from != "teacher" or identity.imported:
         return None
-    model, features = token_model(mode.model), AnchorFeatures(mode.model, anchors, False, False)
+    model, prompts = token_model(mode.model), anchor_features(mode.model, anchors, cache=cache)
     chosen = sorted(random.Random(0).sample(list(rows), min(len(rows), MOST_ANCHORS)))
     own = chosen[workers.rank :: workers.world_size]
     repeated = -(-len(chosen) // workers.world_size) - len(own) if model.sharded else 0
@@ -58,7 +65,7 @@ def anchor_agreement(
     same: list[bool] = []
     for part in batches_of([*own, *chosen[-1:] * repeated], min(batch_size, AT_ONCE)):
         interruption.check()
-        continued = model.generate([features(row) for row in part], identity.max_new_tokens)
+        continued = model.generate([prompts(row) for row in part], identity.max_new_tokens)
         same += [tokens == anchors.suffix(row) for row, tokens in zip(part, continued, strict=True)]
         pace.reached(len(same) * workers.world_size)
     pace.end()

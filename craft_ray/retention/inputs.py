@@ -12,7 +12,7 @@ from craft_ray.anchors.reader import AnchorSet
 from craft_ray.errors import CacheRefused
 from craft_ray.models.base import Batch, Features, Model
 from craft_ray.models.capabilities import tensor_model, token_model
-from craft_ray.models.features import FeatureCache
+from craft_ray.models.features import FeatureCache, FeatureSource
 
 
 class AnchorInputs:
@@ -32,14 +32,9 @@ class AnchorInputs:
         cache: FeatureCache | None = None,
         with_response: bool = False,
     ) -> None:
-        assert not (with_suffix and with_response)
         self._model = model
         self._anchors = anchors
-        follows = "response" if with_response else f"suffix {with_suffix}"
-        self._features = (cache or FeatureCache()).source(
-            AnchorFeatures(model, anchors, with_suffix, with_response),
-            *(anchors.fingerprint, follows, model.sample_fingerprint()),
-        )
+        self._features = anchor_features(model, anchors, with_suffix, with_response, cache)
 
     def batch(self, rows: Sequence[int], positions: Sequence[str] | None = None) -> Batch:
         """The anchors of these rows on the host; with `positions`, also the plan that pools their hidden states."""
@@ -64,6 +59,28 @@ class AnchorInputs:
             f"anchor {self._anchors.id(rows[row])} has {theirs[row]} {what} in the cache, this run's preprocessing "
             f"yields {ours[row]}: the cache was built with another preprocessor, build it again"
         )
+
+
+def anchor_features(
+    model: Model,
+    anchors: AnchorSet,
+    with_suffix: bool = False,
+    with_response: bool = False,
+    cache: FeatureCache | None = None,
+) -> FeatureSource[int]:
+    """Preprocessed anchors by row, each made once.
+
+    Args:
+        with_suffix: whether the cached suffix tokens follow the prompt.
+        with_response: whether the data's own responses do.
+        cache: features of earlier runs in this process.
+    """
+    assert not (with_suffix and with_response)
+    follows = "response" if with_response else f"suffix {with_suffix}"
+    return (cache or FeatureCache()).source(
+        AnchorFeatures(model, anchors, with_suffix, with_response),
+        *(anchors.fingerprint, follows, model.sample_fingerprint()),
+    )
 
 
 @dataclass(frozen=True)

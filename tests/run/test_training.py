@@ -73,7 +73,7 @@ def test_baseline_equals_a_plain_adamw_loop_bit_for_bit(digits: Digits, cached: 
     [
         {},
         {"craft.retention_freq": 2, "craft.retention_mode": "token_ce", "craft.epsilon_start": 0.001},
-        pytest.param({"train.optimizer": "adamw_8bit"}, marks=pytest.mark.slow),
+        pytest.param({"train.optimizer": "adamw_8bit"}, marks=pytest.mark.slow, id="moments_in_8_bits"),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(

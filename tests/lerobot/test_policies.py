@@ -620,7 +620,7 @@ def first_layer(model: LeRobotPolicy) -> str:
 
 
 def results(model: LeRobotPolicy) -> tuple[Tensor, Tensor]:
-    batch = model.collate([model.preprocess_task(s) for s in (sample(0), sample(1, TASKS[1], steps=12))], ("all",))
+    batch = model.collate([model.preprocess_task(s) for s in (sample(0), sample(1, TASKS[1]))], ("all",))
     torch.manual_seed(5)
     with torch.no_grad():
         return model.task_loss(batch), model.hidden_states(batch, [1])[0]

@@ -102,6 +102,7 @@ def problem(folder: Path) -> Experiment:
         "workers.num_workers": 0,
         "workers.threads": 1,
         "evaluation.old.replies": 0,
+        "evaluation.new.replies": 0,
     }
     config = load_config(CONFIG, base=folder).changed(changes)
     build(config)

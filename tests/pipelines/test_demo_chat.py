@@ -81,3 +81,4 @@ def test_the_report_shows_replies_side_by_side(tmp_path: Path, monkeypatch: pyte
     assert list(summary) == ["baseline", "hidden", "logits"]
     page = Page((tmp_path / "report.html").read_text())
     assert "with what each model replies to them" in page.text
+    assert "The new skill, before and after" in page.text

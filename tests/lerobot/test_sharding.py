@@ -39,6 +39,7 @@ from craft_ray.workers import OneWorker, Workers
 from tests.support.processes import on_workers
 from tests.support.robots import TASKS, small_policy, write_dataset
 from tests.support.robots_others import small_act, small_pi05, small_pi05_sizes, small_smolvla
+from tests.support.runs import trained_together
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # two processes
 
@@ -276,14 +277,6 @@ def experiment(root: Path, changes: dict[str, Any] | None = None) -> Experiment:
     return parse_config(tree, "test").changed(changes or {})
 
 
-def run_of(workers: Workers, config: Experiment, path: Path) -> None:
-    folder = RunFolder(path)
-    if workers.rank == 0:
-        folder.begin(config, ["test"])
-    workers.gather(None)
-    train(config, folder, workers, NullObserver())
-
-
 def resumed(workers: Workers, path: Path, source: Path, config: Experiment) -> None:
     """A run from the checkpoint of step 2 of another one."""
     if workers.rank == 0:
@@ -297,7 +290,7 @@ def resumed(workers: Workers, path: Path, source: Path, config: Experiment) -> N
 
 def as_two(workers: Workers, root: Path) -> None:
     for name, changes in VARIANTS.items():
-        run_of(workers, experiment(root, {**changes, **SHARDED}), root / "two" / name)
+        trained_together(workers, experiment(root, {**changes, **SHARDED}), root / "two" / name)
     resumed(workers, root / "again", root / "two" / "hidden", experiment(root, SHARDED))
     resumed(workers, root / "two of one", root / "one" / "hidden", experiment(root, SHARDED))
 
@@ -310,7 +303,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dataset(root / "data", episodes=5)
     build(experiment(root), say=lambda _: None)
     for name, changes in VARIANTS.items():
-        run_of(OneWorker(), experiment(root, changes), root / "one" / name)
+        trained_together(OneWorker(), experiment(root, changes), root / "one" / name)
     on_workers(2, as_two, root / "processes", root)
     return root
 

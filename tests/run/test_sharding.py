@@ -32,7 +32,7 @@ from craft_ray.run.training import train, training
 from craft_ray.storage.paths import ObjectPath, copy_tree, storage_path
 from craft_ray.workers import OneWorker, Workers
 from tests.support.processes import on_workers
-from tests.support.runs import apart
+from tests.support.runs import apart, trained_together
 
 pytestmark = pytest.mark.slow  # two and four processes; tests/method/test_workers.py has the step itself
 
@@ -95,17 +95,9 @@ def experiment(model: Path, data: Path, folder: Path, changes: Mapping[str, Any]
     return parse_config(tree, "test").changed(changes or {})
 
 
-def run_of(workers: Workers, config: Experiment, path: Path) -> None:
-    folder = RunFolder(path)
-    if workers.rank == 0:
-        folder.begin(config, ["test"])
-    workers.gather(None)
-    train(config, folder, workers, NullObserver())
-
-
 def all_of(workers: Workers, runs: dict[Path, Experiment]) -> None:
     for path, config in runs.items():
-        run_of(workers, config, path)
+        trained_together(workers, config, path)
 
 
 @dataclass(frozen=True)
@@ -235,7 +227,7 @@ def resuming(workers: Workers, folder: Path, config: Experiment) -> list[str]:
     adapted = load_config(folder / "two" / "lora" / "config.yaml")
     resumed(workers, folder / "again lora", folder / "two" / "lora", adapted)
     beside = config.changed({"train.checkpoint_async": True})
-    run_of(workers, beside, folder / "beside")
+    trained_together(workers, beside, folder / "beside")
     resumed(workers, folder / "again beside", folder / "beside", beside)
     messages = []
     for damage in ("gone", "changed"):
@@ -343,9 +335,9 @@ def in_store(workers: Workers, home: str, config: Experiment) -> None:
 
 def as_four(workers: Workers, folder: Path, config: Experiment) -> None:
     hybrid = config.changed({"workers.num_workers": 4, "workers.sharding": "hybrid", "workers.shards": 2})
-    run_of(workers, hybrid, folder / "four" / "hybrid")
+    trained_together(workers, hybrid, folder / "four" / "hybrid")
     short = {"train.precision": "bf16", "craft.anchor_cache_dir": str(folder / "bf16")}
-    run_of(workers, hybrid.changed(short), folder / "four" / "bf16")
+    trained_together(workers, hybrid.changed(short), folder / "four" / "bf16")
 
 
 def test_copies_of_shards_and_bfloat16(world: Path, text_model: Path, text_data: Path) -> None:
@@ -353,7 +345,7 @@ def test_copies_of_shards_and_bfloat16(world: Path, text_model: Path, text_data:
     config = experiment(text_model, text_data, world)
     short = config.changed({"train.precision": "bf16", "craft.anchor_cache_dir": str(world / "bf16")})
     build(short, lambda _: None)
-    run_of(OneWorker(), short, world / "one" / "bf16")
+    trained_together(OneWorker(), short, world / "one" / "bf16")
     on_workers(4, as_four, world / "processes of four", world, config)
     one, four = (weights(world / name) for name in ("one/hidden", "four/hybrid"))
     torch.testing.assert_close(four, one, rtol=1e-3, atol=2e-5)

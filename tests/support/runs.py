@@ -14,7 +14,7 @@ from craft_ray.run.folder import RunFolder
 from craft_ray.run.metrics import Record
 from craft_ray.run.observers import NullObserver
 from craft_ray.run.training import train
-from craft_ray.workers import OneWorker
+from craft_ray.workers import OneWorker, Workers
 
 
 def trained(config: Experiment, path: Path) -> RunFolder:
@@ -23,6 +23,15 @@ def trained(config: Experiment, path: Path) -> RunFolder:
     folder.begin(config, ["test"])
     train(config, folder, OneWorker(), NullObserver())
     return folder
+
+
+def trained_together(workers: Workers, config: Experiment, path: Path) -> None:
+    """A run of several workers in a new folder, trained to its end. Each of them calls this."""
+    folder = RunFolder(path)
+    if workers.rank == 0:
+        folder.begin(config, ["test"])
+    workers.gather(None)
+    train(config, folder, workers, NullObserver())
 
 
 def weights(folder: RunFolder) -> dict[str, Tensor]:
